@@ -1,0 +1,60 @@
+// Argument checks shared by the ops: what was expected, what came, and the mend. All run before any kernel.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "torch_fp8/kernels.h"
+
+namespace torch_fp8 {
+
+inline Type type_of(at::ScalarType dtype, const char* what) {
+  switch (dtype) {
+    case at::kFloat: return Type::kFloat32;
+    case at::kHalf: return Type::kFloat16;
+    case at::kBFloat16: return Type::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "torch_fp8: ", what, " must be bfloat16, float16 or float32, got ", dtype,
+                       "; cast it with .to(torch.bfloat16)");
+  }
+}
+
+inline Format format_of(at::ScalarType dtype, const char* what) {
+  switch (dtype) {
+    case at::kFloat8_e4m3fn: return Format::kE4M3;
+    case at::kFloat8_e5m2: return Format::kE5M2;
+    default:
+      TORCH_CHECK_TYPE(false, "torch_fp8: ", what, " must be float8_e4m3fn or float8_e5m2, got ", dtype,
+                       "; quantise it with torch.ops.torch_fp8.quantize");
+  }
+}
+
+inline void check_same_device(const at::Tensor& expected, const char* expected_name, const at::Tensor& t,
+                              const char* name) {
+  TORCH_CHECK(t.device() == expected.device(), "torch_fp8: ", name, " is on ", t.device(), " but ", expected_name,
+              " is on ", expected.device(), "; move both to one device");
+}
+
+inline void check_strided(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.layout() == at::kStrided, "torch_fp8: ", name, " must be a dense (strided) tensor, got layout ",
+              t.layout(), "; use .to_dense()");
+}
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// (rows, 4) float32 slots; `rows` 0 takes any number.
+inline void check_slots(const at::Tensor& slots, int64_t rows) {
+  TORCH_CHECK(slots.scalar_type() == at::kFloat && slots.dim() == 2 && slots.size(1) == 4 && slots.is_contiguous() &&
+                  (rows == 0 ? slots.size(0) > 0 : slots.size(0) == rows),
+              "torch_fp8: slots must be a contiguous float32 tensor of shape (", rows ? std::to_string(rows) : "roles",
+              ", 4), got ", slots.scalar_type(), " ", slots.sizes(), " with strides ", slots.strides(),
+              "; make them with torch_fp8.new_slots()");
+  TORCH_CHECK(is_aligned(slots.const_data_ptr()), "torch_fp8: slots must start at a 16-byte boundary, got address ",
+              slots.const_data_ptr(), "; use slots.clone()");
+}
+
+inline Slot* slots_of(const at::Tensor& slots) { return static_cast<Slot*>(slots.data_ptr()); }
+
+// The product of every size but the last, also where the last is 0.
+inline int64_t leading_size(at::IntArrayRef size) { return c10::multiply_integers(size.slice(0, size.size() - 1)); }
+
+}  // namespace torch_fp8

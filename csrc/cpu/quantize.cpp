@@ -1,0 +1,101 @@
+// The reference: one loop over the elements, each scaled, encoded and noted.
+#include <algorithm>
+#include <atomic>
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "torch_fp8/kernels.h"
+
+namespace torch_fp8::cpu {
+namespace {
+
+template <class Function>
+void with_type(Type type, Function&& function) {
+  switch (type) {
+    case Type::kFloat32: return function(float{});
+    case Type::kFloat16: return function(c10::Half{});
+    case Type::kBFloat16: return function(c10::BFloat16{});
+  }
+}
+
+template <class Function>
+void with_format(Format format, Function&& function) {
+  format == Format::kE4M3 ? function(E4M3{}) : function(E5M2{});
+}
+
+template <class T>
+float element(const Matrix& x, int64_t row, int64_t col) {
+  return static_cast<float>(static_cast<const T*>(x.data)[row * x.row_stride + col * x.col_stride]);
+}
+
+// Magnitudes compare like the integers of their bits, and so NaN is the largest of all.
+uint32_t magnitude(float x) { return bits_of(x) & 0x7FFFFFFF; }
+
+void raise(float* amax, uint32_t seen) {
+  auto* bits = reinterpret_cast<std::atomic<uint32_t>*>(amax);
+  uint32_t held = bits->load();
+  while (held < seen && !bits->compare_exchange_weak(held, seen)) {
+  }
+}
+
+int64_t grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols)); }
+
+}  // namespace
+
+void amax(const Matrix& x, float* amax) {
+  with_type(x.type, [&](auto t) {
+    at::parallel_for(0, x.rows, grain(x.cols), [&](int64_t begin, int64_t end) {
+      uint32_t seen = 0;
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t col = 0; col < x.cols; ++col) {
+          seen = std::max(seen, magnitude(element<decltype(t)>(x, row, col)));
+        }
+      }
+      raise(amax, seen);
+    });
+  });
+}
+
+void scale_from_amax(Slot* slot, float target, bool power_of_two) {
+  slot->scale = is_usable(slot->amax) ? scale_for(slot->amax, target, power_of_two) : 1.0f;
+  slot->scale_inv = 1.0f / slot->scale;
+}
+
+void quantize(const QuantizeArgs& args) {
+  const Matrix& x = args.x;
+  const int64_t rows = padded(x.rows), cols = padded(x.cols);
+  const float scale = args.slot->scale;
+  if (args.scale_inv) *args.scale_inv = args.slot->scale_inv;
+
+  with_type(x.type, [&](auto t) {
+    with_format(args.format, [&](auto f) {
+      using F = decltype(f);
+      // Whole groups of kBiasRows rows to a thread, so that each row of column sums has one writer.
+      const int64_t groups = (rows + kBiasRows - 1) / kBiasRows;
+      at::parallel_for(0, groups, grain(cols * kBiasRows), [&](int64_t begin, int64_t end) {
+        uint32_t seen = 0;
+        for (int64_t group = begin; group < end; ++group) {
+          float* sums = args.column_sums ? args.column_sums + group * cols : nullptr;
+          if (sums) std::fill(sums, sums + cols, 0.0f);
+          const int64_t last_row = std::min(rows, (group + 1) * kBiasRows);
+          for (int64_t row = group * kBiasRows; row < last_row; ++row) {
+            for (int64_t col = 0; col < cols; ++col) {
+              const bool inside = row < x.rows && col < x.cols;
+              const float value = inside ? element<decltype(t)>(x, row, col) : 0.0f;
+              const uint8_t code = encode<F>(value * scale);
+              if (args.q) args.q[row * cols + col] = code;
+              if (args.q_t) args.q_t[col * rows + row] = code;
+              if (sums) sums[col] += value;
+              seen = std::max(seen, magnitude(value));
+            }
+          }
+        }
+        if (args.amax) raise(args.amax, seen);
+      });
+    });
+  });
+}
+
+}  // namespace torch_fp8::cpu

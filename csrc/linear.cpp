@@ -1,0 +1,265 @@
+// The autograd node of the FP8 linear layer, and what the host remembers between calls.
+#include "torch_fp8/linear.h"
+
+#include <cmath>
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include "check.h"
+
+namespace torch_fp8 {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+QuantizeOptions how(const LinearOptions& options, int role, bool own_amax, bool record) {
+  QuantizeOptions q;
+  q.own_amax = own_amax;
+  q.power_of_two = options.power_of_two;
+  q.margin = options.margin_of(role);
+  q.record = record;
+  return q;
+}
+
+// The primitives go through the dispatcher, below autograd: tracing and fake tensors see them, and eager mode does not
+// pay for bookkeeping that the node replaces.
+Quantized call_quantize(const at::Tensor& x, const at::Tensor& slots, int role, const LinearOptions& options,
+                        const QuantizeOptions& q) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_fp8::quantize", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const at::Tensor&, int64_t, at::ScalarType, bool, bool, int64_t,
+                                 bool, bool, bool, c10::optional<at::ScalarType>)>();
+  auto [codes, codes_t, scale_inv, dbias] = op.call(x, slots, role, options.dtype(role), q.own_amax, q.power_of_two,
+                                                    q.margin, q.record, q.rowwise, q.columnwise, q.dbias);
+  return {std::move(codes), std::move(codes_t), std::move(scale_inv), std::move(dbias)};
+}
+
+at::Tensor call_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
+                     const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
+                     at::ScalarType dtype, bool fast_accum) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_fp8::gemm", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                               const at::Tensor&, const c10::optional<at::Tensor>&,
+                                               c10::SymIntArrayRef, at::ScalarType, bool)>();
+  return op.call(a, b, a_scale_inv, b_scale_inv, bias, size, dtype, fast_accum);
+}
+
+// Backward of one call. Input order: x, weight, bias.
+struct LinearBackward : torch::autograd::Node {
+  SavedVariable x_t, x_scale_inv, weight_t, weight_scale_inv;
+  // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
+  // scales that the saved codes need travel with them.
+  at::Tensor slots;
+  LinearOptions options;
+  std::shared_ptr<LayerMemo> memo;
+  std::vector<c10::SymInt> x_size, weight_size;
+  at::ScalarType x_dtype, weight_dtype, bias_dtype;
+  bool has_bias, used_in_training, record, own_amax;
+
+  std::string name() const override { return "FP8LinearBackward"; }
+
+  void release_variables() override {
+    for (SavedVariable* saved : {&x_t, &x_scale_inv, &weight_t, &weight_scale_inv}) saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const at::Tensor& dy = grads[0];
+    variable_list result(has_bias ? 3 : 2);
+    if (!dy.defined()) return result;
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "torch_fp8: the backward of an FP8 linear layer cannot be differentiated again (create_graph=True); "
+                "run the layer in 16 bits for that: with torch_fp8.disabled(model)");
+    const bool need_x = task_should_compute_output(0), need_weight = task_should_compute_output(1);
+    const bool need_bias = has_bias && task_should_compute_output(2);
+
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    QuantizeOptions q = how(options, kGradOutput, own_amax, record);
+    q.rowwise = need_x;
+    q.columnwise = need_weight;
+    if (need_bias) q.dbias = bias_dtype;
+    const Quantized g = call_quantize(dy, slots, kGradOutput, options, q);
+    if (used_in_training) memo->note_used(kGradOutput);
+
+    const auto self = shared_from_this();
+    if (need_x) {
+      result[0] = call_gemm(g.q, weight_t.unpack(self), g.scale_inv, weight_scale_inv.unpack(self), {}, x_size,
+                            x_dtype, options.fast_dgrad);
+    }
+    if (need_weight) {
+      result[1] = call_gemm(g.q_t, x_t.unpack(self), g.scale_inv, x_scale_inv.unpack(self), {}, weight_size,
+                            weight_dtype, options.fast_wgrad);
+    }
+    if (need_bias) result[2] = g.dbias;
+    return result;
+  }
+};
+
+void check_linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                  const at::Tensor& slots, bool autocast) {
+  type_of(x.scalar_type(), "the input");
+  type_of(weight.scalar_type(), "the weight");
+  TORCH_CHECK(weight.dim() == 2, "torch_fp8: the weight must be a matrix (out_features, in_features), got ",
+              weight.sym_sizes());
+  TORCH_CHECK(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(1), "torch_fp8: the input's last dimension must be "
+              "in_features = ", weight.sym_size(1), ", got an input of shape ", x.sym_sizes());
+  check_same_device(weight, "the weight", x, "the input");
+  check_same_device(weight, "the weight", slots, "the layer's scaling state");
+  TORCH_CHECK_TYPE(autocast || x.scalar_type() == weight.scalar_type(), "torch_fp8: the input is ", x.scalar_type(),
+                   " but the weight is ", weight.scalar_type(), "; cast one of them, or use torch.autocast");
+  if (!bias) return;
+  type_of(bias->scalar_type(), "the bias");
+  check_same_device(weight, "the weight", *bias, "the bias");
+  TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "torch_fp8: the bias must have shape [",
+              weight.sym_size(0), "], got ", bias->sym_sizes());
+  TORCH_CHECK_TYPE(autocast || bias->scalar_type() == weight.scalar_type(), "torch_fp8: the bias is ",
+                   bias->scalar_type(), " but the weight is ", weight.scalar_type(), "; cast one of them");
+}
+
+bool wants_grad(const c10::optional<at::Tensor>& t) { return t && t->requires_grad(); }
+
+// Meta and fake tensors hold no values; what is traced with them is the steady path.
+bool has_values(const at::Tensor& t) {
+  return !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python);
+}
+
+}  // namespace
+
+double LinearOptions::target(int role) const {
+  const Format format = dtype(role) == at::kFloat8_e5m2 ? Format::kE5M2 : Format::kE4M3;
+  return std::ldexp(static_cast<double>(max_of(format)), -static_cast<int>(margin_of(role)));
+}
+
+bool LayerMemo::has_history(int role, const at::Tensor& slots) {
+  if (!known_) {
+    if (!has_values(slots)) return true;
+    TORCH_CHECK(!slots.is_cuda() || !cuda::is_capturing(),
+                "torch_fp8: a CUDA graph is being captured before this layer's first scaling update, so its first "
+                "step, scaled by each tensor's own amax, would be replayed for ever; run at least one training step "
+                "(forward, backward, optimizer.step()) before the capture");
+    const at::Tensor cursors = slots.select(1, 3).cpu();
+    for (int r = 0; r < kRoles; ++r) has_history_[r] = cursors[r].item<float>() > 0;
+    known_ = true;
+  }
+  TORCH_CHECK(has_history_[role] || !slots.is_cuda() || !cuda::is_capturing(),
+              "torch_fp8: a CUDA graph is being captured while this layer's ",
+              role == kInput ? "input" : role == kWeight ? "weight" : "output gradient",
+              " has no amax history; run training steps until it has seen a value other than zero, then capture");
+  return has_history_[role];
+}
+
+void LayerMemo::after_update() {
+  const uint8_t used = used_.exchange(0, std::memory_order_relaxed);
+  weight_ = {};
+  for (int role = 0; role < kRoles; ++role) {
+    if (used >> role & 1 && !has_history_[role]) known_ = false;  // it may have one now
+  }
+}
+
+Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
+                                      bool transposed, bool record) {
+  const bool countable = has_values(weight) && !weight.is_inference();  // its changes can be noticed
+  const uint32_t version = countable ? weight._version() : 0;
+  const Weight& w = weight_;
+  if (countable && w.impl._unsafe_get_target() == weight.unsafeGetTensorImpl() && w.data == weight.const_data_ptr() &&
+      w.version == version && (!transposed || w.quantized.q_t.numel() == w.quantized.q.numel()) &&
+      (!record || w.recorded)) {
+    return w.quantized;
+  }
+  const bool own_amax = options.scaling == Scaling::kCurrent ||
+                        (options.scaling == Scaling::kDelayed && !has_history(kWeight, slots));
+  // The copy may outlive an inference-mode block, and backward must be able to save it.
+  const c10::InferenceMode ordinary_tensors(false);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  QuantizeOptions q = how(options, kWeight, own_amax, record);
+  q.columnwise = transposed;
+  Quantized quantized = call_quantize(weight, slots, kWeight, options, q);
+  if (record) note_used(kWeight);
+  if (countable) {
+    weight_ = {quantized, decltype(w.impl)(weight.getIntrusivePtr()), weight.const_data_ptr(), version, record};
+  }
+  return quantized;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                  const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
+                  bool training) {
+  const auto device = x.device().type();
+  const bool autocast = at::autocast::is_autocast_enabled(device);
+  check_linear(x, weight, bias, slots, autocast);
+  const auto y_dtype = autocast ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
+  type_of(y_dtype, "the autocast dtype");
+
+  const bool grad_mode = at::GradMode::is_enabled();
+  const bool grad_x = grad_mode && x.requires_grad(), grad_weight = grad_mode && weight.requires_grad();
+  const bool differentiable = grad_x || grad_weight || (grad_mode && wants_grad(bias));
+  const bool used_in_training = training && grad_mode;
+  const bool record = used_in_training && options.scaling != Scaling::kConstant;
+  const auto own_amax = [&](int role) {
+    return options.scaling == Scaling::kCurrent ||
+           (options.scaling == Scaling::kDelayed && !memo->has_history(role, slots));
+  };
+
+  const Quantized w = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, record);
+  QuantizeOptions q = how(options, kInput, own_amax(kInput), record);
+  q.columnwise = grad_weight;
+  auto y_size = x.sym_sizes().vec();
+  y_size.back() = weight.sym_size(0);
+
+  if (used_in_training) memo->note_used(kInput);
+  Quantized xq;
+  at::Tensor y;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    xq = call_quantize(x, slots, kInput, options, q);
+    auto y_bias = bias;
+    if (bias && bias->scalar_type() != y_dtype) y_bias = bias->to(y_dtype);
+    y = call_gemm(xq.q, w.q, xq.scale_inv, w.scale_inv, y_bias, y_size, y_dtype, options.fast_fprop);
+  }
+  if (!differentiable) return y;
+
+  const auto node = std::shared_ptr<LinearBackward>(new LinearBackward(), torch::autograd::deleteNode);
+  node->set_next_edges(bias ? torch::autograd::collect_next_edges(x, weight, *bias)
+                            : torch::autograd::collect_next_edges(x, weight));
+  if (grad_weight) {
+    node->x_t = SavedVariable(xq.q_t, false);
+    node->x_scale_inv = SavedVariable(xq.scale_inv, false);
+    node->weight_size = weight.sym_sizes().vec();
+  }
+  if (grad_x) {
+    node->weight_t = SavedVariable(w.q_t, false);
+    node->weight_scale_inv = SavedVariable(w.scale_inv, false);
+    node->x_size = x.sym_sizes().vec();
+  }
+  node->slots = slots;
+  node->options = options;
+  node->memo = memo;
+  node->x_dtype = x.scalar_type();
+  node->weight_dtype = weight.scalar_type();
+  node->bias_dtype = bias ? bias->scalar_type() : y_dtype;
+  node->has_bias = bias.has_value();
+  node->used_in_training = used_in_training;
+  node->record = record;
+  node->own_amax = own_amax(kGradOutput);
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+at::Tensor new_slots(c10::Device device, int64_t bias, int64_t grad_bias) {
+  at::Tensor slots = at::zeros({kRoles, 4}, at::kFloat);
+  for (int role = 0; role < kRoles; ++role) {
+    const int64_t b = role == kGradOutput ? grad_bias : bias;
+    slots[role][0] = std::ldexp(1.0, static_cast<int>(-b));
+    slots[role][1] = std::ldexp(1.0, static_cast<int>(b));
+  }
+  return slots.to(device);
+}
+
+}  // namespace torch_fp8

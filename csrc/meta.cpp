@@ -1,0 +1,36 @@
+// What tracing needs to know of the ops: the shapes and dtypes of their results, with symbolic sizes.
+#include <tuple>
+
+#include <ATen/ATen.h>
+
+#include "torch_fp8/kernels.h"
+
+namespace torch_fp8 {
+namespace {
+
+c10::SymInt padded_symbolic(const c10::SymInt& n) { return (n + (kAlignment - 1)) / kAlignment * kAlignment; }
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(
+    const at::Tensor& x, const at::Tensor&, int64_t, at::ScalarType dtype, bool, bool, int64_t, bool, bool rowwise,
+    bool columnwise, c10::optional<at::ScalarType> dbias) {
+  TORCH_CHECK(x.dim() >= 1, "torch_fp8: x must have at least one dimension, got a scalar");
+  c10::SymInt rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
+  const c10::SymInt cols = x.sym_size(-1);
+  const c10::SymInt padded_rows = padded_symbolic(rows), padded_cols = padded_symbolic(cols);
+  const auto empty = [&](c10::SymIntArrayRef size, at::ScalarType type) {
+    return at::empty_symint(size, x.options().dtype(type));
+  };
+  return {rowwise ? empty({padded_rows, padded_cols}, dtype) : empty({0}, dtype),
+          columnwise ? empty({padded_cols, padded_rows}, dtype) : empty({0}, dtype), empty({1}, at::kFloat),
+          dbias ? empty({cols}, *dbias) : empty({0}, at::kFloat)};
+}
+
+at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                     const c10::optional<at::Tensor>&, c10::SymIntArrayRef size, at::ScalarType dtype, bool) {
+  return at::empty_symint(size, a.options().dtype(dtype));
+}
+
+}  // namespace torch_fp8

@@ -1,0 +1,78 @@
+// quantize: check, allocate, run on the tensor's backend.
+#include <c10/core/DeviceGuard.h>
+
+#include "check.h"
+#include "torch_fp8/ops.h"
+
+namespace torch_fp8 {
+namespace {
+
+// (..., K) as (M, K) without a copy wherever strides allow it; a vector is one row.
+at::Tensor as_matrix(const at::Tensor& x) {
+  if (x.dim() == 2) return x;
+  return x.reshape({leading_size(x.sizes()), x.size(-1)});
+}
+
+Matrix matrix_of(const at::Tensor& x) {
+  return {x.const_data_ptr(), type_of(x.scalar_type(), "x"), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
+void check_quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, int64_t margin) {
+  type_of(x.scalar_type(), "x");
+  TORCH_CHECK(x.dim() >= 1, "torch_fp8: x must have at least one dimension, got a scalar; use x.reshape(1)");
+  check_strided(x, "x");
+  check_slots(slots, 0);
+  check_same_device(x, "x", slots, "slots");
+  TORCH_CHECK_INDEX(role >= 0 && role < slots.size(0), "torch_fp8: role must be in [0, ", slots.size(0), "), got ",
+                    role);
+  TORCH_CHECK_VALUE(margin >= 0 && margin <= kMaxBias, "torch_fp8: margin must be in [0, ", kMaxBias, "], got ",
+                    margin);
+}
+
+}  // namespace
+
+Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
+                   const QuantizeOptions& options) {
+  const Format format = format_of(dtype, "dtype");
+  check_quantize(x, slots, role, options.margin);
+  const bool on_cuda = x.is_cuda();
+  const c10::DeviceGuard guard(x.device());
+
+  const at::Tensor x2 = as_matrix(x);
+  const Matrix matrix = matrix_of(x2);
+  const int64_t rows = padded(matrix.rows), cols = padded(matrix.cols);
+  const auto fp8 = x.options().dtype(dtype);
+  const auto fp32 = x.options().dtype(at::kFloat);
+
+  Quantized out;
+  out.q = options.rowwise ? at::empty({rows, cols}, fp8) : at::empty({0}, fp8);
+  out.q_t = options.columnwise ? at::empty({cols, rows}, fp8) : at::empty({0}, fp8);
+  out.scale_inv = at::empty({1}, fp32);
+  at::Tensor column_sums;
+  if (options.dbias) column_sums = at::empty({(matrix.rows + kBiasRows - 1) / kBiasRows, cols}, fp32);
+
+  Slot* const slot = slots_of(slots) + role;
+  const Slot* source = slot;
+  at::Tensor own;  // the slot of a tensor that is scaled by itself
+  if (options.own_amax) {
+    own = at::zeros({4}, fp32);
+    Slot* own_slot = slots_of(own);
+    const float target = std::ldexp(max_of(format), -static_cast<int>(options.margin));
+    (on_cuda ? cuda::amax : cpu::amax)(matrix, &own_slot->amax);
+    (on_cuda ? cuda::scale_from_amax : cpu::scale_from_amax)(own_slot, target, options.power_of_two);
+    source = own_slot;
+  }
+
+  QuantizeArgs args{matrix, format, source, nullptr, nullptr, out.scale_inv.data_ptr<float>(), nullptr, nullptr};
+  if (options.rowwise) args.q = static_cast<uint8_t*>(out.q.data_ptr());
+  if (options.columnwise) args.q_t = static_cast<uint8_t*>(out.q_t.data_ptr());
+  if (options.record) args.amax = &slot->amax;
+  if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
+  (on_cuda ? cuda::quantize : cpu::quantize)(args);
+
+  out.dbias = options.dbias ? column_sums.narrow(1, 0, matrix.cols).sum(0, false, *options.dbias)
+                            : at::empty({0}, fp32);
+  return out;
+}
+
+}  // namespace torch_fp8

@@ -1,0 +1,76 @@
+// The table of contents: every op's schema, and where it runs.
+#include <torch/library.h>
+
+#include "torch_fp8/ops.h"
+
+namespace torch_fp8 {
+
+// csrc/meta.cpp: shapes and dtypes of the results, for tracing.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(
+    const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype, bool own_amax, bool power_of_two,
+    int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias);
+at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
+                     const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
+                     at::ScalarType dtype, bool fast_accum);
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(
+    const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype, bool own_amax, bool power_of_two,
+    int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias) {
+  Quantized out =
+      quantize(x, slots, role, dtype, {own_amax, power_of_two, margin, record, rowwise, columnwise, dbias});
+  return {std::move(out.q), std::move(out.q_t), std::move(out.scale_inv), std::move(out.dbias)};
+}
+
+// One function serves both backends: it checks and allocates, then runs cpu:: or cuda:: by the tensors' device.
+void implement(torch::Library& m) {
+  m.impl("quantize", quantize_op);
+  m.impl("gemm", gemm);
+  m.impl("gemm_accumulate_", gemm_accumulate_);
+  m.impl("update_scales_", update_scales_);
+}
+
+}  // namespace
+
+// The ops are not differentiable by themselves; linear (linear.h) is the differentiable function over them.
+TORCH_LIBRARY(torch_fp8, m) {
+  // x (..., K) float32, float16 or bfloat16, any strides, seen as (M, K).
+  // -> q (pad16(M), pad16(K)), q_t its transpose, scale_inv (1) float32, dbias (K): the column sums of x.
+  // What is not asked for comes with 0 elements. slots (roles, 4) float32 {scale_inv, scale, amax, cursor}: the role's
+  // scale is read and, with record, its amax raised to max |x|. own_amax: scale by x's own amax, in two passes, to
+  // fp8_max / 2^margin.
+  m.def(
+      "quantize(Tensor x, Tensor(a!) slots, int role, ScalarType dtype, *, bool own_amax=False, "
+      "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "
+      "ScalarType? dbias=None) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
+
+  // out (size) = a . b^T * a_scale_inv * b_scale_inv + bias. a (>= M, k), b (>= N, k) FP8, contiguous along k, a
+  // multiple of 16; M is the product of size but its last entry, N the last; not both E5M2. dtype and bias: float32,
+  // float16 or bfloat16.
+  m.def(
+      "gemm(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, Tensor? bias, SymInt[] size, "
+      "ScalarType dtype, bool fast_accum=False) -> Tensor");
+
+  // out (..., N) float32 or bfloat16 += a . b^T * a_scale_inv * b_scale_inv
+  m.def(
+      "gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, "
+      "bool fast_accum=False) -> ()");
+
+  // One scaling update: for each layer slots (3, 4), history (3, length), three targets fp8_max / 2^margin and
+  // whether (1) or not (0) its scales are powers of two. At most two launches, whatever the number of layers.
+  m.def("update_scales_(Tensor(a!)[] slots, Tensor(b!)[] histories, float[] targets, int[] power_of_two) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
+  m.impl("quantize", quantize_meta);
+  m.impl("gemm", gemm_meta);
+  m.impl("gemm_accumulate_", [](const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                const at::Tensor&, bool) {});
+  m.impl("update_scales_",
+         [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});
+}
+
+}  // namespace torch_fp8

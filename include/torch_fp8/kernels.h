@@ -1,0 +1,95 @@
+// The catalogue of everything that runs on data: pointers, sizes, strides. Each function exists twice with the same
+// contract, in cpu:: (plain loops, the reference) and in cuda:: (asynchronous, on PyTorch's current stream).
+// A library built without CUDA has cuda:: functions that say so.
+//
+// Layouts: every matrix is row-major. A quantised matrix is zero-padded so that both dimensions are multiples of 16,
+// which is what FP8 GEMMs need on either side; padded(n) is the padded size.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "torch_fp8/scale.h"
+
+namespace torch_fp8 {
+
+enum class Type : uint8_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr int64_t kAlignment = 16;
+TORCH_FP8_HOST_DEVICE constexpr int64_t padded(int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
+
+constexpr int64_t kBiasRows = 128;  // rows of x that one row of column sums covers
+
+struct Matrix {       // (rows, cols), any strides, in elements
+  const void* data;
+  Type type;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+};
+
+// q = saturate(round_to_nearest_even(x * slot->scale)), in one pass over x.
+struct QuantizeArgs {
+  Matrix x;
+  Format format;
+  const Slot* slot;
+  uint8_t* q;          // (padded(rows), padded(cols)), or null
+  uint8_t* q_t;        // (padded(cols), padded(rows)), the transpose, or null
+  float* scale_inv;    // 1: this tensor's own copy of slot->scale_inv, or null
+  float* amax;         // 1: raised to max |x| where that is larger; NaN is larger than Inf; or null
+  float* column_sums;  // (ceil(rows / kBiasRows), padded(cols)): sums of x over kBiasRows rows, or null
+};
+
+// out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ out]
+struct GemmArgs {
+  int64_t m, n, k;  // n and k multiples of 16
+  const uint8_t *a, *b;
+  Format a_format, b_format;  // not both E5M2
+  const float *a_scale_inv, *b_scale_inv;  // 16-byte aligned
+  const void* bias;  // of type out_type (not float32), or null
+  void* out;         // 16-byte aligned
+  Type out_type;
+  bool accumulate;   // add to what out holds
+  bool fast_accum;   // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
+};
+
+// The scaling state of one layer, and how its scales follow from the history (see update_scales).
+struct LayerState {
+  Slot* slots;       // kRoles
+  float* history;    // (kRoles, length): a ring of amaxes
+  int32_t length : 31;
+  uint32_t power_of_two : 1;
+  float target[kRoles];  // fp8_max / 2^margin
+};
+static_assert(sizeof(LayerState) == 32, "a thousand of them fit a kernel's arguments");
+
+namespace cpu {
+// *amax is raised to max |x|.
+void amax(const Matrix& x, float* amax);
+// slot->scale and slot->scale_inv from slot->amax; 1 where the amax is 0, Inf or NaN.
+void scale_from_amax(Slot* slot, float target, bool power_of_two);
+void quantize(const QuantizeArgs& args);
+void gemm(const GemmArgs& args);
+// For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
+// entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
+void update_scales(const LayerState* layers, int64_t count);
+}  // namespace cpu
+
+namespace cuda {
+void amax(const Matrix& x, float* amax);
+void scale_from_amax(Slot* slot, float target, bool power_of_two);
+void quantize(const QuantizeArgs& args);
+void gemm(const GemmArgs& args);
+void update_scales(const LayerState* layers, int64_t count);
+
+// The current stream records a CUDA graph.
+bool is_capturing();
+// Throws unless a device of this capability can run this build.
+void check_capability(int major, int minor, const std::string& name);
+// What was built: "" without CUDA, else the CUDA version the kernels were compiled with; why there is none.
+const char* toolkit_version();
+const char* why_absent();
+// The cuBLASLt that is loaded, e.g. 130100; 0 without CUDA.
+size_t cublaslt_version();
+}  // namespace cuda
+
+}  // namespace torch_fp8

@@ -1,0 +1,84 @@
+// y = x W^T + b with all three GEMMs (fprop, dgrad, wgrad) in FP8: the differentiable function under both
+// torch_fp8.Linear (Python) and torch_fp8::nn::Linear (C++).
+//
+// Forward:  cast+transpose x, cast+transpose w (cached), one GEMM. Kept for backward: the FP8 transposes of x and w.
+// Backward: cast+transpose dy (and its column sums, the bias gradient), two GEMMs.
+#pragma once
+
+#include <atomic>
+#include <memory>
+
+#include "torch_fp8/ops.h"
+#include "torch_fp8/scale.h"
+
+namespace torch_fp8 {
+
+enum class Scaling : uint8_t {
+  kDelayed,   // by the slot's scale, once it has a history; before that by the tensor's own amax
+  kCurrent,   // always by the tensor's own amax
+  kConstant,  // by the slot's scale, which never changes
+};
+
+// A recipe as the C++ side needs it; python/torch_fp8/recipe.py documents the fields.
+struct LinearOptions {
+  Scaling scaling = Scaling::kDelayed;
+  bool e4m3_gradients = false;  // else E5M2 (HYBRID)
+  bool power_of_two = false;
+  int64_t margin = 0;       // of inputs and weights
+  int64_t grad_margin = 0;  // of output gradients
+  bool fast_fprop = true, fast_dgrad = false, fast_wgrad = false;
+
+  at::ScalarType dtype(int role) const {
+    return role == kGradOutput && !e4m3_gradients ? at::kFloat8_e5m2 : at::kFloat8_e4m3fn;
+  }
+  int64_t margin_of(int role) const { return role == kGradOutput ? grad_margin : margin; }
+  // fp8_max / 2^margin: what an amax is mapped to.
+  double target(int role) const;
+};
+
+// What the host remembers of one layer between calls. None of it is state: everything here can be thrown away at any
+// time and is found again from the layer's tensors, so it is neither saved nor copied with the layer.
+class LayerMemo {
+ public:
+  // Whether the role has an amax history. Read from the device when not known (once, and again after an update that
+  // may have begun one), which a stream capture does not allow: an error then.
+  bool has_history(int role, const at::Tensor& slots);
+
+  // The weight in FP8; quantised again only after it, its scale or what is asked for has changed.
+  Quantized quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
+                             bool transposed, bool record);
+
+  void note_used(int role) { used_.fetch_or(static_cast<uint8_t>(1 << role), std::memory_order_relaxed); }
+  // The layer took part in training since the last update.
+  bool used() const { return used_.load(std::memory_order_relaxed) != 0; }
+  // To be called after every scaling update.
+  void after_update();
+
+ private:
+  struct Weight {
+    Quantized quantized;
+    // Which tensor, at which address, in which version. The weak pointer keeps the tensor's identity from being given
+    // to another one.
+    c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> impl{
+        c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+    const void* data = nullptr;
+    uint32_t version = 0;
+    bool recorded = false;
+  };
+  Weight weight_;
+  bool known_ = false;
+  bool has_history_[kRoles] = {};
+  std::atomic<uint8_t> used_{0};  // one bit a role; the backward thread writes it too
+};
+
+// x (..., in) float32, float16 or bfloat16; weight (out, in) and bias (out) of x's dtype, or any of the three under
+// autocast, whose dtype y then has. slots (3, 4): the scaling state of input, weight and output gradient.
+// training false, or grad mode off: no amax is recorded.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                  const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
+                  bool training);
+
+// The slots of a new layer: (3, 4) float32 with scale 1, or 2^bias for constant scaling.
+at::Tensor new_slots(c10::Device device, int64_t bias = 0, int64_t grad_bias = 0);
+
+}  // namespace torch_fp8

@@ -1,0 +1,45 @@
+// The primitives on at::Tensor. The same functions are the dispatcher ops torch.ops.torch_fp8.* (csrc/register.cpp),
+// where docstrings for every argument stand beside the schemas.
+#pragma once
+
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+namespace torch_fp8 {
+
+struct QuantizeOptions {
+  bool own_amax = false;      // scale by x's own amax (two passes) instead of the slot's scale
+  bool power_of_two = false;  // with own_amax: round the scale down to a power of two
+  int64_t margin = 0;         // with own_amax: binades left free above the amax
+  bool record = true;         // raise the slot's amax to max |x|
+  bool rowwise = true;        // give q
+  bool columnwise = false;    // give q_t
+  c10::optional<at::ScalarType> dbias;  // give the column sums of x, in this dtype
+};
+
+struct Quantized {
+  at::Tensor q;          // (pad16(M), pad16(K)) FP8; 0 elements where not asked for
+  at::Tensor q_t;        // (pad16(K), pad16(M)) FP8; likewise
+  at::Tensor scale_inv;  // (1) float32
+  at::Tensor dbias;      // (K); likewise
+};
+
+// x (..., K), seen as (M, K), is cast to dtype (Float8_e4m3fn or Float8_e5m2) with slots[role].
+Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
+                   const QuantizeOptions& options);
+
+// out (size) = a . b^T * a_scale_inv * b_scale_inv [+ bias]; a (>= M, k), b (>= N, k) with M the product of size
+// but its last entry and N the last.
+at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv,
+                const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum);
+
+// out (..., N) += a . b^T * a_scale_inv * b_scale_inv; out float32 or bfloat16, contiguous.
+void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
+                      const at::Tensor& b_scale_inv, bool fast_accum);
+
+// One scaling update of many layers: slots (3, 4), histories (3, length), three targets a layer.
+void update_scales_(at::TensorList slots, at::TensorList histories, at::ArrayRef<double> targets,
+                    at::IntArrayRef power_of_two);
+
+}  // namespace torch_fp8

@@ -1,0 +1,44 @@
+// From an amax to a scale. One text for host and device, so that both compute the same bits.
+#pragma once
+
+#include "torch_fp8/format.h"
+
+namespace torch_fp8 {
+
+// The state of one quantised tensor role. 16 bytes, because cuBLASLt 12.9 to 13.1 wants the scalar scale pointer
+// 16-byte aligned: scale_inv comes first and is read by the GEMM where it lies.
+struct alignas(16) Slot {
+  float scale_inv;  // what the GEMM multiplies by; 1 / scale
+  float scale;      // what the cast multiplies by
+  float amax;       // maximum of |x| over everything quantised since the last update
+  float cursor;     // entries of the history written in this turn of the ring, 1 ... length; 0: no history yet
+};
+static_assert(sizeof(Slot) == 16, "tensors of state are (roles, 4) float32");
+
+enum Role : int { kInput = 0, kWeight = 1, kGradOutput = 2, kRoles = 3 };
+
+// Scales stay where both they and their reciprocals are normal numbers.
+constexpr float kMaxScale = 8.5070591730234616e37f;   // 2^126
+constexpr float kMinScale = 1.1754943508222875e-38f;  // 2^-126
+constexpr int kMaxBias = 31;                          // of power-of-two scales, as in arXiv 2309.17224
+
+// An amax that says something: 0 (nothing seen), Inf and NaN do not.
+TORCH_FP8_HOST_DEVICE inline bool is_usable(float amax) {
+  return bits_of(amax) - 1u < 0x7F800000u - 1u;  // positive and finite
+}
+
+// The scale that maps amax to target = fp8_max / 2^margin. amax must be usable.
+// Exact: target / amax. Power of two: 2^b, b = clip(floor(log2(target / amax)), -31, 31) in integers: with
+// amax = m * 2^e and target = 1.75 * 2^t, b is t - e, less one where m > 1.75 (both formats' maxima are 1.75 * 2^t).
+TORCH_FP8_HOST_DEVICE inline float scale_for(float amax, float target, bool power_of_two) {
+  if (!power_of_two) {
+    const float scale = target / amax;
+    return scale > kMaxScale ? kMaxScale : scale < kMinScale ? kMinScale : scale;
+  }
+  const int mantissa_above = (bits_of(amax) & 0x7FFFFF) > 0x600000;
+  int bias = static_cast<int>(bits_of(target) >> 23) - static_cast<int>(bits_of(amax) >> 23) - mantissa_above;
+  bias = bias > kMaxBias ? kMaxBias : bias < -kMaxBias ? -kMaxBias : bias;
+  return float_of(static_cast<uint32_t>(127 + bias) << 23);
+}
+
+}  // namespace torch_fp8

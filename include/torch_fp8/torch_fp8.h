@@ -1,0 +1,8 @@
+// All of torch_fp8's C++ interface.
+#pragma once
+
+#include "torch_fp8/format.h"
+#include "torch_fp8/linear.h"
+#include "torch_fp8/nn.h"
+#include "torch_fp8/ops.h"
+#include "torch_fp8/scale.h"

@@ -1,0 +1,78 @@
+"""torch_fp8: the linear layers of GPT and Llama models in FP8, with per-tensor scaling, on Hopper GPUs.
+
+    import torch_fp8 as fp8
+    fp8.convert(model)          # nn.Linear -> fp8.Linear, in place
+    print(fp8.summary(model))
+
+Everything else of a training script stays as it is: the scales follow the optimizer's step by themselves. On a machine
+without a GPU the same code runs on an exact, slow CPU backend.
+"""
+
+from pathlib import Path as _Path
+from typing import Any as _Any
+
+import torch as _torch
+
+from . import _build
+
+
+def _check_torch() -> None:
+    # A C++ extension fits one minor version of PyTorch; anything else fails later with an unreadable symbol.
+    running = _torch.__version__.split("+")[0]
+    if running.split(".")[:2] != _build.torch_version.split(".")[:2]:
+        raise ImportError(
+            f"torch_fp8 was built for PyTorch {_build.torch_version}, but PyTorch {running} is running; "
+            "reinstall it (pip install --force-reinstall --no-deps .)"
+        )
+
+
+_check_torch()
+
+from . import _C  # noqa: E402
+from .convert import convert, disabled, revert, summary  # noqa: E402
+from .linear import Linear  # noqa: E402
+from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
+from .scaling import load_state_dict, state_dict, update_scales  # noqa: E402
+
+__version__ = _build.version
+
+#: Where CMake finds this installation: ``-DCMAKE_PREFIX_PATH=$(python -c "import torch_fp8; ...")``.
+cmake_prefix_path = str(_Path(__file__).parent / "lib" / "cmake")
+
+
+def build_info() -> dict[str, _Any]:
+    """What this copy was built from and for: ``version``, ``torch`` and ``cuda`` versions (``cuda`` is None in a
+    CPU-only build), the GPU ``arch``, the loaded ``cublaslt`` version, and ``note``, a sentence for people."""
+    cuda = _C.toolkit_version() or None
+    note = f"CUDA {cuda} kernels for sm_90a (Hopper), and the CPU backend" if cuda else ""
+    return {
+        "version": _build.version,
+        "torch": _build.torch_version,
+        "cuda": cuda,
+        "arch": "sm_90a" if cuda else None,
+        "cublaslt": _C.cublaslt_version() or None,
+        "note": note or f"the CPU backend only: {_C.why_no_cuda()}",
+    }
+
+
+if not _C.toolkit_version() and _torch.cuda.is_available():
+    import warnings as _warnings
+
+    _warnings.warn(f"torch_fp8 was built with {build_info()['note']}; the GPU is of no use to it", stacklevel=2)
+
+__all__ = [
+    "ConstantScaling",
+    "CurrentScaling",
+    "DelayedScaling",
+    "Linear",
+    "Recipe",
+    "build_info",
+    "cmake_prefix_path",
+    "convert",
+    "disabled",
+    "load_state_dict",
+    "revert",
+    "state_dict",
+    "summary",
+    "update_scales",
+]

@@ -1,0 +1,142 @@
+"""``Linear``: an ``nn.Linear`` whose three GEMMs run in FP8."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import _C
+from .recipe import ConstantScaling, DelayedScaling, Recipe
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROLES = ("input", "weight", "grad_output")
+
+# Every FP8 layer of the process that is alive: where the optimizer hook looks for layers that recorded something.
+layers: weakref.WeakSet[Linear] = weakref.WeakSet()
+
+
+class Linear(nn.Linear):
+    """``y = x W^T + b`` with fprop, dgrad and wgrad in FP8 and everything else as in ``nn.Linear``.
+
+    Input ``(..., in_features)``, output ``(..., out_features)``, both of the parameters' dtype (bfloat16, float16 or
+    float32) or of the autocast dtype. Any shape and strides; dimensions that are no multiples of 16 are padded inside.
+
+    The scaling state is two buffers that are not part of ``state_dict()`` (see ``torch_fp8.state_dict``):
+
+    * ``fp8_slots`` (3, 4) float32: ``{scale_inv, scale, amax, cursor}`` of input, weight and output gradient. amax is
+      the maximum since the last update, cursor the place in the history that was written last (0: no history yet).
+    * ``fp8_history`` (3, length) float32: a ring of the amaxes of earlier updates.
+
+    They stay float32 when the module is cast, and move with it.
+
+    Raises TypeError for other dtypes, RuntimeError for shapes or devices that do not fit, all before any kernel runs.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Recipe | None = None,
+        auto_update: bool = True,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._make_fp8(DelayedScaling() if recipe is None else recipe, auto_update)
+
+    def _make_fp8(self, recipe: Recipe, auto_update: bool) -> None:
+        """Give this nn.Linear what an FP8 layer has besides its parameters."""
+        self.recipe = recipe
+        self.auto_update = auto_update
+        self.fp8_enabled = True
+        device = self.weight.device
+        self.register_buffer("fp8_slots", torch.empty(len(ROLES), 4, device=device), persistent=False)
+        history = torch.empty(len(ROLES), recipe.history_length, device=device)
+        self.register_buffer("fp8_history", history, persistent=False)
+        self._join()
+        self.reset_scaling()
+
+    def _join(self) -> None:
+        self._options = self.recipe.options()
+        self._memo = _C.LayerMemo()
+        layers.add(self)
+
+    def _make_plain(self) -> None:
+        """Take away what _make_fp8 gave."""
+        layers.discard(self)
+        for name in ("fp8_slots", "fp8_history"):
+            delattr(self, name)
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("recipe", "auto_update", "fp8_enabled", "_options", "_memo", "_scaling_was_loaded"):
+            delattr(self, name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.fp8_enabled:
+            return F.linear(input, self.weight, self.bias)
+        return _C.linear(input, self.weight, self.bias, self.fp8_slots, self._options, self._memo, self.training)
+
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""
+        super().reset_parameters()
+        if "fp8_slots" in self._buffers:  # nn.Linear's constructor calls this too
+            self.reset_scaling()
+
+    def reset_scaling(self) -> None:
+        """Forget every amax: the next step is scaled by its own tensors, like the first one."""
+        self._scaling_was_loaded = False
+        self._memo = _C.LayerMemo()
+        if self.fp8_slots.is_meta:
+            return
+        constant = isinstance(self.recipe, ConstantScaling)
+        bias = self.recipe.bias if constant else 0
+        grad_bias = bias - self.recipe.grad_margin if constant else 0
+        with torch.no_grad():
+            self.fp8_slots.copy_(_C.new_slots(torch.device("cpu"), bias, grad_bias))
+            self.fp8_history.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        # Seen as integers the state is moved by .cuda() and left alone by .bfloat16(), to the bit.
+        state = {name: self._buffers.pop(name) for name in ("fp8_slots", "fp8_history")}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(state)
+        for name, old in state.items():
+            new = fn(old.view(torch.int32))
+            if new.dtype != torch.int32:  # Module.type() casts integers too
+                new = old.to(new.device).view(torch.int32)
+            self._buffers[name] = new.view(torch.float32)
+        self._memo = _C.LayerMemo()
+        if state["fp8_slots"].is_meta and not self.fp8_slots.is_meta:
+            self.reset_scaling()  # to_empty() left garbage
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Other weights came without their scaling state, so the old state says nothing of them; unless
+        # torch_fp8.load_state_dict was called first.
+        if prefix + "weight" in state_dict and not self._scaling_was_loaded:
+            self.reset_scaling()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_options"], state["_memo"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe}"
+
+
+def fp8_layers(model: nn.Module) -> dict[str, Linear]:
+    """The FP8 layers of a model by name; a layer that occurs twice has its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}

@@ -1,0 +1,165 @@
+"""Recipes: how the scales of a layer are chosen. One frozen object, passed by hand.
+
+All of them quantise as ``q = saturate(round_to_nearest_even(x * scale))`` with one scale for the whole tensor. They
+differ in where the scale comes from. Formats, in the field's words: ``"HYBRID"`` is E4M3 for inputs and weights and
+E5M2 for output gradients, ``"E4M3"`` is E4M3 for all three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from . import _C
+
+_GEMMS = ("fprop", "dgrad", "wgrad")
+_MAX_MARGIN = 31
+
+
+def _check(condition: bool, field: str, expected: str, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"torch_fp8: {field} must be {expected}, got {value!r}")
+
+
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Recipe:
+    """What all recipes share; use one of the three below.
+
+    fp8_format: ``"HYBRID"`` or ``"E4M3"``.
+    fast_accum: which of the three GEMMs (``"fprop"``, ``"dgrad"``, ``"wgrad"``) sum in the tensor core alone, about
+        14 bits on Hopper, instead of promoting partial sums to float32. Faster, less exact; no effect on the CPU.
+    """
+
+    fp8_format: str = "HYBRID"
+    fast_accum: tuple[str, ...] = ("fprop",)
+
+    def __post_init__(self) -> None:
+        _check(self.fp8_format in ("HYBRID", "E4M3"), "fp8_format", "'HYBRID' or 'E4M3'", self.fp8_format)
+        object.__setattr__(self, "fast_accum", tuple(self.fast_accum))
+        _check(set(self.fast_accum) <= set(_GEMMS), "fast_accum", f"names out of {_GEMMS}", self.fast_accum)
+
+    def __repr__(self) -> str:
+        """Only what differs from the defaults, so that a model's layers print in a line each."""
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+    def _options(self, scaling: Any, *, power_of_two: bool, margin: int, grad_margin: int) -> _C.LinearOptions:
+        return _C.LinearOptions(
+            scaling=scaling,
+            e4m3_gradients=self.fp8_format == "E4M3",
+            power_of_two=power_of_two,
+            margin=margin,
+            grad_margin=grad_margin,
+            **{f"fast_{gemm}": gemm in self.fast_accum for gemm in _GEMMS},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DelayedScaling(Recipe):
+    """The scale follows from the amaxes of earlier steps: ``scale = fp8_max / (amax * 2**margin)``.
+
+    amax_history_len: over how many updates (optimizer steps) the maximum is taken.
+    amax_compute_algo: ``"max"`` of the history, or the ``"most_recent"`` amax (a history of length 1).
+    margin: binades left free above the amax, 0 to 31.
+    power_of_two: round each scale down to a power of two, at most 2**31 and at least 2**-31.
+
+    A tensor without history (the first step, a new layer, a loaded checkpoint) is scaled by its own amax. An amax of 0,
+    Inf or NaN leaves scale and history as they were.
+    """
+
+    amax_history_len: int = 1024
+    amax_compute_algo: str = "max"
+    margin: int = 0
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            _is_int(self.amax_history_len, 1, 2**20),
+            "amax_history_len",
+            "an integer from 1 to 2**20",
+            self.amax_history_len,
+        )
+        _check(
+            self.amax_compute_algo in ("max", "most_recent"),
+            "amax_compute_algo",
+            "'max' or 'most_recent'",
+            self.amax_compute_algo,
+        )
+        _check(_is_int(self.margin, 0, _MAX_MARGIN), "margin", f"an integer from 0 to {_MAX_MARGIN}", self.margin)
+        _check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
+
+    @property
+    def history_length(self) -> int:
+        return self.amax_history_len if self.amax_compute_algo == "max" else 1
+
+    def options(self) -> _C.LinearOptions:
+        return self._options(
+            _C.Scaling.delayed, power_of_two=self.power_of_two, margin=self.margin, grad_margin=self.margin
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CurrentScaling(Recipe):
+    """Each tensor is scaled by its own amax, at the price of reading it twice. FP8-AMAX of arXiv 2309.17224.
+
+    power_of_two: round each scale down to a power of two within 2**-31 ... 2**31, as the paper does.
+    grad_margin: binades left free above the amax of output gradients, 0 to 31. The paper uses 3, because its GEMMs
+        sum in FP16; with float32 sums 0 loses nothing.
+    """
+
+    power_of_two: bool = False
+    grad_margin: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
+        _check(
+            _is_int(self.grad_margin, 0, _MAX_MARGIN),
+            "grad_margin",
+            f"an integer from 0 to {_MAX_MARGIN}",
+            self.grad_margin,
+        )
+
+    @property
+    def history_length(self) -> int:
+        return 1
+
+    def options(self) -> _C.LinearOptions:
+        return self._options(
+            _C.Scaling.current, power_of_two=self.power_of_two, margin=0, grad_margin=self.grad_margin
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConstantScaling(Recipe):
+    """One constant power of two for every tensor: ``scale = 2**bias``. FP8-CSCALE of arXiv 2309.17224.
+
+    bias: from -31 to 31. The paper's E4M3 has exponent bias 8 where this hardware's has 7: its value c for inputs and
+        weights is c + 1 here.
+    grad_margin: output gradients are scaled by ``2**(bias - grad_margin)``; 3 in the paper.
+    """
+
+    bias: int = 0
+    grad_margin: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(_is_int(self.bias, -31, 31), "bias", "an integer from -31 to 31", self.bias)
+        _check(
+            _is_int(self.grad_margin, 0, _MAX_MARGIN),
+            "grad_margin",
+            f"an integer from 0 to {_MAX_MARGIN}",
+            self.grad_margin,
+        )
+
+    @property
+    def history_length(self) -> int:
+        return 1
+
+    def options(self) -> _C.LinearOptions:
+        return self._options(_C.Scaling.constant, power_of_two=True, margin=0, grad_margin=self.grad_margin)

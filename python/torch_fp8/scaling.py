@@ -1,0 +1,127 @@
+"""The scaling update: once per optimizer step, by itself or by hand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .linear import ROLES, Linear, fp8_layers
+from .linear import layers as live_layers
+from .recipe import ConstantScaling
+
+
+def update_scales(model: nn.Module) -> None:
+    """One scaling update of every FP8 layer of ``model``: roll the histories, compute the scales, clear the amaxes.
+
+    Runs by itself after ``optimizer.step()`` for every layer that took part in training since its last update; call
+    it by hand for layers with ``auto_update=False``. A role that recorded nothing keeps its scale and its history.
+    Raises ValueError where the model has no FP8 layer.
+    """
+    layers = fp8_layers(model).values()
+    if not layers:
+        raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer to update; torch_fp8.convert it first")
+    _update(layers)
+
+
+def _update(layers: Iterable[Linear]) -> None:
+    by_device: dict[torch.device, list[Linear]] = defaultdict(list)
+    for layer in layers:
+        if not isinstance(layer.recipe, ConstantScaling):
+            by_device[layer.fp8_slots.device].append(layer)
+        layer._scaling_was_loaded = False
+    for group in by_device.values():
+        torch.ops.torch_fp8.update_scales_(
+            [layer.fp8_slots for layer in group],
+            [layer.fp8_history for layer in group],
+            [target for layer in group for target in layer._options.targets()],
+            [int(layer.recipe.power_of_two) for layer in group],
+        )
+    for layer in layers:
+        layer._memo.after_update()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    layers = [layer for layer in live_layers if layer._memo.used and layer.auto_update]
+    if layers:
+        _update(layers)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The scaling state of a model, to be saved beside its weights and its optimizer: a dict of plain float32 tensors,
+    ``"<layer>.fp8_slots"`` (3, 4) and ``"<layer>.fp8_history"`` (3, length), copied. Layers with ConstantScaling have
+    none."""
+    return {key: tensor.detach().clone() for key, tensor in _state(model).items()}
+
+
+def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Restore what :func:`state_dict` gave, before or after the weights are loaded.
+
+    Everything is checked first: on a KeyError (entries missing or surplus), TypeError or ValueError (not a float32
+    tensor, another shape, values no scaling state can have) the model is as it was.
+    """
+    own = _state(model)
+    if not isinstance(state, dict):
+        raise TypeError(f"torch_fp8: the scaling state must be a dict of tensors, got {type(state).__name__}")
+    missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or surplus:
+        raise KeyError(
+            f"torch_fp8: the scaling state does not fit the model: missing {_few(missing)}, surplus {_few(surplus)}; "
+            "convert the model as it was converted when the state was saved"
+        )
+    for key, tensor in own.items():
+        _check_entry(key, state[key], tensor)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+    for layer in fp8_layers(model).values():
+        layer._join()  # what the host knew of the old state is void
+        layer._scaling_was_loaded = True
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{buffer}" if name else buffer: getattr(layer, buffer)
+        for name, layer in fp8_layers(model).items()
+        if not isinstance(layer.recipe, ConstantScaling)
+        for buffer in ("fp8_slots", "fp8_history")
+    }
+
+
+def _few(names: list[str]) -> str:
+    return "none" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_entry(key: str, value: Any, own: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"torch_fp8: {key} must be a float32 tensor, got {what}")
+    if value.shape != own.shape:
+        hint = "" if key.endswith("slots") else "; the recipe's amax_history_len must be the one it was saved with"
+        raise ValueError(f"torch_fp8: {key} must have shape {list(own.shape)}, got {list(value.shape)}{hint}")
+    value = value.detach().cpu()
+    if key.endswith("history"):
+        sound = bool((value.isfinite() & (value >= 0)).all())
+    else:
+        scale_inv, scale, amax, cursor = value.unbind(1)
+        sound = bool(
+            (scale.isfinite() & (scale > 0) & (scale_inv == 1 / scale)).all()
+            and ((amax >= 0) | amax.isnan()).all()
+            and ((cursor >= 0) & (cursor <= 2**20) & (cursor == cursor.round())).all()
+        )
+    if not sound:
+        raise ValueError(f"torch_fp8: {key} holds values that no scaling state has: the checkpoint is damaged")
+
+
+def scales(layer: Linear) -> dict[str, float]:
+    """The current scale of each role of a layer; NaN where a role has no history and so no scale of its own yet."""
+    slots = layer.fp8_slots.detach().cpu()
+    has_scale = (slots[:, 3] > 0) | torch.tensor(isinstance(layer.recipe, ConstantScaling))
+    return {role: slots[i, 1].item() if has_scale[i] else float("nan") for i, role in enumerate(ROLES)}
