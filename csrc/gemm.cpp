@@ -70,9 +70,9 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
   at::Tensor padded_bias;
   if (bias) {
     padded_bias = is_padded ? at::constant_pad_nd(*bias, {0, args.n - n}) : bias->contiguous();
-    if (args.out_type == Type::kFloat32 || !is_aligned(padded_bias.const_data_ptr())) {
+    if (args.out_type == Type::kFloat32 || !is_aligned(padded_bias.const_data_ptr()) || args.k == 0) {
       // cuBLASLt's epilogue takes no float32 bias, and rounding it to 16 bits would lose what the caller has: start
-      // from it instead. The same for a bias that lies at an odd address.
+      // from it instead. The same for a bias that lies at an odd address, and for an empty sum.
       target.copy_(padded_bias.expand_as(target));
       args.accumulate = true;
     } else {

@@ -1,4 +1,5 @@
 // The table of contents: every op's schema, and where it runs.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "torch_fp8/ops.h"
@@ -64,6 +65,11 @@ TORCH_LIBRARY(torch_fp8, m) {
 
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
+TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
+  for (const char* name : {"quantize", "gemm", "gemm_accumulate_", "update_scales_"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
   m.impl("gemm", gemm_meta);

@@ -1,0 +1,45 @@
+# make demo   trains a small GPT in BF16 and in FP8 and draws both (a 124M one on a GPU)
+# make test   builds everything and runs all tests
+# make lint   formatters and linters
+# Each installs what it needs in .venv. PYTHON chooses the interpreter, TORCH the PyTorch to install.
+PYTHON ?= python3
+TORCH ?= torch==2.11.0
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+export TORCH_FP8_CMAKE_ARGS := -DTORCH_FP8_TESTS=ON -DTORCH_FP8_WERROR=ON
+
+CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu')
+
+.PHONY: demo test build lint format clean
+
+demo: build
+	python examples/train.py --out runs/demo --overwrite
+
+test: build
+	pytest
+	ctest --test-dir build --output-on-failure
+
+build: $(VENV)/ready
+	pip install --quiet --no-build-isolation --no-deps --editable .
+	python -c "import torch_fp8; print('torch_fp8:', torch_fp8.build_info()['note'])"
+
+lint: $(VENV)/ready
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/ready
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP)
+
+# nvcc comes from the machine; where there is none, from PyPI in the CUDA version of torch.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check $(TORCH) -r requirements.txt
+	tools/install_nvcc.sh
+	touch $@
+
+clean:
+	rm -rf build runs python/torch_fp8/_C*.so python/torch_fp8/_build.py python/torch_fp8/lib python/torch_fp8/include

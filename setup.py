@@ -1,0 +1,66 @@
+"""pip's way into CMake. CMakeLists.txt is the build; this file finds PyTorch, runs it and says what goes where.
+
+An extension fits one minor version of PyTorch, so it is built against the one that is installed (also under pip's
+build isolation, which hides it from imports) and requires that one. Where none is installed, pip brings one.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+DEFAULT_TORCH = "torch==2.11.0"  # the version that the GPU figures were measured with
+
+
+def find_torch() -> Path | None:
+    # Under build isolation sys.path holds only the build requirements; purelib is the environment's own folder.
+    candidates = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path]
+    folders = (Path(folder) / "torch" for folder in candidates)
+    return next((folder.resolve() for folder in folders if (folder / "version.py").exists()), None)
+
+
+def torch_requirement() -> str:
+    torch = find_torch()
+    if torch is None:
+        return DEFAULT_TORCH
+    version = re.search(r"__version__ = '(\d+\.\d+)", (torch / "version.py").read_text())[1]
+    return f"torch=={version}.*"
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install into the package's folder. TORCH_FP8_CMAKE_ARGS adds arguments."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = find_torch()
+        if torch is None:
+            raise SystemExit("torch_fp8: no PyTorch to build against; pip install torch first")
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # An editable install keeps its build tree, where ctest finds the C++ tests.
+        build = ROOT / "build" if self.inplace else Path(self.build_temp).resolve()
+        configure = ["-G", "Ninja", f"-DTORCH_ROOT={torch}", f"-DPython3_EXECUTABLE={sys.executable}"]
+        configure += shlex.split(os.environ.get("TORCH_FP8_CMAKE_ARGS", ""))
+        for arguments in (
+            ["-S", str(ROOT), "-B", str(build), *configure],
+            ["--build", str(build)],
+            ["--install", str(build), "--prefix", str(package)],
+        ):
+            subprocess.run(["cmake", *arguments], check=True)
+
+
+setup(
+    version=re.search(r"project\(torch_fp8 VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1],
+    packages=["torch_fp8"],
+    package_dir={"": "python"},
+    package_data={"torch_fp8": ["py.typed"]},
+    ext_modules=[Extension("torch_fp8._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[] if find_torch() else [DEFAULT_TORCH],
+    install_requires=[torch_requirement()],
+)

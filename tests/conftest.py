@@ -1,0 +1,24 @@
+"""Every test body runs on every device. On a machine that promises a GPU (TORCH_FP8_REQUIRE_CUDA=1) a missing one is a
+failure, not a skip."""
+
+import os
+
+import pytest
+import torch
+
+import torch_fp8 as fp8
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not (torch.cuda.is_available() and fp8.build_info()["cuda"]):
+        why = "no GPU, or a CPU-only build of torch_fp8"
+        if os.environ.get("TORCH_FP8_REQUIRE_CUDA") == "1":
+            pytest.fail(f"TORCH_FP8_REQUIRE_CUDA=1, but {why}")
+        pytest.skip(why)
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)

@@ -1,0 +1,61 @@
+"""What the library must compute, in a few lines of plain PyTorch and numpy that share nothing with it."""
+
+import numpy as np
+import torch
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+MAX = {E4M3: 448.0, E5M2: 57344.0}
+# Rounding to nearest is off by at most half a unit in the last place: a relative 2^-(mantissa bits + 1), or in the
+# subnormal range half the smallest number.
+RELATIVE = {E4M3: 2.0**-4, E5M2: 2.0**-3}
+ABSOLUTE = {E4M3: 2.0**-10, E5M2: 2.0**-17}
+# Half a unit in the last place of an output.
+OUTPUT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
+
+
+def codes(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """(x * scale) in FP8 as uint8: float32 product, saturated, rounded to nearest even by PyTorch; NaN is 0x7F."""
+    scaled = (x.float() * torch.tensor(scale, dtype=torch.float32)).clamp(-MAX[dtype], MAX[dtype])
+    out = scaled.to(dtype).view(torch.uint8)
+    return torch.where(scaled.isnan(), torch.full_like(out, 0x7F), out)
+
+
+def exact_scale(amax: float, dtype: torch.dtype, margin: int = 0) -> float:
+    """fp8_max / (amax * 2^margin) in float32, between 2^-126 and 2^126; 1 where the amax says nothing."""
+    if not 0 < amax < float("inf"):
+        return 1.0
+    with np.errstate(over="ignore"):
+        scale = np.float32(MAX[dtype] * 2.0**-margin) / np.float32(amax)
+    return float(np.clip(scale, np.float32(2.0**-126), np.float32(2.0**126)))
+
+
+def power_of_two_scale(amax: float, dtype: torch.dtype, margin: int = 0) -> float:
+    """2^b with b = clip(floor(log2(fp8_max / amax)) - margin, -31, 31), as arXiv 2309.17224 has it."""
+    if not 0 < amax < float("inf"):
+        return 1.0
+    b = int(np.floor(np.log2(np.float64(MAX[dtype]) / np.float64(amax)))) - margin
+    return 2.0 ** max(-31, min(31, b))
+
+
+def quantised(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """x after its way through FP8, in float64."""
+    return codes(x, scale, dtype).view(dtype).double() / scale
+
+
+def amax(x: torch.Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def rounding(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The largest error that rounding to FP8 can make in each element of x (where nothing saturates)."""
+    return (RELATIVE[dtype] * x.double().abs()).clamp(min=ABSOLUTE[dtype] / scale)
+
+
+def accumulation(device: torch.device, k: int) -> float:
+    """Error of a sum of k products, in parts of the sum of their magnitudes.
+
+    CPU: float32, k additions of half a unit in the last place each. Hopper's tensor core aligns the products of an
+    instruction (32 of them) to the largest and cuts them off 13 bits below it (DeepSeek-V3 report, 3.3.2): 2^-13 of
+    the running magnitude, once an instruction.
+    """
+    return k * 2.0**-24 if device.type == "cpu" else min(k / 32 + 1, 32) * 2.0**-13

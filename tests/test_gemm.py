@@ -1,0 +1,92 @@
+"""gemm and gemm_accumulate_ against float64."""
+
+import pytest
+import torch
+
+from oracle import E4M3, E5M2, OUTPUT, accumulation
+
+gemm = torch.ops.torch_fp8.gemm
+OUT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def operand(rows: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(rows, k, device=device).mul_(3).to(dtype)
+
+
+def scale_inv(value: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor([value], device=device)
+
+
+def product(a, b, sa, sb, device):
+    """The exact product, and how far a sum on this device may be off."""
+    a, b, s = a.double(), b.double(), sa.double() * sb.double()
+    return a @ b.t() * s, accumulation(device, a.shape[1]) * (a.abs() @ b.abs().t()) * s.abs()
+
+
+def assert_within(out, exact, bound):
+    error = (out.double() - exact).abs()
+    assert (error <= bound).all(), f"error over bound by {(error / bound.clamp(min=1e-300)).max().item():.3g}"
+
+
+@pytest.mark.parametrize("formats", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2)])
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("fast_accum", [False, True])
+@pytest.mark.parametrize("mnk", [(16, 16, 16), (1, 48, 32), (100, 257, 64), (257, 7, 1008), (384, 512, 2048)])
+def test_product(device, formats, out_dtype, with_bias, fast_accum, mnk):
+    m, n, k = mnk
+    a, b = operand(m, k, formats[0], device), operand(-(-n // 16) * 16, k, formats[1], device)
+    sa, sb = scale_inv(0.03, device), scale_inv(2.5, device)
+    bias = torch.randn(n, device=device).to(out_dtype) if with_bias else None
+    out = gemm(a, b, sa, sb, bias, [m, n], out_dtype, fast_accum)
+    assert out.shape == (m, n) and out.dtype == out_dtype and out.is_contiguous()
+    exact, bound = product(a, b[:n], sa, sb, device)
+    if with_bias:
+        exact += bias.double()
+    assert_within(out, exact, bound + OUTPUT[out_dtype] * exact.abs())
+
+
+def test_output_of_any_rank_and_spare_rows(device):
+    a, b = operand(32, 64, E4M3, device), operand(48, 64, E4M3, device)
+    one = scale_inv(1.0, device)
+    out = gemm(a, b, one, one, None, [2, 3, 5, 48], torch.float32)
+    assert torch.equal(out.view(30, 48), gemm(a, b, one, one, None, [32, 48], torch.float32)[:30])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [64, 50])
+def test_accumulate(device, dtype, n):
+    a, b = operand(48, 128, E5M2, device), operand(64, 128, E4M3, device)
+    sa, sb = scale_inv(0.5, device), scale_inv(0.25, device)
+    start = torch.randn(48, n, device=device).to(dtype)
+    out = start.clone()
+    assert torch.ops.torch_fp8.gemm_accumulate_(out, a, b, sa, sb) is None
+    exact, bound = product(a, b[:n], sa, sb, device)
+    assert_within(out, start.double() + exact, bound + OUTPUT[dtype] * (start.double().abs() + exact.abs()))
+
+
+@pytest.mark.parametrize("size", [[0, 32], [3, 0], [0, 0]])
+def test_empty_output(device, size):
+    one = scale_inv(1.0, device)
+    out = gemm(operand(16, 32, E4M3, device), operand(32, 32, E4M3, device), one, one, None, size, torch.bfloat16)
+    assert list(out.shape) == size
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_empty_sum(device, with_bias):
+    one = scale_inv(1.0, device)
+    empty = torch.empty(16, 0, device=device).to(E4M3)
+    bias = torch.randn(16, device=device).bfloat16() if with_bias else None
+    out = gemm(empty, empty, one, one, bias, [16, 16], torch.bfloat16)
+    assert torch.equal(out, bias.expand(16, 16) if with_bias else torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("k", [16, 4112, 16400])
+def test_same_bits_again(device, k):
+    """k with few divisors, where an uneven split of the sum would be wrong, and no atomics decide the order."""
+    a, b = operand(64, k, E4M3, device), operand(64, k, E4M3, device)
+    one = scale_inv(1.0, device)
+    first = gemm(a, b, one, one, None, [64, 64], torch.float32)
+    assert_within(first, *product(a, b, one, one, device))
+    for _ in range(5):
+        assert torch.equal(gemm(a, b, one, one, None, [64, 64], torch.float32), first)

@@ -1,0 +1,64 @@
+"""What the dispatcher knows of the ops: schemas, fake implementations, and that they refuse to be differentiated."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import torch_fp8
+from oracle import E4M3, E5M2
+
+ops = torch.ops.torch_fp8
+
+
+def fp8(rows, cols, dtype, device):
+    return torch.randn(rows, cols, device=device).to(dtype)
+
+
+def samples(device):
+    """Arguments of every op, some of each kind."""
+    slots = torch_fp8._C.new_slots(device)
+    x = torch.randn(3, 5, 40, device=device).bfloat16()
+    one = torch.ones(1, device=device)
+    a, b = fp8(20, 32, E5M2, device), fp8(48, 32, E4M3, device)
+    yield ops.quantize, (x, slots, 0, E4M3), {}
+    yield ops.quantize, (x, slots, 2, E5M2), {"columnwise": True, "rowwise": False, "dbias": torch.float32}
+    yield ops.quantize, (x.float(), slots, 1, E4M3), {"own_amax": True, "power_of_two": True, "record": False}
+    yield ops.gemm, (a, b, one, one.clone(), None, [4, 5, 48], torch.bfloat16), {}
+    yield ops.gemm, (a, b, one, one.clone(), torch.randn(41, device=device), [20, 41], torch.float32), {}
+    yield ops.gemm_accumulate_, (torch.zeros(20, 48, device=device), a, b, one, one.clone()), {}
+    states = [torch_fp8._C.new_slots(device) for _ in range(2)]
+    histories = [torch.zeros(3, n, device=device) for n in (1, 16)]
+    yield ops.update_scales_, (states, histories, [448.0, 448.0, 57344.0] * 2, [0, 1]), {}
+
+
+def is_fp8(arg):
+    return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_opcheck(device, index):
+    op, args, kwargs = list(samples(device))[index]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(map(is_fp8, args)):
+        # PyTorch's schema check compares arguments with allclose, which has no FP8 kernels; see the next test.
+        checks.remove("test_schema")
+    opcheck(op.default, args, kwargs, test_utils=checks)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_only_what_the_schema_names_is_mutated(device, index):
+    op, args, kwargs = list(samples(device))[index]
+    tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)
+               for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, torch.Tensor)]  # fmt: skip
+    before = [t.view(torch.uint8).clone() for _, t in tensors]
+    op(*args, **kwargs)
+    for (argument, after), was in zip(tensors, before):
+        mutable = argument.alias_info is not None and argument.alias_info.is_write
+        assert mutable or torch.equal(after.view(torch.uint8), was), argument.name
+
+
+def test_an_op_alone_refuses_to_be_differentiated(device):
+    x = torch.randn(16, 16, device=device, requires_grad=True)
+    q = ops.quantize(x, torch_fp8._C.new_slots(device), 0, E4M3)[0]
+    with pytest.raises(RuntimeError, match=r"torch_fp8::quantize|does not require grad"):
+        q.float().sum().backward()

@@ -1,0 +1,145 @@
+"""quantize: codes, transposes, padding, amax, scale_inv and column sums."""
+
+import pytest
+import torch
+
+import torch_fp8
+from oracle import E4M3, E5M2, MAX, amax, codes, exact_scale, power_of_two_scale
+
+quantize = torch.ops.torch_fp8.quantize
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INF, NAN = float("inf"), float("nan")
+
+
+def slots_with(scale: float, device: torch.device) -> torch.Tensor:
+    slots = torch_fp8._C.new_slots(device)
+    slots[:, 0], slots[:, 1] = 1 / slots.new_tensor(scale), scale
+    return slots
+
+
+def every_bfloat16(device: torch.device) -> torch.Tensor:
+    return torch.arange(2**16, dtype=torch.int32, device=device).to(torch.uint16).view(torch.bfloat16).view(256, 256)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_codes_of_every_bfloat16_value(device, dtype):
+    x = every_bfloat16(device)
+    for scale in [2.0**-126, 1e-20, 2.0**-9, 0.3, 1.0, 1.7, 448.0, 3.1e4, 1e30, 2.0**126]:
+        q, q_t, scale_inv, _ = quantize(x, slots_with(scale, device), 1, dtype, columnwise=True)
+        assert torch.equal(q.cpu().view(torch.uint8), codes(x.cpu(), scale, dtype)), scale
+        assert same_bits(q_t, q.t().contiguous())
+        assert scale_inv.item() == 1 / torch.tensor(scale).item() or scale_inv.item() == (1 / torch.tensor(scale))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (1, 1), (7, 17), (100, 257), (128, 128), (129, 4097), (1000, 24), (300, 512)])
+def test_layouts_and_padding(device, dtype, x_dtype, shape):
+    x = torch.randn(shape, device=device).to(x_dtype)
+    slots = slots_with(20.0, device)
+    q, q_t, _, dbias = quantize(x, slots, 0, dtype, columnwise=True, dbias=torch.float32)
+    m, k = shape
+    assert q.shape == (-(-m // 16) * 16, -(-k // 16) * 16)
+    expected = torch.zeros(q.shape, dtype=torch.uint8)
+    expected[:m, :k] = codes(x.cpu(), 20.0, dtype)
+    assert torch.equal(q.cpu().view(torch.uint8), expected)
+    assert torch.equal(q_t.cpu().view(torch.uint8), expected.t())
+    assert slots[0, 2].item() == amax(x.cpu())
+    assert slots[1:, 2].count_nonzero() == 0  # other roles see nothing
+    # m float32 additions of half a unit in the last place each.
+    bound = m * 2.0**-24 * x.double().abs().sum(0)
+    assert ((dbias.double() - x.double().sum(0)).abs() <= bound).all()
+
+
+def test_only_what_is_asked_for(device):
+    x = torch.randn(32, 48, device=device)
+    slots = slots_with(1.0, device)
+    q, q_t, _, dbias = quantize(x, slots, 0, E4M3, record=False)
+    assert (q.numel(), q_t.numel(), dbias.numel()) == (32 * 48, 0, 0)
+    assert slots[0, 2] == 0
+    q, q_t, _, dbias = quantize(x, slots, 0, E4M3, rowwise=False, columnwise=True, dbias=torch.bfloat16)
+    assert (q.numel(), q_t.numel(), dbias.shape, dbias.dtype) == (0, 32 * 48, (48,), torch.bfloat16)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_strides(device, x_dtype):
+    base = torch.randn(40, 72, 6, device=device).to(x_dtype)
+    views = {
+        "transposed": base[:, :, 0].t(),
+        "stepped": base[::2, 1::3, 2],
+        "offset": base.reshape(40, -1)[:, 3:],
+        "expanded": base[0, :, :1].t().expand(33, 72),
+        "permuted": base.permute(2, 0, 1),
+        "vector": base[3, :, 1],
+    }
+    for name, x in views.items():
+        dense = x.contiguous()
+        results = [quantize(t, slots_with(3.0, device), 2, E5M2, columnwise=True) for t in (x, dense)]
+        for ours, theirs in zip(*results):
+            assert same_bits(ours, theirs), name
+        rows = dense.reshape(-1, dense.shape[-1])
+        assert torch.equal(results[0][0].cpu().view(torch.uint8)[: len(rows), : rows.shape[1]],
+                           codes(rows.cpu(), 3.0, E5M2)), name  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-12, 1.0, 1.75, 1.7500001, 3.3e38])
+def test_own_amax(device, dtype, power_of_two, margin, magnitude):
+    x = torch.rand(70, 90, device=device) - 0.5
+    x[3, 4] = 1.0
+    x = x * magnitude
+    slots = slots_with(7.0, device)
+    q, _, scale_inv, _ = quantize(x, slots, 0, dtype, own_amax=True, power_of_two=power_of_two, margin=margin)
+    scale = (power_of_two_scale if power_of_two else exact_scale)(amax(x.cpu()), dtype, margin)
+    assert scale_inv.item() == (1 / torch.tensor(scale)).item()
+    assert torch.equal(q.cpu().view(torch.uint8)[:70, :90], codes(x.cpu(), scale, dtype))
+    assert slots[0, 2].item() == amax(x.cpu())
+    assert slots[0, 1] == 7.0  # the slot's own scale changes only in an update
+
+
+@pytest.mark.parametrize("special", [0.0, INF, -INF, NAN])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_values_that_say_nothing_of_the_scale(device, special, x_dtype):
+    x = torch.full((20, 30), special, device=device).to(x_dtype)
+    slots = slots_with(7.0, device)
+    q, _, scale_inv, _ = quantize(x, slots, 0, E4M3, own_amax=True)
+    assert scale_inv.item() == 1.0
+    expected = {0.0: 0x00, INF: 0x7E, -INF: 0xFE}.get(special, 0x7F)
+    assert (q.view(torch.uint8)[:20, :30] == expected).all()
+    recorded = slots[0, 2].item()
+    assert recorded != recorded if special != special else recorded == abs(special)
+
+
+def test_one_nan_is_seen_beside_infinity_and_survives(device):
+    x = torch.randn(300, 200, device=device).bfloat16()
+    x[17, 5], x[250, 199] = INF, NAN
+    slots = slots_with(1.0, device)
+    q, q_t, _, _ = quantize(x, slots, 0, E5M2, columnwise=True)
+    assert slots[0, 2].isnan()
+    assert q.float()[:300, :200].isnan().nonzero().tolist() == [[250, 199]]
+    assert q_t.float().isnan().nonzero().tolist() == [[199, 250]]
+    assert q.float()[17, 5] == MAX[E5M2]
+
+
+def test_amax_only_rises(device):
+    slots = slots_with(1.0, device)
+    for peak, expected in [(3.0, 3.0), (2.0, 3.0), (5.0, 5.0), (0.0, 5.0)]:
+        quantize(torch.full((5, 5), peak, device=device), slots, 1, E4M3)
+        assert slots[1, 2] == expected
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (3, 0), (0, 0), (2, 0, 16)])
+def test_empty(device, shape):
+    slots = slots_with(2.0, device)
+    q, q_t, _, dbias = quantize(torch.empty(shape, device=device), slots, 0, E4M3, columnwise=True, own_amax=True,
+                                dbias=torch.float32)  # fmt: skip
+    rows = torch.Size(shape[:-1]).numel()
+    assert q.shape == (-(-rows // 16) * 16, -(-shape[-1] // 16) * 16) and q_t.shape == q.t().shape
+    assert torch.equal(dbias.cpu(), torch.zeros(shape[-1]))
+    assert slots[0, 2] == 0
