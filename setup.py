@@ -37,13 +37,15 @@ def torch_requirement() -> str:
 class CMakeBuild(build_ext):
     """Configure, build and install into the package's folder. TORCH_FP8_CMAKE_ARGS adds arguments."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
         torch = find_torch()
         if torch is None:
             raise SystemExit("torch_fp8: no PyTorch to build against; pip install torch first")
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # An editable install keeps its build tree, where ctest finds the C++ tests.
-        build = ROOT / "build" if self.inplace else Path(self.build_temp).resolve()
+        if self.editable_mode or self.inplace:
+            # The build tree stays, and ctest finds the C++ tests in it.
+            build, package = ROOT / "build", ROOT / "python" / "torch_fp8"
+        else:
+            build, package = Path(self.build_temp).resolve(), Path(self.build_lib).resolve() / "torch_fp8"
         configure = ["-G", "Ninja", f"-DTORCH_ROOT={torch}", f"-DPython3_EXECUTABLE={sys.executable}"]
         configure += shlex.split(os.environ.get("TORCH_FP8_CMAKE_ARGS", ""))
         for arguments in (
@@ -52,6 +54,13 @@ class CMakeBuild(build_ext):
             ["--install", str(build), "--prefix", str(package)],
         ):
             subprocess.run(["cmake", *arguments], check=True)
+
+    # CMake has put every file where it belongs; setuptools has nothing to copy.
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
 
 
 setup(

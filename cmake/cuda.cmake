@@ -32,7 +32,7 @@ if(TORCH_FP8_HAS_CUDA)
   message(STATUS "torch_fp8: CUDA backend for sm_90a with nvcc ${nvcc_version} (${TORCH_FP8_NVCC})")
   set(CMAKE_CUDA_COMPILER "${TORCH_FP8_NVCC}")
   set(CMAKE_CUDA_ARCHITECTURES 90a-real)
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # the one that torch loads
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # linked below: the one that torch loads
   # PyPI's toolkit has its libraries under names with a version only, which a linker test would not find.
   set(CMAKE_CUDA_COMPILER_FORCED ON)
   enable_language(CUDA)

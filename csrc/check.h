@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "torch_fp8/kernels.h"
 
@@ -53,6 +54,11 @@ inline void check_slots(const at::Tensor& slots, int64_t rows) {
 }
 
 inline Slot* slots_of(const at::Tensor& slots) { return static_cast<Slot*>(slots.data_ptr()); }
+
+// The ops choose their own precision: under torch.autocast the PyTorch functions they call would cast behind their back.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 // The product of every size but the last, also where the last is 0.
 inline int64_t leading_size(at::IntArrayRef size) { return c10::multiply_integers(size.slice(0, size.size() - 1)); }

@@ -56,6 +56,7 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
   const int64_t m = leading_size(size), n = size.back();
   GemmArgs args = check_gemm(a, b, a_scale_inv, b_scale_inv, m, n, dtype, fast_accum);
   const c10::DeviceGuard guard(a.device());
+  const NoAutocast no_autocast;
   if (bias) {
     TORCH_CHECK(bias->scalar_type() == dtype && bias->dim() == 1 && bias->size(0) == n, "torch_fp8: bias must be ",
                 dtype, " of shape [", n, "], got ", bias->scalar_type(), " ", bias->sizes());
@@ -101,6 +102,7 @@ void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tens
   GemmArgs args = check_gemm(a, b, a_scale_inv, b_scale_inv, m, n, out.scalar_type(), fast_accum);
   if (out.numel() == 0 || args.k == 0) return;
   const c10::DeviceGuard guard(a.device());
+  const NoAutocast no_autocast;
   if (args.n != n) {
     out.add_(gemm(a, b, a_scale_inv, b_scale_inv, {}, out.sizes(), at::kFloat, fast_accum));
     return;

@@ -192,7 +192,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
                   const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
                   bool training) {
   const auto device = x.device().type();
-  const bool autocast = at::autocast::is_autocast_enabled(device);
+  const bool autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
   check_linear(x, weight, bias, slots, autocast);
   const auto y_dtype = autocast ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
   type_of(y_dtype, "the autocast dtype");

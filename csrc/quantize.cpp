@@ -37,6 +37,7 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   check_quantize(x, slots, role, options.margin);
   const bool on_cuda = x.is_cuda();
   const c10::DeviceGuard guard(x.device());
+  const NoAutocast no_autocast;
 
   const at::Tensor x2 = as_matrix(x);
   const Matrix matrix = matrix_of(x2);
@@ -70,8 +71,8 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
   (on_cuda ? cuda::quantize : cpu::quantize)(args);
 
-  out.dbias = options.dbias ? column_sums.narrow(1, 0, matrix.cols).sum(0, false, *options.dbias)
-                            : at::empty({0}, fp32);
+  // Summed in float32 and rounded once: sum's own dtype argument would round the summands.
+  out.dbias = options.dbias ? column_sums.narrow(1, 0, matrix.cols).sum(0).to(*options.dbias) : at::empty({0}, fp32);
   return out;
 }
 

@@ -9,14 +9,26 @@ import torch
 import torch_fp8 as fp8
 
 
+def _need_cuda() -> None:
+    if torch.cuda.is_available() and fp8.build_info()["cuda"]:
+        return
+    why = "no GPU, or a CPU-only build of torch_fp8"
+    if os.environ.get("TORCH_FP8_REQUIRE_CUDA") == "1":
+        pytest.fail(f"TORCH_FP8_REQUIRE_CUDA=1, but {why}")
+    pytest.skip(why)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    if request.param == "cuda" and not (torch.cuda.is_available() and fp8.build_info()["cuda"]):
-        why = "no GPU, or a CPU-only build of torch_fp8"
-        if os.environ.get("TORCH_FP8_REQUIRE_CUDA") == "1":
-            pytest.fail(f"TORCH_FP8_REQUIRE_CUDA=1, but {why}")
-        pytest.skip(why)
+    if request.param == "cuda":
+        _need_cuda()
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda():
+    _need_cuda()
+    return torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ constexpr int kCandidates = 16;
 constexpr size_t kMaxPlans = 4096;            // per thread; about 1 KB each
 
 void check(cublasStatus_t status, const char* what) {
-  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "torch_fp8: ", what, " failed: ", cublasLtGetStatusString(status),
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "torch_fp8: ", what, " failed: ", "status ", static_cast<int>(status),
               " (CUBLASLT_LOG_LEVEL=5 in the environment prints the reason)");
 }
 
@@ -137,21 +137,30 @@ class Plan {
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, problem.out_alignment);
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, problem.out_alignment);
 
+    if (take_first_right_one(preference, problem.k)) return;
+    // Every candidate split the sum in a way that goes wrong: ask for those that do not split it.
+    set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
+    TORCH_CHECK(take_first_right_one(preference, problem.k), "torch_fp8: cuBLASLt ", cublasLtGetVersion(),
+                " has no algorithm for an FP8 product of (", problem.m, ", ", problem.k, ") and (", problem.n, ", ",
+                problem.k, ")^T; keep this layer in 16 bits with torch_fp8.convert's filter "
+                "(CUBLASLT_LOG_LEVEL=5 in the environment prints cuBLASLt's reason)");
+  }
+
+  bool take_first_right_one(const Preference& preference, int64_t k) {
     cublasLtMatmulHeuristicResult_t results[kCandidates];
     int count = 0;
     const cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(at::cuda::getCurrentCUDABlasLtHandle(), desc_.get(), b_.get(), a_.get(),
                                        out_.get(), out_.get(), preference.get(), kCandidates, results, &count);
-    for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < count; ++i) {
-      if (results[i].state != CUBLAS_STATUS_SUCCESS || gives_wrong_results(results[i].algo, problem.k)) continue;
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED) return false;
+    check(status, "cublasLtMatmulAlgoGetHeuristic");
+    for (int i = 0; i < count; ++i) {
+      if (results[i].state != CUBLAS_STATUS_SUCCESS || gives_wrong_results(results[i].algo, k)) continue;
       algorithm_ = results[i].algo;
       workspace_bytes_ = results[i].workspaceSize;
-      return;
+      return true;
     }
-    TORCH_CHECK(false, "torch_fp8: cuBLASLt ", cublasLtGetVersion(), " has no algorithm for an FP8 product of (",
-                problem.m, ", ", problem.k, ") and (", problem.n, ", ", problem.k, ")^T: ",
-                cublasLtGetStatusString(status), ", ", count, " candidates; keep this layer in 16 bits with "
-                "torch_fp8.convert's filter");
+    return false;
   }
 
   // Algorithm 66 (every FP8 kernel of Hopper) sums wrongly where its split of k is uneven: cuBLAS release notes, known

@@ -77,7 +77,7 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
             "convert the model as it was converted when the state was saved"
         )
     for key, tensor in own.items():
-        _check_entry(key, state[key], tensor)
+        _check_entry(key, state[key], tensor, length=own[key.replace("fp8_slots", "fp8_history")].shape[1])
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
@@ -99,7 +99,7 @@ def _few(names: list[str]) -> str:
     return "none" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _check_entry(key: str, value: Any, own: torch.Tensor) -> None:
+def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
         what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"torch_fp8: {key} must be a float32 tensor, got {what}")
@@ -114,7 +114,7 @@ def _check_entry(key: str, value: Any, own: torch.Tensor) -> None:
         sound = bool(
             (scale.isfinite() & (scale > 0) & (scale_inv == 1 / scale)).all()
             and ((amax >= 0) | amax.isnan()).all()
-            and ((cursor >= 0) & (cursor <= 2**20) & (cursor == cursor.round())).all()
+            and ((cursor >= 0) & (cursor <= length) & (cursor == cursor.round())).all()
         )
     if not sound:
         raise ValueError(f"torch_fp8: {key} holds values that no scaling state has: the checkpoint is damaged")

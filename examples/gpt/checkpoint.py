@@ -1,0 +1,55 @@
+"""Checkpoints: plain tensors and containers in one file, replaced in one step."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import UserError, replacing
+
+State = dict[str, Any]
+
+_ENTRIES = {"identity", "progress", "model", "optimizer", "fp8", "rng"}
+_ANEW = "delete it, or start anew with --overwrite"
+
+
+def save(path: Path, state: State) -> None:
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not write {path}: {reason}; what was there before is unharmed, so make room and "
+                        "go on with --resume") from error  # fmt: skip
+
+
+def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
+    """The checkpoint, on the CPU, or None where there is none. UserError where it is damaged or of another run."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes checksums, but torch.load does not look at them
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in too many ways to list
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} must be a checkpoint of this program, but does not load ({reason}); {_ANEW}"
+        ) from error
+    if not isinstance(state, dict) or state.keys() != _ENTRIES:
+        raise UserError(f"{path} must be a checkpoint of this program, but holds something else; {_ANEW}")
+    differing = [
+        f"{name} (was {state['identity'].get(name)}, is {value})"
+        for name, value in identity.items()
+        if state["identity"].get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"--resume must go on with the training of {path}, but differs in {', '.join(differing)}; give the same "
+            "values, or start anew with --overwrite"
+        )
+    return state

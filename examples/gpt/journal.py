@@ -1,0 +1,58 @@
+"""An arm's log: a file of JSON objects, one a line.
+
+    {"step": 1, "loss": ..., "lr": ..., "grad_norm": ..., "tokens": (so far), "seconds": (so far)}
+    {"step": 100, "val_loss": ...}
+    {"step": 100, "scales": {"blocks.0.attn.qkv": {"input": ..., "weight": ..., "grad_output": ...}, ...}}
+
+null stands for a number that is not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .files import UserError, replacing
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """Appends to the log at ``path`` as it was at ``step``: what a killed run logged after its checkpoint is cut off,
+    since a resumed run comes by there again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.records = [record for record in read_journal(path) if record["step"] <= step] if step else []
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in self.records)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as this)
+
+    def write(self, **record: Any) -> None:
+        self.records.append(record)
+        self._file.write(_line(record))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> list[Record]:
+    """Every whole record; a kill can leave half a line at the end. None where there is no file."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} must hold a JSON object a line, but does not: {error}; delete it to go on") from error
+
+
+def _line(record: Record) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

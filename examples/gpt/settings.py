@@ -1,0 +1,125 @@
+"""What a run is: the model's size, what suits it, and which settings must stay the same when a run is resumed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch_fp8 as fp8
+
+from .files import UserError
+from .model import Shape
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and the defaults of its training."""
+
+    shape: Shape
+    context: int
+    batch_tokens: int  # per optimizer step
+    micro_batch: int  # sequences, as many as memory allows
+    steps: int
+    lr: float
+
+
+# tiny is for two CPU cores. From 124M on: GPT-2's models with GPT-3's learning rates, in batches small enough that a
+# few minutes show something.
+SIZES = {
+    "tiny": Size(Shape(4, 4, 128), context=128, batch_tokens=1 << 10, micro_batch=8, steps=400, lr=2e-3),
+    "small": Size(Shape(6, 6, 384), context=256, batch_tokens=1 << 14, micro_batch=64, steps=1000, lr=1e-3),
+    "124M": Size(Shape(12, 12, 768), context=1024, batch_tokens=1 << 16, micro_batch=32, steps=1000, lr=6e-4),
+    "355M": Size(Shape(24, 16, 1024), context=1024, batch_tokens=1 << 16, micro_batch=16, steps=1000, lr=3e-4),
+    "774M": Size(Shape(36, 20, 1280), context=1024, batch_tokens=1 << 16, micro_batch=16, steps=1000, lr=2.5e-4),
+    "1558M": Size(Shape(48, 25, 1600), context=1024, batch_tokens=1 << 16, micro_batch=8, steps=1000, lr=2e-4),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    size: str
+    context: int
+    batch_tokens: int
+    micro_batch: int
+    steps: int
+    lr: float
+    seed: int
+    recipe: fp8.Recipe  # of the FP8 arm
+    eval_every: int
+    eval_batches: int
+    save_every: int
+    time_limit: float | None  # seconds of an arm
+    device: torch.device
+    out: Path
+
+    def __post_init__(self) -> None:
+        # Zero to the last: torch and the loop would fail, or never stop, much later and less clearly.
+        for name in ("context", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "time_limit"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{_flag(name)} must be positive and finite, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+        micro_tokens = self.micro_batch * self.context
+        if self.batch_tokens % micro_tokens:
+            nearest = max(1, round(self.batch_tokens / micro_tokens)) * micro_tokens
+            raise UserError(
+                f"--batch-tokens must be a multiple of --micro-batch x --context = {self.micro_batch} x "
+                f"{self.context} = {micro_tokens}, got {self.batch_tokens}; the nearest is {nearest}"
+            )
+
+    def identity(self, arm: str, fingerprint: str) -> dict[str, str | int | float]:
+        """What decides which weights come out of an arm, and how they and their speed are judged: a resumed run must
+        have the same."""
+        decisive = ("size", "context", "batch_tokens", "micro_batch", "steps", "lr", "seed", "eval_batches")
+        identity = {name: value for name, value in asdict(self).items() if name in decisive}
+        identity |= {"device": device_name(self.device), "data": fingerprint}
+        if arm == "fp8":
+            identity["recipe"] = str(self.recipe)
+        return identity
+
+
+def make_recipe(
+    kind: str, *, amax_history_len: int | None, margin: int | None, bias: int | None
+) -> fp8.DelayedScaling | fp8.CurrentScaling | fp8.ConstantScaling:
+    """A recipe by name. None leaves a field at its default; a field that the recipe has not is an error."""
+    recipes = {
+        "delayed": (fp8.DelayedScaling, {"amax_history_len": amax_history_len, "margin": margin}),
+        "current": (fp8.CurrentScaling, {"grad_margin": margin}),
+        "constant": (fp8.ConstantScaling, {"bias": bias, "grad_margin": margin}),
+    }
+    for flag, value, takers in (("--amax-history-len", amax_history_len, "delayed"), ("--bias", bias, "constant")):
+        if value is not None and kind != takers:
+            raise UserError(f"{flag} belongs to --recipe {takers}, got it with --recipe {kind}")
+    recipe, fields = recipes[kind]
+    try:
+        return recipe(**{name: value for name, value in fields.items() if value is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def fitting_micro_batch(size: Size, batch_tokens: int, context: int) -> int:
+    """The largest micro-batch up to the size's own that divides the batch."""
+    sequences = batch_tokens // max(1, context)
+    return next((n for n in range(min(size.micro_batch, sequences), 0, -1) if sequences % n == 0), 1)
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda needs a GPU that this PyTorch can use, and finds none; use --device cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,211 @@
+"""convert, revert, disabled, summary: the same layers, in FP8 and back."""
+
+import pytest
+import torch
+from torch import nn
+
+import torch_fp8 as fp8
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, width=32, vocabulary=50, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(2))
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+def names(model):
+    return [row.name for row in fp8.summary(model) if row.fp8]
+
+
+BLOCKS = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+
+
+def test_convert_keeps_what_others_hold(device):
+    model = Model().to(device)
+    model.layers[0].up.register_forward_hook(lambda *_: None)
+    objects = [(name, module, list(module.parameters(recurse=False))) for name, module in model.named_modules()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert fp8.convert(model) is model
+    for name, module, parameters in objects:
+        assert model.get_submodule(name) is module
+        assert all(a is b for a, b in zip(parameters, module.parameters(recurse=False)))
+    assert len(model.layers[0].up._forward_hooks) == 1
+    assert isinstance(model.layers[0].up, nn.Linear) and isinstance(model.layers[0].up, fp8.Linear)
+    before = model.layers[0].up.weight.clone()
+    model(torch.arange(10, device=device)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.layers[0].up.weight, before)
+
+
+def test_state_dict_is_that_of_the_plain_twin_both_ways(device):
+    plain, converted = Model().to(device), fp8.convert(Model().to(device))
+    assert plain.state_dict().keys() == converted.state_dict().keys()
+    assert list(plain.state_dict()) == list(converted.state_dict())
+    for ours, theirs in zip(converted.state_dict().values(), plain.state_dict().values()):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    converted.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(converted.state_dict(), strict=True)
+    assert all(map(torch.equal, plain.state_dict().values(), converted.state_dict().values()))
+
+
+def test_default_filter_leaves_the_output_head():
+    model = fp8.convert(Model())
+    assert names(model) == BLOCKS
+    tied = Model(tied=True)
+    tied.unusual_name = tied.lm_head
+    del tied.lm_head
+    assert names(fp8.convert(tied)) == BLOCKS
+    declared = Model()
+    declared.make_logits, declared.lm_head = declared.lm_head, None
+    declared.get_output_embeddings = lambda: declared.make_logits
+    assert names(fp8.convert(declared)) == BLOCKS
+    # A block's own "output" is no head.
+    block = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"output": nn.Linear(16, 16)})])})
+    assert names(fp8.convert(block)) == ["layers.0.output"]
+
+
+def test_filters():
+    by_function = fp8.convert(Model(), filter=lambda module, name: module.in_features == 128)
+    assert names(by_function) == ["layers.0.down", "layers.1.down"]
+    assert names(fp8.convert(Model(), filter=["layers.1.*", "lm_head"])) == [*BLOCKS[2:], "lm_head"]
+    assert names(fp8.convert(nn.Linear(16, 16))) == [""]
+
+
+@pytest.mark.parametrize(
+    "filter, error, match",
+    [
+        (["layers.1.*", "lm_heads"], ValueError, r"'lm_heads' matches none of the 5 linear layers; did you mean lm_head"),
+        (lambda module, name: False, ValueError, r"no layer of Model would be converted.*5 linear layers"),
+        ([], ValueError, "no layer of Model would be converted"),
+        ("lm_head", TypeError, "a function of .* or a list of names, got 'lm_head'"),
+        ([3], TypeError, "a list of names"),
+        (["double"], ValueError, "double .* cannot be FP8: torch.float64"),
+    ],
+)
+def test_a_filter_that_matches_nothing_changes_nothing(filter, error, match):
+    model = Model()
+    if filter == ["double"]:
+        model.double = nn.Linear(4, 4, dtype=torch.float64)
+    with pytest.raises(error, match=match):
+        fp8.convert(model, filter=filter)
+    assert names(model) == [] and not hasattr(model.layers[0].up, "recipe")
+
+
+def test_convert_of_nothing_and_of_a_wrong_recipe():
+    with pytest.raises(ValueError, match="0 linear layers"):
+        fp8.convert(nn.Sequential(nn.ReLU()))
+    with pytest.raises(TypeError, match="recipe must be a DelayedScaling.*got str"):
+        fp8.convert(Model(), recipe="delayed")
+
+
+def test_layers_that_fp8_cannot_take_are_named_with_the_reason():
+    attention = nn.MultiheadAttention(32, 2)
+    model = nn.ModuleDict({"mlp": nn.Linear(32, 32), "attn": attention, "f64": nn.Linear(8, 8, dtype=torch.float64)})
+    rows = {row.name: row for row in fp8.summary(fp8.convert(model))}
+    assert rows["mlp"].fp8
+    assert "NonDynamicallyQuantizableLinear" in rows["attn.out_proj"].note
+    assert "float64" in rows["f64"].note
+
+
+def test_summary_prints_scales_and_reasons(device):
+    model = fp8.convert(Model().to(device), recipe=fp8.DelayedScaling(amax_history_len=7))
+    assert "own amax" in str(fp8.summary(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.arange(10, device=device)).sum().backward()
+    optimizer.step()
+    text = str(fp8.summary(model))
+    scale = 448 / model.layers[0].up.weight.abs().max().item()
+    assert f"{scale:.4g}" in text and "amax_history_len=7" in text
+    assert "output head" in text and "4 of 5 linear layers in FP8" in text and "own amax" not in text
+
+
+def test_revert_gives_plain_layers_back(device):
+    model = Model().to(device)
+    parameters = list(model.parameters())
+    ids = torch.arange(10, device=device)
+    expected = model(ids)
+    fp8.convert(model)
+    assert not torch.equal(model(ids), expected)
+    assert fp8.revert(model) is model
+    assert type(model.layers[0].up) is nn.Linear and vars(model.layers[0].up).keys() == vars(nn.Linear(1, 1)).keys()
+    assert all(a is b for a, b in zip(parameters, model.parameters()))
+    assert torch.equal(model(ids), expected)
+    assert not list(model.buffers())
+
+
+def test_disabled_is_the_16_bit_model_for_a_while(device):
+    model = Model().to(device)
+    ids = torch.arange(10, device=device)
+    expected = model(ids)
+    fp8.convert(model)
+    in_fp8 = model(ids)
+    model.layers[0].up.fp8_enabled = False
+    with pytest.raises(KeyError), fp8.disabled(model) as same:
+        assert same is model and torch.equal(model(ids), expected)
+        assert "disabled" in str(fp8.summary(model))
+        raise KeyError
+    assert [m.fp8_enabled for m in model.modules() if isinstance(m, fp8.Linear)] == [False, True, True, True]
+    model.layers[0].up.fp8_enabled = True
+    assert torch.equal(model(ids), in_fp8)
+
+
+def test_convert_again_changes_the_recipe():
+    model = fp8.convert(Model())
+    fp8.convert(model, recipe=fp8.CurrentScaling(), filter=["layers.0.*"])
+    assert [type(m.recipe).__name__ for m in model.modules() if isinstance(m, fp8.Linear)] == [
+        "CurrentScaling", "CurrentScaling", "DelayedScaling", "DelayedScaling",
+    ]  # fmt: skip
+
+
+def test_tied_layers_and_a_layer_in_two_places(device):
+    shared = nn.Linear(32, 32)
+    twin = nn.Linear(32, 32)
+    twin.weight = shared.weight
+    model = fp8.convert(nn.Sequential(shared, nn.ReLU(), shared, twin).to(device))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert model[0].weight is model[3].weight
+    for _ in range(3):
+        model(torch.randn(8, 32, device=device)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].fp8_slots[1], model[3].fp8_slots[1])  # both saw the same weight
+    assert model[0].fp8_slots[0, 3] == 3
+
+
+@pytest.mark.parametrize(
+    "recipe, arguments, match",
+    [
+        (fp8.DelayedScaling, {"fp8_format": "E5M2"}, "fp8_format must be 'HYBRID' or 'E4M3', got 'E5M2'"),
+        (fp8.DelayedScaling, {"amax_history_len": 0}, "amax_history_len must be an integer from 1 .*got 0"),
+        (fp8.DelayedScaling, {"amax_history_len": 16.0}, "amax_history_len"),
+        (fp8.DelayedScaling, {"amax_compute_algo": "mean"}, "amax_compute_algo must be 'max' or 'most_recent'"),
+        (fp8.DelayedScaling, {"margin": -1}, "margin must be an integer from 0 to 31, got -1"),
+        (fp8.DelayedScaling, {"margin": True}, "margin"),
+        (fp8.DelayedScaling, {"power_of_two": 1}, "power_of_two must be a bool"),
+        (fp8.DelayedScaling, {"fast_accum": ("forward",)}, "fast_accum must be names out of"),
+        (fp8.CurrentScaling, {"grad_margin": 32}, "grad_margin"),
+        (fp8.ConstantScaling, {"bias": 32}, "bias must be an integer from -31 to 31, got 32"),
+        (fp8.ConstantScaling, {"bias": 0.5}, "bias"),
+    ],
+)
+def test_impossible_recipes(recipe, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        recipe(**arguments)

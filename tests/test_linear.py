@@ -1,0 +1,284 @@
+"""fp8.Linear against float64: its numbers, its gradients, its shapes, and the work it does not do."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import torch_fp8 as fp8
+from oracle import E4M3, E5M2, OUTPUT, OUTPUT_SUBNORMAL, accumulation, amax, exact_scale, quantised, rounding
+
+# (M, K, N): Llama and GPT shapes in small, and odd ones. 4097 on one side at a time.
+SHAPES = [
+    (64, 256, 688), (48, 688, 256), (32, 192, 576), (16, 768, 192),
+    (1, 1, 1), (7, 17, 100), (17, 7, 1), (1, 100, 257), (257, 1000, 17), (100, 257, 7), (1000, 7, 100),
+    (4097, 17, 7), (7, 4097, 17), (17, 7, 4097), (33, 48, 8),
+]  # fmt: skip
+BIG_SHAPES = [(2048, 4096, 4096), (1024, 4096, 14336), (4097, 1000, 257)]  # on a GPU only
+FORMATS = {"HYBRID": E5M2, "E4M3": E4M3}
+
+
+def layer_of(k, n, device, dtype=torch.float32, bias=True, recipe=None):
+    return fp8.Linear(k, n, bias, device, dtype, recipe=recipe)
+
+
+def assert_gemm(out, a, b, formats, device, what, addend=0.0):
+    """out = a . b^T + addend (float64) up to what FP8 must lose, element by element.
+
+    Twice: tightly against the product of the rounded operands, where only the sum's and the output's rounding are
+    left; and against the true product, where each operand may be off by half a unit of its format besides.
+    """
+    scales = [exact_scale(amax(t), f) for t, f in zip((a, b), formats)]
+    qa, qb = (quantised(t.cpu(), s, f).to(device) for t, s, f in zip((a, b), scales, formats))
+    sum_error = accumulation(device, a.shape[1]) * (qa.abs() @ qb.abs().t())
+    exact = qa @ qb.t() + addend
+    out_error = OUTPUT[out.dtype] * exact.abs() + OUTPUT_SUBNORMAL[out.dtype] + 1e-300
+    error = (out.double() - exact).abs()
+    assert (error <= sum_error + out_error).all(), f"{what}: over by {(error / (sum_error + out_error)).max():.3g}"
+
+    a, b = a.double(), b.double()
+    da, db = (rounding(t, s, f) for t, s, f in zip((a, b), scales, formats))
+    operand_error = (a.abs() + da) @ (b.abs() + db).t() - a.abs() @ b.abs().t()
+    error = (out.double() - (a @ b.t() + addend)).abs()
+    assert (error <= operand_error + sum_error + out_error).all(), f"{what} is not the true product"
+
+
+def check_against_float64(device, shape, dtype, bias, fp8_format="HYBRID"):
+    m, k, n = shape
+    layer = layer_of(k, n, device, dtype, bias, fp8.DelayedScaling(fp8_format=fp8_format))
+    x = torch.randn(m, k, device=device).to(dtype).requires_grad_()
+    dy = (torch.randn(m, n, device=device) * 1e-3).to(dtype)
+    y = layer(x)
+    y.backward(dy)
+    w, g = layer.weight.detach(), FORMATS[fp8_format]
+    assert y.shape == (m, n) and all(t.dtype == dtype for t in (y, x.grad, layer.weight.grad))
+    addend = layer.bias.detach().double() if bias else 0.0
+    assert_gemm(y.detach(), x.detach(), w, (E4M3, E4M3), device, "fprop", addend)
+    assert_gemm(x.grad, dy, w.t(), (g, E4M3), device, "dgrad")
+    assert_gemm(layer.weight.grad, dy.t(), x.detach().t(), (g, E4M3), device, "wgrad")
+    if bias:  # from the gradient as it came, not from its FP8 copy
+        column_error = m * 2.0**-24 * dy.double().abs().sum(0) + OUTPUT[dtype] * dy.double().sum(0).abs()
+        assert ((layer.bias.grad.double() - dy.double().sum(0)).abs() <= column_error).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_against_float64(device, shape, dtype):
+    check_against_float64(device, shape, dtype, bias=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:8])
+@pytest.mark.parametrize("fp8_format", ["HYBRID", "E4M3"])
+def test_without_bias_and_both_formats(device, shape, fp8_format):
+    check_against_float64(device, shape, torch.bfloat16, bias=False, fp8_format=fp8_format)
+
+
+@pytest.mark.parametrize("shape", BIG_SHAPES)
+def test_model_shapes_against_float64(device, shape):
+    if device.type == "cpu":
+        shape = tuple(-(-size // 8) for size in shape)
+    check_against_float64(device, shape, torch.bfloat16, bias=True)
+
+
+@pytest.mark.parametrize("recipe", [fp8.DelayedScaling(fast_accum=()), fp8.DelayedScaling(),
+                                    fp8.DelayedScaling(fast_accum=("fprop", "dgrad", "wgrad"))], ids=str)  # fmt: skip
+def test_typical_error_is_that_of_the_formats(device, recipe):
+    """Root mean square over Gaussian data: E4M3 rounds off 2.65 %, E5M2 5.3 %; two roundings add up as squares."""
+    x = torch.randn(256, 512, device=device, requires_grad=True)
+    dy = torch.randn(256, 384, device=device)
+    layer = layer_of(512, 384, device, bias=False, recipe=recipe)
+    nn.init.normal_(layer.weight, std=0.02)
+    y = layer(x)
+    y.backward(dy)
+
+    def relative(ours, exact):
+        return ((ours.double() - exact).norm() / exact.norm()).item()
+
+    xd, wd, dyd = x.detach().double(), layer.weight.detach().double(), dy.double()
+    forward = (2 * 0.0265**2) ** 0.5
+    backward = (0.0265**2 + 0.053**2) ** 0.5
+    assert relative(y.detach(), xd @ wd.t()) == pytest.approx(forward, rel=0.05)
+    assert relative(x.grad, dyd @ wd) == pytest.approx(backward, rel=0.05)
+    assert relative(layer.weight.grad, dyd.t() @ xd) == pytest.approx(backward, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(48,), (3, 48), (2, 3, 48), (2, 1, 3, 48), (0, 48), (2, 0, 48)])
+def test_any_rank_and_empty_batches(device, shape):
+    layer = layer_of(48, 40, device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    y = layer(x)
+    reference = nn.Linear(48, 40, device=device)
+    assert y.shape == reference(x).shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.weight.grad.shape == (40, 48)
+    if x.numel() == 0:
+        assert layer.weight.grad.count_nonzero() == 0 and layer.bias.grad.count_nonzero() == 0
+    else:
+        rows = layer_of(48, 40, device)
+        rows.load_state_dict(layer.state_dict())
+        assert torch.equal(rows(x.detach().reshape(-1, 48)), y.detach().reshape(-1, 40))
+
+
+def test_non_contiguous_input_and_gradient(device):
+    layer = layer_of(32, 24, device)
+    base = torch.randn(5, 32, 7, device=device)
+    x = base.transpose(1, 2).detach().requires_grad_()
+    dense = base.transpose(1, 2).contiguous().requires_grad_()
+    dy = torch.randn(24, 7, 5, device=device).permute(2, 1, 0)
+    layer(x).backward(dy)
+    grad, layer.weight.grad = layer.weight.grad, None
+    layer(dense).backward(dy.contiguous())
+    assert torch.equal(x.grad, dense.grad) and torch.equal(grad, layer.weight.grad)
+
+
+def test_output_may_be_changed_in_place(device):
+    """As nn.Linear's: residual additions and in-place activations follow it."""
+    layer = layer_of(32, 24, device)
+    x = torch.randn(2, 5, 32, device=device)
+    expected = F.relu(layer(x)).detach()
+    assert torch.equal(F.relu_(layer(x)).detach(), expected)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias", "weight and bias", "x and weight"])
+def test_no_work_for_gradients_nobody_asked_for(device, frozen):
+    layer = layer_of(32, 48, device)
+    x = torch.randn(16, 32, device=device, requires_grad="x" not in frozen)
+    layer.weight.requires_grad_("weight" not in frozen)
+    layer.bias.requires_grad_("bias" not in frozen)
+    y = layer(x)
+    dy = torch.randn_like(y)
+    cuda = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda]) as profile:
+        y.backward(dy)
+    gemms = sum(e.count for e in profile.key_averages() if e.key == "torch_fp8::gemm")
+    assert gemms == x.requires_grad + layer.weight.requires_grad
+    for t in (x, layer.weight, layer.bias):
+        assert (t.grad is not None) == t.requires_grad
+
+
+def test_frozen_layer_on_frozen_input_builds_no_graph(device):
+    layer = layer_of(32, 48, device).requires_grad_(False)
+    assert layer(torch.randn(4, 32, device=device)).grad_fn is None
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast(device, x_dtype, autocast_dtype):
+    layer = layer_of(64, 48, device)
+    x = torch.randn(8, 64, device=device).to(x_dtype).requires_grad_()
+    with torch.autocast(device.type, autocast_dtype):
+        y = layer(x)
+    assert y.dtype == autocast_dtype
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert x.grad.dtype == x_dtype and layer.weight.grad.dtype == torch.float32
+    assert layer.bias.grad.dtype == torch.float32
+    # Quantised from the values as they are, not from 16-bit copies.
+    addend = layer.bias.detach().to(autocast_dtype).double()
+    assert_gemm(y.detach(), x.detach(), layer.weight.detach(), (E4M3, E4M3), device, "fprop", addend)
+    assert_gemm(layer.weight.grad, dy.t(), x.detach().t(), (E5M2, E4M3), device, "wgrad")
+
+
+def test_saves_one_byte_an_element(device):
+    layer = layer_of(64, 48, device, torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(32, 64, device=device).bfloat16().requires_grad_())
+    assert sum(t.nbytes for t in saved) == 32 * 64 + 64 * 48 + 2 * 4  # x^T, w^T and their scale_inv
+
+
+def test_the_weight_is_quantised_once_until_it_changes(device):
+    layer = layer_of(32, 48, device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(4, 32, device=device, requires_grad=True)
+
+    def casts():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = layer(x)
+        y.sum().backward()
+        return sum(e.count for e in profile.key_averages() if e.key == "torch_fp8::quantize")
+
+    assert [casts() for _ in range(3)] == [2, 1, 1]
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert [casts(), casts()] == [2, 1]
+    optimizer.step()
+    assert [casts(), casts()] == [2, 1]
+    layer.weight.data = layer.weight.data.clone()
+    assert [casts(), casts()] == [2, 1]
+    layer.weight = nn.Parameter(torch.randn(48, 32, device=device))
+    assert [casts(), casts()] == [2, 1]
+    layer.load_state_dict({"weight": torch.randn(48, 32), "bias": torch.zeros(48)})
+    assert [casts(), casts()] == [2, 1]
+
+
+def test_a_write_past_the_version_counter_is_stale_for_no_step(device):
+    layer = layer_of(32, 48, device, bias=False)
+    nn.init.constant_(layer.weight, 2.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    x = torch.ones(1, 32, device=device)
+    layer(x).sum().backward()
+    layer.weight.data.fill_(1.0)
+    optimizer.step()
+    torch.testing.assert_close(layer(x), torch.full((1, 48), 32.0, device=device))
+
+
+def test_weights_that_come_and_go_at_one_address(device):
+    """functional_call makes a new weight for each call, often where the last one lay."""
+    layer = layer_of(32, 48, device, bias=False)
+    x = torch.ones(1, 32, device=device)
+    for value in [1.0, 2.0, 3.0, 4.0]:
+        weight = torch.full((48, 32), value, device=device)
+        y = torch.func.functional_call(layer, {"weight": weight}, (x,))
+        torch.testing.assert_close(y, torch.full((1, 48), 32 * value, device=device))
+        del weight
+
+
+def test_inference_mode_before_training(device):
+    layer = layer_of(32, 48, device)
+    x = torch.randn(4, 32, device=device)
+    with torch.inference_mode():
+        expected = layer(x)
+    layer.eval()
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y.detach(), expected) and x.grad is not None
+
+
+def test_create_graph_is_refused(device):
+    layer = layer_of(32, 48, device)
+    x = torch.randn(4, 32, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*disabled\(model\)"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+def test_backward_twice_with_retain_graph(device):
+    layer = layer_of(32, 48, device)
+    y = layer(torch.randn(4, 32, device=device))
+    dy = torch.randn_like(y)
+    y.backward(dy, retain_graph=True)
+    first, layer.weight.grad = layer.weight.grad, None
+    y.backward(dy)
+    assert torch.equal(layer.weight.grad, first)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward(dy)
+
+
+def test_hooks_and_checkpoint_see_the_layer(device):
+    layer = layer_of(32, 32, device)
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layer(torch.randn(4, 32, device=device, requires_grad=True)).sum().backward()
+    assert seen == ["forward", "backward"]
+
+
+def test_meta_device(device):
+    layer = layer_of(32, 48, "meta")
+    assert layer(torch.empty(2, 3, 32, device="meta")).shape == (2, 3, 48)
+    layer = layer.to_empty(device=device)
+    layer.reset_parameters()
+    assert torch.equal(layer.fp8_slots[:, 1].cpu(), torch.ones(3))
+    layer(torch.randn(2, 32, device=device)).sum().backward()
+    assert layer.weight.grad.isfinite().all()

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# On a machine with a Hopper GPU: build, run all tests (a missing GPU is a failure), run the benchmarks.
+#   tools/gpu.sh [build] [test] [bench]      all three by default
+# Uses the Python environment that is active and installs nothing but torch_fp8 itself, in place. Logs and results go
+# to $OUT as well, where that is set.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-runs/gpu}
+mkdir -p "$out"
+stages=${*:-build test bench}
+bin=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
+export PATH=$bin:$PATH TORCH_FP8_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
+export TORCH_FP8_CMAKE_ARGS="-DTORCH_FP8_TESTS=ON -DTORCH_FP8_WERROR=ON -DTORCH_FP8_CUDA=ON"
+status=0
+
+for stage in $stages; do
+  case $stage in
+    build)
+      nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader
+      time python3 -m pip install --quiet --no-build-isolation --no-deps --editable . > "$out/build.log" 2>&1 ||
+        { tail -40 "$out/build.log"; exit 1; }
+      python3 -c "import torch_fp8; print(torch_fp8.build_info())" ;;
+    test)
+      ctest --test-dir build --output-on-failure > "$out/ctest.log" 2>&1 || status=1
+      grep -E "tests passed|tests failed|FAILED|Failed" "$out/ctest.log" | tail -20
+      python3 -m pytest -q > "$out/pytest.log" 2>&1 || status=1
+      grep -E "^E   |^FAILED|^ERROR| passed| failed" "$out/pytest.log" | cut -c1-220 | tail -60 ;;
+    bench)
+      for benchmark in benchmarks/[a-z]*.py; do
+        [ "$benchmark" = benchmarks/common.py ] || python3 "$benchmark" || status=1
+      done
+      cp -r benchmarks/results/. "$out/" ;;
+  esac
+done
+exit $status
