@@ -140,6 +140,7 @@ double LinearOptions::target(int role) const {
 bool LayerMemo::has_history(int role, const at::Tensor& slots) {
   if (!known_) {
     if (!has_values(slots)) return true;
+    check_slots(slots, kRoles);
     TORCH_CHECK(!slots.is_cuda() || !cuda::is_capturing(),
                 "torch_fp8: a CUDA graph is being captured before this layer's first scaling update, so its first "
                 "step, scaled by each tensor's own amax, would be replayed for ever; run at least one training step "

@@ -1,0 +1,209 @@
+"""Bad input: an error that names what was expected, what came and the mend, before any kernel ran."""
+
+import sys
+
+import pytest
+import torch
+
+import torch_fp8 as fp8
+from oracle import E4M3, E5M2
+
+ops = torch.ops.torch_fp8
+
+
+def slots(device="cpu"):
+    return fp8._C.new_slots(torch.device(device))
+
+
+def unaligned(t: torch.Tensor) -> torch.Tensor:
+    """The same values, 4 bytes off a 16-byte boundary."""
+    storage = torch.empty(t.numel() + 4, dtype=t.dtype, device=t.device)
+    return storage[4 // t.element_size() :][: t.numel()].view(t.shape).copy_(t)
+
+
+class TestQuantize:
+    x = torch.randn(16, 32)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.complex64])
+    def test_input_dtype(self, device, dtype):
+        x = torch.zeros(16, 32, device=device, dtype=torch.float32).to(dtype)
+        with pytest.raises(TypeError, match=r"x must be bfloat16, float16 or float32, got .*cast it"):
+            ops.quantize(x, slots(device), 0, E4M3)
+
+    def test_output_dtype(self, device):
+        with pytest.raises(TypeError, match="dtype must be float8_e4m3fn or float8_e5m2, got Half"):
+            ops.quantize(self.x.to(device), slots(device), 0, torch.float16)
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            lambda s: s[:, :3],
+            lambda s: s.flatten(),
+            lambda s: s.double(),
+            lambda s: s.t().contiguous().t(),
+            lambda s: s[:0],
+        ],
+        ids=["three columns", "flat", "double", "strided", "no rows"],
+    )
+    def test_slots(self, device, bad):
+        with pytest.raises(RuntimeError, match=r"slots must be a contiguous float32 tensor of shape \(roles, 4\), got"):
+            ops.quantize(self.x.to(device), bad(slots(device)), 0, E4M3)
+
+    def test_unaligned_slots(self, device):
+        with pytest.raises(RuntimeError, match=r"slots must start at a 16-byte boundary.*use slots.clone\(\)"):
+            ops.quantize(self.x.to(device), unaligned(slots(device)), 0, E4M3)
+
+    @pytest.mark.parametrize("role", [-1, 3])
+    def test_role(self, device, role):
+        with pytest.raises(IndexError, match=rf"role must be in \[0, 3\), got {role}"):
+            ops.quantize(self.x.to(device), slots(device), role, E4M3)
+
+    def test_margin_scalar_and_sparse(self, device):
+        with pytest.raises(ValueError, match=r"margin must be in \[0, 31\], got 32"):
+            ops.quantize(self.x.to(device), slots(device), 0, E4M3, own_amax=True, margin=32)
+        with pytest.raises(RuntimeError, match="at least one dimension, got a scalar"):
+            ops.quantize(torch.tensor(1.0, device=device), slots(device), 0, E4M3)
+
+    def test_nothing_was_recorded(self, device):
+        state = slots(device)
+        before = state.clone()
+        with pytest.raises(IndexError):
+            ops.quantize(self.x.to(device), state, 7, E4M3)
+        assert torch.equal(state, before)
+
+
+class TestGemm:
+    def call(self, device, op="gemm", **changes):
+        arguments = {
+            "a": torch.ones(16, 32, device=device).to(E4M3), "b": torch.ones(48, 32, device=device).to(E4M3),
+            "a_scale_inv": torch.ones(1, device=device), "b_scale_inv": torch.ones(1, device=device),
+        }  # fmt: skip
+        if op == "gemm":
+            arguments |= {"bias": None, "size": [16, 48], "dtype": torch.bfloat16}
+        else:
+            arguments = {"out": torch.zeros(16, 48, device=device), **arguments}
+        arguments |= {k: v(arguments[k]) if callable(v) else v for k, v in changes.items()}
+        return getattr(ops, op)(**arguments)
+
+    @pytest.mark.parametrize(
+        "changes, error, match",
+        [
+            ({"a": lambda a: a.view(torch.uint8)}, TypeError, "a must be float8_e4m3fn or float8_e5m2, got Byte"),
+            ({"a": lambda a: a.to(torch.float32).to(E5M2), "b": lambda b: b.to(torch.float32).to(E5M2)}, RuntimeError,
+             "a and b are both float8_e5m2"),
+            ({"a": lambda a: a[:, :16].contiguous()}, RuntimeError, r"as many columns .*got \[16, 16\] and \[48, 32\]"),
+            ({"b": lambda b: b.t()}, RuntimeError, "b must be a contiguous, 16-byte aligned matrix"),
+            ({"a": lambda a: a[:, :24].contiguous()}, RuntimeError, "columns are a multiple of 16, got"),
+            ({"size": [17, 48]}, RuntimeError, r"a must have at least the 17 rows that the output needs, got \[16, 32\]"),
+            ({"size": []}, RuntimeError, "size must name at least the output's columns"),
+            ({"a_scale_inv": lambda s: s.double()}, RuntimeError, "a_scale_inv must be one float32, got Double"),
+            ({"a_scale_inv": lambda s: s.expand(2)}, RuntimeError, "a_scale_inv must be one float32"),
+            ({"b_scale_inv": unaligned}, RuntimeError, r"b_scale_inv must lie at a 16-byte boundary .*use .clone\(\)"),
+            ({"dtype": torch.float64}, TypeError, "the output must be bfloat16, float16 or float32, got Double"),
+            ({"bias": torch.zeros(48)}, RuntimeError, r"bias must be BFloat16 of shape \[48\], got Float \[48\]"),
+            ({"bias": torch.zeros(47).bfloat16()}, RuntimeError, r"bias must be .* got BFloat16 \[47\]"),
+        ],
+    )  # fmt: skip
+    def test_arguments(self, device, changes, error, match):
+        changes = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
+        with pytest.raises(error, match=match):
+            self.call(device, **changes)
+
+    @pytest.mark.parametrize(
+        "out, error, match",
+        [
+            (lambda o: o.half(), TypeError, "out must be float32 or bfloat16 to be accumulated into, got Half"),
+            (lambda o: torch.zeros(48, 16, device=o.device).t(), RuntimeError, "out must be contiguous"),
+            (unaligned, RuntimeError, "start at a 16-byte boundary"),
+            (lambda o: o[:, ::2], RuntimeError, "out must be contiguous"),
+        ],
+    )
+    def test_accumulator(self, device, out, error, match):
+        with pytest.raises(error, match=match):
+            self.call(device, "gemm_accumulate_", out=out)
+
+
+class TestLinear:
+    def test_dtypes(self, device):
+        layer = fp8.Linear(32, 48, device=device, dtype=torch.bfloat16)
+        with pytest.raises(TypeError, match=r"the input is Float but the weight is BFloat16; .*torch.autocast"):
+            layer(torch.randn(4, 32, device=device))
+        with pytest.raises(TypeError, match="the input must be bfloat16, float16 or float32, got Int"):
+            layer(torch.zeros(4, 32, device=device, dtype=torch.int32))
+        with pytest.raises(TypeError, match="the weight must be .* got Double"):
+            layer.double()(torch.randn(4, 32, device=device))
+        layer.float().bias.data = layer.bias.data.half()
+        with pytest.raises(TypeError, match="the bias is Half but the weight is Float"):
+            layer(torch.randn(4, 32, device=device))
+
+    def test_shapes(self, device):
+        layer = fp8.Linear(32, 48, device=device)
+        with pytest.raises(RuntimeError, match=r"in_features = 32, got an input of shape \[4, 33\]"):
+            layer(torch.randn(4, 33, device=device))
+        with pytest.raises(RuntimeError, match=r"in_features = 32, got an input of shape \[\]"):
+            layer(torch.tensor(1.0, device=device))
+
+    def test_state_replaced_by_something_else(self, device):
+        layer = fp8.Linear(32, 48, device=device)
+        layer.fp8_slots = torch.zeros(2, 4, device=device)
+        with pytest.raises(RuntimeError, match=r"slots must be a contiguous float32 tensor of shape \(3, 4\), got"):
+            layer(torch.randn(4, 32, device=device))
+
+    def test_an_error_records_nothing(self, device):
+        layer = fp8.Linear(32, 48, device=device)
+        before = layer.fp8_slots.clone()
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(4, 33, device=device))
+        assert torch.equal(layer.fp8_slots, before) and not layer._memo.used
+
+    def test_devices(self, cuda):
+        layer = fp8.Linear(32, 48, device=cuda)
+        with pytest.raises(RuntimeError, match="the input is on cpu but the weight is on cuda:0; move both"):
+            layer(torch.randn(4, 32))
+        with pytest.raises(RuntimeError, match="slots is on cuda:0 but x is on cpu|x is on cpu"):
+            ops.quantize(torch.randn(4, 32), slots(cuda), 0, E4M3)
+
+
+class TestUpdate:
+    @pytest.mark.parametrize(
+        "changes, match",
+        [
+            ({"targets": [448.0]}, "1 layers need as many histories, 3 targets each .* got 1, 1 and 1"),
+            ({"targets": [448.0, 0.0, 1.0]}, r"a target must be in \(0, 57344\], got 0"),
+            ({"targets": [448.0, float("nan"), 1.0]}, "a target must be"),
+            ({"histories": [torch.zeros(2, 4)]}, r"a history must be .* shape \(3, length\), got Float \[2, 4\]"),
+            ({"histories": [torch.zeros(3, 0)]}, "a history must be"),
+            ({"slots": [torch.zeros(2, 4)]}, r"slots must be .* shape \(3, 4\)"),
+        ],
+    )
+    def test_arguments(self, device, changes, match):
+        arguments = {"slots": [slots()], "histories": [torch.zeros(3, 4)], "targets": [448.0] * 3, "power_of_two": [0]}
+        arguments |= changes
+        for name in ("slots", "histories"):
+            arguments[name] = [t.to(device) for t in arguments[name]]
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            ops.update_scales_(**arguments)
+
+    def test_model_without_fp8_layers(self):
+        with pytest.raises(ValueError, match="Linear has no FP8 layer to update; torch_fp8.convert it first"):
+            fp8.update_scales(torch.nn.Linear(4, 4))
+
+
+def test_other_gpus_are_refused():
+    if not fp8.build_info()["cuda"]:
+        with pytest.raises(RuntimeError, match="built for the CPU only"):
+            fp8._C.check_capability(9, 0, "NVIDIA H100")
+        return
+    fp8._C.check_capability(9, 0, "NVIDIA H100")
+    for major, minor, name in [(8, 0, "NVIDIA A100"), (8, 9, "NVIDIA L40"), (10, 0, "NVIDIA B200")]:
+        with pytest.raises(RuntimeError, match=rf"built for Hopper .*but {name} has {major}.{minor}; .*revert\(model\)"):
+            fp8._C.check_capability(major, minor, name)
+
+
+def test_convert_on_a_device_that_cannot_run_it(monkeypatch):
+    model = torch.nn.Linear(16, 16, device="meta")
+    module = sys.modules["torch_fp8.convert"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "_check_device", lambda device: fp8._C.check_capability(8, 0, "NVIDIA A100"))
+    with pytest.raises(RuntimeError):
+        fp8.convert(model)
+    assert type(model) is torch.nn.Linear
