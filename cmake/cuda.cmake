@@ -53,5 +53,6 @@ if(TORCH_FP8_HAS_CUDA)
     find_library(TORCH_FP8_${library} NAMES lib${library}.so.${nvcc_major} ${library} NO_DEFAULT_PATH REQUIRED
                  PATHS "${TORCH_ROOT}/../nvidia/cu${nvcc_major}" "${toolkit}" PATH_SUFFIXES lib lib64)
     target_link_libraries(torch_fp8_cuda INTERFACE "${TORCH_FP8_${library}}")
+    cmake_path(GET TORCH_FP8_${library} PARENT_PATH TORCH_FP8_CUDA_LIBRARY_DIR)
   endforeach()
 endif()

@@ -51,6 +51,11 @@ at::Tensor LinearImpl::forward(const at::Tensor& input) {
                 options.recipe(), memo, is_training());
 }
 
+void LinearImpl::load(torch::serialize::InputArchive& archive) {
+  Module::load(archive);
+  memo = std::make_shared<LayerMemo>();  // what the host knew of the old tensors is void
+}
+
 void LinearImpl::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "torch_fp8::nn::Linear(in_features=" << options.in_features()
          << ", out_features=" << options.out_features() << ", bias=" << options.bias() << ")";

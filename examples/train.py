@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import shlex
 import signal
 import sys
@@ -129,6 +130,8 @@ class Interruption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: the signal may have come in the middle of one.
+        os.write(sys.stderr.fileno(), b"\nending after this step; Ctrl-C again ends at once, without saving\n")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,7 +191,7 @@ def main() -> int:
     except OSError as error:
         complaint = f"could not read or write {error.filename}: {error.strerror}"
     except torch.OutOfMemoryError:
-        complaint = "the GPU's memory does not suffice; give a smaller --micro-batch, the results stay the same"
+        complaint = "the GPU's memory does not suffice; give a smaller --micro-batch"
     except KeyboardInterrupt:
         print("interrupted; nothing was saved since the last checkpoint", file=sys.stderr)
         return _INTERRUPTED

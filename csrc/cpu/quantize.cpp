@@ -30,9 +30,6 @@ float element(const Matrix& x, int64_t row, int64_t col) {
   return static_cast<float>(static_cast<const T*>(x.data)[row * x.row_stride + col * x.col_stride]);
 }
 
-// Magnitudes compare like the integers of their bits, and so NaN is the largest of all.
-uint32_t magnitude(float x) { return bits_of(x) & 0x7FFFFFFF; }
-
 void raise(float* amax, uint32_t seen) {
   auto* bits = reinterpret_cast<std::atomic<uint32_t>*>(amax);
   uint32_t held = bits->load();

@@ -14,12 +14,12 @@ namespace torch_fp8::cuda {
 namespace {
 
 constexpr int kTile = 128;   // rows and columns of a tile
-constexpr int kPatch = 8;    // rows and columns of a thread's patch
+constexpr int kPatch = 8;   // rows and columns of a thread's patch
 constexpr int kPatches = kTile / kPatch;
 constexpr int kThreads = kPatches * kPatches;
 constexpr int kWarps = kThreads / 32;
 static_assert(kTile == kBiasRows, "a tile makes one row of column sums");
-static_assert(kTile % kAlignment == 0, "padding never leaves a tile");
+static_assert(kTile % kAlignment == 0 && kAlignment % kPatch == 0, "padding leaves no tile and cuts no patch");
 
 template <Format kFormat>
 constexpr __nv_fp8_interpretation_t kInterpretation = kFormat == Format::kE4M3 ? __NV_E4M3 : __NV_E5M2;
@@ -53,83 +53,78 @@ struct alignas(16) Pack {
   T values[kPatch];
 };
 
-// The patch's row as it lies in registers between load and conversion.
-template <class T>
-__device__ Pack<T> load_row(const Matrix& x, bool vectorised, int64_t row, int64_t col) {
-  const T* const data = static_cast<const T*>(x.data);
-  Pack<T> pack;
-  if (vectorised && row < x.rows && col + kPatch <= x.cols) {
-    pack = *reinterpret_cast<const Pack<T>*>(data + row * x.row_stride + col);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kPatch; ++j) {
-      const bool inside = row < x.rows && col + j < x.cols;
-      pack.values[j] = inside ? data[row * x.row_stride + (col + j) * x.col_stride] : T(0.0f);
-    }
-  }
-  return pack;
-}
-
-__device__ uint32_t block_max(uint32_t value) {
-  __shared__ uint32_t of_warp[kWarps];
-  value = __reduce_max_sync(0xFFFFFFFF, value);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = threadIdx.x < kWarps ? of_warp[threadIdx.x] : 0;
-  return __reduce_max_sync(0xFFFFFFFF, value);  // whole in warp 0
-}
-
-// Magnitudes compare like the integers of their bits, and so NaN is the largest of all.
-__device__ void raise_amax(float* amax, uint32_t block_amax) {
-  if (threadIdx.x == 0 && block_amax > *reinterpret_cast<volatile uint32_t*>(amax)) {
-    atomicMax(reinterpret_cast<uint32_t*>(amax), block_amax);
-  }
-}
-
 struct Tile {
-  int64_t row, col;  // of this thread's patch
+  int64_t row, col;    // of the tile's first element
+  int patch_row, patch_col;  // which patch of the tile is this thread's
+  bool whole;          // no element of the tile lies outside of x
 };
 
-__device__ Tile my_tile(int64_t tiles_across) {
-  const int64_t tile_row = blockIdx.x / tiles_across, tile_col = blockIdx.x % tiles_across;
-  return {tile_row * kTile + threadIdx.x / kPatches * kPatch, tile_col * kTile + threadIdx.x % kPatches * kPatch};
+__device__ Tile my_tile(const Matrix& x, uint32_t tiles_across) {
+  const int64_t row = int64_t{blockIdx.x / tiles_across} * kTile, col = int64_t{blockIdx.x % tiles_across} * kTile;
+  const int thread = static_cast<int>(threadIdx.x);
+  return {row, col, thread / kPatches, thread % kPatches, row + kTile <= x.rows && col + kTile <= x.cols};
+}
+
+// All loads are issued before the first value is used.
+template <class T>
+__device__ void load_patch(const Matrix& x, bool vectorised, const Tile& tile, Pack<T> (&rows)[kPatch]) {
+  const int64_t row = tile.row + tile.patch_row * kPatch, col = tile.col + tile.patch_col * kPatch;
+  const T* const patch = static_cast<const T*>(x.data) + row * x.row_stride + col * x.col_stride;
+  if (vectorised && tile.whole) {
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) rows[i] = *reinterpret_cast<const Pack<T>*>(patch + i * x.row_stride);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPatch; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPatch; ++j) {
+      const bool inside = row + i < x.rows && col + j < x.cols;
+      rows[i].values[j] = inside ? patch[i * x.row_stride + j * x.col_stride] : T(0.0f);
+    }
+  }
+}
+
+// magnitude() without its second step, which the maximum takes once: NaN of any payload is above Inf.
+__device__ uint32_t raw_magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+
+__device__ void stage_max(uint32_t (&of_warp)[kWarps], uint32_t seen) {
+  seen = magnitude(__uint_as_float(__reduce_max_sync(0xFFFFFFFF, seen)));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = seen;
+}
+
+// By one thread, last of all: nobody waits for its round trip to memory.
+__device__ void raise_amax(const uint32_t (&of_warp)[kWarps], float* amax) {
+  if (threadIdx.x != 0) return;
+  uint32_t seen = of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) seen = max(seen, of_warp[warp]);
+  auto* const bits = reinterpret_cast<uint32_t*>(amax);
+  if (seen > *static_cast<volatile uint32_t*>(bits)) atomicMax(bits, seen);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) amax_kernel(Matrix x, bool vectorised, int64_t tiles_across, float* amax) {
-  const Tile tile = my_tile(tiles_across);
+__global__ void __launch_bounds__(kThreads) amax_kernel(Matrix x, bool vectorised, uint32_t tiles_across, float* amax) {
+  __shared__ uint32_t of_warp[kWarps];
+  Pack<T> rows[kPatch];
+  load_patch(x, vectorised, my_tile(x, tiles_across), rows);
   uint32_t seen = 0;
 #pragma unroll
   for (int i = 0; i < kPatch; ++i) {
-    const Pack<T> pack = load_row<T>(x, vectorised, tile.row + i, tile.col);
 #pragma unroll
-    for (int j = 0; j < kPatch; ++j) seen = max(seen, __float_as_uint(to_float(pack.values[j])) & 0x7FFFFFFF);
+    for (int j = 0; j < kPatch; ++j) seen = max(seen, raw_magnitude(to_float(rows[i].values[j])));
   }
-  raise_amax(amax, block_max(seen));
-}
-
-// Column sums of the tile: each thread's own patch first, then over the patches above one another.
-__device__ void store_column_sums(const float (&sums)[kPatch], float* out, Tile tile, int64_t padded_cols) {
-  __shared__ float of_patch[kPatches][kTile + 4];  // + 4: rows start in different banks
-  const int patch_row = threadIdx.x / kPatches, first_col = threadIdx.x % kPatches * kPatch;
-#pragma unroll
-  for (int j = 0; j < kPatch; ++j) of_patch[patch_row][first_col + j] = sums[j];
+  stage_max(of_warp, seen);
   __syncthreads();
-  if (threadIdx.x >= kTile) return;
-  float sum = 0;
-#pragma unroll
-  for (int p = 0; p < kPatches; ++p) sum += of_patch[p][threadIdx.x];
-  const int64_t tile_row = tile.row / kTile, col = tile.col / kTile * kTile + threadIdx.x;
-  if (col < padded_cols) out[tile_row * padded_cols + col] = sum;
+  raise_amax(of_warp, amax);
 }
 
-// The tile's transpose through shared memory. A column of the tile is 16 pieces of 8 bytes; piece p of column c lies
-// at place p ^ (c / 8), which spreads the writes of a half warp over all banks and keeps two neighbouring pieces in
-// one 16-byte unit.
-__device__ void store_transposed(const uint32_t (&codes)[kPatch][2], const QuantizeArgs& args, Tile tile,
-                                 int64_t padded_rows, int64_t padded_cols) {
-  __shared__ alignas(16) uint2 columns[kTile][kPatches];
-  const int patch_row = threadIdx.x / kPatches, patch_col = threadIdx.x % kPatches;
+// The transposed tile in shared memory. A column is 16 pieces of 8 bytes, one a patch; piece p of column c lies at place
+// p ^ (c / 8), which spreads the writes of a half warp over all banks and keeps two neighbouring pieces in one 16-byte
+// unit.
+using Columns = uint2[kTile][kPatches];
+
+__device__ void stage_transposed(Columns& columns, const uint32_t (&codes)[kPatch][2], const Tile& tile) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t top[4] = {codes[0][half], codes[1][half], codes[2][half], codes[3][half]};
@@ -139,35 +134,51 @@ __device__ void store_transposed(const uint32_t (&codes)[kPatch][2], const Quant
     transpose4x4(bottom, lower);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      columns[patch_col * kPatch + half * 4 + j][patch_row ^ patch_col] = make_uint2(upper[j], lower[j]);
+      columns[tile.patch_col * kPatch + half * 4 + j][tile.patch_row ^ tile.patch_col] = make_uint2(upper[j], lower[j]);
     }
-  }
-  __syncthreads();
-
-  constexpr int kUnits = kTile / 16;  // 16-byte units of a column
-  const int unit = threadIdx.x % kUnits;
-  const int64_t first_row = tile.row / kTile * kTile, first_col = tile.col / kTile * kTile;
-  const int64_t row = first_row + unit * 16;
-#pragma unroll
-  for (int c = threadIdx.x / kUnits; c < kTile; c += kThreads / kUnits) {
-    const int64_t col = first_col + c;
-    if (row >= padded_rows || col >= padded_cols) continue;
-    const int turn = c / kPatch;
-    uint4 piece = *reinterpret_cast<const uint4*>(&columns[c][(unit ^ turn >> 1) * 2]);
-    if (turn & 1) piece = make_uint4(piece.z, piece.w, piece.x, piece.y);
-    *reinterpret_cast<uint4*>(args.q_t + col * padded_rows + row) = piece;
   }
 }
 
+__device__ void store_transposed(const Columns& columns, const Tile& tile, uint8_t* q_t, int64_t padded_rows,
+                                 int64_t padded_cols) {
+  constexpr int kUnits = kTile / 16;               // 16-byte units of a column
+  constexpr int kColumns = kThreads / kUnits;  // that the block writes at a time
+  const int unit = static_cast<int>(threadIdx.x) % kUnits, first = static_cast<int>(threadIdx.x) / kUnits;
+  const int64_t row = tile.row + unit * 16;
+  if (row >= padded_rows) return;
+#pragma unroll
+  for (int i = 0; i < kTile / kColumns; ++i) {
+    const int c = first + i * kColumns;
+    if (tile.col + c >= padded_cols) continue;
+    const int turn = c / kPatch;
+    uint4 piece = *reinterpret_cast<const uint4*>(&columns[c][(unit ^ turn >> 1) * 2]);
+    if (turn & 1) piece = make_uint4(piece.z, piece.w, piece.x, piece.y);
+    *reinterpret_cast<uint4*>(q_t + (tile.col + c) * padded_rows + row) = piece;
+  }
+}
+
+using PatchSums = float[kPatches][kTile + 4];  // + 4: rows start in different banks
+
+// Column sums of the tile, over the patches above one another.
+__device__ void store_sums(const PatchSums& sums, const Tile& tile, float* column_sums, int64_t padded_cols) {
+  const int64_t col = tile.col + threadIdx.x;
+  if (threadIdx.x >= kTile || col >= padded_cols) return;
+  float sum = 0;
+#pragma unroll
+  for (int p = 0; p < kPatches; ++p) sum += sums[p][threadIdx.x];
+  column_sums[tile.row / kBiasRows * padded_cols + col] = sum;
+}
+
 template <class T, Format kFormat, bool kTransposed, bool kSums>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args, bool vectorised, int64_t tiles_across) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_kernel(__grid_constant__ const QuantizeArgs args, bool vectorised, uint32_t tiles_across) {
+  __shared__ uint32_t of_warp[kWarps];
   const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
-  const Tile tile = my_tile(tiles_across);
+  const Tile tile = my_tile(args.x, tiles_across);
   const float scale = args.slot->scale;
 
-  Pack<T> packs[kPatch];
-#pragma unroll
-  for (int i = 0; i < kPatch; ++i) packs[i] = load_row<T>(args.x, vectorised, tile.row + i, tile.col);
+  Pack<T> rows[kPatch];
+  load_patch(args.x, vectorised, tile, rows);
 
   uint32_t seen = 0;
   uint32_t codes[kPatch][2];
@@ -177,23 +188,42 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(QuantizeArgs args, b
     float x[kPatch];
 #pragma unroll
     for (int j = 0; j < kPatch; ++j) {
-      const float value = to_float(packs[i].values[j]);
-      seen = max(seen, __float_as_uint(value) & 0x7FFFFFFF);
+      const float value = to_float(rows[i].values[j]);
+      seen = max(seen, raw_magnitude(value));
       if constexpr (kSums) sums[j] += value;
       x[j] = value * scale;
     }
     codes[i][0] = encode4<kFormat>(x[0], x[1], x[2], x[3]);
     codes[i][1] = encode4<kFormat>(x[4], x[5], x[6], x[7]);
-    const int64_t row = tile.row + i;
-    if (args.q && row < padded_rows && tile.col < padded_cols) {
-      *reinterpret_cast<uint2*>(args.q + row * padded_cols + tile.col) = make_uint2(codes[i][0], codes[i][1]);
-    }
   }
 
-  if (args.amax) raise_amax(args.amax, block_max(seen));
+  const int64_t row = tile.row + tile.patch_row * kPatch, col = tile.col + tile.patch_col * kPatch;
+  // Padded sizes are multiples of the patch: it lies inside of q or outside.
+  if (args.q && row < padded_rows && col < padded_cols) {
+    uint8_t* const patch = args.q + row * padded_cols + col;
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) {
+      *reinterpret_cast<uint2*>(patch + i * padded_cols) = make_uint2(codes[i][0], codes[i][1]);
+    }
+  }
+  stage_max(of_warp, seen);
+
+  if constexpr (kSums) {
+    __shared__ PatchSums patch_sums;
+#pragma unroll
+    for (int j = 0; j < kPatch; ++j) patch_sums[tile.patch_row][tile.patch_col * kPatch + j] = sums[j];
+    __syncthreads();
+    store_sums(patch_sums, tile, args.column_sums, padded_cols);
+  }
+  if constexpr (kTransposed) {
+    __shared__ alignas(16) Columns columns;
+    stage_transposed(columns, codes, tile);
+    __syncthreads();
+    store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
+  }
+  if constexpr (!kSums && !kTransposed) __syncthreads();
+  if (args.amax) raise_amax(of_warp, args.amax);
   if (args.scale_inv && blockIdx.x == 0 && threadIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
-  if constexpr (kSums) store_column_sums(sums, args.column_sums, tile, padded_cols);
-  if constexpr (kTransposed) store_transposed(codes, args, tile, padded_rows, padded_cols);
 }
 
 __global__ void scale_from_amax_kernel(Slot* slot, float target, bool power_of_two) {
@@ -207,7 +237,7 @@ bool is_vectorised(const Matrix& x) {
 }
 
 struct Grid {
-  int64_t across, blocks;
+  uint32_t across, blocks;
 };
 
 Grid grid_of(const Matrix& x) {
@@ -217,7 +247,7 @@ Grid grid_of(const Matrix& x) {
     throw std::runtime_error("torch_fp8: a matrix of " + std::to_string(x.rows) + " x " + std::to_string(x.cols) +
                              " is larger than one launch can quantise; split it");
   }
-  return {across, blocks};
+  return {static_cast<uint32_t>(across), static_cast<uint32_t>(blocks)};
 }
 
 template <class Function>

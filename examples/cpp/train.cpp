@@ -11,62 +11,67 @@
 
 namespace {
 
-constexpr int64_t kInputs = 16, kHidden = 256, kOutputs = 16;
-constexpr int64_t kSteps = 400, kBatch = 256;
-// FP8 has 3 mantissa bits: the network ends a little further from a function that it could learn exactly.
-constexpr float kAllowed = 1.5f;
+constexpr int64_t kFeatures = 8, kHidden = 128, kBatch = 128;
+constexpr int kSteps = 300;
+constexpr double kNoise = 0.2;     // of the targets; its square is the loss of a perfect network
+constexpr float kAllowed = 1.15f;  // FP8's final loss, in parts of the other's
 
 // The layer's type is all that differs.
 template <class Linear>
 struct Net : torch::nn::Module {
   at::Tensor forward(const at::Tensor& x) { return out(torch::gelu(hidden(x))); }
 
-  Linear hidden = register_module("hidden", Linear(kInputs, kHidden));
-  Linear out = register_module("out", Linear(kHidden, kOutputs));
+  Linear hidden = register_module("hidden", Linear(kFeatures, kHidden));
+  Linear out = register_module("out", Linear(kHidden, kFeatures));
 };
 
-// What is to be learnt: smooth, not linear, the same in every run.
-at::Tensor teacher(const at::Tensor& x) {
-  return torch::sin(2 * x) * torch::roll(x, 1, /*dims=*/-1);
-}
+// What is to be learnt: each output depends on two inputs, and not linearly.
+at::Tensor teacher(const at::Tensor& x) { return torch::sin(x) * torch::cos(x.roll(1, /*dims=*/-1)); }
 
-// The mean loss of the last tenth of the steps.
+struct Losses {
+  float first, last;  // of the first step, and the mean over the last tenth of them
+};
+
 template <class Linear>
-float train(const char* name, torch::Device device, torch::Dtype dtype) {
-  torch::manual_seed(0);  // the same weights and the same batches
+Losses train(const char* name, torch::Device device, torch::Dtype dtype) {
+  torch::manual_seed(0);  // the same weights and the same batches in both runs
   const auto net = std::make_shared<Net<Linear>>();
   net->to(device, dtype);
-  torch::optim::Adam optimizer(net->parameters(), /*lr=*/3e-3);
+  torch::optim::Adam optimizer(net->parameters(), /*lr=*/1e-2);
 
-  float last = 0;
+  Losses losses = {};
   std::printf("%s\n", name);
-  for (int64_t step = 1; step <= kSteps; ++step) {
-    const at::Tensor x = torch::randn({kBatch, kInputs}).to(device, dtype);
-    const at::Tensor loss = torch::mse_loss(net->forward(x), teacher(x));
+  for (int step = 1; step <= kSteps; ++step) {
+    const at::Tensor x = torch::randn({kBatch, kFeatures});
+    const at::Tensor y = teacher(x) + kNoise * torch::randn_like(x);
+
+    const at::Tensor loss = torch::mse_loss(net->forward(x.to(device, dtype)), y.to(device, dtype));
     optimizer.zero_grad();
     loss.backward();
     optimizer.step();
-    torch_fp8::nn::update_scales(*net);  // once per step: every FP8 layer gets its next scales
+    torch_fp8::nn::update_scales(*net);  // all FP8 layers; a network without one is left alone
 
-    const float value = loss.item<float>();
-    if (step == 1 || step % (kSteps / 4) == 0) std::printf("  step %3d  loss %.4f\n", static_cast<int>(step), value);
-    if (step > kSteps - kSteps / 10) last += value / (kSteps / 10);
+    const auto value = loss.item<float>();
+    if (step == 1) losses.first = value;
+    if (step > kSteps - kSteps / 10) losses.last += value / (kSteps / 10);
+    if (step == 1 || step % (kSteps / 4) == 0) std::printf("  step %3d   loss %.4f\n", step, value);
   }
-  return last;
+  return losses;
 }
 
 }  // namespace
 
 int main() {
+  torch::set_num_threads(1);  // the networks are too small to gain from more
   const bool gpu = torch::cuda::is_available() && *torch_fp8::cuda::toolkit_version();
   const torch::Device device = gpu ? torch::kCUDA : torch::kCPU;
   const torch::Dtype dtype = gpu ? torch::kBFloat16 : torch::kFloat;
 
-  const float reference = train<torch::nn::Linear>("torch::nn::Linear", device, dtype);
-  const float fp8 = train<torch_fp8::nn::Linear>("torch_fp8::nn::Linear", device, dtype);
+  const Losses reference = train<torch::nn::Linear>("torch::nn::Linear", device, dtype);
+  const Losses fp8 = train<torch_fp8::nn::Linear>("torch_fp8::nn::Linear", device, dtype);
 
-  const bool learnt = fp8 <= kAllowed * reference;
-  std::printf("%s: final loss %.4f in FP8, %.4f in %s; at most %.1f times as much is allowed\n",
-              learnt ? "ok" : "FAILED", fp8, reference, gpu ? "bfloat16" : "float32", kAllowed);
+  const bool learnt = fp8.last < fp8.first / 2 && fp8.last < kAllowed * reference.last;
+  std::printf("%s: FP8 ends at %.4f, %s at %.4f; up to %.2f times as much is allowed\n", learnt ? "ok" : "FAILED",
+              fp8.last, gpu ? "bfloat16" : "float32", reference.last, kAllowed);
   return learnt ? 0 : 1;
 }

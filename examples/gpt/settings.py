@@ -28,7 +28,7 @@ class Size:
 # tiny is for two CPU cores. From 124M on: GPT-2's models with GPT-3's learning rates, in batches small enough that a
 # few minutes show something.
 SIZES = {
-    "tiny": Size(Shape(4, 4, 128), context=128, batch_tokens=1 << 10, micro_batch=8, steps=400, lr=2e-3),
+    "tiny": Size(Shape(4, 4, 128), context=128, batch_tokens=1 << 10, micro_batch=8, steps=300, lr=2e-3),
     "small": Size(Shape(6, 6, 384), context=256, batch_tokens=1 << 14, micro_batch=64, steps=1000, lr=1e-3),
     "124M": Size(Shape(12, 12, 768), context=1024, batch_tokens=1 << 16, micro_batch=32, steps=1000, lr=6e-4),
     "355M": Size(Shape(24, 16, 1024), context=1024, batch_tokens=1 << 16, micro_batch=16, steps=1000, lr=3e-4),

@@ -49,6 +49,12 @@ TORCH_FP8_HOST_DEVICE inline float float_of(uint32_t bits) {
   return x;
 }
 
+// |x| as an integer that orders like it, with NaN, whatever its payload, as the largest of all: what amaxes compare.
+TORCH_FP8_HOST_DEVICE inline uint32_t magnitude(float x) {
+  const uint32_t bits = bits_of(x) & 0x7FFFFFFF;
+  return bits > 0x7F800000 ? 0x7FC00000 : bits;
+}
+
 // Round to nearest even, saturate to +-max (Inf too), keep NaN.
 template <class F>
 uint8_t encode(float x) {

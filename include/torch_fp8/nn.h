@@ -34,6 +34,7 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   void reset() override;    // new parameters and new scaling state
   void reset_parameters();  // torch::nn::Linear's initialisation
   at::Tensor forward(const at::Tensor& input);
+  void load(torch::serialize::InputArchive& archive) override;
   void pretty_print(std::ostream& stream) const override;
 
   // The scaling state moves with the layer but stays float32.

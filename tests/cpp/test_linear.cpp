@@ -92,14 +92,15 @@ TEST_F(Linear, FirstStepIsScaledByEachTensorsOwnAmax) {
         SCOPED_TRACE(std::string(c10::toString(dtype)) + " " + std::to_string(batch.size()));
         Layer layer(40, 23, dtype);
         layer.options.e4m3_gradients = e4m3_gradients;
+        layer.options.margin = 1, layer.options.grad_margin = 2;
         auto x_size = batch, y_size = batch;
         x_size.push_back(40), y_size.push_back(23);
         const at::Tensor x = input(x_size, dtype), dy = at::randn(y_size).to(dtype), y = layer(x);
         y.backward(dy);
         EXPECT_EQ(y.scalar_type(), dtype);
         EXPECT_EQ(y.sizes(), at::IntArrayRef(y_size));
-        expect_step(layer, x, y, dy, own_scale(x, kE4M3Type), own_scale(layer.weight, kE4M3Type),
-                    own_scale(dy, layer.options.dtype(kGradOutput)));
+        expect_step(layer, x, y, dy, own_scale(x, kE4M3Type) / 2, own_scale(layer.weight, kE4M3Type) / 2,
+                    own_scale(dy, layer.options.dtype(kGradOutput)) / 4);
       }
     }
   }
