@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-
 import torch_fp8 as fp8
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,8 +73,7 @@ def header(title: str) -> str:
     return f"""# {title}
 
 * command: `{command.replace("python ", "python benchmarks/", 1)}`
-* GPU: {torch.cuda.get_device_name()} ({torch.cuda.get_device_properties(0).multi_processor_count} SMs); driver, SM clock
-  now, SM clock at most, power limit: {smi}
+* GPU: {torch.cuda.get_device_name()}; driver, SM clock now, SM clock at most, power limit: {smi}
 * PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuBLASLt {info["cublaslt"]}, torch_fp8 {info["version"]}
 * date: {datetime.date.today()}
 * random data; medians; arms interleaved in one run. *GPU*: events, host hidden, boost clock. *loop*: back-to-back wall

@@ -8,10 +8,9 @@ is counted once a call, as in a step without gradient accumulation.
 from __future__ import annotations
 
 import torch
-from torch import nn
-
 import torch_fp8 as fp8
 from common import gpu_ms, header, loop_ms, table, write
+from torch import nn
 
 SHAPES = [  # M (tokens), K (in), N (out)
     (8192, 4096, 4096),
@@ -58,7 +57,8 @@ def measure(m: int, k: int, n: int) -> dict[str, object]:
     slots = fp8._C.new_slots(torch.device("cuda"))
     cast = torch.ops.torch_fp8.quantize
     (xq, xt, sx, _), (wq, wt, sw, _) = (
-        cast(t, slots, 0, torch.float8_e4m3fn, own_amax=True, columnwise=True) for t in (x.detach(), ours.weight.detach())
+        cast(t, slots, 0, torch.float8_e4m3fn, own_amax=True, columnwise=True)
+        for t in (x.detach(), ours.weight.detach())
     )
     gq, gt, sg, _ = cast(dy, slots, 2, torch.float8_e5m2, own_amax=True, columnwise=True)
     gemm = torch.ops.torch_fp8.gemm
@@ -71,7 +71,11 @@ def measure(m: int, k: int, n: int) -> dict[str, object]:
     copies = [copy_of(rows * cols) for rows, cols in ((m, k), (m, n), (n, k))]
     casts = [
         lambda t=t, f=f: cast(t, slots, 0, f, columnwise=True)
-        for t, f in ((x.detach(), torch.float8_e4m3fn), (dy, torch.float8_e5m2), (ours.weight.detach(), torch.float8_e4m3fn))
+        for t, f in (
+            (x.detach(), torch.float8_e4m3fn),
+            (dy, torch.float8_e5m2),
+            (ours.weight.detach(), torch.float8_e4m3fn),
+        )
     ]
     arms = {
         **steps,
@@ -137,8 +141,8 @@ def main() -> None:
             f"{gpu['casts']:.3f} ({gpu['copies'] / gpu['casts']:.0%})",
             f"{peak['bf16']:.0f} / {peak['fp8']:.0f}",
         ])  # fmt: skip
-    head = ["shape", "BF16 ms, GPU / loop", "FP8 ms, GPU / loop", "FP8 over BF16, GPU / loop", "floor ms", "FP8 / floor",
-            "GEMMs ms", "casts ms (share of copy speed)", "peak MiB, BF16 / FP8"]  # fmt: skip
+    head = ["shape", "BF16 ms, GPU / loop", "FP8 ms, GPU / loop", "FP8 over BF16, GPU / loop", "floor ms",
+            "FP8 / floor", "GEMMs ms", "casts ms (share of copy speed)", "peak MiB, BF16 / FP8"]  # fmt: skip
     host = host_us()
     host_rows = [
         [kind, f"{us['bf16']:.1f}", f"{us['fp8']:.1f}", f"{us['fp8'] / us['bf16']:.2f}"] for kind, us in host.items()
@@ -148,7 +152,7 @@ def main() -> None:
         "One forward and backward with both gradients, no bias, delayed scaling in its steady state, one weight cast a "
         "call. Casts are timed one after another with events, which flatters neither side but counts launch gaps.\n",
         table(head, rows),
-        f"\nHost time per call at M{HOST_SHAPE[0]} K{HOST_SHAPE[1]} N{HOST_SHAPE[2]} with bias, µs (weight cast cached):\n",
+        "\nHost time per call at M{} K{} N{} with bias, µs (weight cast cached):\n".format(*HOST_SHAPE),
         table(["call", "nn.Linear", "fp8.Linear", "ratio"], host_rows),
     ]))  # fmt: skip
 

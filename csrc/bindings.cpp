@@ -19,8 +19,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LinearOptions>(m, "LinearOptions")
       .def(py::init([](Scaling scaling, bool e4m3_gradients, bool power_of_two, int64_t margin, int64_t grad_margin,
                        bool fast_fprop, bool fast_dgrad, bool fast_wgrad) {
-             return LinearOptions{scaling,    e4m3_gradients, power_of_two, margin, grad_margin,
-                                  fast_fprop, fast_dgrad,     fast_wgrad};
+             return LinearOptions{scaling,     e4m3_gradients, power_of_two, margin,
+                                  grad_margin, fast_fprop,     fast_dgrad,   fast_wgrad};
            }),
            py::kw_only(), py::arg("scaling"), py::arg("e4m3_gradients"), py::arg("power_of_two"), py::arg("margin"),
            py::arg("grad_margin"), py::arg("fast_fprop"), py::arg("fast_dgrad"), py::arg("fast_wgrad"))

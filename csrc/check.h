@@ -55,7 +55,8 @@ inline void check_slots(const at::Tensor& slots, int64_t rows) {
 
 inline Slot* slots_of(const at::Tensor& slots) { return static_cast<Slot*>(slots.data_ptr()); }
 
-// The ops choose their own precision: under torch.autocast the PyTorch functions they call would cast behind their back.
+// The ops choose their own precision: under torch.autocast the PyTorch functions they call would cast behind their
+// back.
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };

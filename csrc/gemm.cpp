@@ -35,8 +35,10 @@ GemmArgs check_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
   check_operand(a, a_scale_inv, "a", m);
   check_operand(b, b_scale_inv, "b", n);
   check_same_device(a, "a", b, "b");
-  TORCH_CHECK(a.size(1) == b.size(1), "torch_fp8: a and b must have as many columns (both are contracted along them), "
-              "got ", a.sizes(), " and ", b.sizes());
+  TORCH_CHECK(a.size(1) == b.size(1),
+              "torch_fp8: a and b must have as many columns (both are contracted along them), "
+              "got ",
+              a.sizes(), " and ", b.sizes());
   args.m = m, args.n = padded(n), args.k = a.size(1);
   args.a = static_cast<const uint8_t*>(a.const_data_ptr());
   args.b = static_cast<const uint8_t*>(b.const_data_ptr());
@@ -95,8 +97,8 @@ void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tens
   TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16,
                    "torch_fp8: out must be float32 or bfloat16 to be accumulated into, got ", out.scalar_type());
   TORCH_CHECK(out.dim() >= 1 && out.layout() == at::kStrided && out.is_contiguous() && is_aligned(out.const_data_ptr()),
-              "torch_fp8: out must be contiguous and start at a 16-byte boundary, got ", out.sizes(),
-              " with strides ", out.strides(), " at ", out.const_data_ptr(), "; use out.clone()");
+              "torch_fp8: out must be contiguous and start at a 16-byte boundary, got ", out.sizes(), " with strides ",
+              out.strides(), " at ", out.const_data_ptr(), "; use out.clone()");
   check_same_device(a, "a", out, "out");
   const int64_t m = leading_size(out.sizes()), n = out.size(-1);
   GemmArgs args = check_gemm(a, b, a_scale_inv, b_scale_inv, m, n, out.scalar_type(), fast_accum);

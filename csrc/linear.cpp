@@ -44,11 +44,11 @@ Quantized call_quantize(const at::Tensor& x, const at::Tensor& slots, int role, 
 at::Tensor call_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                      const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
                      at::ScalarType dtype, bool fast_accum) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_fp8::gemm", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                               const at::Tensor&, const c10::optional<at::Tensor>&,
-                                               c10::SymIntArrayRef, at::ScalarType, bool)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("torch_fp8::gemm", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const c10::optional<at::Tensor>&, c10::SymIntArrayRef, at::ScalarType, bool)>();
   return op.call(a, b, a_scale_inv, b_scale_inv, bias, size, dtype, fast_accum);
 }
 
@@ -90,8 +90,8 @@ struct LinearBackward : torch::autograd::Node {
 
     const auto self = shared_from_this();
     if (need_x) {
-      result[0] = call_gemm(g.q, weight_t.unpack(self), g.scale_inv, weight_scale_inv.unpack(self), {}, x_size,
-                            x_dtype, options.fast_dgrad);
+      result[0] = call_gemm(g.q, weight_t.unpack(self), g.scale_inv, weight_scale_inv.unpack(self), {}, x_size, x_dtype,
+                            options.fast_dgrad);
     }
     if (need_weight) {
       result[1] = call_gemm(g.q_t, x_t.unpack(self), g.scale_inv, x_scale_inv.unpack(self), {}, weight_size,
@@ -108,8 +108,10 @@ void check_linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   type_of(weight.scalar_type(), "the weight");
   TORCH_CHECK(weight.dim() == 2, "torch_fp8: the weight must be a matrix (out_features, in_features), got ",
               weight.sym_sizes());
-  TORCH_CHECK(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(1), "torch_fp8: the input's last dimension must be "
-              "in_features = ", weight.sym_size(1), ", got an input of shape ", x.sym_sizes());
+  TORCH_CHECK(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(1),
+              "torch_fp8: the input's last dimension must be "
+              "in_features = ",
+              weight.sym_size(1), ", got an input of shape ", x.sym_sizes());
   check_same_device(weight, "the weight", x, "the input");
   check_same_device(weight, "the weight", slots, "the layer's scaling state");
   TORCH_CHECK_TYPE(autocast || x.scalar_type() == weight.scalar_type(), "torch_fp8: the input is ", x.scalar_type(),
@@ -126,9 +128,7 @@ void check_linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
 bool wants_grad(const c10::optional<at::Tensor>& t) { return t && t->requires_grad(); }
 
 // Meta and fake tensors hold no values; what is traced with them is the steady path.
-bool has_values(const at::Tensor& t) {
-  return !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python);
-}
+bool has_values(const at::Tensor& t) { return !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python); }
 
 }  // namespace
 
@@ -151,7 +151,9 @@ bool LayerMemo::has_history(int role, const at::Tensor& slots) {
   }
   TORCH_CHECK(has_history_[role] || !slots.is_cuda() || !cuda::is_capturing(),
               "torch_fp8: a CUDA graph is being captured while this layer's ",
-              role == kInput ? "input" : role == kWeight ? "weight" : "output gradient",
+              role == kInput    ? "input"
+              : role == kWeight ? "weight"
+                                : "output gradient",
               " has no amax history; run training steps until it has seen a value other than zero, then capture");
   return has_history_[role];
 }
@@ -174,8 +176,8 @@ Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor
       (!record || w.recorded)) {
     return w.quantized;
   }
-  const bool own_amax = options.scaling == Scaling::kCurrent ||
-                        (options.scaling == Scaling::kDelayed && !has_history(kWeight, slots));
+  const bool own_amax =
+      options.scaling == Scaling::kCurrent || (options.scaling == Scaling::kDelayed && !has_history(kWeight, slots));
   // The copy may outlive an inference-mode block, and backward must be able to save it.
   const c10::InferenceMode ordinary_tensors(false);
   at::AutoDispatchBelowADInplaceOrView below_autograd;

@@ -47,8 +47,8 @@ void LinearImpl::reset_parameters() {
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& input) {
-  return linear(input, weight, bias.defined() ? c10::optional<at::Tensor>(bias) : c10::nullopt, slots,
-                options.recipe(), memo, is_training());
+  return linear(input, weight, bias.defined() ? c10::optional<at::Tensor>(bias) : c10::nullopt, slots, options.recipe(),
+                memo, is_training());
 }
 
 void LinearImpl::load(torch::serialize::InputArchive& archive) {

@@ -16,11 +16,12 @@ at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(
-    const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype, bool own_amax, bool power_of_two,
-    int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias) {
-  Quantized out =
-      quantize(x, slots, role, dtype, {own_amax, power_of_two, margin, record, rowwise, columnwise, dbias});
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(const at::Tensor& x, const at::Tensor& slots,
+                                                                       int64_t role, at::ScalarType dtype,
+                                                                       bool own_amax, bool power_of_two, int64_t margin,
+                                                                       bool record, bool rowwise, bool columnwise,
+                                                                       c10::optional<at::ScalarType> dbias) {
+  Quantized out = quantize(x, slots, role, dtype, {own_amax, power_of_two, margin, record, rowwise, columnwise, dbias});
   return {std::move(out.q), std::move(out.q_t), std::move(out.scale_inv), std::move(out.dbias)};
 }
 
@@ -73,10 +74,9 @@ TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
   m.impl("gemm", gemm_meta);
-  m.impl("gemm_accumulate_", [](const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                const at::Tensor&, bool) {});
-  m.impl("update_scales_",
-         [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});
+  m.impl("gemm_accumulate_",
+         [](const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) {});
+  m.impl("update_scales_", [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});
 }
 
 }  // namespace torch_fp8

@@ -12,8 +12,8 @@ namespace {
 void check_history(const at::Tensor& history, const at::Tensor& slots) {
   TORCH_CHECK(history.scalar_type() == at::kFloat && history.dim() == 2 && history.size(0) == kRoles &&
                   history.size(1) > 0 && history.is_contiguous(),
-              "torch_fp8: a history must be a contiguous float32 tensor of shape (", int(kRoles),
-              ", length), got ", history.scalar_type(), " ", history.sizes());
+              "torch_fp8: a history must be a contiguous float32 tensor of shape (", int(kRoles), ", length), got ",
+              history.scalar_type(), " ", history.sizes());
   check_same_device(slots, "its slots tensor", history, "a history");
 }
 

@@ -61,7 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     start.add_argument("--resume", action="store_true", help="go on from OUT's checkpoints; an arm without one starts")
     start.add_argument("--overwrite", action="store_true", help="start anew where OUT has checkpoints")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--num-threads", type=int, metavar="N", help="of the CPU; with 1, two runs are equal to the bit")
+    add(
+        "--num-threads",
+        type=int,
+        metavar="N",
+        help="of the CPU; default: 1 for tiny, else all. With 1, two runs are equal to the bit",
+    )
     return parser.parse_args()
 
 
@@ -89,6 +94,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         save_every=given.get("save_every", min(max(1, steps // 4), 1000)),
         time_limit=args.time_limit,
         device=device,
+        num_threads=given.get("num_threads", size.num_threads or torch.get_num_threads()),
         out=args.out,
     )
 
@@ -135,11 +141,8 @@ class Interruption:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.num_threads is not None:
-        if args.num_threads < 1:
-            raise UserError(f"--num-threads must be at least 1, got {args.num_threads}")
-        torch.set_num_threads(args.num_threads)
     settings = make_settings(args)
+    torch.set_num_threads(settings.num_threads)
     arms = ["bf16", "fp8"] if args.precision == "both" else [args.precision]
     corpus = load_corpus(args, settings.context)
     prepare_out(settings, corpus, arms, resume=args.resume, overwrite=args.overwrite)

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-
 import torch_fp8 as fp8
 
 

@@ -9,7 +9,8 @@ MAX = {E4M3: 448.0, E5M2: 57344.0}
 # subnormal range half the smallest number.
 RELATIVE = {E4M3: 2.0**-4, E5M2: 2.0**-3}
 ABSOLUTE = {E4M3: 2.0**-10, E5M2: 2.0**-17}
-# A unit in the last place of an output, half for rounding it and half for a sum just beside the tie: a relative part, and float16's half of the smallest subnormal.
+# Of an output: half a unit in the last place for rounding it, and half for a sum that lies just beside a tie; and
+# half of the smallest subnormal of float16.
 OUTPUT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 OUTPUT_SUBNORMAL = {torch.bfloat16: 0.0, torch.float16: 2.0**-25, torch.float32: 0.0}
 
@@ -55,9 +56,11 @@ def rounding(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
 def accumulation(device: torch.device, k: int) -> float:
     """Error of a sum of k products and its scaling, in parts of the sum of their magnitudes.
 
-    Scaling: scale_inv twice, their product, the product with the sum, the bias: five float32 roundings. CPU: float32, k additions of half a unit in the last place each. Hopper's tensor core aligns the products of an
-    instruction (32 of them) to the largest and cuts them off 13 bits below it (DeepSeek-V3 report, 3.3.2). Each may
-    lose 2^-13 of the largest, which on random data adds up to 2^-12 of their magnitudes an instruction.
+    Scaling: scale_inv twice, their product, the product with the sum, the bias: five float32 roundings.
+    CPU: float32, k additions of half a unit in the last place each.
+    Hopper's tensor core aligns the products of an instruction (32 of them) to the largest and cuts them off 13 bits
+    below it (DeepSeek-V3 report, 3.3.2). Each may lose 2^-13 of the largest, which on random data adds up to 2^-12 of
+    their magnitudes an instruction.
     """
     scaling = 5 * 2.0**-24
     return scaling + (k * 2.0**-24 if device.type == "cpu" else min(k / 32 + 1, 32) * 2.0**-12)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import torch_fp8 as fp8
 
 ROOT = Path(__file__).parent.parent

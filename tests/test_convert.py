@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
-
 import torch_fp8 as fp8
+from torch import nn
 
 
 class Block(nn.Module):
@@ -93,7 +92,11 @@ def test_filters():
 @pytest.mark.parametrize(
     "filter, error, match",
     [
-        (["layers.1.*", "lm_heads"], ValueError, r"'lm_heads' matches none of the 5 linear layers; did you mean lm_head"),
+        (
+            ["layers.1.*", "lm_heads"],
+            ValueError,
+            r"'lm_heads' matches none of the 5 linear layers; did you mean lm_head",
+        ),
         (lambda module, name: False, ValueError, r"no layer of Model would be converted.*5 linear layers"),
         ([], ValueError, "no layer of Model would be converted"),
         ("lm_head", TypeError, "a function of .* or a list of names, got 'lm_head'"),

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-
 import torch_fp8 as fp8
 from oracle import E4M3, E5M2
 
@@ -94,7 +93,7 @@ class TestGemm:
             ({"a": lambda a: a[:, :16].contiguous()}, RuntimeError, r"as many columns .*got \[16, 16\] and \[48, 32\]"),
             ({"b": lambda b: b.t()}, RuntimeError, "b must be a contiguous, 16-byte aligned matrix"),
             ({"a": lambda a: a[:, :24].contiguous()}, RuntimeError, "columns are a multiple of 16, got"),
-            ({"size": [17, 48]}, RuntimeError, r"a must have at least the 17 rows that the output needs, got \[16, 32\]"),
+            ({"size": [17, 48]}, RuntimeError, r"a must have at least the 17 rows that .* needs, got \[16, 32\]"),
             ({"size": []}, RuntimeError, "size must name at least the output's columns"),
             ({"a_scale_inv": lambda s: s.double()}, RuntimeError, "a_scale_inv must be one float32, got Double"),
             ({"a_scale_inv": lambda s: s.expand(2)}, RuntimeError, "a_scale_inv must be one float32"),
@@ -160,7 +159,7 @@ class TestLinear:
         layer = fp8.Linear(32, 48, device=cuda)
         with pytest.raises(RuntimeError, match="the input is on cpu but the weight is on cuda:0; move both"):
             layer(torch.randn(4, 32))
-        with pytest.raises(RuntimeError, match="slots is on cuda:0 but x is on cpu|x is on cpu"):
+        with pytest.raises(RuntimeError, match="slots is on cuda:0 but x is on cpu"):
             ops.quantize(torch.randn(4, 32), slots(cuda), 0, E4M3)
 
 
@@ -196,7 +195,9 @@ def test_other_gpus_are_refused():
         return
     fp8._C.check_capability(9, 0, "NVIDIA H100")
     for major, minor, name in [(8, 0, "NVIDIA A100"), (8, 9, "NVIDIA L40"), (10, 0, "NVIDIA B200")]:
-        with pytest.raises(RuntimeError, match=rf"built for Hopper .*but {name} has {major}.{minor}; .*revert\(model\)"):
+        with pytest.raises(
+            RuntimeError, match=rf"built for Hopper .*but {name} has {major}.{minor}; .*revert\(model\)"
+        ):
             fp8._C.check_capability(major, minor, name)
 
 

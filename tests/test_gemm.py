@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from oracle import E4M3, E5M2, OUTPUT, accumulation
 
 gemm = torch.ops.torch_fp8.gemm

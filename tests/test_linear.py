@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 import torch_fp8 as fp8
 from oracle import E4M3, E5M2, OUTPUT, OUTPUT_SUBNORMAL, accumulation, amax, exact_scale, quantised, rounding
+from torch import nn
+from torch.nn import functional as F
 
 # (M, K, N): Llama and GPT shapes in small, and odd ones. 4097 on one side at a time.
 SHAPES = [

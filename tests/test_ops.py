@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.library import opcheck
-
 import torch_fp8
 from oracle import E4M3, E5M2
+from torch.library import opcheck
 
 ops = torch.ops.torch_fp8
 

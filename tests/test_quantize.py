@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 import torch_fp8
 from oracle import E4M3, E5M2, MAX, amax, codes, exact_scale, power_of_two_scale
 
@@ -37,7 +36,9 @@ def test_codes_of_every_bfloat16_value(device, dtype):
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(16, 16), (1, 1), (7, 17), (100, 257), (128, 128), (129, 4097), (1000, 24), (300, 512)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (1, 1), (7, 17), (100, 257), (128, 128), (129, 4097), (1000, 24), (300, 512)]
+)
 def test_layouts_and_padding(device, dtype, x_dtype, shape):
     x = torch.randn(shape, device=device).to(x_dtype)
     slots = slots_with(20.0, device)

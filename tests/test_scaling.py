@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-
 import torch_fp8 as fp8
 from oracle import E4M3, E5M2, MAX, amax, exact_scale, power_of_two_scale, quantised
+from torch.utils.checkpoint import checkpoint
 
 INF, NAN = float("inf"), float("nan")
 FORMATS = (E4M3, E4M3, E5M2)
@@ -46,7 +45,7 @@ def assert_state(layer: fp8.Linear, roles: list[Role], when: object) -> None:
         scale_inv, scale, seen, cursor = row
         assert bits(scale) == bits(role.scale), when
         assert bits(scale_inv) == bits(np.float32(1) / np.float32(role.scale)), when
-        assert bits(seen) == bits(role.amax) or seen != seen and role.amax != role.amax, when
+        assert bits(seen) == bits(role.amax) or (seen != seen and role.amax != role.amax), when
         length = layer.fp8_history.shape[1]
         assert cursor == ((len(role.history) - 1) % length + 1 if role.history else 0), when
     for ring, role in zip(layer.fp8_history.tolist(), roles):

@@ -6,9 +6,8 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
-
 import torch_fp8 as fp8
+from torch import nn
 
 
 def make(device, **recipe):

@@ -11,6 +11,7 @@ stages=${*:-build test bench}
 bin=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
 export PATH=$bin:$PATH TORCH_FP8_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
 export TORCH_FP8_CMAKE_ARGS="-DTORCH_FP8_TESTS=ON -DTORCH_FP8_WERROR=ON -DTORCH_FP8_CUDA=ON"
+export CXX=/usr/bin/g++ CUDAHOSTCXX=/usr/bin/g++
 status=0
 
 for stage in $stages; do

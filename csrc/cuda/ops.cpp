@@ -1,9 +1,9 @@
 // cuda:: as kernels.h declares it: the device is checked, the current stream found, the kernel launched.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContextLight.h>
-#include <ATen/cuda/CUDAGraphsUtils.cuh>
 #include <c10/cuda/CUDAStream.h>
 #include <cublasLt.h>
+#include <ATen/cuda/CUDAGraphsUtils.cuh>
 
 #include "launch.h"
 #include "torch_fp8/kernels.h"
@@ -21,8 +21,11 @@ cudaStream_t stream() {
 }  // namespace
 
 void check_capability(int major, int minor, const std::string& name) {
-  TORCH_CHECK(major == 9 && minor == 0, "torch_fp8: the FP8 kernels are built for Hopper (compute capability 9.0, "
-              "H100 or H200), but ", name, " has ", major, ".", minor, "; keep the model in 16 bits there "
+  TORCH_CHECK(major == 9 && minor == 0,
+              "torch_fp8: the FP8 kernels are built for Hopper (compute capability 9.0, "
+              "H100 or H200), but ",
+              name, " has ", major, ".", minor,
+              "; keep the model in 16 bits there "
               "(torch_fp8.revert(model)) or run it on a Hopper GPU");
 }
 

@@ -13,7 +13,7 @@
 namespace torch_fp8::cuda {
 namespace {
 
-constexpr int kTile = 128;   // rows and columns of a tile
+constexpr int kTile = 128;  // rows and columns of a tile
 constexpr int kPatch = 8;   // rows and columns of a thread's patch
 constexpr int kPatches = kTile / kPatch;
 constexpr int kThreads = kPatches * kPatches;
@@ -54,9 +54,9 @@ struct alignas(16) Pack {
 };
 
 struct Tile {
-  int64_t row, col;    // of the tile's first element
+  int64_t row, col;          // of the tile's first element
   int patch_row, patch_col;  // which patch of the tile is this thread's
-  bool whole;          // no element of the tile lies outside of x
+  bool whole;                // no element of the tile lies outside of x
 };
 
 __device__ Tile my_tile(const Matrix& x, uint32_t tiles_across) {
@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(kThreads) amax_kernel(Matrix x, bool vectorise
   raise_amax(of_warp, amax);
 }
 
-// The transposed tile in shared memory. A column is 16 pieces of 8 bytes, one a patch; piece p of column c lies at place
-// p ^ (c / 8), which spreads the writes of a half warp over all banks and keeps two neighbouring pieces in one 16-byte
-// unit.
+// The transposed tile in shared memory. A column is 16 pieces of 8 bytes, one a patch; piece p of column c lies at
+// place p ^ (c / 8), which spreads the writes of a half warp over all banks and keeps two neighbouring pieces in one
+// 16-byte unit.
 using Columns = uint2[kTile][kPatches];
 
 __device__ void stage_transposed(Columns& columns, const uint32_t (&codes)[kPatch][2], const Tile& tile) {
@@ -141,7 +141,7 @@ __device__ void stage_transposed(Columns& columns, const uint32_t (&codes)[kPatc
 
 __device__ void store_transposed(const Columns& columns, const Tile& tile, uint8_t* q_t, int64_t padded_rows,
                                  int64_t padded_cols) {
-  constexpr int kUnits = kTile / 16;               // 16-byte units of a column
+  constexpr int kUnits = kTile / 16;           // 16-byte units of a column
   constexpr int kColumns = kThreads / kUnits;  // that the block writes at a time
   const int unit = static_cast<int>(threadIdx.x) % kUnits, first = static_cast<int>(threadIdx.x) / kUnits;
   const int64_t row = tile.row + unit * 16;
@@ -262,9 +262,10 @@ void with_type(Type type, Function&& function) {
 template <class T, Format kFormat>
 void launch_quantize_as(const QuantizeArgs& args, Grid grid, cudaStream_t stream) {
   const bool transposed = args.q_t, sums = args.column_sums;
-  const auto kernel = transposed ? sums ? quantize_kernel<T, kFormat, true, true> : quantize_kernel<T, kFormat, true, false>
-                      : sums     ? quantize_kernel<T, kFormat, false, true>
-                                 : quantize_kernel<T, kFormat, false, false>;
+  const auto kernel = transposed
+                          ? sums ? quantize_kernel<T, kFormat, true, true> : quantize_kernel<T, kFormat, true, false>
+                      : sums ? quantize_kernel<T, kFormat, false, true>
+                             : quantize_kernel<T, kFormat, false, false>;
   kernel<<<grid.blocks, kThreads, 0, stream>>>(args, is_vectorised(args.x), grid.across);
   check(cudaGetLastError(), "quantize_kernel");
 }

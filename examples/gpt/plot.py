@@ -28,8 +28,8 @@ def draw(path: Path, results: list[Result], title: str) -> None:
         panels = [figure.add_subplot(grid[i, 1]) for i in range(len(_ROLES))]
         for axes, role in zip(panels, _ROLES):
             _draw_scales(axes, scales, role)
-        panels[0].set_title("FP8: scales at the end, by layer")
-        panels[0].legend(fontsize="small", ncols=4, loc="best")
+        panels[0].set_title("FP8: scales at the end, by layer", pad=32)
+        panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(_MARKERS), frameon=False)
         panels[-1].set_xlabel("block")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

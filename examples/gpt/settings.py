@@ -23,18 +23,22 @@ class Size:
     micro_batch: int  # sequences, as many as memory allows
     steps: int
     lr: float
+    num_threads: int | None = None  # None: what PyTorch takes
 
 
-# tiny is for two CPU cores. From 124M on: GPT-2's models with GPT-3's learning rates, in batches small enough that a
-# few minutes show something.
+# tiny is for a CPU. Its operations are so small that a second thread gains a half on an idle machine and costs tenfold
+# on a busy one. From 124M on: GPT-2's models with GPT-3's learning rates, in batches small enough that a few minutes
+# show something.
 SIZES = {
-    "tiny": Size(Shape(4, 4, 128), context=128, batch_tokens=1 << 10, micro_batch=8, steps=300, lr=2e-3),
+    "tiny": Size(Shape(4, 4, 128), context=128, batch_tokens=1 << 10, micro_batch=8, steps=300, lr=2e-3, num_threads=1),
     "small": Size(Shape(6, 6, 384), context=256, batch_tokens=1 << 14, micro_batch=64, steps=1000, lr=1e-3),
     "124M": Size(Shape(12, 12, 768), context=1024, batch_tokens=1 << 16, micro_batch=32, steps=1000, lr=6e-4),
     "355M": Size(Shape(24, 16, 1024), context=1024, batch_tokens=1 << 16, micro_batch=16, steps=1000, lr=3e-4),
     "774M": Size(Shape(36, 20, 1280), context=1024, batch_tokens=1 << 16, micro_batch=16, steps=1000, lr=2.5e-4),
     "1558M": Size(Shape(48, 25, 1600), context=1024, batch_tokens=1 << 16, micro_batch=8, steps=1000, lr=2e-4),
 }
+
+_COUNTS = ("context", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_batches", "save_every", "num_threads")
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,12 @@ class Settings:
     save_every: int
     time_limit: float | None  # seconds of an arm
     device: torch.device
+    num_threads: int
     out: Path
 
     def __post_init__(self) -> None:
-        # Zero to the last: torch and the loop would fail, or never stop, much later and less clearly.
-        for name in ("context", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_batches", "save_every"):
+        # Zeros would fail much later, and less clearly.
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "time_limit"):

@@ -20,7 +20,7 @@ TORCH_FP8_HOST_DEVICE constexpr int64_t padded(int64_t n) { return (n + kAlignme
 
 constexpr int64_t kBiasRows = 128;  // rows of x that one row of column sums covers
 
-struct Matrix {       // (rows, cols), any strides, in elements
+struct Matrix {  // (rows, cols), any strides, in elements
   const void* data;
   Type type;
   int64_t rows, cols;
@@ -43,19 +43,19 @@ struct QuantizeArgs {
 struct GemmArgs {
   int64_t m, n, k;  // n and k multiples of 16
   const uint8_t *a, *b;
-  Format a_format, b_format;  // not both E5M2
+  Format a_format, b_format;               // not both E5M2
   const float *a_scale_inv, *b_scale_inv;  // 16-byte aligned
-  const void* bias;  // of type out_type (not float32), or null
-  void* out;         // 16-byte aligned
+  const void* bias;                        // of type out_type (not float32), or null
+  void* out;                               // 16-byte aligned
   Type out_type;
-  bool accumulate;   // add to what out holds
-  bool fast_accum;   // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
+  bool accumulate;  // add to what out holds
+  bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
 };
 
 // The scaling state of one layer, and how its scales follow from the history (see update_scales).
 struct LayerState {
-  Slot* slots;       // kRoles
-  float* history;    // (kRoles, length): a ring of amaxes
+  Slot* slots;     // kRoles
+  float* history;  // (kRoles, length): a ring of amaxes
   int32_t length : 31;
   uint32_t power_of_two : 1;
   float target[kRoles];  // fp8_max / 2^margin

@@ -9,12 +9,12 @@
 namespace torch_fp8 {
 
 struct QuantizeOptions {
-  bool own_amax = false;      // scale by x's own amax (two passes) instead of the slot's scale
-  bool power_of_two = false;  // with own_amax: round the scale down to a power of two
-  int64_t margin = 0;         // with own_amax: binades left free above the amax
-  bool record = true;         // raise the slot's amax to max |x|
-  bool rowwise = true;        // give q
-  bool columnwise = false;    // give q_t
+  bool own_amax = false;                // scale by x's own amax (two passes) instead of the slot's scale
+  bool power_of_two = false;            // with own_amax: round the scale down to a power of two
+  int64_t margin = 0;                   // with own_amax: binades left free above the amax
+  bool record = true;                   // raise the slot's amax to max |x|
+  bool rowwise = true;                  // give q
+  bool columnwise = false;              // give q_t
   c10::optional<at::ScalarType> dbias;  // give the column sums of x, in this dtype
 };
 

@@ -182,9 +182,7 @@ def _output_heads(model: nn.Module, linears: dict[str, nn.Linear]) -> set[str]:
 
 def _by_patterns(patterns: Sequence[str], linears: dict[str, nn.Linear], cannot: dict[str, str]) -> set[str]:
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(
-            f"torch_fp8: filter must be a function of (module, name) or a list of names, got {patterns!r}"
-        )
+        raise TypeError(f"torch_fp8: filter must be a function of (module, name) or a list of names, got {patterns!r}")
     chosen: set[str] = set()
     for pattern in patterns:
         matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]

@@ -130,9 +130,7 @@ class CurrentScaling(Recipe):
         return 1
 
     def options(self) -> _C.LinearOptions:
-        return self._options(
-            _C.Scaling.current, power_of_two=self.power_of_two, margin=0, grad_margin=self.grad_margin
-        )
+        return self._options(_C.Scaling.current, power_of_two=self.power_of_two, margin=0, grad_margin=self.grad_margin)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

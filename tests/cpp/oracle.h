@@ -51,17 +51,29 @@ inline double accumulation(c10::Device device, int64_t k) {
   return 4 * 0x1p-24 + (device.is_cpu() ? static_cast<double>(k) * 0x1p-24 : static_cast<double>(k / 32 + 1) * 0x1p-12);
 }
 
-// |actual - (a . b^T + added)| stays within that error and one rounding of the result.
-inline testing::AssertionResult is_product(const at::Tensor& actual, const at::Tensor& a, const at::Tensor& b,
-                                           const at::Tensor& added = at::zeros({1}, at::kDouble)) {
+// |actual - (product + added)| stays within that error and a rounding, in actual's dtype, of `rounded`.
+inline testing::AssertionResult is_near(const at::Tensor& actual, const at::Tensor& a, const at::Tensor& b,
+                                        const at::Tensor& added, const at::Tensor& rounded) {
   const at::Tensor expected = at::mm(a, b.t()) + added;
   const at::Tensor magnitude = at::mm(a.abs(), b.abs().t()) + added.abs();
   // 2^-24: float16 ends in subnormals, where half a unit is 2^-25.
   const at::Tensor bound =
-      magnitude * accumulation(actual.device(), a.size(1)) + expected.abs() * rounding(actual.scalar_type()) + 0x1p-24;
+      magnitude * accumulation(actual.device(), a.size(1)) + rounded * rounding(actual.scalar_type()) + 0x1p-24;
   const at::Tensor error = (actual.detach().cpu().reshape(expected.sizes()).to(at::kDouble) - expected).abs();
   if (error.le(bound).all().item<bool>()) return testing::AssertionSuccess();
   return testing::AssertionFailure() << "off by " << (error / bound).max().item<double>() << " times the bound";
+}
+
+// a . b^T + added, rounded once.
+inline testing::AssertionResult is_product(const at::Tensor& actual, const at::Tensor& a, const at::Tensor& b,
+                                           const at::Tensor& added = at::zeros({1}, at::kDouble)) {
+  return is_near(actual, a, b, added, (at::mm(a, b.t()) + added).abs());
+}
+
+// The same, where a . b^T was rounded before it was added.
+inline testing::AssertionResult is_sum_of_rounded_parts(const at::Tensor& actual, const at::Tensor& a,
+                                                        const at::Tensor& b, const at::Tensor& added) {
+  return is_near(actual, a, b, added, at::mm(a, b.t()).abs() + added.abs());
 }
 
 // Equal to the bit, NaN included.

@@ -92,15 +92,18 @@ TEST_F(Linear, FirstStepIsScaledByEachTensorsOwnAmax) {
         SCOPED_TRACE(std::string(c10::toString(dtype)) + " " + std::to_string(batch.size()));
         Layer layer(40, 23, dtype);
         layer.options.e4m3_gradients = e4m3_gradients;
-        layer.options.margin = 1, layer.options.grad_margin = 2;
+        // Margins so wide that many codes are subnormal: between normal ones a margin changes no value.
+        const int margin = 10, grad_margin = e4m3_gradients ? 10 : 24;
+        layer.options.margin = margin, layer.options.grad_margin = grad_margin;
         auto x_size = batch, y_size = batch;
         x_size.push_back(40), y_size.push_back(23);
         const at::Tensor x = input(x_size, dtype), dy = at::randn(y_size).to(dtype), y = layer(x);
         y.backward(dy);
         EXPECT_EQ(y.scalar_type(), dtype);
         EXPECT_EQ(y.sizes(), at::IntArrayRef(y_size));
-        expect_step(layer, x, y, dy, own_scale(x, kE4M3Type) / 2, own_scale(layer.weight, kE4M3Type) / 2,
-                    own_scale(dy, layer.options.dtype(kGradOutput)) / 4);
+        expect_step(layer, x, y, dy, std::ldexp(own_scale(x, kE4M3Type), -margin),
+                    std::ldexp(own_scale(layer.weight, kE4M3Type), -margin),
+                    std::ldexp(own_scale(dy, layer.options.dtype(kGradOutput)), -grad_margin));
       }
     }
   }
@@ -117,6 +120,22 @@ TEST_F(Linear, LaterStepsAreScaledByTheSlots) {
     layer.update();
     EXPECT_EQ(layer.scale(kInput), 224.0f / layer.history[kInput].max().item<float>());
     EXPECT_EQ(layer.scale(kGradOutput), 14336.0f / layer.history[kGradOutput].max().item<float>());
+  }
+}
+
+TEST_F(Linear, ARoleThatHasSeenNothingStartsItsHistoryLater) {
+  Layer layer(16, 16);
+  const at::Tensor zeros = at::zeros({4, 16}).requires_grad_(), dy = at::ones({4, 16});
+  layer(zeros).backward(dy);
+  layer.update();
+  EXPECT_EQ(layer.scale(kInput), 1.0f);
+  for (int step = 0; step < 3; ++step) {
+    layer.zero_grad();
+    const at::Tensor x = (at::randn({4, 16}) * 100).requires_grad_(), y = layer(x);
+    y.backward(dy);
+    const float x_scale = step == 0 ? own_scale(x, kE4M3Type) : layer.scale(kInput);
+    expect_step(layer, x, y, dy, x_scale, layer.scale(kWeight), layer.scale(kGradOutput));
+    layer.update();
   }
 }
 

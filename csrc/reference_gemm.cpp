@@ -1,0 +1,31 @@
+#include "reference_gemm.h"
+
+#include <ATen/ATen.h>
+
+namespace torch_fp8 {
+namespace {
+
+at::ScalarType dtype_of(Format format) { return format == Format::kE4M3 ? at::kFloat8_e4m3fn : at::kFloat8_e5m2; }
+
+at::ScalarType dtype_of(Type type) {
+  return type == Type::kFloat32 ? at::kFloat : type == Type::kFloat16 ? at::kHalf : at::kBFloat16;
+}
+
+}  // namespace
+
+void reference_gemm(const GemmArgs& args, c10::Device device) {
+  const auto tensor = [&](const void* data, at::IntArrayRef size, at::ScalarType dtype) {
+    return at::from_blob(const_cast<void*>(data), size, at::TensorOptions().dtype(dtype).device(device));
+  };
+  const at::Tensor a = tensor(args.a, {args.m, args.k}, dtype_of(args.a_format)).to(at::kFloat);
+  const at::Tensor b = tensor(args.b, {args.n, args.k}, dtype_of(args.b_format)).to(at::kFloat);
+  const at::Tensor scale_inv = tensor(args.a_scale_inv, {1}, at::kFloat) * tensor(args.b_scale_inv, {1}, at::kFloat);
+  at::Tensor out = tensor(args.out, {args.m, args.n}, dtype_of(args.out_type));
+
+  at::Tensor product = at::mm(a, b.t()).mul_(scale_inv);
+  if (args.bias) product.add_(tensor(args.bias, {args.n}, out.scalar_type()));
+  if (args.accumulate) product.add_(out);
+  out.copy_(product);
+}
+
+}  // namespace torch_fp8
