@@ -33,7 +33,7 @@ GemmArgs check_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
               "torch_fp8: a and b are both float8_e5m2, which FP8 GEMMs do not take; quantise one of them to "
               "float8_e4m3fn");
   check_operand(a, a_scale_inv, "a", m);
-  check_operand(b, b_scale_inv, "b", n);
+  check_operand(b, b_scale_inv, "b", padded(n));
   check_same_device(a, "a", b, "b");
   TORCH_CHECK(a.size(1) == b.size(1),
               "torch_fp8: a and b must have as many columns (both are contracted along them), "

@@ -166,16 +166,18 @@ void LayerMemo::after_update() {
   }
 }
 
+bool LayerMemo::Weight::is_of(const at::Tensor& weight) const {
+  return impl._unsafe_get_target() == weight.unsafeGetTensorImpl() &&
+         storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && data == weight.const_data_ptr() &&
+         version == weight._version();
+}
+
 Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
                                       bool transposed, bool record) {
   const bool countable = has_values(weight) && !weight.is_inference();  // its changes can be noticed
-  const uint32_t version = countable ? weight._version() : 0;
-  const Weight& w = weight_;
-  if (countable && w.impl._unsafe_get_target() == weight.unsafeGetTensorImpl() && w.data == weight.const_data_ptr() &&
-      w.version == version && (!transposed || w.quantized.q_t.numel() == w.quantized.q.numel()) &&
-      (!record || w.recorded)) {
-    return w.quantized;
-  }
+  const bool has_what_is_asked =
+      (!transposed || weight_.quantized.q_t.numel() == weight_.quantized.q.numel()) && (!record || weight_.recorded);
+  if (countable && weight_.is_of(weight) && has_what_is_asked) return weight_.quantized;
   const bool own_amax =
       options.scaling == Scaling::kCurrent || (options.scaling == Scaling::kDelayed && !has_history(kWeight, slots));
   // The copy may outlive an inference-mode block, and backward must be able to save it.
@@ -186,7 +188,12 @@ Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor
   Quantized quantized = call_quantize(weight, slots, kWeight, options, q);
   if (record) note_used(kWeight);
   if (countable) {
-    weight_ = {quantized, decltype(w.impl)(weight.getIntrusivePtr()), weight.const_data_ptr(), version, record};
+    weight_ = {quantized,
+               decltype(weight_.impl)(weight.getIntrusivePtr()),
+               weight.storage().getWeakStorageImpl(),
+               weight.const_data_ptr(),
+               weight._version(),
+               record};
   }
   return quantized;
 }

@@ -1,6 +1,7 @@
 #include "torch_fp8/nn.h"
 
 #include <cmath>
+#include <unordered_set>
 
 #include <ATen/ATen.h>
 #include <torch/nn/init.h>
@@ -79,16 +80,17 @@ void LinearImpl::to(torch::Device device, bool non_blocking) {
 void update_scales(const torch::nn::Module& module) {
   std::vector<at::Tensor> slots, histories;
   std::vector<double> targets;
-  std::vector<LayerMemo*> memos;
+  std::unordered_set<LayerMemo*> memos;
   std::vector<int64_t> power_of_two;
   for (const auto& child : module.modules()) {
     const auto* layer = child->as<LinearImpl>();
-    if (layer == nullptr || layer->options.recipe().scaling == Scaling::kConstant) continue;
+    if (layer == nullptr) continue;
+    const bool seen = !memos.insert(layer->memo.get()).second;  // a layer may stand in two places
+    if (seen || layer->options.recipe().scaling == Scaling::kConstant) continue;
     slots.push_back(layer->slots);
     histories.push_back(layer->history);
     for (int role = 0; role < kRoles; ++role) targets.push_back(layer->options.recipe().target(role));
     power_of_two.push_back(layer->options.recipe().power_of_two);
-    memos.push_back(layer->memo.get());
   }
   update_scales_(slots, histories, targets, power_of_two);
   for (LayerMemo* memo : memos) memo->after_update();

@@ -47,7 +47,7 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "
       "ScalarType? dbias=None) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
 
-  // out (size) = a . b^T * a_scale_inv * b_scale_inv + bias. a (>= M, k), b (>= N, k) FP8, contiguous along k, a
+  // out (size) = a . b^T * a_scale_inv * b_scale_inv + bias. a (>= M, k), b (>= pad16(N), k) FP8, contiguous along k, a
   // multiple of 16; M is the product of size but its last entry, N the last; not both E5M2. dtype and bias: float32,
   // float16 or bfloat16.
   m.def(

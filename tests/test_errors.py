@@ -94,6 +94,7 @@ class TestGemm:
             ({"b": lambda b: b.t()}, RuntimeError, "b must be a contiguous, 16-byte aligned matrix"),
             ({"a": lambda a: a[:, :24].contiguous()}, RuntimeError, "columns are a multiple of 16, got"),
             ({"size": [17, 48]}, RuntimeError, r"a must have at least the 17 rows that .* needs, got \[16, 32\]"),
+            ({"size": [16, 49]}, RuntimeError, r"b must have at least the 64 rows that .* needs, got \[48, 32\]"),
             ({"size": []}, RuntimeError, "size must name at least the output's columns"),
             ({"a_scale_inv": lambda s: s.double()}, RuntimeError, "a_scale_inv must be one float32, got Double"),
             ({"a_scale_inv": lambda s: s.expand(2)}, RuntimeError, "a_scale_inv must be one float32"),

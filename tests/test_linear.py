@@ -148,7 +148,7 @@ def test_no_work_for_gradients_nobody_asked_for(device, frozen):
     y = layer(x)
     dy = torch.randn_like(y)
     cuda = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda], acc_events=True) as profile:
         y.backward(dy)
     gemms = sum(e.count for e in profile.key_averages() if e.key == "torch_fp8::gemm")
     assert gemms == x.requires_grad + layer.weight.requires_grad
@@ -193,7 +193,7 @@ def test_the_weight_is_quantised_once_until_it_changes(device):
     x = torch.randn(4, 32, device=device, requires_grad=True)
 
     def casts():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             y = layer(x)
         y.sum().backward()
         return sum(e.count for e in profile.key_averages() if e.key == "torch_fp8::quantize")
@@ -232,6 +232,17 @@ def test_weights_that_come_and_go_at_one_address(device):
         y = torch.func.functional_call(layer, {"weight": weight}, (x,))
         torch.testing.assert_close(y, torch.full((1, 48), 32 * value, device=device))
         del weight
+
+
+def test_a_weight_replaced_twice_at_one_address(device):
+    """The allocator gives the second replacement the memory of the original, whose storage is gone."""
+    layer = layer_of(64, 64, device, bias=False).eval()
+    x = torch.ones(1, 64, device=device)
+    for value in range(1, 20):
+        layer(x)
+        layer.weight.data = torch.full((64, 64), -1.0, device=device)
+        layer.weight.data = torch.full((64, 64), float(value), device=device)
+        torch.testing.assert_close(layer(x), torch.full((1, 64), 64.0 * value, device=device))
 
 
 def test_inference_mode_before_training(device):

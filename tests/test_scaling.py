@@ -310,7 +310,7 @@ def test_update_of_any_number_of_layers(device, count):
     arguments = (slots, histories, [448.0, 448.0, 57344.0] * count, [0] * count)
     if device.type == "cuda":
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             torch.ops.torch_fp8.update_scales_(*arguments)
             torch.cuda.synchronize()
         assert sum(e.count for e in profile.key_averages() if e.device_type.name == "CUDA") <= 3

@@ -57,13 +57,16 @@ class LayerMemo {
  private:
   struct Weight {
     Quantized quantized;
-    // Which tensor, at which address, in which version. The weak pointer keeps the tensor's identity from being given
-    // to another one.
+    // Which tensor, in which storage, at which address, in which version. The weak pointers keep the identity of
+    // what is gone from being given to something new.
     c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> impl{
         c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
     const void* data = nullptr;
-    uint32_t version = 0;
+    int64_t version = 0;
     bool recorded = false;
+    // The codes are those of this tensor as it is now, as far as can be seen.
+    bool is_of(const at::Tensor& weight) const;
   };
   Weight weight_;
   bool known_ = false;

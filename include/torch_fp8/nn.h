@@ -53,7 +53,7 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
 TORCH_MODULE(Linear);
 
 // The scaling update of every torch_fp8::nn::Linear in the module, all on one device. Layers that recorded nothing
-// since the last update keep their scales.
+// since the last update keep their scales. The module must be held by a shared_ptr, as LibTorch's modules are.
 void update_scales(const torch::nn::Module& module);
 
 }  // namespace torch_fp8::nn

@@ -29,8 +29,8 @@ struct Quantized {
 Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
                    const QuantizeOptions& options);
 
-// out (size) = a . b^T * a_scale_inv * b_scale_inv [+ bias]; a (>= M, k), b (>= N, k) with M the product of size
-// but its last entry and N the last.
+// out (size) = a . b^T * a_scale_inv * b_scale_inv [+ bias]; a (>= M, k), b (>= pad16(N), k) with M the product
+// of size but its last entry and N the last.
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv,
                 const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum);
 
