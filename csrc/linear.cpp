@@ -6,16 +6,15 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
 
 #include "check.h"
 
 namespace torch_fp8 {
 namespace {
 
-using torch::autograd::SavedVariable;
+using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 QuantizeOptions how(const LinearOptions& options, int role, bool own_amax, bool record) {
@@ -52,52 +51,76 @@ at::Tensor call_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
   return op.call(a, b, a_scale_inv, b_scale_inv, bias, size, dtype, fast_accum);
 }
 
-// Backward of one call. Input order: x, weight, bias.
-struct LinearBackward : torch::autograd::Node {
-  SavedVariable x_t, x_scale_inv, weight_t, weight_scale_inv;
+// What backward needs of one call besides the tensors that autograd saves.
+struct Call : torch::CustomClassHolder {
   // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
-  // scales that the saved codes need travel with them.
+  // scales that the saved codes need travel with those.
   at::Tensor slots;
   LinearOptions options;
   std::shared_ptr<LayerMemo> memo;
-  std::vector<c10::SymInt> x_size, weight_size;
-  at::ScalarType x_dtype, weight_dtype, bias_dtype;
-  bool has_bias, used_in_training, record, own_amax;
+  Quantized weight;
+  QuantizeOptions how_x, how_grad;
+  at::ScalarType x_dtype, weight_dtype, y_dtype;
+  c10::optional<at::ScalarType> bias_dtype;
+  std::vector<c10::SymInt> x_size, weight_size, y_size;
+  bool used_in_training;
+};
 
-  std::string name() const override { return "FP8LinearBackward"; }
+// y, and x in FP8.
+std::pair<at::Tensor, Quantized> fprop(const at::Tensor& x, const c10::optional<at::Tensor>& bias, const Call& call) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  Quantized q = call_quantize(x, call.slots, kInput, call.options, call.how_x);
+  auto y_bias = bias;
+  if (bias && bias->scalar_type() != call.y_dtype) y_bias = bias->to(call.y_dtype);
+  at::Tensor y = call_gemm(q.q, call.weight.q, q.scale_inv, call.weight.scale_inv, y_bias, call.y_size, call.y_dtype,
+                           call.options.fast_fprop);
+  return {std::move(y), std::move(q)};
+}
 
-  void release_variables() override {
-    for (SavedVariable* saved : {&x_t, &x_scale_inv, &weight_t, &weight_scale_inv}) saved->reset_data();
+struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const c10::optional<at::Tensor>& bias, const c10::intrusive_ptr<Call>& call) {
+    ctx->set_materialize_grads(false);
+    auto [y, q] = fprop(x, bias, *call);
+    const auto kept = [](const at::Tensor& t, bool wanted) { return wanted ? t : at::Tensor(); };
+    const bool for_x = x.requires_grad(), for_weight = weight.requires_grad();
+    ctx->save_for_backward({kept(q.q_t, for_weight), kept(q.scale_inv, for_weight), kept(call->weight.q_t, for_x),
+                            kept(call->weight.scale_inv, for_x)});
+    call->weight = {};  // saved where it is wanted; the row-major copy is not
+    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    return y;
   }
 
-  variable_list apply(variable_list&& grads) override {
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(4);  // x, weight, bias, call
     const at::Tensor& dy = grads[0];
-    variable_list result(has_bias ? 3 : 2);
     if (!dy.defined()) return result;
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "torch_fp8: the backward of an FP8 linear layer cannot be differentiated again (create_graph=True); "
                 "run the layer in 16 bits for that: with torch_fp8.disabled(model)");
-    const bool need_x = task_should_compute_output(0), need_weight = task_should_compute_output(1);
-    const bool need_bias = has_bias && task_should_compute_output(2);
+    const auto capsule = ctx->saved_data["call"].toCapsule();
+    const Call& call = static_cast<const Call&>(*capsule);
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &x_t = saved[0], &x_scale_inv = saved[1], &weight_t = saved[2], &weight_scale_inv = saved[3];
+    const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
 
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    QuantizeOptions q = how(options, kGradOutput, own_amax, record);
-    q.rowwise = need_x;
-    q.columnwise = need_weight;
-    if (need_bias) q.dbias = bias_dtype;
-    const Quantized g = call_quantize(dy, slots, kGradOutput, options, q);
-    if (used_in_training) memo->note_used(kGradOutput);
+    QuantizeOptions how_grad = call.how_grad;
+    how_grad.rowwise = need_x;
+    how_grad.columnwise = need_weight;
+    if (call.bias_dtype && ctx->needs_input_grad(2)) how_grad.dbias = call.bias_dtype;
+    const Quantized g = call_quantize(dy, call.slots, kGradOutput, call.options, how_grad);
+    if (call.used_in_training) call.memo->note_used(kGradOutput);
 
-    const auto self = shared_from_this();
     if (need_x) {
-      result[0] = call_gemm(g.q, weight_t.unpack(self), g.scale_inv, weight_scale_inv.unpack(self), {}, x_size, x_dtype,
-                            options.fast_dgrad);
+      result[0] = call_gemm(g.q, weight_t, g.scale_inv, weight_scale_inv, {}, call.x_size, call.x_dtype,
+                            call.options.fast_dgrad);
     }
     if (need_weight) {
-      result[1] = call_gemm(g.q_t, x_t.unpack(self), g.scale_inv, x_scale_inv.unpack(self), {}, weight_size,
-                            weight_dtype, options.fast_wgrad);
+      result[1] = call_gemm(g.q_t, x_t, g.scale_inv, x_scale_inv, {}, call.weight_size, call.weight_dtype,
+                            call.options.fast_wgrad);
     }
-    if (need_bias) result[2] = g.dbias;
+    if (how_grad.dbias) result[2] = g.dbias;
     return result;
   }
 };
@@ -217,49 +240,27 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
            (options.scaling == Scaling::kDelayed && !memo->has_history(role, slots));
   };
 
-  const Quantized w = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, record);
-  QuantizeOptions q = how(options, kInput, own_amax(kInput), record);
-  q.columnwise = grad_weight;
-  auto y_size = x.sym_sizes().vec();
-  y_size.back() = weight.sym_size(0);
-
+  auto call = c10::make_intrusive<Call>();
+  call->weight = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, record);
+  call->how_x = how(options, kInput, own_amax(kInput), record);
+  call->how_x.columnwise = grad_weight;
   if (used_in_training) memo->note_used(kInput);
-  Quantized xq;
-  at::Tensor y;
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    xq = call_quantize(x, slots, kInput, options, q);
-    auto y_bias = bias;
-    if (bias && bias->scalar_type() != y_dtype) y_bias = bias->to(y_dtype);
-    y = call_gemm(xq.q, w.q, xq.scale_inv, w.scale_inv, y_bias, y_size, y_dtype, options.fast_fprop);
-  }
-  if (!differentiable) return y;
+  call->slots = slots;
+  call->options = options;
+  call->y_dtype = y_dtype;
+  call->y_size = x.sym_sizes().vec();
+  call->y_size.back() = weight.sym_size(0);
+  if (!differentiable) return fprop(x, bias, *call).first;
 
-  const auto node = std::shared_ptr<LinearBackward>(new LinearBackward(), torch::autograd::deleteNode);
-  node->set_next_edges(bias ? torch::autograd::collect_next_edges(x, weight, *bias)
-                            : torch::autograd::collect_next_edges(x, weight));
-  if (grad_weight) {
-    node->x_t = SavedVariable(xq.q_t, false);
-    node->x_scale_inv = SavedVariable(xq.scale_inv, false);
-    node->weight_size = weight.sym_sizes().vec();
-  }
-  if (grad_x) {
-    node->weight_t = SavedVariable(w.q_t, false);
-    node->weight_scale_inv = SavedVariable(w.scale_inv, false);
-    node->x_size = x.sym_sizes().vec();
-  }
-  node->slots = slots;
-  node->options = options;
-  node->memo = memo;
-  node->x_dtype = x.scalar_type();
-  node->weight_dtype = weight.scalar_type();
-  node->bias_dtype = bias ? bias->scalar_type() : y_dtype;
-  node->has_bias = bias.has_value();
-  node->used_in_training = used_in_training;
-  node->record = record;
-  node->own_amax = own_amax(kGradOutput);
-  torch::autograd::set_history(y, node);
-  return y;
+  call->memo = memo;
+  call->how_grad = how(options, kGradOutput, own_amax(kGradOutput), record);
+  call->used_in_training = used_in_training;
+  call->x_dtype = x.scalar_type();
+  call->weight_dtype = weight.scalar_type();
+  if (bias) call->bias_dtype = bias->scalar_type();
+  call->x_size = x.sym_sizes().vec();
+  call->weight_size = weight.sym_sizes().vec();
+  return LinearFunction::apply(x, weight, bias, call);
 }
 
 at::Tensor new_slots(c10::Device device, int64_t bias, int64_t grad_bias) {
