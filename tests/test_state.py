@@ -89,6 +89,15 @@ def test_state_is_plain_named_float32_and_a_copy(device):
     assert fp8.state_dict(fp8.convert(make(device), recipe=fp8.ConstantScaling())) == {}
 
 
+def test_state_loaded_into_a_model_in_use_counts_at_once(device):
+    trained, model = make(device), make(device)
+    train(trained, torch.optim.SGD(trained.parameters(), lr=0.0), 2)
+    x = torch.randn(8, 24, device=device)
+    model(x)  # it knows now that it has no history, and keeps its weight's codes
+    fp8.load_state_dict(model, fp8.state_dict(trained))
+    assert torch.equal(model(100 * x), trained(100 * x))  # saturated by the history's scales
+
+
 def damaged(state, key, change):
     state = dict(state)
     change(state) if key is None else state.__setitem__(key, change(state[key].clone()))
