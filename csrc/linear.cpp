@@ -166,7 +166,7 @@ bool LayerMemo::has_history(int role, const at::Tensor& slots) {
     check_slots(slots, kRoles);
     TORCH_CHECK(!slots.is_cuda() || !cuda::is_capturing(),
                 "torch_fp8: a CUDA graph is being captured before this layer's first scaling update, so its first "
-                "step, scaled by each tensor's own amax, would be replayed for ever; run at least one training step "
+                "step, scaled by each tensor's own amax, would be replayed for ever; run at least two training steps "
                 "(forward, backward, optimizer.step()) before the capture");
     const at::Tensor cursors = slots.select(1, 3).cpu();
     for (int r = 0; r < kRoles; ++r) has_history_[r] = cursors[r].item<float>() > 0;

@@ -41,8 +41,9 @@ void LinearImpl::reset_parameters() {
     torch::nn::init::uniform_(bias, -bound, bound);
   }
   const torch_fp8::LinearOptions& recipe = options.recipe();
-  const int64_t c = recipe.scaling == Scaling::kConstant ? options.constant_bias() : 0;
-  slots.copy_(new_slots(at::kCPU, c - recipe.margin, c - recipe.grad_margin));
+  const int64_t c = options.constant_bias();
+  slots.copy_(recipe.scaling == Scaling::kConstant ? new_slots(at::kCPU, c - recipe.margin, c - recipe.grad_margin)
+                                                   : new_slots(at::kCPU));
   history.zero_();
   memo = std::make_shared<LayerMemo>();
 }
