@@ -1,13 +1,14 @@
 # make demo   trains a small GPT in BF16 and in FP8 and draws both (a 124M one on a GPU)
 # make test   builds everything and runs all tests
 # make lint   formatters and linters
-# Each installs what it needs in .venv. PYTHON chooses the interpreter, TORCH the PyTorch to install.
+# Each installs what it needs in .venv. PYTHON chooses the interpreter, TORCH the PyTorch to install, CMAKE_ARGS adds to
+# the build.
 PYTHON ?= python3
 TORCH ?= torch==2.11.0
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
-export TORCH_FP8_CMAKE_ARGS := -DTORCH_FP8_TESTS=ON -DTORCH_FP8_WERROR=ON
+INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-isolation --no-deps --editable .
 
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu')
 
@@ -16,12 +17,14 @@ CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu')
 demo: build
 	python examples/train.py --out runs/demo --overwrite
 
-test: build
+test: override CMAKE_ARGS += -DTORCH_FP8_TESTS=ON
+test: $(VENV)/ready
+	$(INSTALL)
 	pytest
 	ctest --test-dir build --output-on-failure
 
 build: $(VENV)/ready
-	pip install --quiet --no-build-isolation --no-deps --editable .
+	$(INSTALL)
 	python -c "import torch_fp8; print('torch_fp8:', torch_fp8.build_info()['note'])"
 
 lint: $(VENV)/ready

@@ -8,9 +8,10 @@ if(TORCH_FP8_CUDA STREQUAL "OFF")
 elseif(NOT TORCH_CUDA)
   set(TORCH_FP8_NO_CUDA_REASON "PyTorch ${TORCH_VERSION} is a CPU build")
 else()
+  string(REGEX MATCH "^[0-9]+" torch_cuda_major "${TORCH_CUDA}")
   # A toolkit of the machine, or the one that PyPI's nvidia-cuda-nvcc puts beside torch.
-  find_program(TORCH_FP8_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME PATHS /usr/local/cuda "${TORCH_ROOT}/../nvidia/cu13"
-               PATH_SUFFIXES bin)
+  find_program(TORCH_FP8_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME
+               PATHS /usr/local/cuda "${TORCH_ROOT}/../nvidia/cu${torch_cuda_major}" PATH_SUFFIXES bin)
   if(NOT TORCH_FP8_NVCC)
     set(TORCH_FP8_NO_CUDA_REASON "no nvcc was found; install the CUDA ${TORCH_CUDA} toolkit or pip install nvidia-cuda-nvcc==${TORCH_CUDA}.*")
   else()
@@ -18,7 +19,6 @@ else()
     string(REGEX MATCH "release ([0-9]+)\\.([0-9]+)" _ "${nvcc_version}")
     set(nvcc_major "${CMAKE_MATCH_1}")
     set(nvcc_version "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
-    string(REGEX MATCH "^[0-9]+" torch_cuda_major "${TORCH_CUDA}")
     # Kernels compiled with newer headers than the libraries that torch loads would miss symbols there.
     if(NOT nvcc_major STREQUAL torch_cuda_major OR nvcc_version VERSION_GREATER TORCH_CUDA)
       set(TORCH_FP8_NO_CUDA_REASON "nvcc ${nvcc_version} does not fit PyTorch's CUDA ${TORCH_CUDA}: the same major version and no newer minor version is needed")

@@ -48,7 +48,7 @@ inline void check_slots(const at::Tensor& slots, int64_t rows) {
                   (rows == 0 ? slots.size(0) > 0 : slots.size(0) == rows),
               "torch_fp8: slots must be a contiguous float32 tensor of shape (", rows ? std::to_string(rows) : "roles",
               ", 4), got ", slots.scalar_type(), " ", slots.sizes(), " with strides ", slots.strides(),
-              "; make them with torch_fp8.new_slots()");
+              "; a layer's fp8_slots is of that form");
   TORCH_CHECK(is_aligned(slots.const_data_ptr()), "torch_fp8: slots must start at a 16-byte boundary, got address ",
               slots.const_data_ptr(), "; use slots.clone()");
 }

@@ -1,4 +1,4 @@
-// The autograd node of the FP8 linear layer, and what the host remembers between calls.
+// The autograd function of the FP8 linear layer, and what the host remembers between calls.
 #include "torch_fp8/linear.h"
 
 #include <cmath>
@@ -17,9 +17,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-QuantizeOptions how(const LinearOptions& options, int role, bool own_amax, bool record) {
+// How a role is quantised now: by its slot, or by its own amax where the recipe says so or there is no history yet.
+QuantizeOptions how(const LinearOptions& options, int role, LayerMemo& memo, const at::Tensor& slots, bool record) {
   QuantizeOptions q;
-  q.own_amax = own_amax;
+  q.own_amax =
+      options.scaling == Scaling::kCurrent || (options.scaling == Scaling::kDelayed && !memo.has_history(role, slots));
   q.power_of_two = options.power_of_two;
   q.margin = options.margin_of(role);
   q.record = record;
@@ -27,7 +29,7 @@ QuantizeOptions how(const LinearOptions& options, int role, bool own_amax, bool 
 }
 
 // The primitives go through the dispatcher, below autograd: tracing and fake tensors see them, and eager mode does not
-// pay for bookkeeping that the node replaces.
+// pay for bookkeeping that the function below replaces.
 Quantized call_quantize(const at::Tensor& x, const at::Tensor& slots, int role, const LinearOptions& options,
                         const QuantizeOptions& q) {
   static const auto op = c10::Dispatcher::singleton()
@@ -201,13 +203,11 @@ Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor
   const bool has_what_is_asked =
       (!transposed || weight_.quantized.q_t.numel() == weight_.quantized.q.numel()) && (!record || weight_.recorded);
   if (countable && weight_.is_of(weight) && has_what_is_asked) return weight_.quantized;
-  const bool own_amax =
-      options.scaling == Scaling::kCurrent || (options.scaling == Scaling::kDelayed && !has_history(kWeight, slots));
+  QuantizeOptions q = how(options, kWeight, *this, slots, record);
+  q.columnwise = transposed;
   // The copy may outlive an inference-mode block, and backward must be able to save it.
   const c10::InferenceMode ordinary_tensors(false);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  QuantizeOptions q = how(options, kWeight, own_amax, record);
-  q.columnwise = transposed;
   Quantized quantized = call_quantize(weight, slots, kWeight, options, q);
   if (record) note_used(kWeight);
   if (countable) {
@@ -235,14 +235,10 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   const bool differentiable = grad_x || grad_weight || (grad_mode && wants_grad(bias));
   const bool used_in_training = training && grad_mode;
   const bool record = used_in_training && options.scaling != Scaling::kConstant;
-  const auto own_amax = [&](int role) {
-    return options.scaling == Scaling::kCurrent ||
-           (options.scaling == Scaling::kDelayed && !memo->has_history(role, slots));
-  };
 
   auto call = c10::make_intrusive<Call>();
   call->weight = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, record);
-  call->how_x = how(options, kInput, own_amax(kInput), record);
+  call->how_x = how(options, kInput, *memo, slots, record);
   call->how_x.columnwise = grad_weight;
   if (used_in_training) memo->note_used(kInput);
   call->slots = slots;
@@ -253,13 +249,13 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   if (!differentiable) return fprop(x, bias, *call).first;
 
   call->memo = memo;
-  call->how_grad = how(options, kGradOutput, own_amax(kGradOutput), record);
+  call->how_grad = how(options, kGradOutput, *memo, slots, record);
   call->used_in_training = used_in_training;
   call->x_dtype = x.scalar_type();
   call->weight_dtype = weight.scalar_type();
   if (bias) call->bias_dtype = bias->scalar_type();
-  call->x_size = x.sym_sizes().vec();
-  call->weight_size = weight.sym_sizes().vec();
+  if (grad_x) call->x_size = x.sym_sizes().vec();
+  if (grad_weight) call->weight_size = weight.sym_sizes().vec();
   return LinearFunction::apply(x, weight, bias, call);
 }
 

@@ -19,7 +19,7 @@ constexpr int kCandidates = 16;
 constexpr size_t kMaxPlans = 4096;  // per thread; about 1 KB each
 
 void check(cublasStatus_t status, const char* what) {
-  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "torch_fp8: ", what, " failed: ", "status ", static_cast<int>(status),
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "torch_fp8: ", what, " failed with status ", static_cast<int>(status),
               " (CUBLASLT_LOG_LEVEL=5 in the environment prints the reason)");
 }
 
