@@ -3,10 +3,10 @@
     python examples/train.py                         # a tiny one on a CPU, a minute; 124M parameters on a GPU
     python examples/train.py --size 355M --data corpus.txt.xz --tokenizer gpt2/ --steps 3000 --out runs/355M
 
-The FP8 arm differs by one line, ``fp8.convert(model, recipe)`` in gpt/arm.py. Without --data the text is the source of
-the running Python's standard library, and a token is a byte. In a text file, a line holding only <|endoftext|> ends a
-document. OUT receives, for each arm, ARM.jsonl (the log) and ARM.ckpt (--resume goes on from there, also after a kill),
-and at the end summary.md and loss_and_scales.png.
+The FP8 arm differs by one line, ``fp8.convert(model, recipe, tokens=tokens)`` in gpt/arm.py. Without --data the text is
+the source of the running Python's standard library, and a token is a byte. In a text file, a line holding only
+<|endoftext|> ends a document. OUT receives, for each arm, ARM.jsonl (the log) and ARM.ckpt (--resume goes on from
+there, also after a kill), and at the end summary.md and loss_and_scales.png.
 """
 
 from __future__ import annotations

@@ -20,14 +20,17 @@ assert any("CPU backend only" in str(w.message) for w in caught) == torch.cuda.i
 info = fp8.build_info()
 assert info["cuda"] is None and info["cublaslt"] is None, info
 assert "TORCH_FP8_CUDA=OFF was asked for" in info["note"], info
-model = fp8.convert(torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 20)))
+model = fp8.convert(torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 20)), tokens=None)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(3):
     model(torch.ones(4, 20)).square().sum().backward()
     optimizer.step()
 assert model[0].fp8_slots[0, 3] == 3
 try:
-    fp8.convert(torch.nn.Linear(4, 4).cuda()) if torch.cuda.is_available() else fp8._C.check_capability(9, 0, "")
+    if torch.cuda.is_available():
+        fp8.convert(torch.nn.Linear(4, 4).cuda(), tokens=None)
+    else:
+        fp8._C.check_capability(9, 0, "")
 except RuntimeError as error:
     assert "built for the CPU only" in str(error) and "reinstall it" in str(error), error
 else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from torch import nn
+from torch_fp8.worth import BF16_FLOPS, FP8_FLOPS, speedup
 
 
 class Block(nn.Module):
@@ -43,7 +44,7 @@ def test_convert_keeps_what_others_hold(device):
     model.layers[0].up.register_forward_hook(lambda *_: None)
     objects = [(name, module, list(module.parameters(recurse=False))) for name, module in model.named_modules()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert fp8.convert(model) is model
+    assert fp8.convert(model, tokens=None) is model
     for name, module, parameters in objects:
         assert model.get_submodule(name) is module
         assert all(a is b for a, b in zip(parameters, module.parameters(recurse=False)))
@@ -56,7 +57,7 @@ def test_convert_keeps_what_others_hold(device):
 
 
 def test_state_dict_is_that_of_the_plain_twin_both_ways(device):
-    plain, converted = Model().to(device), fp8.convert(Model().to(device))
+    plain, converted = Model().to(device), fp8.convert(Model().to(device), tokens=None)
     assert plain.state_dict().keys() == converted.state_dict().keys()
     assert list(plain.state_dict()) == list(converted.state_dict())
     for ours, theirs in zip(converted.state_dict().values(), plain.state_dict().values()):
@@ -67,26 +68,26 @@ def test_state_dict_is_that_of_the_plain_twin_both_ways(device):
 
 
 def test_default_filter_leaves_the_output_head():
-    model = fp8.convert(Model())
+    model = fp8.convert(Model(), tokens=None)
     assert names(model) == BLOCKS
     tied = Model(tied=True)
     tied.unusual_name = tied.lm_head
     del tied.lm_head
-    assert names(fp8.convert(tied)) == BLOCKS
+    assert names(fp8.convert(tied, tokens=None)) == BLOCKS
     declared = Model()
     declared.make_logits, declared.lm_head = declared.lm_head, None
     declared.get_output_embeddings = lambda: declared.make_logits
-    assert names(fp8.convert(declared)) == BLOCKS
+    assert names(fp8.convert(declared, tokens=None)) == BLOCKS
     # A block's own "output" is no head.
     block = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"output": nn.Linear(16, 16)})])})
-    assert names(fp8.convert(block)) == ["layers.0.output"]
+    assert names(fp8.convert(block, tokens=None)) == ["layers.0.output"]
 
 
 def test_filters():
     by_function = fp8.convert(Model(), filter=lambda module, name: module.in_features == 128)
     assert names(by_function) == ["layers.0.down", "layers.1.down"]
     assert names(fp8.convert(Model(), filter=["layers.1.*", "lm_head"])) == [*BLOCKS[2:], "lm_head"]
-    assert names(fp8.convert(nn.Linear(16, 16))) == [""]
+    assert names(fp8.convert(nn.Linear(16, 16), tokens=None)) == [""]
 
 
 @pytest.mark.parametrize(
@@ -123,14 +124,14 @@ def test_convert_of_nothing_and_of_a_wrong_recipe():
 def test_layers_that_fp8_cannot_take_are_named_with_the_reason():
     attention = nn.MultiheadAttention(32, 2)
     model = nn.ModuleDict({"mlp": nn.Linear(32, 32), "attn": attention, "f64": nn.Linear(8, 8, dtype=torch.float64)})
-    rows = {row.name: row for row in fp8.summary(fp8.convert(model))}
+    rows = {row.name: row for row in fp8.summary(fp8.convert(model, tokens=None))}
     assert rows["mlp"].fp8
     assert "NonDynamicallyQuantizableLinear" in rows["attn.out_proj"].note
     assert "float64" in rows["f64"].note
 
 
 def test_summary_prints_scales_and_reasons(device):
-    model = fp8.convert(Model().to(device), recipe=fp8.DelayedScaling(amax_history_len=7))
+    model = fp8.convert(Model().to(device), recipe=fp8.DelayedScaling(amax_history_len=7), tokens=None)
     assert "own amax" in str(fp8.summary(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model(torch.arange(10, device=device)).sum().backward()
@@ -146,7 +147,7 @@ def test_revert_gives_plain_layers_back(device):
     parameters = list(model.parameters())
     ids = torch.arange(10, device=device)
     expected = model(ids)
-    fp8.convert(model)
+    fp8.convert(model, tokens=None)
     assert not torch.equal(model(ids), expected)
     assert fp8.revert(model) is model
     assert type(model.layers[0].up) is nn.Linear and vars(model.layers[0].up).keys() == vars(nn.Linear(1, 1)).keys()
@@ -159,7 +160,7 @@ def test_disabled_is_the_16_bit_model_for_a_while(device):
     model = Model().to(device)
     ids = torch.arange(10, device=device)
     expected = model(ids)
-    fp8.convert(model)
+    fp8.convert(model, tokens=None)
     in_fp8 = model(ids)
     model.layers[0].up.fp8_enabled = False
     with pytest.raises(KeyError), fp8.disabled(model) as same:
@@ -172,18 +173,107 @@ def test_disabled_is_the_16_bit_model_for_a_while(device):
 
 
 def test_convert_again_changes_the_recipe():
-    model = fp8.convert(Model())
+    model = fp8.convert(Model(), tokens=None)
     fp8.convert(model, recipe=fp8.CurrentScaling(), filter=["layers.0.*"])
     assert [type(m.recipe).__name__ for m in model.modules() if isinstance(m, fp8.Linear)] == [
         "CurrentScaling", "CurrentScaling", "DelayedScaling", "DelayedScaling",
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "tokens, in_features, out_features, pays",
+    [
+        (8192, 4096, 4096, True),
+        (8192, 4096, 1024, True),  # keys and values of Llama 3 8B
+        (2048, 4096, 14336, True),
+        (50176, 768, 768, True),  # GPT-2 124M in large micro-batches
+        (50176, 768, 2304, True),
+        (512, 1024, 1024, False),
+        (128, 4096, 14336, False),  # the weight's cast alone costs what the GEMMs save
+        (2048, 2048, 2048, False),  # faster on the GPU, which waits for the host
+        (10**6, 256, 256, False),  # too narrow, however many the tokens
+        (1, 1, 1, False),
+    ],
+)
+def test_which_sizes_pay(tokens, in_features, out_features, pays):
+    assert (speedup(tokens, in_features, out_features) > 1) == pays
+    assert speedup(tokens, out_features, in_features) == pytest.approx(speedup(tokens, in_features, out_features))
+
+
+def test_more_tokens_never_make_fp8_lose():
+    for width in (256, 768, 1024, 4096, 14336):
+        for out in (256, 768, 1024, 4096, 14336):
+            pays = [speedup(2**i, width, out) > 1 for i in range(24)]
+            assert pays == sorted(pays), f"{width} -> {out}: {pays}"
+    assert 1.5 < speedup(2**20, 2**14, 2**14) < FP8_FLOPS / BF16_FLOPS
+
+
+def wide_and_narrow():
+    with torch.device("meta"):
+        return nn.ModuleDict({"wide": nn.Linear(4096, 4096), "narrow": nn.Linear(64, 64)})
+
+
+@pytest.mark.parametrize("tokens", [8192, 3000])
+def test_a_layer_too_small_for_fp8_stays_in_16_bits(tokens):
+    arguments = {} if tokens == 8192 else {"tokens": tokens}
+    model = fp8.convert(wide_and_narrow(), **arguments)
+    rows = {row.name: row for row in fp8.summary(model)}
+    assert rows["wide"].fp8 and not rows["narrow"].fp8 and type(model["narrow"]) is nn.Linear
+    assert rows["narrow"].note == f"too small for FP8 to be faster at {tokens} tokens"
+    assert rows["narrow"].note in str(fp8.summary(model))
+
+
+def test_size_does_not_matter_without_tokens_or_with_a_filter():
+    assert names(fp8.convert(wide_and_narrow(), tokens=None)) == ["wide", "narrow"]
+    assert names(fp8.convert(wide_and_narrow(), filter=["narrow"], tokens=1)) == ["narrow"]
+    assert names(fp8.convert(wide_and_narrow(), filter=lambda module, name: True, tokens=1)) == ["wide", "narrow"]
+
+
+def test_where_all_is_too_small_the_error_names_the_mend(device):
+    model = Model().to(device)
+    with pytest.raises(ValueError, match=r"5 linear layers \(layers.0.up: too small .* 8192 tokens;.*tokens=None"):
+        fp8.convert(model)
+    assert {row.note for row in fp8.summary(model)} == {"not converted"}
+    with pytest.raises(ValueError, match="lm_head: output head.*; change the filter$"):
+        fp8.convert(nn.ModuleDict({"lm_head": nn.Linear(64, 64)}))
+
+
+@pytest.mark.parametrize("filter", [None, ["wide"]])
+@pytest.mark.parametrize(
+    "tokens, error", [(0, ValueError), (-8192, ValueError), (8192.0, TypeError), (True, TypeError), ("8192", TypeError)]
+)
+def test_impossible_tokens_change_nothing(tokens, error, filter):
+    model = wide_and_narrow()
+    with pytest.raises(error, match=rf"tokens must be a positive integer or None, got {tokens!r}; give the rows"):
+        fp8.convert(model, filter=filter, tokens=tokens)
+    assert {row.note for row in fp8.summary(model)} == {"not converted"}
+
+
+def test_a_small_layer_that_is_fp8_already_stays_so_and_takes_the_new_recipe():
+    model = nn.ModuleDict({"built": fp8.Linear(64, 64), "listed": nn.Linear(64, 64), "plain": nn.Linear(64, 64)})
+    fp8.convert(model, filter=["listed"])
+    fp8.convert(model, fp8.CurrentScaling())
+    assert names(model) == ["built", "listed"]
+    assert model["built"].recipe == model["listed"].recipe == fp8.CurrentScaling()
+    assert "too small" in fp8.summary(model)[2].note
+    with pytest.raises(ValueError, match="built: too small"):
+        fp8.convert(fp8.revert(model))
+
+
+def test_the_default_converts_all_of_llama_3_8b():
+    with torch.device("meta"):
+        sizes = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
+                 "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096)}  # fmt: skip
+        block = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        model = nn.ModuleDict({"layers": nn.ModuleList([block]), "lm_head": nn.Linear(4096, 128256, bias=False)})
+    assert names(fp8.convert(model.bfloat16())) == [f"layers.0.{name}" for name in sizes]
+
+
 def test_tied_layers_and_a_layer_in_two_places(device):
     shared = nn.Linear(32, 32)
     twin = nn.Linear(32, 32)
     twin.weight = shared.weight
-    model = fp8.convert(nn.Sequential(shared, nn.ReLU(), shared, twin).to(device))
+    model = fp8.convert(nn.Sequential(shared, nn.ReLU(), shared, twin).to(device), tokens=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert model[0].weight is model[3].weight
     for _ in range(3):

@@ -207,5 +207,5 @@ def test_convert_on_a_device_that_cannot_run_it(monkeypatch):
     module = sys.modules["torch_fp8.convert"]  # the package's attribute of this name is the function
     monkeypatch.setattr(module, "_check_device", lambda device: fp8._C.check_capability(8, 0, "NVIDIA A100"))
     with pytest.raises(RuntimeError):
-        fp8.convert(model)
+        fp8.convert(model, tokens=None)
     assert type(model) is torch.nn.Linear

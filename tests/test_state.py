@@ -13,7 +13,7 @@ from torch import nn
 def make(device, **recipe):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24)).to(device)
-    return fp8.convert(model, recipe=fp8.DelayedScaling(amax_history_len=5, **recipe))
+    return fp8.convert(model, recipe=fp8.DelayedScaling(amax_history_len=5, **recipe), tokens=None)
 
 
 def train(model, optimizer, steps, start=0):
@@ -206,7 +206,7 @@ def test_shared_memory(device):
 
 def test_meta_construction(device):
     with torch.device("meta"):
-        model = fp8.convert(nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24)))
+        model = fp8.convert(nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24)), tokens=None)
     assert model[0].fp8_slots.is_meta and "own amax" in str(fp8.summary(model))
     model.to_empty(device=device)
     assert model[0].fp8_slots.tolist() == [[1, 1, 0, 0]] * 3 and model[0].fp8_history.count_nonzero() == 0

@@ -114,6 +114,21 @@ def test_both_arms_run_and_learn(text, tmp_path):
     assert len(scales) == 16 and all(scale > 0 for by_role in scales.values() for scale in by_role.values())
 
 
+def test_only_layers_that_fp8_makes_faster_are_converted_unless_that_is_none(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(TRAIN.parent)
+    from gpt.arm import to_fp8
+    from gpt.model import GPT
+    from gpt.settings import SIZES
+
+    for size, tokens, converted in (("124M", 32 * 1024, 48), ("124M", 8 * 1024, 36), ("small", 64 * 256, 24)):
+        with torch.device("meta"):
+            model = GPT(SIZES[size].shape, vocab=256, context=64)
+        to_fp8(model, fp8.DelayedScaling(margin=1), tokens)
+        assert {row.note for row in fp8.summary(model) if row.fp8} == {"DelayedScaling(margin=1)"}
+        total = 4 * SIZES[size].shape.n_layer + 1
+        assert f"fp8: {converted} of {total} linear layers are in FP8" in capsys.readouterr().out
+
+
 def test_report(uninterrupted):
     summary = (uninterrupted / "summary.md").read_text()
     assert "on CPU" in summary.splitlines()[0] and "Measured on a CPU" in summary

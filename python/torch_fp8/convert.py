@@ -14,11 +14,13 @@ from torch import nn
 from . import _C, scaling
 from .linear import SUPPORTED_DTYPES, Linear, fp8_layers
 from .recipe import DelayedScaling, Recipe
+from .worth import speedup
 
 Filter = Callable[[nn.Module, str], bool]
 
 # Names that output heads have in the published GPT and Llama code bases; only outside of numbered blocks.
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "output_head", "unembed", "classifier", "score"}
+_TOO_SMALL = "too small for FP8 to be faster at {} tokens"
 
 
 def convert(
@@ -26,6 +28,7 @@ def convert(
     recipe: Recipe | None = None,
     filter: Filter | Sequence[str] | None = None,
     *,
+    tokens: int | None = 8192,
     auto_update: bool = True,
 ) -> nn.Module:
     """Make the ``nn.Linear`` layers of ``model`` FP8 layers, in place; returns the model.
@@ -34,13 +37,17 @@ def convert(
     ``state_dict()`` are not affected.
 
     recipe: how scales are chosen; ``DelayedScaling()`` by default. A layer that is FP8 already takes the new recipe.
-    filter: which layers. By default all that FP8 can take, except the output head. A function of (module, name) that
-        returns True for the layers to convert, or a list of names and patterns (``"layers.*.mlp.*"``).
+    filter: which layers. By default all that FP8 can take, except the output head and what is too small for FP8 to be
+        faster. Or a function of (module, name) that returns True for the layers to convert, or a list of names and
+        patterns (``"layers.*.mlp.*"``); both choose among layers of any size.
+    tokens: for the default filter, how many rows of input (micro-batch x sequence) a forward pass is expected to bring:
+        a layer that FP8 would not make faster at that many stays in 16 bits, whatever the device. None: layers of any
+        size. A layer that is FP8 already stays so, for somebody chose it; ``revert`` first to choose anew.
     auto_update: let ``optimizer.step()`` update the scales; otherwise call ``torch_fp8.update_scales``.
 
     Raises ValueError where nothing would be converted, or a listed name matches no linear layer or one that FP8
-    cannot take; TypeError for another type of filter or recipe; RuntimeError for a layer on a GPU that this build
-    cannot run on. The model is then as it was.
+    cannot take, or tokens is not positive; TypeError for another type of filter, recipe or tokens; RuntimeError for a
+    layer on a GPU that this build cannot run on. The model is then as it was.
     """
     recipe = DelayedScaling() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
@@ -48,37 +55,31 @@ def convert(
             "torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScaling, got "
             f"{type(recipe).__name__}"
         )
+    _check_tokens(tokens)
     linears = _linears(model)
-    cannot = {name: _why_not(module) for name, module in linears.items()}
-    if filter is None:
-        heads = _output_heads(model, linears)
-        chosen = {name for name in linears if not cannot[name] and name not in heads}
-        left_out = dict.fromkeys(heads, "output head")
-    elif callable(filter):
-        chosen = {name for name, module in linears.items() if not cannot[name] and filter(module, name)}
-        left_out = dict.fromkeys(linears.keys() - chosen, "left out by the filter")
-    else:
-        chosen = _by_patterns(filter, linears, cannot)
-        left_out = dict.fromkeys(linears.keys() - chosen, "not in the list of names")
-    if not chosen:
-        found = "; ".join(f"{name or '(root)'}: {cannot[name] or left_out[name]}" for name in list(linears)[:5])
+    left_out = _left_out(model, linears, filter, tokens)
+    if all(left_out.values()):
+        found = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(left_out.items())[:5])
+        mend = "change the filter"
+        if _TOO_SMALL.format(tokens) in left_out.values():
+            mend = "give tokens if a forward pass brings more, or tokens=None to convert layers of any size"
         raise ValueError(
             f"torch_fp8: no layer of {type(model).__name__} would be converted. It has {len(linears)} linear layers"
             + (f" ({found})" if linears else "")
-            + "; change the filter"
+            + f"; {mend}"
         )
-    for device in {linears[name].weight.device for name in chosen}:
+    for device in {module.weight.device for name, module in linears.items() if not left_out[name]}:
         _check_device(device)
 
     for name, module in linears.items():
-        if name in chosen:
+        if not left_out[name]:
             if isinstance(module, Linear):
                 module._make_plain()
             module.__class__ = Linear
             module._make_fp8(recipe, auto_update)
             module.__dict__.pop("_not_fp8", None)
         elif not isinstance(module, Linear):
-            module._not_fp8 = cannot[name] or left_out[name]
+            module._not_fp8 = left_out[name]
     return model
 
 
@@ -154,6 +155,34 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
+def _left_out(
+    model: nn.Module, linears: dict[str, nn.Linear], filter: Filter | Sequence[str] | None, tokens: int | None
+) -> dict[str, str]:
+    """Why each linear layer is not to be converted; "" where it is."""
+    cannot = {name: _why_not(module) for name, module in linears.items()}
+    if filter is None:
+        heads = _output_heads(model, linears)
+        left_out = {
+            name: "output head" if name in heads else _too_small(module, tokens) for name, module in linears.items()
+        }
+    elif callable(filter):
+        left_out = {
+            name: "" if cannot[name] or filter(module, name) else "left out by the filter"
+            for name, module in linears.items()
+        }
+    else:
+        chosen = _by_patterns(filter, linears, cannot)
+        left_out = {name: "" if name in chosen else "not in the list of names" for name in linears}
+    return {name: cannot[name] or left_out[name] for name in linears}
+
+
+def _too_small(module: nn.Linear, tokens: int | None) -> str:
+    """Whether FP8 would not make a layer faster, in words; "" where it would, or where the user has chosen already."""
+    if tokens is None or isinstance(module, Linear) or speedup(tokens, module.in_features, module.out_features) > 1:
+        return ""
+    return _TOO_SMALL.format(tokens)
+
+
 def _why_not(module: nn.Linear) -> str:
     """Why FP8 cannot take a layer; "" where it can."""
     if type(module) not in (nn.Linear, Linear):
@@ -197,6 +226,14 @@ def _by_patterns(patterns: Sequence[str], linears: dict[str, nn.Linear], cannot:
                 raise ValueError(f"torch_fp8: {name} (matched by {pattern!r}) cannot be FP8: {cannot[name]}")
         chosen.update(matches)
     return chosen
+
+
+def _check_tokens(tokens: int | None) -> None:
+    mend = "give the rows of input of a forward pass (micro-batch x sequence), or None to convert layers of any size"
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool)):
+        raise TypeError(f"torch_fp8: tokens must be a positive integer or None, got {tokens!r}; {mend}")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"torch_fp8: tokens must be a positive integer or None, got {tokens}; {mend}")
 
 
 def _check_device(device: torch.device) -> None:
