@@ -15,13 +15,13 @@ CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu')
 .PHONY: demo test build lint format clean
 
 demo: build
-	python examples/train.py --out runs/demo --overwrite
+	tools/on_this_cpu.sh python examples/train.py --out runs/demo --overwrite
 
 test: override CMAKE_ARGS += -DTORCH_FP8_TESTS=ON
 test: $(VENV)/ready
 	$(INSTALL)
-	pytest
-	ctest --test-dir build --output-on-failure
+	tools/on_this_cpu.sh pytest
+	tools/on_this_cpu.sh ctest --test-dir build --output-on-failure
 
 build: $(VENV)/ready
 	$(INSTALL)

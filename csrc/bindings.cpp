@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "check.h"
 #include "torch_fp8/kernels.h"
 #include "torch_fp8/linear.h"
 
@@ -33,8 +34,42 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("used", &LayerMemo::used)
       .def("after_update", &LayerMemo::after_update);
 
-  m.def("linear", &linear);
+  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),
+        py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(), py::arg("dummy_grad") = false);
   m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0);
+
+  py::class_<GemmProblem>(m, "GemmProblem")
+      .def(py::init([](int64_t m, int64_t n, int64_t k, at::ScalarType a, at::ScalarType b, at::ScalarType out,
+                       bool bias, bool accumulate, bool fast_accum) {
+             return GemmProblem{m,
+                                n,
+                                k,
+                                format_of(a, "a_dtype"),
+                                format_of(b, "b_dtype"),
+                                type_of(out, "out_dtype"),
+                                bias,
+                                accumulate,
+                                fast_accum};
+           }),
+           py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_dtype"), py::arg("b_dtype"),
+           py::arg("out_dtype"), py::arg("bias"), py::arg("accumulate"), py::arg("fast_accum"))
+      .def_readonly("m", &GemmProblem::m)
+      .def_readonly("n", &GemmProblem::n)
+      .def_readonly("k", &GemmProblem::k)
+      .def_property_readonly("a_dtype", [](const GemmProblem& p) { return dtype_of(p.a_format); })
+      .def_property_readonly("b_dtype", [](const GemmProblem& p) { return dtype_of(p.b_format); })
+      .def_property_readonly("out_dtype", [](const GemmProblem& p) { return dtype_of(p.out_type); })
+      .def_readonly("bias", &GemmProblem::bias)
+      .def_readonly("accumulate", &GemmProblem::accumulate)
+      .def_readonly("fast_accum", &GemmProblem::fast_accum);
+  m.def("time_algorithms", [](const GemmProblem& problem, int rounds) {
+    std::vector<std::pair<py::bytes, std::vector<double>>> timed;
+    for (TimedAlgorithm& t : cuda::time_algorithms(problem, rounds)) timed.emplace_back(t.algorithm, std::move(t.us));
+    return timed;
+  });
+  m.def("check_algorithm", &cuda::check_algorithm);
+  m.def("use_algorithms", &cuda::use_algorithms);
+  m.def("forget_algorithms", &cuda::forget_algorithms);
 
   m.def("toolkit_version", &cuda::toolkit_version);
   m.def("why_no_cuda", &cuda::why_absent);

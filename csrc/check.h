@@ -29,6 +29,14 @@ inline Format format_of(at::ScalarType dtype, const char* what) {
   }
 }
 
+inline at::ScalarType dtype_of(Format format) {
+  return format == Format::kE4M3 ? at::kFloat8_e4m3fn : at::kFloat8_e5m2;
+}
+
+inline at::ScalarType dtype_of(Type type) {
+  return type == Type::kFloat32 ? at::kFloat : type == Type::kFloat16 ? at::kHalf : at::kBFloat16;
+}
+
 inline void check_same_device(const at::Tensor& expected, const char* expected_name, const at::Tensor& t,
                               const char* name) {
   TORCH_CHECK(t.device() == expected.device(), "torch_fp8: ", name, " is on ", t.device(), " but ", expected_name,

@@ -53,6 +53,15 @@ at::Tensor call_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor&
   return op.call(a, b, a_scale_inv, b_scale_inv, bias, size, dtype, fast_accum);
 }
 
+void call_gemm_accumulate(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                          const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv, bool fast_accum) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_fp8::gemm_accumulate_", "")
+                             .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         const at::Tensor&, bool)>();
+  op.call(out, a, b, a_scale_inv, b_scale_inv, fast_accum);
+}
+
 // What backward needs of one call besides the tensors that autograd saves.
 struct Call : torch::CustomClassHolder {
   // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
@@ -65,6 +74,8 @@ struct Call : torch::CustomClassHolder {
   at::ScalarType x_dtype, weight_dtype, y_dtype;
   c10::optional<at::ScalarType> bias_dtype;
   std::vector<c10::SymInt> x_size, weight_size, y_size;
+  at::Tensor main_grad;  // or undefined
+  bool dummy_grad;
   bool used_in_training;
 };
 
@@ -111,14 +122,18 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     how_grad.rowwise = need_x;
     how_grad.columnwise = need_weight;
     if (call.bias_dtype && ctx->needs_input_grad(2)) how_grad.dbias = call.bias_dtype;
-    const Quantized g = call_quantize(dy, call.slots, kGradOutput, call.options, how_grad);
+    Quantized g = call_quantize(dy, call.slots, kGradOutput, call.options, how_grad);
     if (call.used_in_training) call.memo->note_used(kGradOutput);
 
     if (need_x) {
       result[0] = call_gemm(g.q, weight_t, g.scale_inv, weight_scale_inv, {}, call.x_size, call.x_dtype,
                             call.options.fast_dgrad);
+      g.q.reset();  // its memory serves the weight's gradient
     }
-    if (need_weight) {
+    if (need_weight && call.main_grad.defined()) {
+      call_gemm_accumulate(call.main_grad, g.q_t, x_t, g.scale_inv, x_scale_inv, call.options.fast_wgrad);
+      if (call.dummy_grad) result[1] = at::empty_symint(call.weight_size, dy.options().dtype(call.weight_dtype));
+    } else if (need_weight) {
       result[1] = call_gemm(g.q_t, x_t, g.scale_inv, x_scale_inv, {}, call.weight_size, call.weight_dtype,
                             call.options.fast_wgrad);
     }
@@ -154,6 +169,19 @@ bool wants_grad(const c10::optional<at::Tensor>& t) { return t && t->requires_gr
 
 // Meta and fake tensors hold no values; what is traced with them is the steady path.
 bool has_values(const at::Tensor& t) { return !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python); }
+
+void check_main_grad(const at::Tensor& main_grad, const at::Tensor& weight) {
+  TORCH_CHECK_TYPE(main_grad.scalar_type() == at::kFloat || main_grad.scalar_type() == at::kBFloat16,
+                   "torch_fp8: the weight's main_grad must be float32 or bfloat16, got ", main_grad.scalar_type());
+  TORCH_CHECK(main_grad.sym_sizes() == weight.sym_sizes() && main_grad.is_contiguous() && !main_grad.requires_grad(),
+              "torch_fp8: the weight's main_grad must be a contiguous tensor of the weight's shape ",
+              weight.sym_sizes(), " that does not require grad, got shape ", main_grad.sym_sizes(), " with strides ",
+              main_grad.sym_strides());
+  check_same_device(weight, "the weight", main_grad, "its main_grad");
+  TORCH_CHECK(!has_values(main_grad) || is_aligned(main_grad.const_data_ptr()),
+              "torch_fp8: the weight's main_grad must start at a 16-byte boundary, got address ",
+              main_grad.const_data_ptr(), "; pad the buffer it is a part of");
+}
 
 }  // namespace
 
@@ -223,12 +251,13 @@ Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                   const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
-                  bool training) {
+                  bool training, const c10::optional<at::Tensor>& main_grad, bool dummy_grad) {
   const auto device = x.device().type();
   const bool autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
   check_linear(x, weight, bias, slots, autocast);
   const auto y_dtype = autocast ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
   type_of(y_dtype, "the autocast dtype");
+  if (main_grad) check_main_grad(*main_grad, weight);
 
   const bool grad_mode = at::GradMode::is_enabled();
   const bool grad_x = grad_mode && x.requires_grad(), grad_weight = grad_mode && weight.requires_grad();
@@ -249,6 +278,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   if (!differentiable) return fprop(x, bias, *call).first;
 
   call->memo = memo;
+  if (main_grad) call->main_grad = *main_grad;
+  call->dummy_grad = dummy_grad;
   call->how_grad = how(options, kGradOutput, *memo, slots, record);
   call->used_in_training = used_in_training;
   call->x_dtype = x.scalar_type();

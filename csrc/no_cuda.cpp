@@ -16,10 +16,15 @@ namespace {
 }  // namespace
 
 void amax(const Matrix&, float*) { refuse(); }
-void scale_from_amax(Slot*, float, bool) { refuse(); }
+void scale_from_amax(const float*, Slot*, float, bool) { refuse(); }
 void quantize(const QuantizeArgs&) { refuse(); }
+void add_column_sums(const ColumnSums&) { refuse(); }
 void gemm(const GemmArgs&) { refuse(); }
 void update_scales(const LayerState*, int64_t) { refuse(); }
+std::vector<TimedAlgorithm> time_algorithms(const GemmProblem&, int) { refuse(); }
+void check_algorithm(const GemmProblem&, const std::string&) { refuse(); }
+void use_algorithms(const std::vector<std::pair<GemmProblem, std::string>>&) { refuse(); }
+void forget_algorithms() {}
 void check_capability(int, int, const std::string&) { refuse(); }
 bool is_capturing() { return false; }
 const char* toolkit_version() { return ""; }

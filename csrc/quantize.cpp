@@ -54,13 +54,14 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
 
   Slot* const slot = slots_of(slots) + role;
   const Slot* source = slot;
-  at::Tensor own;  // the slot of a tensor that is scaled by itself
+  at::Tensor own;  // of a tensor that is scaled by itself: its slot, and the parts of its amax
   if (options.own_amax) {
-    own = at::zeros({4}, fp32);
-    Slot* own_slot = slots_of(own);
+    own = at::empty({4 + kAmaxParts}, fp32);
+    Slot* const own_slot = slots_of(own);
+    float* const parts = own.data_ptr<float>() + 4;
     const float target = std::ldexp(max_of(format), -static_cast<int>(options.margin));
-    (on_cuda ? cuda::amax : cpu::amax)(matrix, &own_slot->amax);
-    (on_cuda ? cuda::scale_from_amax : cpu::scale_from_amax)(own_slot, target, options.power_of_two);
+    (on_cuda ? cuda::amax : cpu::amax)(matrix, parts);
+    (on_cuda ? cuda::scale_from_amax : cpu::scale_from_amax)(parts, own_slot, target, options.power_of_two);
     source = own_slot;
   }
 
@@ -71,8 +72,14 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
   (on_cuda ? cuda::quantize : cpu::quantize)(args);
 
-  // Summed in float32 and rounded once: sum's own dtype argument would round the summands.
-  out.dbias = options.dbias ? column_sums.narrow(1, 0, matrix.cols).sum(0).to(*options.dbias) : at::empty({0}, fp32);
+  if (options.dbias) {
+    out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));
+    (on_cuda ? cuda::add_column_sums
+             : cpu::add_column_sums)({column_sums.const_data_ptr<float>(), column_sums.size(0), matrix.cols, cols,
+                                      out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
+  } else {
+    out.dbias = at::empty({0}, fp32);
+  }
   return out;
 }
 

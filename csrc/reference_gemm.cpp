@@ -2,16 +2,9 @@
 
 #include <ATen/ATen.h>
 
+#include "check.h"
+
 namespace torch_fp8 {
-namespace {
-
-at::ScalarType dtype_of(Format format) { return format == Format::kE4M3 ? at::kFloat8_e4m3fn : at::kFloat8_e5m2; }
-
-at::ScalarType dtype_of(Type type) {
-  return type == Type::kFloat32 ? at::kFloat : type == Type::kFloat16 ? at::kHalf : at::kBFloat16;
-}
-
-}  // namespace
 
 void reference_gemm(const GemmArgs& args, c10::Device device) {
   const auto tensor = [&](const void* data, at::IntArrayRef size, at::ScalarType dtype) {

@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--context", type=int, metavar="N", help="tokens of a sequence")
     add("--batch-tokens", type=int, metavar="N", help="tokens of an optimizer step")
     add("--micro-batch", type=int, metavar="N", help="sequences of a forward and backward pass")
+    add("--warm-up", type=int, metavar="N", help="steps of rising learning rate; default: a twentieth of --steps")
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, metavar="N", help="steps; default: a tenth of --steps")
     add("--eval-batches", type=int, metavar="N", default=8, help="micro-batches of an evaluation (default: 8)")
@@ -87,6 +88,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         micro_batch=given.get("micro_batch", fitting_micro_batch(size, batch_tokens, context)),
         steps=steps,
         lr=given.get("lr", size.lr),
+        warm_up=given.get("warm_up", max(1, steps // 20)),
         seed=args.seed,
         recipe=recipe,
         eval_every=given.get("eval_every", max(1, steps // 10)),

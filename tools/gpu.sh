@@ -26,7 +26,8 @@ for stage in $stages; do
     test)
       ctest --test-dir build --output-on-failure > "$out/ctest.log" 2>&1 || status=1
       grep -E "tests passed|tests failed|FAILED|Failed" "$out/ctest.log" | tail -20
-      python3 -m pytest -q > "$out/pytest.log" 2>&1 || status=1
+      workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8" || true)
+      python3 -m pytest -q $workers > "$out/pytest.log" 2>&1 || status=1
       grep -E "^E   |^FAILED|^ERROR| passed| failed" "$out/pytest.log" | cut -c1-220 | tail -60 ;;
     bench)
       for benchmark in benchmarks/[a-z]*.py; do

@@ -41,7 +41,8 @@ int64_t grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64
 
 }  // namespace
 
-void amax(const Matrix& x, float* amax) {
+void amax(const Matrix& x, float* parts) {
+  std::fill(parts, parts + kAmaxParts, 0.0f);
   with_type(x.type, [&](auto t) {
     at::parallel_for(0, x.rows, grain(x.cols), [&](int64_t begin, int64_t end) {
       uint32_t seen = 0;
@@ -50,14 +51,15 @@ void amax(const Matrix& x, float* amax) {
           seen = std::max(seen, magnitude(element<decltype(t)>(x, row, col)));
         }
       }
-      raise(amax, seen);
+      raise(parts, seen);
     });
   });
 }
 
-void scale_from_amax(Slot* slot, float target, bool power_of_two) {
-  slot->scale = is_usable(slot->amax) ? scale_for(slot->amax, target, power_of_two) : 1.0f;
-  slot->scale_inv = 1.0f / slot->scale;
+void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two) {
+  uint32_t seen = 0;
+  for (int i = 0; i < kAmaxParts; ++i) seen = std::max(seen, bits_of(parts[i]));
+  *slot = own_slot(float_of(seen), target, power_of_two);
 }
 
 void quantize(const QuantizeArgs& args) {
@@ -92,6 +94,17 @@ void quantize(const QuantizeArgs& args) {
         if (args.amax) raise(args.amax, seen);
       });
     });
+  });
+}
+
+void add_column_sums(const ColumnSums& sums) {
+  with_type(sums.type, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t col = 0; col < sums.cols; ++col) {
+      float sum = 0;
+      for (int64_t row = 0; row < sums.count; ++row) sum += sums.parts[row * sums.stride + col];
+      static_cast<T*>(sums.out)[col] = static_cast<T>(sum);
+    }
   });
 }
 

@@ -31,13 +31,15 @@ void check_capability(int major, int minor, const std::string& name) {
 
 bool is_capturing() { return at::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 
-void amax(const Matrix& x, float* amax) { launch_amax(x, amax, stream()); }
+void amax(const Matrix& x, float* parts) { launch_amax(x, parts, stream()); }
 
-void scale_from_amax(Slot* slot, float target, bool power_of_two) {
-  launch_scale_from_amax(slot, target, power_of_two, stream());
+void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two) {
+  launch_scale_from_amax(parts, slot, target, power_of_two, stream());
 }
 
 void quantize(const QuantizeArgs& args) { launch_quantize(args, stream()); }
+
+void add_column_sums(const ColumnSums& sums) { launch_add_column_sums(sums, stream()); }
 
 void update_scales(const LayerState* layers, int64_t count) {
   // The layers travel in the kernel's arguments, which a graph keeps; only a model too large for that is sent through

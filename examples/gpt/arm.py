@@ -210,8 +210,8 @@ def _optimizer(model: nn.Module, lr: float, *, fused: bool) -> torch.optim.AdamW
 
 
 def _learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up over a twentieth of the steps, then a cosine down to a tenth."""
-    warm_up = max(1, settings.steps // 20)
+    """Linear warm-up, then a cosine down to a tenth."""
+    warm_up = settings.warm_up
     if step < warm_up:
         return settings.lr * (step + 1) / warm_up
     done = (step - warm_up) / max(1, settings.steps - warm_up)

@@ -38,7 +38,10 @@ SIZES = {
     "1558M": Size(Shape(48, 25, 1600), context=1024, batch_tokens=1 << 16, micro_batch=8, steps=1000, lr=2e-4),
 }
 
-_COUNTS = ("context", "batch_tokens", "micro_batch", "steps", "eval_every", "eval_batches", "save_every", "num_threads")
+_COUNTS = (
+    *("context", "batch_tokens", "micro_batch", "steps", "warm_up"),
+    *("eval_every", "eval_batches", "save_every", "num_threads"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Settings:
     micro_batch: int
     steps: int
     lr: float
+    warm_up: int  # steps
     seed: int
     recipe: fp8.Recipe  # of the FP8 arm
     eval_every: int
@@ -81,7 +85,7 @@ class Settings:
     def identity(self, arm: str, fingerprint: str) -> dict[str, str | int | float]:
         """What decides which weights come out of an arm, and how they and their speed are judged: a resumed run must
         have the same."""
-        decisive = ("size", "context", "batch_tokens", "micro_batch", "steps", "lr", "seed", "eval_batches")
+        decisive = ("size", "context", "batch_tokens", "micro_batch", "steps", "lr", "warm_up", "seed", "eval_batches")
         identity = {name: value for name, value in asdict(self).items() if name in decisive}
         identity |= {"device": device_name(self.device), "data": fingerprint}
         if arm == "fp8":

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "torch_fp8/scale.h"
 
@@ -19,6 +21,7 @@ constexpr int64_t kAlignment = 16;
 TORCH_FP8_HOST_DEVICE constexpr int64_t padded(int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
 constexpr int64_t kBiasRows = 128;  // rows of x that one row of column sums covers
+constexpr int kAmaxParts = 512;     // in how many parts an amax is taken
 
 struct Matrix {  // (rows, cols), any strides, in elements
   const void* data;
@@ -39,6 +42,14 @@ struct QuantizeArgs {
   float* column_sums;  // (ceil(rows / kBiasRows), padded(cols)): sums of x over kBiasRows rows, or null
 };
 
+// out (cols) = the sums of the columns of parts (count, cols), whose rows are stride floats apart.
+struct ColumnSums {
+  const float* parts;
+  int64_t count, cols, stride;
+  void* out;
+  Type type;
+};
+
 // out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ out]
 struct GemmArgs {
   int64_t m, n, k;  // n and k multiples of 16
@@ -52,6 +63,19 @@ struct GemmArgs {
   bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
 };
 
+// A GEMM without its data, as it is tuned: GemmArgs with pointers aligned as those of fresh tensors.
+struct GemmProblem {
+  int64_t m, n, k;
+  Format a_format, b_format;
+  Type out_type;
+  bool bias, accumulate, fast_accum;
+};
+
+struct TimedAlgorithm {
+  std::string algorithm;   // opaque; of this cuBLASLt and this kind of GPU only
+  std::vector<double> us;  // of each round
+};
+
 // The scaling state of one layer, and how its scales follow from the history (see update_scales).
 struct LayerState {
   Slot* slots;     // kRoles
@@ -63,11 +87,12 @@ struct LayerState {
 static_assert(sizeof(LayerState) == 32, "a thousand of them fit a kernel's arguments");
 
 namespace cpu {
-// *amax is raised to max |x|.
-void amax(const Matrix& x, float* amax);
-// slot->scale and slot->scale_inv from slot->amax; 1 where the amax is 0, Inf or NaN.
-void scale_from_amax(Slot* slot, float target, bool power_of_two);
+// parts (kAmaxParts): their largest is max |x|.
+void amax(const Matrix& x, float* parts);
+// The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
+void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
+void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
 // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
 // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
@@ -75,11 +100,22 @@ void update_scales(const LayerState* layers, int64_t count);
 }  // namespace cpu
 
 namespace cuda {
-void amax(const Matrix& x, float* amax);
-void scale_from_amax(Slot* slot, float target, bool power_of_two);
+void amax(const Matrix& x, float* parts);
+void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
+void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
 void update_scales(const LayerState* layers, int64_t count);
+
+// Every right candidate of cuBLASLt for the problem, its first choice first, timed in interleaved rounds on random
+// data.
+std::vector<TimedAlgorithm> time_algorithms(const GemmProblem& problem, int rounds);
+// Throws where this cuBLASLt does not take the algorithm on the current device.
+void check_algorithm(const GemmProblem& problem, const std::string& algorithm);
+// From now on these problems are solved so on the current device, in every thread; all or, on an error, none.
+void use_algorithms(const std::vector<std::pair<GemmProblem, std::string>>& chosen);
+// Back to cuBLASLt's first choice.
+void forget_algorithms();
 
 // The current stream records a CUDA graph.
 bool is_capturing();

@@ -2,7 +2,8 @@
 // torch_fp8.Linear (Python) and torch_fp8::nn::Linear (C++).
 //
 // Forward:  cast+transpose x, cast+transpose w (cached), one GEMM. Kept for backward: the FP8 transposes of x and w.
-// Backward: cast+transpose dy (and its column sums, the bias gradient), two GEMMs.
+// Backward: cast+transpose dy (and its column sums, the bias gradient), two GEMMs. Each copy of dy is freed as soon as
+// its GEMM is queued.
 #pragma once
 
 #include <atomic>
@@ -77,9 +78,11 @@ class LayerMemo {
 // x (..., in) float32, float16 or bfloat16; weight (out, in) and bias (out) of x's dtype, or any of the three under
 // autocast, whose dtype y then has. slots (3, 4): the scaling state of input, weight and output gradient.
 // training false, or grad mode off: no amax is recorded.
+// main_grad (out, in) float32 or bfloat16: the weight's gradient is added to it by the GEMM, and autograd sees none;
+// or, with dummy_grad, one without meaning, for hooks that wait for a gradient.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                   const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
-                  bool training);
+                  bool training, const c10::optional<at::Tensor>& main_grad = c10::nullopt, bool dummy_grad = false);
 
 // The slots of a new layer: (3, 4) float32 with scale 1, or 2^bias for constant scaling.
 at::Tensor new_slots(c10::Device device, int64_t bias = 0, int64_t grad_bias = 0);

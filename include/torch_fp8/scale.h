@@ -41,4 +41,10 @@ TORCH_FP8_HOST_DEVICE inline float scale_for(float amax, float target, bool powe
   return float_of(static_cast<uint32_t>(127 + bias) << 23);
 }
 
+// The slot of a tensor that is scaled by its own amax; scale 1 where that says nothing.
+TORCH_FP8_HOST_DEVICE inline Slot own_slot(float amax, float target, bool power_of_two) {
+  const float scale = is_usable(amax) ? scale_for(amax, target, power_of_two) : 1.0f;
+  return {1.0f / scale, scale, amax, 0.0f};
+}
+
 }  // namespace torch_fp8

@@ -30,6 +30,7 @@ def convert(
     *,
     tokens: int | None = 8192,
     auto_update: bool = True,
+    fuse_main_grad: bool = False,
 ) -> nn.Module:
     """Make the ``nn.Linear`` layers of ``model`` FP8 layers, in place; returns the model.
 
@@ -44,6 +45,7 @@ def convert(
         a layer that FP8 would not make faster at that many stays in 16 bits, whatever the device. None: layers of any
         size. A layer that is FP8 already stays so, for somebody chose it; ``revert`` first to choose anew.
     auto_update: let ``optimizer.step()`` update the scales; otherwise call ``torch_fp8.update_scales``.
+    fuse_main_grad: add the weights' gradients straight to ``weight.main_grad``; see :class:`Linear`.
 
     Raises ValueError where nothing would be converted, or a listed name matches no linear layer or one that FP8
     cannot take, or tokens is not positive; TypeError for another type of filter, recipe or tokens; RuntimeError for a
@@ -76,7 +78,7 @@ def convert(
             if isinstance(module, Linear):
                 module._make_plain()
             module.__class__ = Linear
-            module._make_fp8(recipe, auto_update)
+            module._make_fp8(recipe, auto_update, fuse_main_grad)
             module.__dict__.pop("_not_fp8", None)
         elif not isinstance(module, Linear):
             module._not_fp8 = left_out[name]

@@ -33,6 +33,12 @@ class Linear(nn.Linear):
 
     They stay float32 when the module is cast, and move with it.
 
+    fuse_main_grad: the weight's gradient is not given to autograd but added to ``weight.main_grad`` by the GEMM itself:
+    a contiguous float32 or bfloat16 tensor of the weight's shape, which the optimizer side sets before the forward pass
+    and clears, as Megatron's does. ``weight.grad`` stays None; but where the weight has the attribute
+    ``grad_added_to_main_grad``, that becomes True and autograd receives a gradient without meaning, so that hooks which
+    wait for one run.
+
     Raises TypeError for other dtypes, RuntimeError for shapes or devices that do not fit, all before any kernel runs.
     """
 
@@ -46,14 +52,16 @@ class Linear(nn.Linear):
         *,
         recipe: Recipe | None = None,
         auto_update: bool = True,
+        fuse_main_grad: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._make_fp8(DelayedScaling() if recipe is None else recipe, auto_update)
+        self._make_fp8(DelayedScaling() if recipe is None else recipe, auto_update, fuse_main_grad)
 
-    def _make_fp8(self, recipe: Recipe, auto_update: bool) -> None:
+    def _make_fp8(self, recipe: Recipe, auto_update: bool, fuse_main_grad: bool) -> None:
         """Give this nn.Linear what an FP8 layer has besides its parameters."""
         self.recipe = recipe
         self.auto_update = auto_update
+        self.fuse_main_grad = fuse_main_grad
         self.fp8_enabled = True
         device = self.weight.device
         self.register_buffer("fp8_slots", torch.empty(len(ROLES), 4, device=device), persistent=False)
@@ -73,13 +81,40 @@ class Linear(nn.Linear):
         for name in ("fp8_slots", "fp8_history"):
             delattr(self, name)
             self._non_persistent_buffers_set.discard(name)
-        for name in ("recipe", "auto_update", "fp8_enabled", "_options", "_memo", "_scaling_was_loaded"):
+        for name in (
+            "recipe",
+            "auto_update",
+            "fuse_main_grad",
+            "fp8_enabled",
+            "_options",
+            "_memo",
+            "_scaling_was_loaded",
+        ):
             delattr(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.fp8_enabled:
             return F.linear(input, self.weight, self.bias)
-        return _C.linear(input, self.weight, self.bias, self.fp8_slots, self._options, self._memo, self.training)
+        main_grad = self._main_grad() if self.fuse_main_grad else ()
+        return _C.linear(
+            input, self.weight, self.bias, self.fp8_slots, self._options, self._memo, self.training, *main_grad
+        )
+
+    def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
+        """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
+        weight = self.weight
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            return ()
+        main_grad = getattr(weight, "main_grad", None)
+        if not isinstance(main_grad, Tensor):
+            raise RuntimeError(
+                "torch_fp8: a layer with fuse_main_grad needs a tensor weight.main_grad before its forward pass, got "
+                f"{type(main_grad).__name__}; set it to torch.zeros_like(weight, dtype=torch.float32)"
+            )
+        hooked = hasattr(weight, "grad_added_to_main_grad")
+        if hooked:
+            weight.grad_added_to_main_grad = True
+        return main_grad, hooked
 
     def reset_parameters(self) -> None:
         """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""

@@ -1,0 +1,100 @@
+// What the kernels that read a matrix share: loads of 16 bytes, maxima of a block, and how they are launched.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+namespace torch_fp8::cuda {
+
+constexpr int kPackSize = 8;
+
+// Neighbouring elements, loaded and stored 16 bytes at a time.
+template <class T>
+struct alignas(16) Pack {
+  T values[kPackSize];
+};
+
+template <class T>
+__device__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+// Programmatic dependent launch: the next kernel may be set up while this one runs, and this one was set up while the
+// previous ran; but nothing of memory is touched before that one has finished.
+__device__ inline void begin_dependent() {
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+}
+
+// magnitude() without its second step, which the maximum takes once: NaN of any payload is above Inf.
+__device__ inline uint32_t raw_magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+
+template <int kWarps>
+__device__ void stage_max(uint32_t (&of_warp)[kWarps], uint32_t seen) {
+  seen = magnitude(__uint_as_float(__reduce_max_sync(0xFFFFFFFF, seen)));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = seen;
+}
+
+// After a __syncthreads().
+template <int kWarps>
+__device__ uint32_t max_of_warps(const uint32_t (&of_warp)[kWarps]) {
+  uint32_t seen = of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) seen = max(seen, of_warp[warp]);
+  return seen;
+}
+
+// Most blocks see no new maximum and are spared the atomic.
+__device__ inline void raise_amax(float* amax, uint32_t seen) {
+  auto* const bits = reinterpret_cast<uint32_t*>(amax);
+  if (seen > *static_cast<volatile uint32_t*>(bits)) atomicMax(bits, seen);
+}
+
+// Rows can be loaded in packs.
+inline bool is_vectorised(const Matrix& x) {
+  const int64_t size = x.type == Type::kFloat32 ? 4 : 2;
+  return x.col_stride == 1 && x.row_stride * size % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+// The whole matrix is one array of packs.
+inline bool is_dense(const Matrix& x) {
+  return is_vectorised(x) && (x.row_stride == x.cols || x.rows == 1) && x.rows * x.cols % kPackSize == 0;
+}
+
+inline uint32_t blocks_for(int64_t items, int64_t per_block) {
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("torch_fp8: a matrix that needs " + std::to_string(blocks) +
+                             " blocks is larger than one launch can take; split it");
+  }
+  return static_cast<uint32_t>(blocks);
+}
+
+template <class Function>
+void with_type(Type type, Function&& function) {
+  switch (type) {
+    case Type::kFloat32: return function(float{});
+    case Type::kFloat16: return function(__half{});
+    case Type::kBFloat16: return function(__nv_bfloat16{});
+  }
+}
+
+// A kernel that calls begin_dependent first of all.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), uint32_t blocks, int threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = static_cast<unsigned>(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "a kernel launch");
+}
+
+}  // namespace torch_fp8::cuda
