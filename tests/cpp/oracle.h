@@ -73,7 +73,8 @@ inline testing::AssertionResult is_product(const at::Tensor& actual, const at::T
 // The same, where a . b^T was rounded before it was added.
 inline testing::AssertionResult is_sum_of_rounded_parts(const at::Tensor& actual, const at::Tensor& a,
                                                         const at::Tensor& b, const at::Tensor& added) {
-  return is_near(actual, a, b, added, at::mm(a, b.t()).abs() + added.abs());
+  const at::Tensor product = at::mm(a, b.t());
+  return is_near(actual, a, b, added, product.abs() + (product + added).abs());
 }
 
 // Equal to the bit, NaN included.
