@@ -1,5 +1,6 @@
 # make demo   trains a small GPT in BF16 and in FP8 and draws both (a 124M one on a GPU)
 # make test   builds everything and runs all tests
+# make bench  all benchmarks, on a Hopper GPU: tables and plots in benchmarks/results
 # make lint   formatters and linters
 # Each installs what it needs in .venv. PYTHON chooses the interpreter, TORCH the PyTorch to install, CMAKE_ARGS adds to
 # the build.
@@ -12,7 +13,7 @@ INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-is
 
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu')
 
-.PHONY: demo test build lint format clean
+.PHONY: demo test build bench lint format clean
 
 demo: build
 	tools/on_this_cpu.sh python examples/train.py --out runs/demo --overwrite
@@ -26,6 +27,9 @@ test: $(VENV)/ready
 build: $(VENV)/ready
 	$(INSTALL)
 	python -c "import torch_fp8; print('torch_fp8:', torch_fp8.build_info()['note'])"
+
+bench: build
+	python benchmarks
 
 lint: $(VENV)/ready
 	ruff check .

@@ -1,92 +1,171 @@
-"""What every benchmark here shares: how time is taken, and the head of a results file.
+"""What every benchmark here shares: the command line, and how time is taken.
 
-Two regimes. *GPU*: events around one call while a spinning kernel keeps the GPU busy, so that the host is hidden and
-the clock is the boost clock. *loop*: wall time of back-to-back calls, host included, at whatever clock the power limit
-leaves: what a training step feels. Arms are interleaved, figures are medians over rounds, data is random.
+Three regimes, always named. *GPU*: events around one call while a spinning kernel keeps the GPU busy, so that the host
+is hidden and the clock is the boost clock. *loop*: wall time of back-to-back calls, host included, at whatever clock
+the power limit leaves: what a training step feels. *graph*, for kernels that only move memory: a CUDA graph of
+back-to-back launches over rotating buffers, so that neither launches nor the L2 cache are in it. Arms are interleaved,
+figures are medians over rounds, data is random.
 """
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import statistics
-import subprocess
-import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-import torch_fp8 as fp8
 
-RESULTS = Path(__file__).parent / "results"
-_SPIN_CYCLES = 2_000_000  # about 1 ms: longer than any call here needs to be queued
+SHAPES = [  # M (tokens), K (in), N (out): the layers of Llama-3-8B, fewer tokens, and one too small for FP8
+    (8192, 4096, 4096),
+    (8192, 4096, 6144),
+    (8192, 4096, 14336),
+    (8192, 14336, 4096),
+    (2048, 4096, 14336),
+    (512, 1024, 1024),
+]
+SPIN, MOST_SPIN = 2_000_000, 64_000_000  # cycles: about 1 ms at first; 32 ms hide the launches of a decoder layer
 
 Arms = Mapping[str, Callable[[], object]]
 
 
+@dataclass
+class Options:
+    quick: bool = False
+    dry: bool = False
+    device: str = "cuda"
+
+
+options = Options()
+clocks: list[int] = []  # MHz, read just after each round of a loop
+
+
+def start(description: str) -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="half the rounds")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tiny sizes, each call once, on the CPU: does the script run? The figures mean nothing",
+    )
+    args = parser.parse_args()
+    options.quick, options.dry = args.quick, args.dry_run
+    if args.dry_run:
+        options.device = "cpu"
+        torch.set_num_threads(1)
+        torch.backends.mkldnn.enabled = False  # it has not every FP8 product, and not every virtual machine has its AMX
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU is visible to PyTorch; --dry-run tries the script without one")
+    torch.manual_seed(0)
+
+
+def scaled(*sizes: int) -> tuple[int, ...]:
+    """Sizes as given; tiny ones in a dry run."""
+    return tuple(max(16, size // 128) for size in sizes) if options.dry else sizes
+
+
+def randn(*size: int, requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(size, device=options.device, dtype=torch.bfloat16, requires_grad=requires_grad)
+
+
 def gpu_ms(arms: Arms, rounds: int = 30) -> dict[str, float]:
     """Median GPU time of one call of each arm, in ms."""
+    if options.dry:
+        return _once(arms)
     for call in arms.values():
         for _ in range(3):
             call()
     times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
+    spins = dict.fromkeys(arms, SPIN)
+    for _ in range(_fewer(rounds)):
         for name, call in arms.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(_SPIN_CYCLES)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
+            ms, hidden = _event_ms(call, spins[name])
+            while not hidden and spins[name] < MOST_SPIN:
+                spins[name] *= 2
+                ms, hidden = _event_ms(call, spins[name])
+            times[name].append(ms)
+    return _medians(times)
 
 
 def loop_ms(arms: Arms, seconds: float = 0.3, rounds: int = 3) -> dict[str, float]:
     """Median over rounds of the wall time per call in a back-to-back loop, in ms."""
+    if options.dry:
+        return _once(arms)
     times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
+    for _ in range(_fewer(rounds)):
         for name, call in arms.items():
             call()
             torch.cuda.synchronize()
-            count, start = 0, time.perf_counter()
-            while (elapsed := time.perf_counter() - start) < seconds or count < 10:
+            fence, count, began = None, 0, time.perf_counter()
+            while time.perf_counter() - began < seconds or count < 10:
                 call()
                 count += 1
-                if count % 64 == 0:
-                    torch.cuda.synchronize()  # the host may run ahead, but not without end
+                if count % 16 == 0:  # the host may run ahead, but not without end; the GPU never runs dry for it
+                    if fence is not None:
+                        fence.synchronize()
+                    fence = torch.cuda.Event()
+                    fence.record()
             torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-            times[name].append(elapsed / count * 1e3)
+            times[name].append((time.perf_counter() - began) / count * 1e3)
+            clocks.extend(_sm_clock())
+    return _medians(times)
+
+
+def graph_us(
+    arms: Mapping[str, Callable[[int], object]], sets: int, launches: int, rounds: int = 15
+) -> dict[str, float]:
+    """Median time that one launch adds to a busy stream, in µs. An arm is a function of the number of a buffer set.
+
+    What a captured call returns is kept until ``sets`` further calls were captured: outputs rotate as the inputs do.
+    """
+    if options.dry:
+        return {name: ms * 1e3 for name, ms in _once({n: lambda c=c: c(sets - 1) for n, c in arms.items()}).items()}
+    replays = {}
+    for name, call in arms.items():
+        call(0)  # loads the kernels, which a capture cannot do
+        graph, alive = torch.cuda.CUDAGraph(), deque(maxlen=sets)
+        with torch.cuda.graph(graph):
+            for i in range(launches):
+                alive.append(call(i % sets))
+        replays[name] = graph.replay
+    return {name: ms * 1e3 / launches for name, ms in gpu_ms(replays, rounds).items()}
+
+
+def _event_ms(call: Callable[[], object], spin: int) -> tuple[float, bool]:
+    """GPU time of a call in ms, and whether the host was done before the GPU began."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(spin)
+    began.record()
+    call()
+    ended.record()
+    hidden = not began.query()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended), hidden
+
+
+def _once(arms: Arms) -> dict[str, float]:
+    times = {}
+    for name, call in arms.items():
+        began = time.perf_counter()
+        call()
+        times[name] = (time.perf_counter() - began) * 1e3
+    return times
+
+
+def _fewer(rounds: int) -> int:
+    return (rounds + 1) // 2 if options.quick else rounds
+
+
+def _medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def header(title: str) -> str:
-    """Command, GPU, versions and date."""
-    info = fp8.build_info()
-    smi = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    command = " ".join(["python", *(str(Path(a).name) if i == 0 else a for i, a in enumerate(sys.argv))])
-    return f"""# {title}
-
-* command: `{command.replace("python ", "python benchmarks/", 1)}`
-* GPU: {torch.cuda.get_device_name()}; driver, SM clock now, SM clock at most, power limit: {smi}
-* PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuBLASLt {info["cublaslt"]}, torch_fp8 {info["version"]}
-* date: {datetime.date.today()}
-* random data; medians; arms interleaved in one run. *GPU*: events, host hidden, boost clock. *loop*: back-to-back wall
-  time, host included, sustained clock.
-"""
-
-
-def table(head: list[str], rows: list[list[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def write(name: str, text: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(text.rstrip() + "\n")
-    print(text)
+def _sm_clock() -> list[int]:
+    try:
+        return [torch.cuda.clock_rate()]
+    except Exception:  # it needs nvidia-ml-py, and a driver that answers
+        return []

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a Hopper GPU: build, run all tests (a missing GPU is a failure), run the benchmarks.
 #   tools/gpu.sh [build] [test] [bench]      all three by default
-# Uses the Python environment that is active and installs nothing but torch_fp8 itself, in place. Logs and results go
-# to $OUT as well, where that is set.
+# Uses the Python environment that is active and installs nothing but torch_fp8 itself, in place. Logs, and the
+# results in one archive, go to $OUT where that is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/gpu}
@@ -30,10 +30,8 @@ for stage in $stages; do
       python3 -m pytest -q $workers > "$out/pytest.log" 2>&1 || status=1
       grep -E "^E   |^FAILED|^ERROR| passed| failed" "$out/pytest.log" | cut -c1-220 | tail -60 ;;
     bench)
-      for benchmark in benchmarks/[a-z]*.py; do
-        [ "$benchmark" = benchmarks/common.py ] || python3 "$benchmark" || status=1
-      done
-      cp -r benchmarks/results/. "$out/" ;;
+      python3 benchmarks 2>&1 | tee "$out/bench.log" || status=1
+      tar -czf "$out/results.tar.gz" -C benchmarks results ;;
   esac
 done
 exit $status

@@ -1,0 +1,26 @@
+"""All benchmarks, one after another, each in a process of its own: python benchmarks [--quick | --dry-run]"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NAMES = ("quantize", "gemm", "linear", "block", "small")
+
+
+def main() -> int:
+    folder, status, took = Path(__file__).parent, 0, {}
+    for name in NAMES:
+        print(f"== {name}", flush=True)
+        began = time.perf_counter()
+        code = subprocess.call([sys.executable, folder / f"{name}.py", *sys.argv[1:]])
+        took[name] = f"{name} {time.perf_counter() - began:.0f} s" + (f" FAILED ({code})" if code else "")
+        status = status or code
+    print("== " + ", ".join(took.values()))
+    return 1 if status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The parts of a Llama decoder layer in plain PyTorch: what block.py converts and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int = 4096  # Llama-3-8B
+    ffn: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+
+class FFN(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.hidden, shape.ffn, bias=False)
+        self.up = nn.Linear(shape.hidden, shape.ffn, bias=False)
+        self.down = nn.Linear(shape.ffn, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Attention(nn.Module):
+    """Causal, with grouped queries and rotary positions."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.q = nn.Linear(shape.hidden, shape.heads * shape.head, bias=False)
+        self.k = nn.Linear(shape.hidden, shape.kv_heads * shape.head, bias=False)
+        self.v = nn.Linear(shape.hidden, shape.kv_heads * shape.head, bias=False)
+        self.o = nn.Linear(shape.heads * shape.head, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.shape.head)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """x (batch, tokens, hidden) -> the same."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention_norm = nn.Parameter(torch.ones(shape.hidden))
+        self.ffn_norm = nn.Parameter(torch.ones(shape.hidden))
+        self.attention, self.ffn = Attention(shape), FFN(shape)
+        self.rotation: dict[int, tuple[Tensor, Tensor]] = {}  # by number of tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[1]
+        if tokens not in self.rotation:
+            self.rotation[tokens] = rotation_of(tokens, self.attention.shape.head, x)
+        x = x + self.attention(rms_norm(x, self.attention_norm), self.rotation[tokens])
+        return x + self.ffn(rms_norm(x, self.ffn_norm))
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps=1e-5)
+
+
+def rotation_of(tokens: int, head: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (tokens, head), of Llama-3's angles."""
+    frequencies = 500_000.0 ** (-torch.arange(0, head, 2, device=like.device) / head)
+    angles = torch.outer(torch.arange(tokens, device=like.device), frequencies).repeat(1, 2)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
