@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch_fp8 as fp8
+from fake_cublaslt import CublasLt
 
 
 def _need_cuda() -> None:
@@ -28,6 +29,12 @@ def device(request):
 def cuda():
     _need_cuda()
     return torch.device("cuda")
+
+
+@pytest.fixture
+def cublaslt(monkeypatch):
+    """A GPU for tuning that is none: the same on every machine."""
+    return CublasLt(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

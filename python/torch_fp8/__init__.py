@@ -33,6 +33,8 @@ from .convert import convert, disabled, revert, summary  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import load_state_dict, state_dict, update_scales  # noqa: E402
+from .tune import tune  # noqa: E402
+from .tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
 
 __version__ = _build.version
 
@@ -66,13 +68,17 @@ __all__ = [
     "DelayedScaling",
     "Linear",
     "Recipe",
+    "Tuning",
     "build_info",
     "cmake_prefix_path",
     "convert",
     "disabled",
+    "forget_tuning",
     "load_state_dict",
+    "load_tuning",
     "revert",
     "state_dict",
     "summary",
+    "tune",
     "update_scales",
 ]
