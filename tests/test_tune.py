@@ -170,7 +170,9 @@ class TestTune:
         assert (tuning.cublaslt, tuning.gpu, tuning.capability) == (130100, "NVIDIA H200", "9.0")
 
     def test_model(self, cublaslt):
-        model = fp8.convert(nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 128)).bfloat16())
+        model = fp8.convert(
+            nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(64, 128)).bfloat16(), tokens=None
+        )
         tuning = fp8.tune(model, tokens=32)
         assert [gemm.problem for gemm in tuning.gemms] == problems_of([(model[0], 32), (model[1], 32)])
         assert len(cublaslt.timed) == len(tuning.gemms) == 6

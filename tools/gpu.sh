@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # On a machine with a Hopper GPU: build, run all tests (a missing GPU is a failure), run the benchmarks.
-#   tools/gpu.sh [build] [test] [bench]      all three by default
+#   tools/gpu.sh [build] [test] [sanitize] [bench]      all four by default
 # Uses the Python environment that is active and installs nothing but torch_fp8 itself, in place. Logs, and the
 # results in one archive, go to $OUT where that is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/gpu}
 mkdir -p "$out"
-stages=${*:-build test bench}
+stages=${*:-build test sanitize bench}
 bin=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
 export PATH=$bin:$PATH TORCH_FP8_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
 export TORCH_FP8_CMAKE_ARGS="-DTORCH_FP8_TESTS=ON -DTORCH_FP8_WERROR=OFF -DTORCH_FP8_CUDA=ON"
@@ -29,6 +29,12 @@ for stage in $stages; do
       workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8" || true)
       python3 -m pytest -q $workers > "$out/pytest.log" 2>&1 || status=1
       grep -E "^E   |^FAILED|^ERROR| passed| failed" "$out/pytest.log" | cut -c1-220 | tail -60 ;;
+    sanitize)
+      for tool in memcheck racecheck; do
+        timeout 120 compute-sanitizer --tool $tool --error-exitcode 1 build/tests/cpp/torch_fp8_tests \
+          --gtest_filter='Cuda.Codes*:Cuda.Shapes*:Cuda.Updates*' > "$out/$tool.log" 2>&1 || status=1
+        echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/$tool.log" || tail -3 "$out/$tool.log")"
+      done ;;
     bench)
       python3 benchmarks 2>&1 | tee "$out/bench.log" || status=1
       tar -czf "$out/results.tar.gz" -C benchmarks results ;;

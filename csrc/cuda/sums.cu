@@ -5,6 +5,7 @@ namespace torch_fp8::cuda {
 namespace {
 
 constexpr int kColumns = 32, kLines = 16;  // a block: columns side by side, and lines of it that share the rows
+constexpr int kInFlight = 8;               // loads of a thread before the first is used
 
 template <class T>
 __global__ void __launch_bounds__(kColumns* kLines)
@@ -15,8 +16,16 @@ __global__ void __launch_bounds__(kColumns* kLines)
   begin_dependent();
   float sum = 0;
   if (col < cols) {
-#pragma unroll 4
-    for (int64_t row = line; row < count; row += kLines) sum += parts[row * stride + col];
+    for (int64_t row = line; row < count; row += kLines * kInFlight) {
+      float loaded[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t r = row + i * kLines;
+        loaded[i] = r < count ? parts[r * stride + col] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) sum += loaded[i];
+    }
   }
   of_line[line][lane] = sum;
   __syncthreads();

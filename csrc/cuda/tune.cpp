@@ -8,6 +8,7 @@
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/cuda/Sleep.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -35,21 +36,22 @@ Tuned& tuned() {
 }
 
 // Operands as training has them: normal numbers that fill their format up to four standard deviations. The power that
-// a GEMM draws, and so its clock, depends on the data.
+// a GEMM draws, and so its clock, depends on the data. From a generator of its own: tuning changes no other number.
 struct Operands {
   at::Tensor a, b, scale_inv, bias, out;
   GemmArgs args{};
 
   explicit Operands(const GemmProblem& p) {
     const auto cuda = at::TensorOptions().device(at::kCUDA);
+    const at::Generator generator = at::cuda::detail::createCUDAGenerator();
     const auto codes = [&](int64_t rows, Format format) {
       const float max = max_of(format);
-      return at::randn({rows, p.k}, cuda).mul_(max / 4).clamp_(-max, max).to(dtype_of(format));
+      return at::randn({rows, p.k}, generator, cuda).mul_(max / 4).clamp_(-max, max).to(dtype_of(format));
     };
     a = codes(p.m, p.a_format);
     b = codes(p.n, p.b_format);
     scale_inv = at::full({1}, 1e-4, cuda);
-    if (p.bias) bias = at::randn({p.n}, cuda.dtype(dtype_of(p.out_type)));
+    if (p.bias) bias = at::randn({p.n}, generator, cuda.dtype(dtype_of(p.out_type)));
     out = at::zeros({p.m, p.n}, cuda.dtype(dtype_of(p.out_type)));
     args.m = p.m, args.n = p.n, args.k = p.k;
     args.a = static_cast<const uint8_t*>(a.const_data_ptr());
@@ -104,6 +106,7 @@ Algorithm algorithm_from(const std::string& bytes) {
 
 std::vector<TimedAlgorithm> time_algorithms(const GemmProblem& gemm_problem, int rounds) {
   check_problem(gemm_problem);
+  const NoAutocast no_autocast;
   const Operands operands(gemm_problem);
   const GemmArgs& args = operands.args;
   Plan plan(problem_of(args), args);

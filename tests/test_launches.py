@@ -1,0 +1,103 @@
+"""What a training step puts on the GPU: how many kernels, how much memory, and nothing that grows."""
+
+import resource
+
+import pytest
+import torch
+import torch_fp8 as fp8
+
+MIB = 2**20
+
+
+def trained(m, k, n, cuda, *, bias):
+    """A layer in its steady state, an input and a gradient."""
+    layer = fp8.Linear(k, n, bias, cuda, torch.bfloat16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    x = torch.randn(m, k, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(m, n, device=cuda, dtype=torch.bfloat16)
+    for _ in range(3):
+        layer(x).backward(dy)
+        optimizer.step()
+        clear(layer, x)
+    return layer, x, dy
+
+
+def clear(layer, x):
+    x.grad = layer.weight.grad = None
+    if layer.bias is not None:
+        layer.bias.grad = None
+
+
+def device_work(call):
+    """Names of all that the call puts on the GPU: kernels, copies, memsets."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_gpu = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return [event.name for event in on_gpu]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weight_is_cast", [False, True])
+def test_kernels_of_a_step(cuda, bias, weight_is_cast):
+    """Forward: cast, GEMM. Backward: cast, two GEMMs, and one kernel for the bias gradient."""
+    layer, x, dy = trained(2048, 1024, 2048, cuda, bias=bias)
+    layer(x).backward(dy)  # the weight is cast
+    clear(layer, x)
+    if weight_is_cast:
+        layer._memo.after_update()
+    names = device_work(lambda: layer(x).backward(dy))
+    ours = [name for name in names if "torch_fp8" in name]
+    assert sum("quantize_kernel" in name for name in ours) == 2 + weight_is_cast, names
+    assert sum("add_column_sums" in name for name in ours) == bias, names
+    assert len(names) == 5 + bias + weight_is_cast, names
+
+
+def test_a_scaling_update_is_one_kernel(cuda):
+    model = torch.nn.Sequential(*(fp8.Linear(64, 64, device=cuda) for _ in range(20)))
+    model(torch.randn(8, 64, device=cuda)).sum().backward()
+    names = device_work(lambda: fp8.update_scales(model))
+    assert len(names) == 1 and "update_scales" in names[0], names
+
+
+def test_own_amax_costs_two_kernels_more(cuda):
+    x = torch.randn(512, 512, device=cuda, dtype=torch.bfloat16)
+    slots = fp8._C.new_slots(cuda)
+    names = device_work(lambda: torch.ops.torch_fp8.quantize(x, slots, 0, torch.float8_e4m3fn, own_amax=True))
+    assert len(names) == 3, names
+
+
+def test_memory_of_forward_and_backward(cuda):
+    """After forward: y, and one byte an element of x. In backward at most one gradient beside dy's two FP8 copies."""
+    m, k, n = 4096, 1024, 4096
+    layer, x, dy = trained(m, k, n, cuda, bias=False)
+    layer(x).backward(dy)  # the weight is cast
+    clear(layer, x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = layer(x)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= 2 * m * n + m * k + MIB
+    y.backward(dy)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= kept + 2 * m * n + max(2 * m * k, 2 * k * n) + MIB
+
+
+def test_10000_steps_of_varying_shapes_leave_memory_flat(cuda):
+    layer = fp8.Linear(256, 256, device=cuda, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
+    sizes = torch.randint(1, 200, (10_000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def footprint():
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    for step, m in enumerate(sizes):
+        layer(torch.randn(m, 256, device=cuda, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2500:  # by now every shape has come, and has its plans
+            on_gpu, on_host = footprint()
+    assert footprint()[0] == on_gpu
+    assert footprint()[1] - on_host < 16 * MIB
