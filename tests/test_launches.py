@@ -51,7 +51,10 @@ def test_kernels_of_a_step(cuda, bias, weight_is_cast):
     ours = [name for name in names if "torch_fp8" in name]
     assert sum("quantize_kernel" in name for name in ours) == 2 + weight_is_cast, names
     assert sum("add_column_sums" in name for name in ours) == bias, names
-    assert len(names) == 5 + bias + weight_is_cast, names
+    # Some of cuBLASLt's algorithms clear a counter first, one a GEMM; nothing else does.
+    kernels = [name for name in names if not name.startswith("Memset")]
+    assert len(names) - len(kernels) <= 3, names
+    assert len(kernels) == 5 + bias + weight_is_cast, names
 
 
 def test_a_scaling_update_is_one_kernel(cuda):
