@@ -16,7 +16,7 @@ CAST_SPEED = 3.6e12  # bytes a second, read and written together
 CAST_BYTES = 4  # an element: its BF16 value read, its code written twice, once transposed
 LAUNCH_GAP = 2.5e-6  # seconds between two kernels; FP8 has three more, the casts of x, dy and w
 # Seconds of the host, in eager mode, for a forward and backward: the loop of M512 K1024 N1024 on the slower of two
-# machines (the other took 112 and 144 us), because a layer that is left in BF16 loses less than one that is slowed down.
+# machines (the other took 112 and 144 us), because a layer left in BF16 loses less than one that is slowed down.
 BF16_HOST = 160e-6
 FP8_HOST = 195e-6  # with the cast of the weight
 
