@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-isolation --no-deps --editable .
 
-CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu')
+CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: demo test build bench lint format clean
 
