@@ -31,7 +31,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<LayerMemo, std::shared_ptr<LayerMemo>>(m, "LayerMemo")
       .def(py::init<>())
-      .def_property_readonly("used", &LayerMemo::used)
+      .def_property_readonly("used_roles", &LayerMemo::used_roles)
       .def("after_update", &LayerMemo::after_update);
 
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),

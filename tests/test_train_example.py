@@ -120,7 +120,7 @@ def test_only_layers_that_fp8_makes_faster_are_converted_unless_that_is_none(mon
     from gpt.model import GPT
     from gpt.settings import SIZES
 
-    for size, tokens, converted in (("124M", 32 * 1024, 48), ("124M", 8 * 1024, 36), ("small", 64 * 256, 24)):
+    for size, tokens, converted in (("124M", 49 * 1024, 48), ("124M", 32 * 1024, 36), ("small", 64 * 256, 24)):
         with torch.device("meta"):
             model = GPT(SIZES[size].shape, vocab=256, context=64)
         to_fp8(model, fp8.DelayedScaling(margin=1), tokens)

@@ -50,8 +50,8 @@ class LayerMemo {
                              bool transposed, bool record);
 
   void note_used(int role) { used_.fetch_or(static_cast<uint8_t>(1 << role), std::memory_order_relaxed); }
-  // The layer took part in training since the last update.
-  bool used() const { return used_.load(std::memory_order_relaxed) != 0; }
+  // The roles that took part in training since the last update, one bit each.
+  uint8_t used_roles() const { return used_.load(std::memory_order_relaxed); }
   // To be called after every scaling update.
   void after_update();
 

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _C
+from . import _C, traced
 from .recipe import ConstantScaling, DelayedScaling, Recipe
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROLES = ("input", "weight", "grad_output")
+
+# What an FP8 layer has besides buffers and an nn.Linear's attributes. fp8_has_history: which roles have an amax
+# history; torch.compile guards on it, so it is read from the device after updates and not in a forward.
+_OPTIONS = ("recipe", "auto_update", "fuse_main_grad", "fp8_enabled", "fp8_has_history")
 
 # Every FP8 layer of the process that is alive: where the optimizer hook looks for layers that recorded something.
 layers: weakref.WeakSet[Linear] = weakref.WeakSet()
@@ -81,21 +85,15 @@ class Linear(nn.Linear):
         for name in ("fp8_slots", "fp8_history"):
             delattr(self, name)
             self._non_persistent_buffers_set.discard(name)
-        for name in (
-            "recipe",
-            "auto_update",
-            "fuse_main_grad",
-            "fp8_enabled",
-            "_options",
-            "_memo",
-            "_scaling_was_loaded",
-        ):
+        for name in (*_OPTIONS, "_options", "_memo", "_scaling_was_loaded"):
             delattr(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.fp8_enabled:
             return F.linear(input, self.weight, self.bias)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
+        if torch.compiler.is_compiling():
+            return traced.linear(self, input, *main_grad)
         return _C.linear(
             input, self.weight, self.bias, self.fp8_slots, self._options, self._memo, self.training, *main_grad
         )
@@ -116,6 +114,11 @@ class Linear(nn.Linear):
             weight.grad_added_to_main_grad = True
         return main_grad, hooked
 
+    @property
+    def used_roles(self) -> int:
+        """The roles that took part in training since the last scaling update, or may have, one bit each."""
+        return 0b111 if traced.traced_training() else self._memo.used_roles
+
     def reset_parameters(self) -> None:
         """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""
         super().reset_parameters()
@@ -125,6 +128,7 @@ class Linear(nn.Linear):
     def reset_scaling(self) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""
         self._scaling_was_loaded = False
+        self.fp8_has_history = (False,) * len(ROLES)
         self._memo = _C.LayerMemo()
         if self.fp8_slots.is_meta:
             return

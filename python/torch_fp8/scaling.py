@@ -41,12 +41,28 @@ def _update(layers: Iterable[Linear]) -> None:
             [target for layer in group for target in layer._options.targets()],
             [int(layer.recipe.power_of_two) for layer in group],
         )
+    for group in by_device.values():
+        _read_history(layer for layer in group if _may_have_begun(layer))
     for layer in layers:
         layer._memo.after_update()
 
 
+def _may_have_begun(layer: Linear) -> bool:
+    """A role without history was used."""
+    return any(layer.used_roles >> role & 1 and not known for role, known in enumerate(layer.fp8_has_history))
+
+
+def _read_history(layers: Iterable[Linear]) -> None:
+    """Bring ``fp8_has_history`` up to date, waiting for the device: in the first steps, until every role has one."""
+    layers = list(layers)
+    if not layers or (layers[0].fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    for layer, roles in zip(layers, torch.stack([layer.fp8_slots[:, 3] for layer in layers]).gt(0).tolist()):
+        layer.fp8_has_history = tuple(roles)
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = [layer for layer in live_layers if layer._memo.used and layer.auto_update]
+    layers = [layer for layer in live_layers if layer.used_roles and layer.auto_update]
     if layers:
         _update(layers)
 
@@ -84,6 +100,8 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     for layer in fp8_layers(model).values():
         layer._join()  # what the host knew of the old state is void
         layer._scaling_was_loaded = True
+        _read_history([layer])
+        _read_history([layer])
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
