@@ -49,7 +49,10 @@ def _update(layers: Iterable[Linear]) -> None:
 
 def _may_have_begun(layer: Linear) -> bool:
     """A role without history was used."""
-    return any(layer.used_roles >> role & 1 and not known for role, known in enumerate(layer.fp8_has_history))
+    if all(layer.fp8_has_history):
+        return False
+    used = layer.used_roles
+    return any(used >> role & 1 and not known for role, known in enumerate(layer.fp8_has_history))
 
 
 def _read_history(layers: Iterable[Linear]) -> None:
