@@ -11,15 +11,11 @@ from common import gpu_ms, loop_ms, randn, scaled, start
 from report import BF16, FP8, OTHER, header, pair, plot, table, write
 from steps import linear, step_of
 from torch import nn
+from torch_fp8.worth import speedup
 
 TOKENS = (512, 2048, 8192, 32768)
 LAYERS = [(512, 512), (768, 768), (768, 3072), (1024, 1024), (1024, 4096), (2048, 2048), (2048, 8192), (4096, 1024),
           (4096, 4096)]  # fmt: skip
-
-try:
-    from torch_fp8.worth import speedup
-except ImportError:
-    speedup = None
 
 
 def measure(m: int, k: int, n: int) -> tuple[float, float]:
@@ -34,37 +30,33 @@ def main() -> None:
     start(__doc__)
     sizes = [scaled(m, k, n) for k, n in LAYERS for m in TOKENS]
     measured = [measure(*size) for size in sizes]
-    predicted = [speedup(*size) if speedup else None for size in sizes]
+    predicted = [speedup(*size) for size in sizes]
 
     def cell(place: int) -> str:
         mark = "**" if measured[place][1] >= 1 else ""
-        guess = f" ({predicted[place]:.2f})" if predicted[place] else ""
-        return f"{mark}{pair(*measured[place])}{mark}{guess}"
+        return f"{mark}{pair(*measured[place])}{mark} ({predicted[place]:.2f})"
 
     rows = [[f"K{k} N{n}", *(cell(len(TOKENS) * i + j) for j in range(len(TOKENS)))] for i, (k, n) in enumerate(LAYERS)]
-    verdict = "(No prediction: this torch_fp8 has no worth.speedup.)\n"
-    if speedup:
-        wrong = [place for place, guess in enumerate(predicted) if (guess > 1) != (measured[place][1] > 1)]
-        losses = [measured[place][1] for place in wrong if predicted[place] > 1]
-        verdict = (
-            f"Prediction and loop lie on different sides of 1 for {len(wrong)} of {len(sizes)} sizes; "
-            f"{len(losses)} of these would be converted and lose"
-            + (f", the worst at {min(losses):.2f}" if losses else "")
-            + ".\n"
-        )
+    wrong = [place for place, guess in enumerate(predicted) if (guess > 1) != (measured[place][1] > 1)]
+    losses = [measured[place][1] for place in wrong if predicted[place] > 1]
+    verdict = (
+        f"Prediction and loop lie on different sides of 1 for {len(wrong)} of {len(sizes)} sizes; "
+        f"{len(losses)} of these would be converted and lose"
+        + (f", the worst at {min(losses):.2f}" if losses else "")
+        + ".\n"
+    )
 
     def draw(figure) -> None:
-        left, *rest = figure.subplots(1, 2 if speedup else 1, squeeze=False, sharey=True)[0]
+        left, right = figure.subplots(1, 2, sharey=True)
         flop = [6 * m * k * n for m, k, n in sizes]
         for place, (regime, color) in enumerate((("GPU", OTHER), ("loop", FP8))):
             left.scatter(flop, [ratios[place] for ratios in measured], s=18, color=color, label=regime)
         left.set(xscale="log", xlabel="FLOP of forward + backward", ylabel="measured, over BF16")
-        for axes in rest:
-            axes.scatter(predicted, [loop for _, loop in measured], s=18, color=FP8, label="loop")
-            axes.axline((1, 1), slope=1, color=BF16, linewidth=1)
-            axes.axvline(1, color=BF16, linewidth=1, linestyle="--")
-            axes.set(xlabel="predicted by torch_fp8.worth", title="above the line: faster than predicted")
-        for axes in (left, *rest):
+        right.scatter(predicted, [loop for _, loop in measured], s=18, color=FP8, label="loop")
+        right.axline((1, 1), slope=1, color=BF16, linewidth=1)
+        right.axvline(1, color=BF16, linewidth=1, linestyle="--")
+        right.set(xlabel="predicted by torch_fp8.worth", title="above the line: faster than predicted")
+        for axes in (left, right):
             axes.axhline(1, color=BF16, linewidth=1, linestyle="--")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,13 +23,10 @@ def linear(kind: type[nn.Linear], k: int, n: int, bias: bool = False) -> nn.Line
 def converted(module: nn.Module, tokens: int) -> nn.Module:
     """A copy of a module in BF16 as fp8.convert leaves it for so many tokens: perhaps in BF16, where FP8 would lose."""
     module = copy.deepcopy(module)
-    by_size = "tokens" in inspect.signature(fp8.convert).parameters
     try:
         # In a dry run all is tiny, and FP8 is to be tried all the same.
-        return fp8.convert(module, tokens=None if options.dry else tokens) if by_size else fp8.convert(module)
+        return fp8.convert(module, tokens=None if options.dry else tokens)
     except ValueError:
-        if not by_size:
-            raise
         return module
 
 

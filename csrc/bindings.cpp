@@ -32,7 +32,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LayerMemo, std::shared_ptr<LayerMemo>>(m, "LayerMemo")
       .def(py::init<>())
       .def_property_readonly("used_roles", &LayerMemo::used_roles)
-      .def("after_update", &LayerMemo::after_update);
+      .def("after_update", &LayerMemo::after_update)
+      .def("set_history", &LayerMemo::set_history);
 
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),
         py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(), py::arg("dummy_grad") = false);

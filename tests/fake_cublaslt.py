@@ -1,22 +1,15 @@
 """The tuning half of the library on a GPU that nobody has."""
 
-from dataclasses import dataclass
-
 import torch
 import torch_fp8 as fp8
+from torch_fp8.tuning import Problem
 
 
-@dataclass(frozen=True, kw_only=True)
-class GemmProblem:
-    m: int
-    n: int
-    k: int
-    a_dtype: torch.dtype
-    b_dtype: torch.dtype
-    out_dtype: torch.dtype
-    bias: bool
-    accumulate: bool
-    fast_accum: bool
+class GemmProblem(Problem):
+    """The native record: takes its fields by name only."""
+
+    def __new__(cls, **fields):
+        return super().__new__(cls, **fields)
 
 
 class CublasLt:

@@ -10,6 +10,7 @@ mkdir -p "$out"
 stages=${*:-build test sanitize bench}
 bin=$(dirname "$(python3 -c 'import sys; print(sys.executable)')")
 export PATH=$bin:$PATH TORCH_FP8_REQUIRE_CUDA=1 PYTHONUNBUFFERED=1
+# Warnings are errors in .ci/run; the compiler here may be another one, with others of its own.
 export TORCH_FP8_CMAKE_ARGS="-DTORCH_FP8_TESTS=ON -DTORCH_FP8_WERROR=OFF -DTORCH_FP8_CUDA=ON"
 # A compiler that links libstdc++ statically (some images set CXX to one) puts a second copy of it beside torch's, and the
 # first number formatted into an error message crashes.

@@ -143,6 +143,14 @@ __device__ void store_sums(const WarpSums& warp_sums, const Tile& tile, float* c
   column_sums[tile.row / kBiasRows * padded_cols + col] = sum;
 }
 
+// By one thread, last of all: nobody waits for its round trips to memory.
+template <int kCount>
+__device__ void store_scalars(const QuantizeArgs& args, const uint32_t (&of_warp)[kCount]) {
+  if (threadIdx.x != 0) return;
+  if (args.amax) raise_amax(args.amax, max_of_warps(of_warp));
+  if (args.scale_inv && blockIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
+}
+
 template <class T, Format kFormat, bool kTransposed, bool kSums>
 __global__ void __launch_bounds__(kThreads, 2)
     quantize_kernel(__grid_constant__ const QuantizeArgs args, bool vectorised, uint32_t tiles_across) {
@@ -185,10 +193,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   if constexpr (kTransposed) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
   if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
-  // By one thread, last of all: nobody waits for its round trips to memory.
-  if (threadIdx.x != 0) return;
-  if (args.amax) raise_amax(args.amax, max_of_warps(of_warp));
-  if (args.scale_inv && blockIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
+  store_scalars(args, of_warp);
 }
 
 // The row-major codes of a dense x that needs no padding.
@@ -220,9 +225,7 @@ __global__ void __launch_bounds__(kDenseThreads)
   }
   stage_max(of_warp, seen);
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (args.amax) raise_amax(args.amax, max_of_warps(of_warp));
-  if (args.scale_inv && blockIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
+  store_scalars(args, of_warp);
 }
 
 template <class T, Format kFormat>

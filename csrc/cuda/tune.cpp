@@ -35,45 +35,6 @@ Tuned& tuned() {
   return instance;
 }
 
-// Operands as training has them: normal numbers that fill their format up to four standard deviations. The power that
-// a GEMM draws, and so its clock, depends on the data. From a generator of its own: tuning changes no other number.
-struct Operands {
-  at::Tensor a, b, scale_inv, bias, out;
-  GemmArgs args{};
-
-  explicit Operands(const GemmProblem& p) {
-    const auto cuda = at::TensorOptions().device(at::kCUDA);
-    const at::Generator generator = at::cuda::detail::createCUDAGenerator();
-    const auto codes = [&](int64_t rows, Format format) {
-      const float max = max_of(format);
-      return at::randn({rows, p.k}, generator, cuda).mul_(max / 4).clamp_(-max, max).to(dtype_of(format));
-    };
-    a = codes(p.m, p.a_format);
-    b = codes(p.n, p.b_format);
-    scale_inv = at::full({1}, 1e-4, cuda);
-    if (p.bias) bias = at::randn({p.n}, generator, cuda.dtype(dtype_of(p.out_type)));
-    out = at::zeros({p.m, p.n}, cuda.dtype(dtype_of(p.out_type)));
-    args.m = p.m, args.n = p.n, args.k = p.k;
-    args.a = static_cast<const uint8_t*>(a.const_data_ptr());
-    args.b = static_cast<const uint8_t*>(b.const_data_ptr());
-    args.a_format = p.a_format, args.b_format = p.b_format, args.out_type = p.out_type;
-    args.a_scale_inv = args.b_scale_inv = scale_inv.const_data_ptr<float>();
-    args.bias = p.bias ? bias.const_data_ptr() : nullptr;
-    args.out = out.data_ptr();
-    args.accumulate = p.accumulate;
-    args.fast_accum = p.fast_accum;
-  }
-};
-
-void check_problem(const GemmProblem& p) {
-  const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
-  check_capability(device->major, device->minor, device->name);
-  TORCH_CHECK_VALUE(p.m > 0 && p.n > 0 && p.k > 0 && p.n % kAlignment == 0 && p.k % kAlignment == 0,
-                    "torch_fp8: a GEMM to tune needs m > 0 and n and k that are positive multiples of ", kAlignment,
-                    ", got ", p.m, ", ", p.n, ", ", p.k);
-  TORCH_CHECK_VALUE(!p.bias || p.out_type != Type::kFloat32, "torch_fp8: FP8 GEMMs have no float32 bias");
-}
-
 // A plan needs pointers, but does not follow them. Those of a problem alone are aligned as fresh tensors are.
 GemmArgs args_of(const GemmProblem& p) {
   GemmArgs args{};
@@ -87,6 +48,41 @@ GemmArgs args_of(const GemmProblem& p) {
   args.accumulate = p.accumulate;
   args.fast_accum = p.fast_accum;
   return args;
+}
+
+// Operands as training has them: normal numbers that fill their format up to four standard deviations. The power that
+// a GEMM draws, and so its clock, depends on the data. From a generator of its own: tuning changes no other number.
+struct Operands {
+  at::Tensor a, b, scale_inv, bias, out;
+  GemmArgs args;
+
+  explicit Operands(const GemmProblem& p) : args(args_of(p)) {
+    const auto cuda = at::TensorOptions().device(at::kCUDA);
+    const at::Generator generator = at::cuda::detail::createCUDAGenerator();
+    const auto codes = [&](int64_t rows, Format format) {
+      const float max = max_of(format);
+      return at::randn({rows, p.k}, generator, cuda).mul_(max / 4).clamp_(-max, max).to(dtype_of(format));
+    };
+    a = codes(p.m, p.a_format);
+    b = codes(p.n, p.b_format);
+    scale_inv = at::full({1}, 1e-4, cuda);
+    if (p.bias) bias = at::randn({p.n}, generator, cuda.dtype(dtype_of(p.out_type)));
+    out = at::zeros({p.m, p.n}, cuda.dtype(dtype_of(p.out_type)));
+    args.a = static_cast<const uint8_t*>(a.const_data_ptr());
+    args.b = static_cast<const uint8_t*>(b.const_data_ptr());
+    args.a_scale_inv = args.b_scale_inv = scale_inv.const_data_ptr<float>();
+    if (p.bias) args.bias = bias.const_data_ptr();
+    args.out = out.data_ptr();
+  }
+};
+
+void check_problem(const GemmProblem& p) {
+  const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
+  check_capability(device->major, device->minor, device->name);
+  TORCH_CHECK_VALUE(p.m > 0 && p.n > 0 && p.k > 0 && p.n % kAlignment == 0 && p.k % kAlignment == 0,
+                    "torch_fp8: a GEMM to tune needs m > 0 and n and k that are positive multiples of ", kAlignment,
+                    ", got ", p.m, ", ", p.n, ", ", p.k);
+  TORCH_CHECK_VALUE(!p.bias || p.out_type != Type::kFloat32, "torch_fp8: FP8 GEMMs have no float32 bias");
 }
 
 double elapsed_us(const at::cuda::CUDAEvent& start, const at::cuda::CUDAEvent& end) {

@@ -6,6 +6,7 @@
 // its GEMM is queued.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 
@@ -54,6 +55,8 @@ class LayerMemo {
   uint8_t used_roles() const { return used_.load(std::memory_order_relaxed); }
   // To be called after every scaling update.
   void after_update();
+  // Which roles have a history, from who has read it already: spares this layer its own reading of the device.
+  void set_history(const std::array<bool, kRoles>& has_history) { has_history_ = has_history, known_ = true; }
 
  private:
   struct Weight {
@@ -71,7 +74,7 @@ class LayerMemo {
   };
   Weight weight_;
   bool known_ = false;
-  bool has_history_[kRoles] = {};
+  std::array<bool, kRoles> has_history_ = {};
   std::atomic<uint8_t> used_{0};  // one bit a role; the backward thread writes it too
 };
 

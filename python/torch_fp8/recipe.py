@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from . import _C
 
 _GEMMS = ("fprop", "dgrad", "wgrad")
@@ -47,7 +49,18 @@ class Recipe:
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
-    def _options(self, scaling: Any, *, power_of_two: bool, margin: int, grad_margin: int) -> _C.LinearOptions:
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """The format of output gradients; inputs and weights are E4M3."""
+        return torch.float8_e5m2 if self.fp8_format == "HYBRID" else torch.float8_e4m3fn
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Binades left free above an amax: of inputs and weights, and of output gradients."""
+        return 0, self.grad_margin
+
+    def _options(self, scaling: Any, *, power_of_two: bool) -> _C.LinearOptions:
+        margin, grad_margin = self.margins
         return _C.LinearOptions(
             scaling=scaling,
             e4m3_gradients=self.fp8_format == "E4M3",
@@ -97,10 +110,12 @@ class DelayedScaling(Recipe):
     def history_length(self) -> int:
         return self.amax_history_len if self.amax_compute_algo == "max" else 1
 
+    @property
+    def margins(self) -> tuple[int, int]:
+        return self.margin, self.margin
+
     def options(self) -> _C.LinearOptions:
-        return self._options(
-            _C.Scaling.delayed, power_of_two=self.power_of_two, margin=self.margin, grad_margin=self.margin
-        )
+        return self._options(_C.Scaling.delayed, power_of_two=self.power_of_two)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -130,7 +145,7 @@ class CurrentScaling(Recipe):
         return 1
 
     def options(self) -> _C.LinearOptions:
-        return self._options(_C.Scaling.current, power_of_two=self.power_of_two, margin=0, grad_margin=self.grad_margin)
+        return self._options(_C.Scaling.current, power_of_two=self.power_of_two)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -160,4 +175,4 @@ class ConstantScaling(Recipe):
         return 1
 
     def options(self) -> _C.LinearOptions:
-        return self._options(_C.Scaling.constant, power_of_two=True, margin=0, grad_margin=self.grad_margin)
+        return self._options(_C.Scaling.constant, power_of_two=True)

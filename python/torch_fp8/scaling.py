@@ -41,10 +41,11 @@ def _update(layers: Iterable[Linear]) -> None:
             [target for layer in group for target in layer._options.targets()],
             [int(layer.recipe.power_of_two) for layer in group],
         )
-    for group in by_device.values():
-        _read_history(layer for layer in group if _may_have_begun(layer))
+    begun = [[layer for layer in group if _may_have_begun(layer)] for group in by_device.values()]
     for layer in layers:
         layer._memo.after_update()
+    for group in begun:
+        _read_history(group)
 
 
 def _may_have_begun(layer: Linear) -> bool:
@@ -55,13 +56,13 @@ def _may_have_begun(layer: Linear) -> bool:
     return any(used >> role & 1 and not known for role, known in enumerate(layer.fp8_has_history))
 
 
-def _read_history(layers: Iterable[Linear]) -> None:
+def _read_history(layers: list[Linear]) -> None:
     """Bring ``fp8_has_history`` up to date, waiting for the device: in the first steps, until every role has one."""
-    layers = list(layers)
     if not layers or (layers[0].fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     for layer, roles in zip(layers, torch.stack([layer.fp8_slots[:, 3] for layer in layers]).gt(0).tolist()):
         layer.fp8_has_history = tuple(roles)
+        layer._memo.set_history(roles)
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

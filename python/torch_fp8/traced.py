@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .linear import Linear
 
 _INPUT, _WEIGHT, _GRAD_OUTPUT = range(3)
-_E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+_E4M3 = torch.float8_e4m3fn
 
 
 class Call(NamedTuple):
@@ -54,14 +54,13 @@ def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad
         )
     grads = torch.is_grad_enabled()
     current, constant = isinstance(recipe, CurrentScaling), isinstance(recipe, ConstantScaling)
-    grad_margin = recipe.grad_margin if current or constant else recipe.margin
-    margin = 0 if current or constant else recipe.margin
+    margin, grad_margin = recipe.margins
     call = Call(
         # Looked up for delayed scaling only: what is looked up becomes a guard.
         own_amax=(current,) * 3 if current or constant else tuple(not known for known in layer.fp8_has_history),
         margins=(margin, margin, grad_margin),
         power_of_two=constant or recipe.power_of_two,
-        grad_dtype=_E5M2 if recipe.fp8_format == "HYBRID" else _E4M3,
+        grad_dtype=recipe.grad_dtype,
         fast_accum=tuple(gemm in recipe.fast_accum for gemm in ("fprop", "dgrad", "wgrad")),
         record=grads and layer.training and not constant,
         dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,

@@ -111,7 +111,7 @@ def _gemms(layer: Linear, tokens: int) -> Iterator[Problem]:
     recipe = layer.recipe
     weight_dtype = layer.weight.dtype
     y_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_dtype
-    e4m3, grad = torch.float8_e4m3fn, torch.float8_e5m2 if recipe.fp8_format == "HYBRID" else torch.float8_e4m3fn
+    e4m3, grad = torch.float8_e4m3fn, recipe.grad_dtype
     rows, cols = layer.weight.shape
     if rows == 0 or cols == 0:
         return
@@ -125,7 +125,7 @@ def _gemms(layer: Linear, tokens: int) -> Iterator[Problem]:
         yield Problem(tokens, _padded(cols), _padded(rows), grad, e4m3, x_dtype,
                       False, False, "dgrad" in recipe.fast_accum)  # fmt: skip
     # Added to a float32 main_grad in place, except where columns are padded: then it goes by way of scratch.
-    fused = getattr(layer, "fuse_main_grad", False)
+    fused = layer.fuse_main_grad
     yield Problem(rows, _padded(cols), _padded(tokens), grad, e4m3, torch.float32 if fused else weight_dtype,
                   False, fused and cols % 16 == 0, "wgrad" in recipe.fast_accum)  # fmt: skip
 
