@@ -33,7 +33,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def_property_readonly("used_roles", &LayerMemo::used_roles)
       .def("after_update", &LayerMemo::after_update)
-      .def("set_history", &LayerMemo::set_history);
+      .def_property_readonly("captured", &LayerMemo::captured)
+      .def_property_readonly("updates", &LayerMemo::updates)
+      .def("set_history", &LayerMemo::set_history)
+      .def("forget_weight", &LayerMemo::forget_weight);
 
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),
         py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(), py::arg("dummy_grad") = false);

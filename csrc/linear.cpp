@@ -5,7 +5,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
@@ -214,36 +213,38 @@ bool LayerMemo::has_history(int role, const at::Tensor& slots) {
 void LayerMemo::after_update() {
   const uint8_t used = used_.exchange(0, std::memory_order_relaxed);
   weight_ = {};
+  ++updates_;
   for (int role = 0; role < kRoles; ++role) {
     if (used >> role & 1 && !has_history_[role]) known_ = false;  // it may have one now
   }
 }
 
-bool LayerMemo::Weight::is_of(const at::Tensor& weight) const {
+bool LayerMemo::Weight::is_of(const at::Tensor& weight, const cuda::StreamState& now) const {
   return impl._unsafe_get_target() == weight.unsafeGetTensorImpl() &&
          storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && data == weight.const_data_ptr() &&
-         version == weight._version();
+         version == weight._version() && made_on == now;
 }
 
 Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
-                                      bool transposed, bool record) {
-  const bool countable = has_values(weight) && !weight.is_inference();  // its changes can be noticed
+                                      bool transposed, bool training, bool record) {
+  const cuda::StreamState now = weight.is_cuda() ? cuda::current_stream() : cuda::StreamState{};
+  if (training && now.capture != 0) captured_ = true;
+  const bool keep = training && has_values(weight) && !weight.is_inference();
   const bool has_what_is_asked =
       (!transposed || weight_.quantized.q_t.numel() == weight_.quantized.q.numel()) && (!record || weight_.recorded);
-  if (countable && weight_.is_of(weight) && has_what_is_asked) return weight_.quantized;
+  if (keep && has_what_is_asked && weight_.is_of(weight, now)) return weight_.quantized;
   QuantizeOptions q = how(options, kWeight, *this, slots, record);
   q.columnwise = transposed;
-  // The copy may outlive an inference-mode block, and backward must be able to save it.
-  const c10::InferenceMode ordinary_tensors(false);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   Quantized quantized = call_quantize(weight, slots, kWeight, options, q);
   if (record) note_used(kWeight);
-  if (countable) {
+  if (keep) {
     weight_ = {quantized,
                decltype(weight_.impl)(weight.getIntrusivePtr()),
                weight.storage().getWeakStorageImpl(),
                weight.const_data_ptr(),
                weight._version(),
+               now,
                record};
   }
   return quantized;
@@ -266,7 +267,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   const bool record = used_in_training && options.scaling != Scaling::kConstant;
 
   auto call = c10::make_intrusive<Call>();
-  call->weight = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, record);
+  call->weight = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, used_in_training, record);
   call->how_x = how(options, kInput, *memo, slots, record);
   call->how_x.columnwise = grad_weight;
   if (used_in_training) memo->note_used(kInput);

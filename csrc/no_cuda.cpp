@@ -26,7 +26,7 @@ void check_algorithm(const GemmProblem&, const std::string&) { refuse(); }
 void use_algorithms(const std::vector<std::pair<GemmProblem, std::string>>&) { refuse(); }
 void forget_algorithms() {}
 void check_capability(int, int, const std::string&) { refuse(); }
-bool is_capturing() { return false; }
+StreamState current_stream() { return {}; }
 const char* toolkit_version() { return ""; }
 const char* why_absent() { return TORCH_FP8_NO_CUDA_REASON; }
 size_t cublaslt_version() { return 0; }

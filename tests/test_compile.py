@@ -5,6 +5,7 @@ that bits can be compared; the default backend runs once, for its own kernels ro
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -105,12 +106,36 @@ def test_16_bit_parameters(device, dtype, bias):
     train(eager, traced, compiled, device, dtype)
 
 
-def test_two_forwards_in_flight_are_an_error_and_not_wrong(device):
-    """AOTAutograd saves the slots with a check for changes, because both passes write them."""
-    _, _, compiled, _ = twins(device)
-    losses = [compiled(torch.randn(4, 32, device=device)).sum() for _ in range(2)]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        losses[0].backward()
+def test_many_forwards_before_the_first_backward(device):
+    """As in a pipeline."""
+    eager, traced, compiled, _ = twins(device)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (eager, traced)]
+    for step in range(STEPS):
+        for model in (eager, compiled):
+            torch.manual_seed(step)
+            for loss in [model(torch.randn(8, 32, device=device)).square().mean() for _ in range(3)]:
+                loss.backward()
+        assert_same(eager, traced)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_state_is_one_wherever_it_goes(device):
+    """The gradient's slot is reached over two tensors; after every way of moving a model they are still one."""
+
+    def check(layer):
+        layer._grad_slots[2, 2] = 7.0
+        assert layer.fp8_slots[2, 2] == 7.0
+
+    layer = fp8.Linear(32, 32, device=device)
+    check(layer)
+    check(layer.bfloat16().to(device))
+    check(copy.deepcopy(layer))
+    check(pickle.loads(pickle.dumps(layer)))
+    check(fp8.Linear(32, 32, device="meta").to_empty(device=device))
+    if device.type == "cpu":
+        check(layer.share_memory())
 
 
 def test_recomputation(device):
@@ -223,9 +248,12 @@ def test_bad_input_is_named(device):
         compiled(torch.randn(4, 32, device=device).bfloat16())
 
 
-def test_default_backend_learns_the_same(device):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_default_backend_learns_the_same(device, mode):
+    if device.type == "cpu" and mode != "default":
+        pytest.skip("there are no CUDA graphs on a CPU")
     eager, traced, _, _ = twins(device)
-    compiled = torch.compile(traced, fullgraph=True)
+    compiled = torch.compile(traced, fullgraph=True, mode=mode)
     losses = []
     for model, parameters in ((eager, eager.parameters()), (compiled, traced.parameters())):
         torch.manual_seed(1)

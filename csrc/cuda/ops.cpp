@@ -3,7 +3,6 @@
 #include <ATen/cuda/CUDAContextLight.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cublasLt.h>
-#include <ATen/cuda/CUDAGraphsUtils.cuh>
 
 #include "launch.h"
 #include "torch_fp8/kernels.h"
@@ -29,7 +28,13 @@ void check_capability(int major, int minor, const std::string& name) {
               "(torch_fp8.revert(model)) or run it on a Hopper GPU");
 }
 
-bool is_capturing() { return at::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
+StreamState current_stream() {
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  cudaStreamCaptureStatus status;
+  unsigned long long capture = 0;
+  check(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
+  return {stream, status == cudaStreamCaptureStatusActive ? capture : 0};
+}
 
 void amax(const Matrix& x, float* parts) { launch_amax(x, parts, stream()); }
 

@@ -117,8 +117,14 @@ void use_algorithms(const std::vector<std::pair<GemmProblem, std::string>>& chos
 // Back to cuBLASLt's first choice.
 void forget_algorithms();
 
-// The current stream records a CUDA graph.
-bool is_capturing();
+// The current stream, and the CUDA graph that it records.
+struct StreamState {
+  const void* stream = nullptr;
+  uint64_t capture = 0;  // one number for each capture there ever is; 0: no graph is being recorded
+  bool operator==(const StreamState&) const = default;
+};
+StreamState current_stream();
+inline bool is_capturing() { return current_stream().capture != 0; }
 // Throws unless a device of this capability can run this build.
 void check_capability(int major, int minor, const std::string& name);
 // What was built: "" without CUDA, else the CUDA version the kernels were compiled with; why there is none.

@@ -10,8 +10,8 @@
 #include <atomic>
 #include <memory>
 
+#include "torch_fp8/kernels.h"
 #include "torch_fp8/ops.h"
-#include "torch_fp8/scale.h"
 
 namespace torch_fp8 {
 
@@ -46,13 +46,20 @@ class LayerMemo {
   // may have begun one), which a stream capture does not allow: an error then.
   bool has_history(int role, const at::Tensor& slots);
 
-  // The weight in FP8; quantised again only after it, its scale or what is asked for has changed.
+  // The weight in FP8. In training (forwards with gradients, whose micro-batches share it) it is kept, and quantised
+  // again only after it, its scale, the stream, the recorded graph or what is asked for has changed; in evaluation it
+  // is quantised each time, since there nothing bounds how long a write that cannot be seen would stay unseen.
   Quantized quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
-                             bool transposed, bool record);
+                             bool transposed, bool training, bool record);
+  // The kept copy is void: the weight changed in a way that cannot be seen.
+  void forget_weight() { weight_ = {}; }
 
   void note_used(int role) { used_.fetch_or(static_cast<uint8_t>(1 << role), std::memory_order_relaxed); }
-  // The roles that took part in training since the last update, one bit each.
-  uint8_t used_roles() const { return used_.load(std::memory_order_relaxed); }
+  // The roles that took part in training since the last update, or may have, one bit each. Replays of a graph tell the
+  // host nothing, so a layer that one was recorded of may always have.
+  uint8_t used_roles() const { return captured_ ? 0b111 : used_.load(std::memory_order_relaxed); }
+  bool captured() const { return captured_; }
+  int64_t updates() const { return updates_; }  // how many after_update() has counted
   // To be called after every scaling update.
   void after_update();
   // Which roles have a history, from who has read it already: spares this layer its own reading of the device.
@@ -68,14 +75,17 @@ class LayerMemo {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
     const void* data = nullptr;
     int64_t version = 0;
+    cuda::StreamState made_on;  // other streams do not wait for it, and outside of its graph it does not exist
     bool recorded = false;
     // The codes are those of this tensor as it is now, as far as can be seen.
-    bool is_of(const at::Tensor& weight) const;
+    bool is_of(const at::Tensor& weight, const cuda::StreamState& now) const;
   };
   Weight weight_;
   bool known_ = false;
   std::array<bool, kRoles> has_history_ = {};
   std::atomic<uint8_t> used_{0};  // one bit a role; the backward thread writes it too
+  bool captured_ = false;
+  int64_t updates_ = 0;
 };
 
 // x (..., in) float32, float16 or bfloat16; weight (out, in) and bias (out) of x's dtype, or any of the three under

@@ -77,7 +77,13 @@ class Linear(nn.Linear):
     def _join(self) -> None:
         self._options = self.recipe.options()
         self._memo = _C.LayerMemo()
+        self._alias_slots()
         layers.add(self)
+
+    def _alias_slots(self) -> None:
+        """The slots once more, for backward under torch.compile. A tensor of its own over the same memory: AOTAutograd
+        refuses one that forward changes, as soon as a second forward has run before the first backward."""
+        self._grad_slots = self.fp8_slots if self.fp8_slots.is_meta else torch.from_dlpack(self.fp8_slots)
 
     def _make_plain(self) -> None:
         """Take away what _make_fp8 gave."""
@@ -85,7 +91,7 @@ class Linear(nn.Linear):
         for name in ("fp8_slots", "fp8_history"):
             delattr(self, name)
             self._non_persistent_buffers_set.discard(name)
-        for name in (*_OPTIONS, "_options", "_memo", "_scaling_was_loaded"):
+        for name in (*_OPTIONS, "_options", "_memo", "_grad_slots", "_scaling_was_loaded"):
             delattr(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -152,6 +158,7 @@ class Linear(nn.Linear):
                 new = old.to(new.device).view(torch.int32)
             self._buffers[name] = new.view(torch.float32)
         self._memo = _C.LayerMemo()
+        self._alias_slots()
         if state["fp8_slots"].is_meta and not self.fp8_slots.is_meta:
             self.reset_scaling()  # to_empty() left garbage
         return self
@@ -165,12 +172,16 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_options"], state["_memo"]
+        del state["_options"], state["_memo"], state["_grad_slots"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._join()
+
+    def _forget_weight(self) -> None:
+        """The weight changed in a way that cannot be seen: cast it again."""
+        self._memo.forget_weight()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"

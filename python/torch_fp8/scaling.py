@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .linear import ROLES, Linear, fp8_layers
 from .linear import layers as live_layers
 from .recipe import ConstantScaling
+from .traced import traced_training
 
 
 def update_scales(model: nn.Module) -> None:
@@ -49,8 +50,12 @@ def _update(layers: Iterable[Linear]) -> None:
 
 
 def _may_have_begun(layer: Linear) -> bool:
-    """A role without history was used."""
+    """A role without history was used. Where that is only a guess (compiled or captured steps), and the role may well
+    be one that nobody ever uses, it is looked up at the first updates and then ever more rarely."""
     if all(layer.fp8_has_history):
+        return False
+    memo = layer._memo
+    if (traced_training() or memo.captured) and memo.updates & (memo.updates - 1):  # not 0, 1, 2, 4, 8, ...
         return False
     used = layer.used_roles
     return any(used >> role & 1 and not known for role, known in enumerate(layer.fp8_has_history))
@@ -104,7 +109,6 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     for layer in fp8_layers(model).values():
         layer._join()  # what the host knew of the old state is void
         layer._scaling_was_loaded = True
-        _read_history([layer])
         _read_history([layer])
 
 

@@ -71,7 +71,7 @@ def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad
     )
     if grads and layer.training:
         _note_training()
-    return _Linear.apply(x, weight, bias, layer.fp8_slots, main_grad, call)
+    return _Linear.apply(x, weight, bias, layer.fp8_slots, layer._grad_slots, main_grad, call)
 
 
 _traced_training = False
@@ -102,11 +102,11 @@ def _quantize(x: Tensor, slots: Tensor, role: int, call: Call, dtype: torch.dtyp
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, slots, main_grad, call):
+    def forward(ctx, x, weight, bias, slots, grad_slots, main_grad, call):
         xq, xt, x_scale_inv, _ = _quantize(x, slots, _INPUT, call, _E4M3, columnwise=call.for_weight)
         wq, wt, w_scale_inv, _ = _quantize(weight, slots, _WEIGHT, call, _E4M3, columnwise=call.for_input)
         ctx.save_for_backward(xt, x_scale_inv, wt, w_scale_inv)
-        ctx.slots, ctx.main_grad, ctx.call = slots, main_grad, call
+        ctx.slots, ctx.main_grad, ctx.call = grad_slots, main_grad, call
         ctx.x_size, ctx.x_dtype = x.shape, x.dtype
         ctx.weight_size, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -131,4 +131,4 @@ class _Linear(torch.autograd.Function):
                 dw = dy.new_empty(ctx.weight_size, dtype=ctx.weight_dtype)
         elif call.for_weight:
             dw = gemm(gt, xt, g_scale_inv, x_scale_inv, None, ctx.weight_size, ctx.weight_dtype, call.fast_accum[2])
-        return dx, dw, dbias if call.for_bias else None, None, None, None
+        return dx, dw, dbias if call.for_bias else None, None, None, None, None
