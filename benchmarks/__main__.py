@@ -1,4 +1,4 @@
-"""All benchmarks, one after another, each in a process of its own: python benchmarks [--quick | --dry-run]"""
+"""All benchmarks or those named, each in a process of its own: python benchmarks [NAME ...] [--quick | --dry-run]"""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("quantize", "gemm", "linear", "block", "small")
+NAMES = ("quantize", "gemm", "linear", "block", "compiled", "small")
 
 
 def main() -> int:
     folder, status, took = Path(__file__).parent, 0, {}
-    for name in NAMES:
+    names = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    for name in names or NAMES:
         print(f"== {name}", flush=True)
         began = time.perf_counter()
-        code = subprocess.call([sys.executable, folder / f"{name}.py", *sys.argv[1:]])
+        code = subprocess.call([sys.executable, folder / f"{name}.py", *options])
         took[name] = f"{name} {time.perf_counter() - began:.0f} s" + (f" FAILED ({code})" if code else "")
         status = status or code
     print("== " + ", ".join(took.values()))

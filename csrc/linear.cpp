@@ -141,6 +141,16 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 };
 
+// Functorch and forward mode would fail too, but in words that name nothing.
+void check_no_transform(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(!c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
+              "torch_fp8: an FP8 linear layer cannot run under torch.func's transforms (grad, vjp, vmap, jvp, ...); use "
+              "loss.backward() or torch.autograd.grad, or run the layer in 16 bits: with torch_fp8.disabled(model)");
+  TORCH_CHECK(!x._fw_grad(0).defined() && !weight._fw_grad(0).defined(),
+              "torch_fp8: an FP8 linear layer has no forward-mode derivative; use loss.backward(), or run the layer in "
+              "16 bits: with torch_fp8.disabled(model)");
+}
+
 void check_linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                   const at::Tensor& slots, bool autocast) {
   type_of(x.scalar_type(), "the input");
@@ -255,6 +265,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
                   bool training, const c10::optional<at::Tensor>& main_grad, bool dummy_grad) {
   const auto device = x.device().type();
   const bool autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+  check_no_transform(x, weight);
   check_linear(x, weight, bias, slots, autocast);
   const auto y_dtype = autocast ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
   type_of(y_dtype, "the autocast dtype");

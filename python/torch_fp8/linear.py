@@ -170,6 +170,12 @@ class Linear(nn.Linear):
         if prefix + "weight" in state_dict and not self._scaling_was_loaded:
             self.reset_scaling()
 
+    def _replicate_for_data_parallel(self) -> Linear:
+        raise RuntimeError(
+            "torch_fp8: nn.DataParallel copies the layers in every forward, and what the copies record is lost; use "
+            "DistributedDataParallel or fully_shard"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_options"], state["_memo"], state["_grad_slots"]
