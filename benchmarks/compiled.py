@@ -1,8 +1,8 @@
 """A decoder layer of Llama-3-8B under torch.compile, forward + backward. Writes results/compiled.md.
 
 Eager and compiled (fullgraph=True, default mode, static shape), BF16 and FP8, all four interleaved. In FP8 each weight
-is cast once a call. Compilation fuses the norms, rotations and SwiGLU of both arms, which leaves more of the time to the
-linear layers; the casts to FP8 are kernels of their own there too.
+is cast once a call. Compilation fuses the norms, rotations and SwiGLU of both arms, which leaves more of the time to
+the linear layers; the casts to FP8 are kernels of their own there too.
 """
 
 from __future__ import annotations
