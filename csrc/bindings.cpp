@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("captured", &LayerMemo::captured)
       .def_property_readonly("updates", &LayerMemo::updates)
       .def("set_history", &LayerMemo::set_history)
+      .def("forget", &LayerMemo::forget)
       .def("forget_weight", &LayerMemo::forget_weight);
 
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),

@@ -143,9 +143,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
 // Functorch and forward mode would fail too, but in words that name nothing.
 void check_no_transform(const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(!c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
-              "torch_fp8: an FP8 linear layer cannot run under torch.func's transforms (grad, vjp, vmap, jvp, ...); use "
-              "loss.backward() or torch.autograd.grad, or run the layer in 16 bits: with torch_fp8.disabled(model)");
+  TORCH_CHECK(
+      !c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
+      "torch_fp8: an FP8 linear layer cannot run under torch.func's transforms (grad, vjp, vmap, jvp, ...); use "
+      "loss.backward() or torch.autograd.grad, or run the layer in 16 bits: with torch_fp8.disabled(model)");
   TORCH_CHECK(!x._fw_grad(0).defined() && !weight._fw_grad(0).defined(),
               "torch_fp8: an FP8 linear layer has no forward-mode derivative; use loss.backward(), or run the layer in "
               "16 bits: with torch_fp8.disabled(model)");
@@ -218,6 +219,13 @@ bool LayerMemo::has_history(int role, const at::Tensor& slots) {
                                 : "output gradient",
               " has no amax history; run training steps until it has seen a value other than zero, then capture");
   return has_history_[role];
+}
+
+void LayerMemo::forget() {
+  used_.store(0, std::memory_order_relaxed);
+  weight_ = {};
+  known_ = false;
+  updates_ = 0;
 }
 
 void LayerMemo::after_update() {

@@ -248,10 +248,15 @@ def test_bad_input_is_named(device):
         compiled(torch.randn(4, 32, device=device).bfloat16())
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_default_backend_learns_the_same(device, mode):
-    if device.type == "cpu" and mode != "default":
-        pytest.skip("there are no CUDA graphs on a CPU")
+def test_default_backend_learns_the_same(device):
+    learns_the_same(device, "default")
+
+
+def test_cuda_graphs_of_the_default_backend_learn_the_same(cuda):
+    learns_the_same(cuda, "reduce-overhead")
+
+
+def learns_the_same(device, mode):
     eager, traced, _, _ = twins(device)
     compiled = torch.compile(traced, fullgraph=True, mode=mode)
     losses = []

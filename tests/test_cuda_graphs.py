@@ -62,7 +62,7 @@ def test_whole_step_with_optimizer_and_scaling_update(cuda):
         assert torch.equal(eager_step(eager, optimizers[0], batch(step, cuda)), loss), step
         scales.add(captured[0].fp8_slots[0, 1].item())
     assert_same(eager, captured)
-    assert len(scales) > REPLAYS / 2
+    assert len(scales) >= REPLAYS / 3
     # And on in eager mode: nothing of what was recorded is taken for a cast weight.
     for step in range(3):
         losses = [

@@ -51,6 +51,8 @@ class LayerMemo {
   // is quantised each time, since there nothing bounds how long a write that cannot be seen would stay unseen.
   Quantized quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
                              bool transposed, bool training, bool record);
+  // Everything is found again from the tensors; what has been recorded in a graph stays so.
+  void forget();
   // The kept copy is void: the weight changed in a way that cannot be seen.
   void forget_weight() { weight_ = {}; }
 

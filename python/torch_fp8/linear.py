@@ -135,7 +135,7 @@ class Linear(nn.Linear):
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""
         self._scaling_was_loaded = False
         self.fp8_has_history = (False,) * len(ROLES)
-        self._memo = _C.LayerMemo()
+        self._memo.forget()
         if self.fp8_slots.is_meta:
             return
         constant = isinstance(self.recipe, ConstantScaling)
@@ -157,7 +157,7 @@ class Linear(nn.Linear):
             if new.dtype != torch.int32:  # Module.type() casts integers too
                 new = old.to(new.device).view(torch.int32)
             self._buffers[name] = new.view(torch.float32)
-        self._memo = _C.LayerMemo()
+        self._memo.forget()
         self._alias_slots()
         if state["fp8_slots"].is_meta and not self.fp8_slots.is_meta:
             self.reset_scaling()  # to_empty() left garbage

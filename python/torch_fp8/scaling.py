@@ -107,7 +107,7 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         for key, tensor in own.items():
             tensor.copy_(state[key])
     for layer in fp8_layers(model).values():
-        layer._join()  # what the host knew of the old state is void
+        layer._memo.forget()  # what the host knew of the old state is void
         layer._scaling_was_loaded = True
         _read_history([layer])
 
