@@ -37,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("updates", &LayerMemo::updates)
       .def("set_history", &LayerMemo::set_history)
       .def("forget", &LayerMemo::forget)
+      .def("set_gathered", &LayerMemo::set_gathered)
       .def("forget_weight", &LayerMemo::forget_weight);
 
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),

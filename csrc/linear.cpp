@@ -69,7 +69,7 @@ struct Call : torch::CustomClassHolder {
   LinearOptions options;
   std::shared_ptr<LayerMemo> memo;
   Quantized weight;
-  QuantizeOptions how_x, how_grad;
+  QuantizeOptions how_x, how_weight, how_grad;
   at::ScalarType x_dtype, weight_dtype, y_dtype;
   c10::optional<at::ScalarType> bias_dtype;
   std::vector<c10::SymInt> x_size, weight_size, y_size;
@@ -95,9 +95,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     ctx->set_materialize_grads(false);
     auto [y, q] = fprop(x, bias, *call);
     const auto kept = [](const at::Tensor& t, bool wanted) { return wanted ? t : at::Tensor(); };
-    const bool for_x = x.requires_grad(), for_weight = weight.requires_grad();
-    ctx->save_for_backward({kept(q.q_t, for_weight), kept(q.scale_inv, for_weight), kept(call->weight.q_t, for_x),
-                            kept(call->weight.scale_inv, for_x)});
+    const bool for_x = x.requires_grad(), for_weight = weight.requires_grad(), gathered = call->memo->gathered();
+    ctx->save_for_backward({kept(q.q_t, for_weight), kept(q.scale_inv, for_weight),
+                            kept(call->weight.q_t, for_x && !gathered),
+                            kept(call->weight.scale_inv, for_x && !gathered), kept(weight, for_x && gathered)});
     call->weight = {};  // saved where it is wanted; the row-major copy is not
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     return y;
@@ -113,7 +114,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const auto capsule = ctx->saved_data["call"].toCapsule();
     const Call& call = static_cast<const Call&>(*capsule);
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x_t = saved[0], &x_scale_inv = saved[1], &weight_t = saved[2], &weight_scale_inv = saved[3];
+    const at::Tensor &x_t = saved[0], &x_scale_inv = saved[1];
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
 
     at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -125,6 +126,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     if (call.used_in_training) call.memo->note_used(kGradOutput);
 
     if (need_x) {
+      at::Tensor weight_t = saved[2], weight_scale_inv = saved[3];
+      if (saved[4].defined()) {
+        Quantized w = call_quantize(saved[4], call.slots, kWeight, call.options, call.how_weight);
+        weight_t = w.q_t, weight_scale_inv = w.scale_inv;
+      }
       result[0] = call_gemm(g.q, weight_t, g.scale_inv, weight_scale_inv, {}, call.x_size, call.x_dtype,
                             call.options.fast_dgrad);
       g.q.reset();  // its memory serves the weight's gradient
@@ -247,12 +253,12 @@ Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor
                                       bool transposed, bool training, bool record) {
   const cuda::StreamState now = weight.is_cuda() ? cuda::current_stream() : cuda::StreamState{};
   if (training && now.capture != 0) captured_ = true;
-  const bool keep = training && has_values(weight) && !weight.is_inference();
+  const bool keep = training && !gathered_ && has_values(weight) && !weight.is_inference();
   const bool has_what_is_asked =
       (!transposed || weight_.quantized.q_t.numel() == weight_.quantized.q.numel()) && (!record || weight_.recorded);
   if (keep && has_what_is_asked && weight_.is_of(weight, now)) return weight_.quantized;
   QuantizeOptions q = how(options, kWeight, *this, slots, record);
-  q.columnwise = transposed;
+  q.columnwise = transposed && !gathered_;
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   Quantized quantized = call_quantize(weight, slots, kWeight, options, q);
   if (record) note_used(kWeight);
@@ -301,6 +307,11 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   if (main_grad) call->main_grad = *main_grad;
   call->dummy_grad = dummy_grad;
   call->how_grad = how(options, kGradOutput, *memo, slots, record);
+  if (memo->gathered()) {
+    call->how_weight = how(options, kWeight, *memo, slots, /*record=*/false);
+    call->how_weight.rowwise = false;
+    call->how_weight.columnwise = true;
+  }
   call->used_in_training = used_in_training;
   call->x_dtype = x.scalar_type();
   call->weight_dtype = weight.scalar_type();

@@ -1,5 +1,7 @@
 """fp8.Linear against float64: its numbers, its gradients, its shapes, and the work it does not do."""
 
+import copy
+
 import pytest
 import torch
 import torch_fp8 as fp8
@@ -292,3 +294,26 @@ def test_meta_device(device):
     assert torch.equal(layer.fp8_slots[:, 1].cpu(), torch.ones(3))
     layer(torch.randn(2, 32, device=device)).sum().backward()
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", [fp8.DelayedScaling(amax_history_len=2), fp8.CurrentScaling()], ids=str)
+def test_a_gathered_weight_leaves_nothing_behind(device, recipe):
+    """FSDP2's case: the same bits, and what waits for backward is the weight itself, which FSDP2 frees and gathers."""
+    kept = fp8.Linear(64, 48, device=device, recipe=recipe)
+    gathered = copy.deepcopy(kept)
+    gathered._memo.set_gathered(True)
+    saved = []
+    for step in range(3):
+        x = torch.randn(8, 64, device=device, requires_grad=True)
+        z = x.detach().clone().requires_grad_()
+        kept(x).square().sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = gathered(z).square().sum()
+        y.backward()
+        assert torch.equal(x.grad, z.grad) and torch.equal(kept.weight.grad, gathered.weight.grad)
+        for layer in (kept, gathered):
+            fp8.update_scales(layer)
+            layer.zero_grad()
+        assert torch.equal(kept.fp8_slots, gathered.fp8_slots)
+    assert any(t.data_ptr() == gathered.weight.data_ptr() for t in saved)
+    assert not any(t.numel() == 64 * 48 and t.dtype == torch.float8_e4m3fn for t in saved)

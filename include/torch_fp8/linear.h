@@ -3,7 +3,7 @@
 //
 // Forward:  cast+transpose x, cast+transpose w (cached), one GEMM. Kept for backward: the FP8 transposes of x and w.
 // Backward: cast+transpose dy (and its column sums, the bias gradient), two GEMMs. Each copy of dy is freed as soon as
-// its GEMM is queued.
+// its GEMM is queued. Where the weight is gathered (FSDP2) its transpose is made here instead.
 #pragma once
 
 #include <array>
@@ -53,6 +53,10 @@ class LayerMemo {
                              bool transposed, bool training, bool record);
   // Everything is found again from the tensors; what has been recorded in a graph stays so.
   void forget();
+  // The weight is there for the time of a forward or backward only (FSDP2 gathers it, and frees it after): its FP8
+  // copies must not outlive that, so none is kept, and backward casts the weight that it finds.
+  void set_gathered(bool gathered) { gathered_ = gathered; }
+  bool gathered() const { return gathered_; }
   // The kept copy is void: the weight changed in a way that cannot be seen.
   void forget_weight() { weight_ = {}; }
 
@@ -86,7 +90,7 @@ class LayerMemo {
   bool known_ = false;
   std::array<bool, kRoles> has_history_ = {};
   std::atomic<uint8_t> used_{0};  // one bit a role; the backward thread writes it too
-  bool captured_ = false;
+  bool captured_ = false, gathered_ = false;
   int64_t updates_ = 0;
 };
 

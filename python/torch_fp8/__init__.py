@@ -32,7 +32,7 @@ from . import _C  # noqa: E402
 from .convert import convert, disabled, revert, summary  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
-from .scaling import load_state_dict, state_dict, update_scales  # noqa: E402
+from .scaling import load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
 from .tune import tune  # noqa: E402
 from .tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
 
@@ -76,6 +76,7 @@ __all__ = [
     "forget_tuning",
     "load_state_dict",
     "load_tuning",
+    "reduce_amaxes",
     "revert",
     "state_dict",
     "summary",

@@ -82,7 +82,18 @@ def convert(
             module.__dict__.pop("_not_fp8", None)
         elif not isinstance(module, Linear):
             module._not_fp8 = left_out[name]
+    _keep_from_broadcasts(model)
     return model
+
+
+def _keep_from_broadcasts(model: nn.Module) -> None:
+    """DistributedDataParallel would copy rank 0's scaling state over the others' in every forward; it looks for this
+    attribute on the module that it wraps."""
+    state = ("fp8_slots", "fp8_history")
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    others = [name for name in ignored if name.rpartition(".")[2] not in state]
+    ours = [f"{name}.{key}".lstrip(".") for name in fp8_layers(model) for key in state]
+    model._ddp_params_and_buffers_to_ignore = others + ours
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -90,6 +101,7 @@ def revert(model: nn.Module) -> nn.Module:
     for layer in fp8_layers(model).values():
         layer._make_plain()
         layer.__class__ = nn.Linear
+    _keep_from_broadcasts(model)
     return model
 
 

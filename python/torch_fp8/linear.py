@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _C, traced
+from . import _C, parallel, traced
+from .parallel import is_dtensor
 from .recipe import ConstantScaling, DelayedScaling, Recipe
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -77,6 +78,7 @@ class Linear(nn.Linear):
     def _join(self) -> None:
         self._options = self.recipe.options()
         self._memo = _C.LayerMemo()
+        self._amax_reduction = None
         self._alias_slots()
         layers.add(self)
 
@@ -91,12 +93,14 @@ class Linear(nn.Linear):
         for name in ("fp8_slots", "fp8_history"):
             delattr(self, name)
             self._non_persistent_buffers_set.discard(name)
-        for name in (*_OPTIONS, "_options", "_memo", "_grad_slots", "_scaling_was_loaded"):
+        for name in (*_OPTIONS, "_options", "_memo", "_grad_slots", "_amax_reduction", "_scaling_was_loaded"):
             delattr(self, name)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.fp8_enabled:
             return F.linear(input, self.weight, self.bias)
+        if is_dtensor(self.weight):
+            return parallel.linear(self, input)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
         if torch.compiler.is_compiling():
             return traced.linear(self, input, *main_grad)
@@ -147,6 +151,7 @@ class Linear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         # Seen as integers the state is moved by .cuda() and left alone by .bfloat16(), to the bit.
+        parallel.make_state_local(self)
         state = {name: self._buffers.pop(name) for name in ("fp8_slots", "fp8_history")}
         try:
             super()._apply(fn, recurse)
@@ -163,6 +168,20 @@ class Linear(nn.Linear):
             self.reset_scaling()  # to_empty() left garbage
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight" and "_memo" in self.__dict__:
+            self._weight_was_set(value)
+
+    def _weight_was_set(self, weight: Any) -> None:
+        """FSDP2 sets the sharded parameter and the gathered one in turn, always the same two objects; the values of the
+        second change between two steps, and its version does not. It has moved the buffers, too, past ``_apply``."""
+        self._memo.forget_weight()
+        if is_dtensor(weight):
+            self._memo.set_gathered(True)
+        if self._grad_slots.data_ptr() != self.fp8_slots.data_ptr():
+            self._alias_slots()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         # Other weights came without their scaling state, so the old state says nothing of them; unless
@@ -178,7 +197,8 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_options"], state["_memo"], state["_grad_slots"]
+        for name in ("_options", "_memo", "_grad_slots", "_amax_reduction"):
+            del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

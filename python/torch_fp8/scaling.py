@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .linear import ROLES, Linear, fp8_layers
 from .linear import layers as live_layers
+from .parallel import make_state_local
 from .recipe import ConstantScaling
 from .traced import traced_training
 
@@ -29,7 +31,49 @@ def update_scales(model: nn.Module) -> None:
     _update(layers)
 
 
+class _AmaxReduction:
+    """Layers whose amaxes are reduced together, in one order on all ranks."""
+
+    def __init__(self, layers: Iterable[Linear], group: Any) -> None:
+        self.group = group
+        self._layers = [weakref.ref(layer) for layer in layers]
+
+    def layers(self) -> list[Linear]:
+        found = (ref() for ref in self._layers)
+        return [layer for layer in found if layer is not None and layer._amax_reduction is self]
+
+    def run(self) -> None:
+        amaxes = [layer.fp8_slots[:, 2] for layer in self.layers()]
+        together = torch.cat(amaxes).view(torch.int32)  # magnitudes are ordered as integers, and NaN is the largest
+        torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, self.group)
+        torch._foreach_copy_(amaxes, list(together.view(torch.float32).split(len(ROLES))))
+
+
+def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
+    """From now on the ranks of ``group`` (a ProcessGroup; by default all) share the amaxes of ``model``'s FP8 layers:
+    every scaling update first takes their maximum, in one collective for the whole model, so that all ranks have the
+    same scales. Call it once on each rank, after convert and moving the model. Without it each rank follows its own
+    amaxes, which is right too and spares the collective.
+
+    Every rank must then train in every step. Copies of the model (deepcopy, pickle) are without it. Raises ValueError
+    where the model has no layer with amaxes, RuntimeError where torch.distributed is not initialised.
+    """
+    layers = [layer for layer in fp8_layers(model).values() if not isinstance(layer.recipe, ConstantScaling)]
+    if not layers:
+        raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer with amaxes; torch_fp8.convert it first")
+    if not torch.distributed.is_initialized():
+        raise RuntimeError("torch_fp8: there is nobody to share amaxes with: torch.distributed is not initialised")
+    reduction = _AmaxReduction(layers, group)
+    for layer in layers:
+        layer._amax_reduction = reduction
+
+
 def _update(layers: Iterable[Linear]) -> None:
+    layers = dict.fromkeys(layers)
+    # A layer that this rank did not use may have been used on another: all enter the collective.
+    for reduction in dict.fromkeys(layer._amax_reduction for layer in layers if layer._amax_reduction is not None):
+        reduction.run()
+        layers.update(dict.fromkeys(reduction.layers()))
     by_device: dict[torch.device, list[Linear]] = defaultdict(list)
     for layer in layers:
         if not isinstance(layer.recipe, ConstantScaling):
@@ -113,6 +157,8 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    for layer in fp8_layers(model).values():
+        make_state_local(layer)
     return {
         f"{name}.{buffer}" if name else buffer: getattr(layer, buffer)
         for name, layer in fp8_layers(model).items()

@@ -1,0 +1,385 @@
+"""Two ranks against one process: DDP, FSDP2, distributed checkpoints, tensor and sequence parallelism.
+
+Gloo on the CPU; NCCL too where there are two GPUs. Both ranks sum two terms, so most comparisons are exact.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch_fp8 as fp8
+from ranks import Ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+STEPS = 5
+LR = 0.125  # a power of two: PyTorch's loops over long and short tensors multiply and add in one rounding or in two
+
+
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def ranks(request):
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks, threads = Ranks(request.param), torch.get_num_threads()
+    torch.set_num_threads(1)  # as on the ranks: the order of some of PyTorch's sums depends on it
+    yield ranks
+    torch.set_num_threads(threads)
+    ranks.close()
+
+
+class Block(nn.Module):
+    def __init__(self, dtype=None, device=None):
+        super().__init__()
+        self.norm = nn.LayerNorm(32, device=device, dtype=dtype)
+        self.up = nn.Linear(32, 64, device=device, dtype=dtype)
+        self.down = nn.Linear(64, 32, device=device, dtype=dtype)
+        self.recompute = False
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False) if self.recompute else self.inner(x)
+
+    def inner(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def model_on(device, dtype=torch.float32, blocks=2):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(dtype, device) for _ in range(blocks)))
+    return fp8.convert(model, fp8.DelayedScaling(amax_history_len=3), tokens=None)
+
+
+def batch(step, device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(2, 16, 32, generator=generator).to(device, dtype)
+
+
+def loss_of(model, x):
+    return (model(x) - x.roll(1, -1)).float().square().mean()
+
+
+def cpu(tensors):
+    full = (t.full_tensor() if isinstance(t, DTensor) else t for t in tensors)
+    return [t.detach().cpu().clone() for t in full]
+
+
+def assert_equal(tensors, others):
+    assert len(tensors) == len(others)
+    for index, (a, b) in enumerate(zip(tensors, others)):
+        assert torch.equal(a, b), index
+
+
+# ---- DDP ------------------------------------------------------------------------------------------------------------
+
+
+def train_ddp(device, reduce, micro_batches=1, wrap=False):
+    """Parameters, scaling state and number of weight casts; rank r of step s trains on batch 2 s + r."""
+    model = model_on(device)
+    if reduce:
+        fp8.reduce_amaxes(model)
+    module = nn.Sequential(model) if wrap else model
+    ddp = DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=LR)
+    with CountWeightCasts() as casts:
+        for step in range(STEPS):
+            for micro in range(micro_batches - 1):
+                with ddp.no_sync():
+                    loss_of(ddp, batch(100 + 2 * (step + micro) + dist.get_rank(), device)).backward()
+            loss_of(ddp, batch(2 * step + dist.get_rank(), device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return cpu(model.parameters()), cpu(fp8.state_dict(model).values()), casts.count
+
+
+class CountWeightCasts(torch.utils._python_dispatch.TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.torch_fp8.quantize.default and args[2] == 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_ddp_needs_nothing(ranks, wrap):
+    """Each rank follows its own amaxes; weights stay equal."""
+    (params, state, _), (others, other_state, _) = ranks(train_ddp, False, 1, wrap)
+    assert_equal(params, others)
+    if not wrap:  # a wrapped root lets DDP broadcast the buffers, which is right too
+        histories, other_histories = torch.stack(state[1::2]), torch.stack(other_state[1::2])
+        assert (histories[:, 0] != other_histories[:, 0]).all()  # of the inputs, in each of the last steps
+    assert all(slots[:, 3].eq(STEPS % 3 or 3).all() for slots in state[::2])
+
+
+def test_ddp_with_shared_amaxes_is_one_process_with_all_batches(ranks):
+    (params, state, _), (others, other_state, _) = ranks(train_ddp, True)
+    assert_equal(params, others)
+    assert_equal(state, other_state)
+    one = model_on(torch.device("cpu"))
+    optimizer = torch.optim.SGD(one.parameters(), lr=LR)
+    for step in range(STEPS):
+        for rank in range(2):
+            loss_of(one, batch(2 * step + rank, "cpu")).backward()
+        for p in one.parameters():
+            p.grad /= 2
+        optimizer.step()
+        optimizer.zero_grad()
+    if ranks.device.type == "cpu":
+        assert_equal(params, cpu(one.parameters()))
+        assert_equal(state, cpu(fp8.state_dict(one).values()))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_ddp_casts_each_weight_once_a_step(ranks, micro_batches):
+    for _, _, casts in ranks(train_ddp, False, micro_batches):
+        assert casts == STEPS * 4
+
+
+def train_with_a_layer_that_one_rank_leaves_out(device):
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(32, 32, device=device) for _ in range(2))
+    fp8.convert(model, tokens=None)
+    fp8.reduce_amaxes(model)
+    copied = copy.deepcopy(model)  # a process group cannot be copied, and a copy has none
+    assert copied[0]._amax_reduction is None
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(3):
+        x = batch(2 * step + dist.get_rank(), device)
+        y = model[0](x)
+        (model[1](y) if dist.get_rank() == 0 else y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return cpu(fp8.state_dict(model).values())
+
+
+def test_shared_amaxes_of_a_layer_that_one_rank_leaves_out(ranks):
+    first, second = ranks(train_with_a_layer_that_one_rank_leaves_out)
+    assert_equal(first, second)
+    assert all(slots[:, 3].eq(3).all() for slots in first[::2])
+
+
+def test_shared_amaxes_need_a_model_and_a_process_group():
+    with pytest.raises(ValueError, match="no FP8 layer with amaxes"):
+        fp8.reduce_amaxes(nn.Linear(4, 4))
+    with pytest.raises(RuntimeError, match="not initialised"):
+        fp8.reduce_amaxes(fp8.Linear(16, 16))
+
+
+# ---- FSDP2 ----------------------------------------------------------------------------------------------------------
+
+FSDP = {
+    "bfloat16": {},
+    "float32": {"mixed": True},
+    "meta": {"meta": True},
+    "recompute": {"recompute": True},
+    "kept gathered": {"reshard": False},
+}
+
+
+def sharded(device, mixed=False, meta=False, recompute=False, reshard=True):
+    dtype = torch.float32 if mixed else torch.bfloat16
+    model = model_on("meta" if meta else device, dtype)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+    for module in (*model, model):
+        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
+    for block in model:
+        block.recompute = recompute
+    if meta:
+        model.to_empty(device=device)
+        set_model_state_dict(
+            model,
+            model_on(device, dtype).state_dict(),
+            options=dcp.state_dict.StateDictOptions(full_state_dict=True),
+        )
+    return model
+
+
+def train_steps(model, device, dtype, steps, optimizer=None):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LR)
+    losses = []
+    for step in steps:
+        for micro in range(2):
+            loss = loss_of(model, batch(2 * step + micro, device, dtype))
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def train_fsdp(device, options, folder=None):
+    model = sharded(device, **options)
+    losses = train_steps(model, device, torch.float32 if options.get("mixed") else torch.bfloat16, range(STEPS))
+    if folder is not None:
+        dcp.save({"model": get_model_state_dict(model), "fp8": fp8.state_dict(model)}, checkpoint_id=folder)
+    result = losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
+    for _ in range(2):  # what was gathered for one micro-batch says nothing of the next
+        with CountWeightCasts() as casts:
+            loss_of(model, batch(0, device, torch.float32 if options.get("mixed") else torch.bfloat16)).backward()
+        assert casts.count >= 4
+    return result
+
+
+def train_alone(device, mixed=False, **_):
+    """What FSDP2 computes, in one process: with mixed precision the model is a BF16 copy of float32 weights."""
+    model = model_on(device, torch.bfloat16)
+    if not mixed:
+        losses = train_steps(model, device, torch.bfloat16, range(STEPS))
+        return losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
+    masters = [p.detach().clone() for p in model_on(device).parameters()]
+    optimizer = torch.optim.SGD(masters, lr=LR)
+    losses = []
+    for step in range(STEPS):
+        with torch.no_grad():
+            for p, master in zip(model.parameters(), masters):
+                p.copy_(master)
+        for micro in range(2):
+            x = batch(2 * step + micro, device)
+            loss = (model(x.bfloat16()) - x.roll(1, -1)).float().square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            for p, master in zip(model.parameters(), masters):  # FSDP2 accumulates in float32
+                master.grad = p.grad.float() if master.grad is None else master.grad + p.grad.float()
+                p.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, cpu(masters), cpu(fp8.state_dict(model).values())
+
+
+@pytest.mark.parametrize("options", FSDP.values(), ids=FSDP)
+def test_fsdp_equals_one_process(ranks, options):
+    """Both ranks see the same batch, so that their mean is each one's gradient."""
+    losses, params, state = train_alone(ranks.device, **options)
+    for rank_losses, rank_params, rank_state in ranks(train_fsdp, options):
+        assert rank_losses == losses
+        assert_equal(rank_params, params)
+        assert_equal(rank_state, state)
+
+
+def test_a_distributed_checkpoint_loads_on_one_process(ranks, tmp_path):
+    (_, params, state), _ = ranks(train_fsdp, {}, str(tmp_path))
+    model = model_on("cpu", torch.bfloat16)
+    loaded = {"model": model.state_dict(), "fp8": fp8.state_dict(model)}
+    dcp.load(loaded, checkpoint_id=str(tmp_path))
+    model.load_state_dict(loaded["model"])
+    fp8.load_state_dict(model, loaded["fp8"])
+    assert_equal(cpu(model.parameters()), params)
+    assert_equal(cpu(fp8.state_dict(model).values()), state)
+
+
+def resume_fsdp(device, folder):
+    model = sharded(device, meta=True)
+    loaded = {"model": get_model_state_dict(model), "fp8": fp8.state_dict(model)}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_model_state_dict(model, loaded["model"])
+    fp8.load_state_dict(model, loaded["fp8"])
+    return train_steps(model, device, torch.bfloat16, range(STEPS, STEPS + 2))
+
+
+def test_training_resumes_from_a_distributed_checkpoint(ranks, tmp_path):
+    ranks(train_fsdp, {}, str(tmp_path))
+    model = model_on(ranks.device, torch.bfloat16)
+    train_steps(model, ranks.device, torch.bfloat16, range(STEPS))
+    onwards = train_steps(model, ranks.device, torch.bfloat16, range(STEPS, STEPS + 2))
+    assert ranks(resume_fsdp, str(tmp_path)) == [onwards, onwards]
+
+
+# ---- tensor and sequence parallelism --------------------------------------------------------------------------------
+
+
+def plan(sequence_parallel):
+    if not sequence_parallel:
+        return {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+
+
+def train_tensor_parallel(device, state, sequence_parallel):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    model = model_on(device)
+    for block in model:
+        parallelize_module(block, mesh, plan(sequence_parallel))
+        if sequence_parallel:
+            spread = {"input_layouts": Replicate(), "desired_input_layouts": Shard(1)}
+            PrepareModuleInput(**spread, use_local_output=False)._apply(block, mesh)
+            block.register_forward_hook(lambda module, args, y: y.full_tensor() if isinstance(y, DTensor) else y)
+    fp8.load_state_dict(model, state)  # otherwise the first step is scaled by each shard's own amax
+    fp8.reduce_amaxes(model)
+    losses, grads = [], None
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(STEPS):
+        loss = loss_of(model, batch(step, device))
+        loss.backward()
+        losses.append(loss.item())
+        if grads is None:
+            grads = cpu(p.grad for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.grad is None or p.placements == p.grad.placements for p in model.parameters())
+    return losses, grads, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_equals_one_process(ranks, sequence_parallel):
+    """The codes of the first step are the same, the sums are split: up to rounding in float32. Later a value that fell
+    on the other side of a rounding step moves others."""
+    alone = model_on(ranks.device)
+    train_one = torch.optim.SGD(alone.parameters(), lr=0.0)
+    loss_of(alone, batch(99, ranks.device)).backward()
+    train_one.step()
+    train_one.zero_grad()
+    state = {key: value.cpu() for key, value in fp8.state_dict(alone).items()}
+    losses, grads = [], None
+    optimizer = torch.optim.SGD(alone.parameters(), lr=LR)
+    for step in range(STEPS):
+        loss = loss_of(alone, batch(step, ranks.device))
+        loss.backward()
+        losses.append(loss.item())
+        grads = grads or cpu(p.grad for p in alone.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    first, second = ranks(train_tensor_parallel, state, sequence_parallel)
+    assert_equal(first[3], second[3])  # the scales of both ranks
+    for rank_losses, rank_grads, params, _ in (first, second):
+        assert rank_losses == pytest.approx(losses, rel=1e-3)
+        for got, expected in zip(rank_grads, grads):
+            assert (got - expected).norm() <= 1e-2 * expected.norm()
+        for got, expected in zip(params, cpu(alone.parameters())):
+            assert (got - expected).norm() <= 1e-3 * expected.norm()
+
+
+def replicated_and_refused(device):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    torch.manual_seed(0)
+    layer = fp8.Linear(32, 32, device=device, recipe=fp8.CurrentScaling())
+    twin = copy.deepcopy(layer)
+    dist.tensor.distribute_module(layer, mesh)  # replicates parameters and buffers
+    x = torch.randn(8, 32, device=device)
+    y = layer(dist.tensor.distribute_tensor(x, mesh, [Shard(0)]))
+    mine = x.chunk(2)[dist.get_rank()]
+    assert torch.equal(y.to_local(), twin(mine))
+    y.sum().backward()
+    gradients = [torch.autograd.grad(twin(half).sum(), twin.weight)[0] for half in x.chunk(2)]
+    assert torch.equal(layer.weight.grad.full_tensor(), gradients[0] + gradients[1])
+    layer.weight = nn.Parameter(dist.tensor.distribute_tensor(torch.randn(32, 32), dist.device_mesh.init_device_mesh(
+        device.type, (1, 2)), [Replicate(), Shard(0)]))  # fmt: skip
+    with pytest.raises(NotImplementedError, match="one mesh dimension"):
+        layer(x)
+
+
+def test_replicated_weight_and_refused_placements(ranks):
+    ranks(replicated_and_refused)
