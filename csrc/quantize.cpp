@@ -1,4 +1,4 @@
-// quantize: check, allocate, run on the tensor's backend.
+// quantize and count_losses: check, allocate, run on the tensor's backend.
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
@@ -29,6 +29,16 @@ void check_quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, 
                     margin);
 }
 
+// The slot of a tensor that is scaled by itself, and behind it the parts of its amax.
+at::Tensor own_slot_of(const Matrix& matrix, const at::Tensor& x, Format format, const QuantizeOptions& options) {
+  const at::Tensor own = at::empty({4 + kAmaxParts}, x.options().dtype(at::kFloat));
+  float* const parts = own.data_ptr<float>() + 4;
+  const float target = std::ldexp(max_of(format), -static_cast<int>(options.margin));
+  (x.is_cuda() ? cuda::amax : cpu::amax)(matrix, parts);
+  (x.is_cuda() ? cuda::scale_from_amax : cpu::scale_from_amax)(parts, slots_of(own), target, options.power_of_two);
+  return own;
+}
+
 }  // namespace
 
 Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
@@ -53,17 +63,9 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.dbias) column_sums = at::empty({(matrix.rows + kBiasRows - 1) / kBiasRows, cols}, fp32);
 
   Slot* const slot = slots_of(slots) + role;
-  const Slot* source = slot;
-  at::Tensor own;  // of a tensor that is scaled by itself: its slot, and the parts of its amax
-  if (options.own_amax) {
-    own = at::empty({4 + kAmaxParts}, fp32);
-    Slot* const own_slot = slots_of(own);
-    float* const parts = own.data_ptr<float>() + 4;
-    const float target = std::ldexp(max_of(format), -static_cast<int>(options.margin));
-    (on_cuda ? cuda::amax : cpu::amax)(matrix, parts);
-    (on_cuda ? cuda::scale_from_amax : cpu::scale_from_amax)(parts, own_slot, target, options.power_of_two);
-    source = own_slot;
-  }
+  at::Tensor own;
+  if (options.own_amax) own = own_slot_of(matrix, x, format, options);
+  const Slot* const source = own.defined() ? slots_of(own) : slot;
 
   QuantizeArgs args{matrix, format, source, nullptr, nullptr, out.scale_inv.data_ptr<float>(), nullptr, nullptr};
   if (options.rowwise) args.q = static_cast<uint8_t*>(out.q.data_ptr());
@@ -81,6 +83,24 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
     out.dbias = at::empty({0}, fp32);
   }
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::Tensor& slots, int64_t role,
+                                                at::ScalarType dtype, const QuantizeOptions& options) {
+  const Format format = format_of(dtype, "dtype");
+  check_quantize(x, slots, role, options.margin);
+  const c10::DeviceGuard guard(x.device());
+  const NoAutocast no_autocast;
+  const at::Tensor x2 = as_matrix(x);
+  const Matrix matrix = matrix_of(x2);
+  at::Tensor counts = at::zeros({kLosses}, x.options().dtype(at::kLong));
+  at::Tensor values = at::zeros({2}, x.options().dtype(at::kFloat));
+  at::Tensor own;
+  if (options.own_amax) own = own_slot_of(matrix, x, format, options);
+  const Slot* const slot = own.defined() ? slots_of(own) : slots_of(slots) + role;
+  (x.is_cuda() ? cuda::count_losses
+               : cpu::count_losses)({matrix, format, slot, counts.data_ptr<int64_t>(), values.data_ptr<float>()});
+  return {counts, values};
 }
 
 }  // namespace torch_fp8

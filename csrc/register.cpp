@@ -1,7 +1,9 @@
 // The table of contents: every op's schema, and where it runs.
+#include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "torch_fp8/kernels.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -25,9 +27,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(const at:
   return {std::move(out.q), std::move(out.q_t), std::move(out.scale_inv), std::move(out.dbias)};
 }
 
+std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at::Tensor& slots, int64_t role,
+                                                   at::ScalarType dtype, bool own_amax, bool power_of_two,
+                                                   int64_t margin) {
+  QuantizeOptions options;
+  options.own_amax = own_amax, options.power_of_two = power_of_two, options.margin = margin;
+  return count_losses(x, slots, role, dtype, options);
+}
+
 // One function serves both backends: it checks and allocates, then runs cpu:: or cuda:: by the tensors' device.
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
+  m.impl("count_losses", count_losses_op);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -46,6 +57,12 @@ TORCH_LIBRARY(torch_fp8, m) {
       "quantize(Tensor x, Tensor(a!) slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "
       "ScalarType? dbias=None) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
+
+  // What that cast of x loses: counts (4) int64 of elements that saturate (Inf too), become zero, are Inf, are NaN; and
+  // values (2) float32: its scale, and the amax of x.
+  m.def(
+      "count_losses(Tensor x, Tensor slots, int role, ScalarType dtype, *, bool own_amax=False, "
+      "bool power_of_two=False, int margin=0) -> (Tensor counts, Tensor values)");
 
   // out (size) = a . b^T * a_scale_inv * b_scale_inv + bias. a (>= M, k), b (>= pad16(N), k) FP8, contiguous along k, a
   // multiple of 16; M is the product of size but its last entry, N the last; not both E5M2. dtype and bias: float32,
@@ -67,12 +84,16 @@ TORCH_LIBRARY(torch_fp8, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "gemm", "gemm_accumulate_", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
+  m.impl("count_losses", [](const at::Tensor& x, const at::Tensor&, int64_t, at::ScalarType, bool, bool, int64_t) {
+    return std::tuple(at::empty({kLosses}, x.options().dtype(at::kLong)),
+                      at::empty({2}, x.options().dtype(at::kFloat)));
+  });
   m.impl("gemm", gemm_meta);
   m.impl("gemm_accumulate_",
          [](const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) {});

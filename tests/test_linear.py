@@ -303,7 +303,7 @@ def test_a_gathered_weight_leaves_nothing_behind(device, recipe):
     gathered = copy.deepcopy(kept)
     gathered._memo.set_gathered(True)
     saved = []
-    for step in range(3):
+    for _ in range(3):
         x = torch.randn(8, 64, device=device, requires_grad=True)
         z = x.detach().clone().requires_grad_()
         kept(x).square().sum().backward()

@@ -97,6 +97,30 @@ void quantize(const QuantizeArgs& args) {
   });
 }
 
+void count_losses(const LossArgs& args) {
+  const Matrix& x = args.x;
+  const float scale = args.slot->scale, most = max_of(args.format), least = half_smallest_of(args.format);
+  args.values[0] = scale;
+  with_type(x.type, [&](auto t) {
+    at::parallel_for(0, x.rows, grain(x.cols), [&](int64_t begin, int64_t end) {
+      int64_t counts[kLosses] = {};
+      uint32_t seen = 0;
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t col = 0; col < x.cols; ++col) {
+          const float value = element<decltype(t)>(x, row, col), scaled = std::abs(value * scale);
+          counts[kSaturated] += scaled > most;
+          counts[kFlushed] += value != 0 && scaled <= least;
+          counts[kInf] += std::isinf(value);
+          counts[kNaN] += std::isnan(value);
+          seen = std::max(seen, magnitude(value));
+        }
+      }
+      for (int i = 0; i < kLosses; ++i) std::atomic_ref(args.counts[i]) += counts[i];
+      raise(args.values + 1, seen);
+    });
+  });
+}
+
 void add_column_sums(const ColumnSums& sums) {
   with_type(sums.type, [&](auto t) {
     using T = decltype(t);

@@ -44,6 +44,8 @@ void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of
 
 void quantize(const QuantizeArgs& args) { launch_quantize(args, stream()); }
 
+void count_losses(const LossArgs& args) { launch_count_losses(args, stream()); }
+
 void add_column_sums(const ColumnSums& sums) { launch_add_column_sums(sums, stream()); }
 
 void update_scales(const LayerState* layers, int64_t count) {

@@ -37,6 +37,11 @@ TORCH_FP8_HOST_DEVICE constexpr float max_of(Format format) {
   return format == Format::kE4M3 ? E4M3::kMax : E5M2::kMax;
 }
 
+// Half of the smallest subnormal: what is not larger in magnitude rounds to zero.
+TORCH_FP8_HOST_DEVICE constexpr float half_smallest_of(Format format) {
+  return format == Format::kE4M3 ? 0x1p-10f : 0x1p-17f;
+}
+
 TORCH_FP8_HOST_DEVICE inline uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

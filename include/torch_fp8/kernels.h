@@ -42,6 +42,16 @@ struct QuantizeArgs {
   float* column_sums;  // (ceil(rows / kBiasRows), padded(cols)): sums of x over kBiasRows rows, or null
 };
 
+// What a cast of x with that slot loses.
+enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // beyond the largest number (Inf too), to zero, ...
+struct LossArgs {
+  Matrix x;
+  Format format;
+  const Slot* slot;
+  int64_t* counts;  // kLosses: elements are added to it
+  float* values;    // 2: the scale, and an amax that is raised
+};
+
 // out (cols) = the sums of the columns of parts (count, cols), whose rows are stride floats apart.
 struct ColumnSums {
   const float* parts;
@@ -92,6 +102,7 @@ void amax(const Matrix& x, float* parts);
 // The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
+void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
 // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
@@ -103,6 +114,7 @@ namespace cuda {
 void amax(const Matrix& x, float* parts);
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
+void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
 void update_scales(const LayerState* layers, int64_t count);

@@ -29,6 +29,11 @@ struct Quantized {
 Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
                    const QuantizeOptions& options);
 
+// What the cast of x with slots[role] (or by its own amax, as options says) loses: counts (4) int64 of saturated,
+// flushed, infinite and NaN elements, and values (2) float32: the scale and the amax.
+std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::Tensor& slots, int64_t role,
+                                                at::ScalarType dtype, const QuantizeOptions& options);
+
 // out (size) = a . b^T * a_scale_inv * b_scale_inv [+ bias]; a (>= M, k), b (>= pad16(N), k) with M the product
 // of size but its last entry and N the last.
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv,

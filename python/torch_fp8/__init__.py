@@ -31,6 +31,7 @@ _check_torch()
 from . import _C  # noqa: E402
 from .convert import convert, disabled, revert, summary  # noqa: E402
 from .linear import Linear  # noqa: E402
+from .monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
 from .tune import tune  # noqa: E402
@@ -67,6 +68,7 @@ __all__ = [
     "CurrentScaling",
     "DelayedScaling",
     "Linear",
+    "Monitor",
     "Recipe",
     "Tuning",
     "build_info",
@@ -76,6 +78,7 @@ __all__ = [
     "forget_tuning",
     "load_state_dict",
     "load_tuning",
+    "monitor",
     "reduce_amaxes",
     "revert",
     "state_dict",

@@ -1,7 +1,7 @@
-"""A layer whose weight is a DTensor: tensor and sequence parallelism, as ``parallelize_module`` arranges them.
+"""A layer whose weight is a DTensor: tensor and sequence parallelism as ``parallelize_module`` arranges them.
 
-Each rank runs the ordinary layer on its local tensors. The scaling state is every rank's own; ``reduce_amaxes`` over the
-tensor-parallel group makes it what one process would have.
+Each rank runs the ordinary layer on its local tensors. The scaling state is every rank's own; ``reduce_amaxes`` over
+the tensor-parallel group makes it what one process would have.
 """
 
 from __future__ import annotations
