@@ -33,7 +33,7 @@ from .convert import convert, disabled, revert, summary  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
-from .scaling import load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
+from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
 from .tune import tune  # noqa: E402
 from .tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
 
@@ -70,6 +70,7 @@ __all__ = [
     "Linear",
     "Monitor",
     "Recipe",
+    "ScalingState",
     "Tuning",
     "build_info",
     "cmake_prefix_path",

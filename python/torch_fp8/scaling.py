@@ -156,6 +156,20 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         _read_history([layer])
 
 
+class ScalingState:
+    """The scaling state of a model as an object with ``state_dict()`` and ``load_state_dict(state)``: what accelerate's
+    ``register_for_checkpointing`` and the Stateful protocol of torch.distributed.checkpoint ask for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return state_dict(self.model)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        load_state_dict(self.model, state)
+
+
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     for layer in fp8_layers(model).values():
         make_state_local(layer)
