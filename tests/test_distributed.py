@@ -116,7 +116,7 @@ def test_ddp_needs_nothing(ranks, wrap):
     """Each rank follows its own amaxes; weights stay equal."""
     (params, state, _), (others, other_state, _) = ranks(train_ddp, False, 1, wrap)
     assert_equal(params, others)
-    if not wrap:  # a wrapped root lets DDP broadcast the buffers, which is right too
+    if not wrap:  # a wrapped root lets DDP broadcast the buffers, right too where all use all layers
         histories, other_histories = torch.stack(state[1::2]), torch.stack(other_state[1::2])
         assert (histories[:, 0] != other_histories[:, 0]).all()  # of the inputs, in each of the last steps
     assert all(slots[:, 3].eq(STEPS % 3 or 3).all() for slots in state[::2])
@@ -196,7 +196,7 @@ def reduce_a_nan(device):
 
 
 def test_nan_is_the_largest_amax(ranks):
-    """As a maximum over floats it might be lost, and the ranks would disagree on which step was a bad one."""
+    """A maximum over floats may lose it (gloo's does not), and the ranks would disagree on which step was a bad one."""
     for first, second, third in ranks(reduce_a_nan):
         assert first != first and second == 2.0 and third != third
 
