@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -34,8 +35,11 @@ def update_scales(model: nn.Module) -> None:
 class _AmaxReduction:
     """Layers whose amaxes are reduced together, in one order on all ranks."""
 
+    _count = itertools.count()
+
     def __init__(self, layers: Iterable[Linear], group: Any) -> None:
         self.group = group
+        self.number = next(self._count)
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def layers(self) -> list[Linear]:
@@ -70,8 +74,10 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
 
 def _update(layers: Iterable[Linear]) -> None:
     layers = dict.fromkeys(layers)
-    # A layer that this rank did not use may have been used on another: all enter the collective.
-    for reduction in dict.fromkeys(layer._amax_reduction for layer in layers if layer._amax_reduction is not None):
+    # A layer that this rank did not use may have been used on another: all enter the collective. Several models' take
+    # the order in which they were set up, since the set of live layers has another one on each rank.
+    reductions = {layer._amax_reduction for layer in layers} - {None}
+    for reduction in sorted(reductions, key=lambda reduction: reduction.number):
         reduction.run()
         layers.update(dict.fromkeys(reduction.layers()))
     by_device: dict[torch.device, list[Linear]] = defaultdict(list)
