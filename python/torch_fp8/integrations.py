@@ -23,8 +23,8 @@ def trainer_callback() -> Any:
     ``trainer.train(resume_from_checkpoint=...)``, in any of its forms, restores it: training resumes bit for bit.
 
     The state is a part of the checkpoint's ``trainer_state.json`` (at most 16 KB a layer with a history of 1024),
-    which needs no path and cannot be left behind. A checkpoint without one gives a warning, and scales start anew; one that
-    does not fit the model is a KeyError or ValueError.
+    which needs no path and cannot be left behind. A checkpoint without one gives a warning, and scales start anew; one
+    that does not fit the model is a KeyError or ValueError.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
