@@ -174,11 +174,11 @@ def freeze(
         _check_device(weights[name].device)
         _check_weight(name, weights[name])
         if activations == "static":
-            _static_scale(name, layer)
+            static_scale(name, layer)
 
     shared: dict[int, tuple[Tensor, Tensor]] = {}  # of layers that share a weight
     for name, layer in layers.items():
-        slot = new_slot(_static_scale(name, layer), weights[name].device) if activations == "static" else None
+        slot = new_slot(static_scale(name, layer), weights[name].device) if activations == "static" else None
         parameter = layer.weight
         if id(parameter) not in shared:
             shared[id(parameter)] = quantize_weight(weights[name], weight)
@@ -352,7 +352,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
         )
 
 
-def _static_scale(name: str, layer: nn.Module) -> float:
+def static_scale(name: str, layer: nn.Module) -> float:
     """Twice the amax that was seen, over 448, rounded up to a power of two."""
     amax = getattr(layer, _AMAX, None)
     if amax is None and isinstance(layer, Linear) and not layer.fp8_slots.is_meta:
