@@ -7,6 +7,8 @@
 namespace torch_fp8 {
 namespace {
 
+constexpr int64_t kMostRescaled = 256 * 8192;  // outputs up to which rescaling them costs less than it spares
+
 int64_t blocks(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
 
 WeightScale kind_of(const at::Tensor& scale, int64_t n, int64_t k) {
@@ -107,23 +109,36 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   if (!is_aligned(w_scale.const_data_ptr())) w_scale = w_scale.clone();
 
   const at::Tensor w = padded_codes(weight, wide, q.size(1));
-  at::Tensor out = at::empty({m, wide}, x.options().dtype(dtype));
+  // cuBLASLt has no algorithm with vectors of scales that splits k, so for few tokens its product without scales and
+  // our rescaling are faster. float32 adds its bias there, too: the epilogue has none of that type.
+  const bool rescaled = vectors && (m * wide <= kMostRescaled || dtype == at::kFloat);
+  const at::ScalarType sum_dtype = rescaled ? at::kFloat : dtype;
+  at::Tensor product = at::empty({m, wide}, x.options().dtype(sum_dtype));
   GemmArgs args{};
   args.m = m, args.n = wide, args.k = q.size(1);
   args.a = static_cast<const uint8_t*>(q.const_data_ptr()), args.b = static_cast<const uint8_t*>(w.const_data_ptr());
-  args.a_scale_inv = x_scale.const_data_ptr<float>(), args.b_scale_inv = w_scale.const_data_ptr<float>();
-  args.out = out.data_ptr(), args.out_type = type_of(dtype, "the output");
-  args.vector_scales = vectors;
+  args.out = product.data_ptr(), args.out_type = type_of(sum_dtype, "the output");
   args.fast_accum = true;
+  const auto gemm = x.is_cuda() ? cuda::gemm : cpu::gemm;
+  if (rescaled) {
+    gemm(args);
+    at::Tensor out = at::empty({m, n}, x.options().dtype(dtype));
+    (x.is_cuda() ? cuda::rescale : cpu::rescale)(
+        {product.const_data_ptr<float>(), m, n, wide, x_scale.const_data_ptr<float>(), w_scale.const_data_ptr<float>(),
+         bias ? bias->const_data_ptr() : nullptr, out.data_ptr(), type_of(dtype, "the output")});
+    return out;
+  }
+  args.a_scale_inv = x_scale.const_data_ptr<float>(), args.b_scale_inv = w_scale.const_data_ptr<float>();
+  args.vector_scales = vectors;
   at::Tensor epilogue;
   if (bias && dtype != at::kFloat) {
     epilogue = wide == n ? *bias : at::constant_pad_nd(*bias, {0, wide - n});
     if (!is_aligned(epilogue.const_data_ptr())) epilogue = epilogue.clone();
     args.bias = epilogue.const_data_ptr();
   }
-  (x.is_cuda() ? cuda::gemm : cpu::gemm)(args);
-  out = out.narrow(1, 0, n);
-  return bias && dtype == at::kFloat ? out.add_(*bias) : out;
+  gemm(args);
+  product = product.narrow(1, 0, n);
+  return bias && dtype == at::kFloat ? product.add_(*bias) : product;
 }
 
 }  // namespace
@@ -153,8 +168,8 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
     return quantized_product(x2, weight, weight_scale, bias, input_slot, how, dtype).reshape(size);
   }
 
-  const bool is_skinny = x.is_cuda() && m <= kSkinnyRows && k % kAlignment == 0 && dtype != at::kFloat &&
-                         x.scalar_type() != at::kFloat && is_aligned(weight.const_data_ptr());
+  const bool is_skinny = x.is_cuda() && m <= kSkinnyRows && k % kAlignment == 0 && k < (1 << 30) &&
+                         dtype != at::kFloat && x.scalar_type() != at::kFloat && is_aligned(weight.const_data_ptr());
   if (is_skinny) {
     x2 = x2.to(dtype).contiguous();
     if (!is_aligned(x2.const_data_ptr())) x2 = x2.clone();

@@ -116,6 +116,19 @@ void quantize_rows(const QuantizeRowsArgs& args) {
   });
 }
 
+void rescale(const RescaleArgs& args) {
+  with_type(args.type, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t row = 0; row < args.rows; ++row) {
+      for (int64_t col = 0; col < args.cols; ++col) {
+        float y = args.sums[row * args.stride + col] * (args.row_scale[row] * args.col_scale[col]);
+        if (args.bias) y += static_cast<float>(static_cast<const T*>(args.bias)[col]);
+        static_cast<T*>(args.out)[row * args.cols + col] = static_cast<T>(y);
+      }
+    }
+  });
+}
+
 void count_losses(const LossArgs& args) {
   const Matrix& x = args.x;
   const float scale = args.slot->scale, most = max_of(args.format), least = half_smallest_of(args.format);

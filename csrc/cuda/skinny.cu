@@ -5,6 +5,8 @@
 //
 // One row: gemv_kernel, on the CUDA cores. 2 to 16 rows: mma_kernel, on the tensor cores in x's own type, which holds
 // every E4M3 value exactly. Both add products in float32; scales and bias come last.
+#include <algorithm>
+
 #include <cuda_fp8.h>
 
 #include "block.cuh"
@@ -39,6 +41,8 @@ __device__ float2 to_float2(uint32_t bits, __nv_bfloat16) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000));
 }
 
+__device__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
 // Two E4M3 codes as two halves, exactly.
 __device__ uint32_t halves_of(uint32_t codes) {
   const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
@@ -60,9 +64,11 @@ __device__ void store_output(const SkinnyArgs& args, int64_t token, int64_t row,
 
 // ---- one row of x ---------------------------------------------------------------------------------------------------
 
-constexpr int kGemvRows = 4;     // of the weight, for a warp
-constexpr int kSlice = 1024;     // columns that a warp takes at a time: two loads of 16 a lane and row
-constexpr int kMostSlices = 16;  // warps side by side along k
+constexpr int kGemvRows = 4;              // of the weight, for a warp
+constexpr int kLoads = 2;                 // of a lane and row at a time, 16 codes each
+constexpr int kSlice = kLoads * 32 * 16;  // columns that a warp takes at a time
+constexpr int kMostSlices = 16;           // warps side by side along k
+constexpr int kOneWave = 132 * 4;         // blocks of 8 warps that run at once
 
 template <class T>
 __global__ void __launch_bounds__(kMostSlices * 32) gemv_kernel(SkinnyArgs args, int slices, int groups) {
@@ -70,42 +76,46 @@ __global__ void __launch_bounds__(kMostSlices * 32) gemv_kernel(SkinnyArgs args,
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int slice = warp % slices, group = warp / slices;
   const int64_t first_row = (int64_t{blockIdx.x} * groups + group) * kGemvRows;
+  const int step = slices * kSlice, k = static_cast<int>(args.k);
+  const uint8_t* rows[kGemvRows];
+#pragma unroll
+  for (int r = 0; r < kGemvRows; ++r) {  // a row too many is read again and not written
+    rows[r] = args.w + min(first_row + r, args.n - 1) * args.k + lane * 16;
+  }
   float sums[kGemvRows] = {};
 
   let_successor_start();
-  for (int64_t base = 0; base < args.k; base += int64_t{slices} * kSlice) {
-    uint4 codes[2][kGemvRows];
+  for (int base = slice * kSlice; base < k; base += step) {
+    uint4 codes[kLoads][kGemvRows], x[kLoads][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t col = base + slice * kSlice + i * 512 + lane * 16;
+    for (int i = 0; i < kLoads; ++i) {
+      const bool inside = base + i * 512 + lane * 16 < k;
 #pragma unroll
-      for (int r = 0; r < kGemvRows; ++r) {
-        const bool inside = col < args.k && first_row + r < args.n;
-        codes[i][r] = inside ? load_weight(args.w + (first_row + r) * args.k + col) : uint4{};
-      }
+      for (int r = 0; r < kGemvRows; ++r) codes[i][r] = inside ? load_weight(rows[r] + base + i * 512) : uint4{};
     }
-    if (base == 0) wait_for_predecessor();
+    if (base < step) wait_for_predecessor();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t col = base + slice * kSlice + i * 512 + lane * 16;
-      if (col >= args.k) continue;
-      const T* const x = static_cast<const T*>(args.x) + col;
-      const uint4 low = load_x(x), high = load_x(x + 8);
-      const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      float2 values[8];
+    for (int i = 0; i < kLoads; ++i) {
+      const T* const source = static_cast<const T*>(args.x) + base + i * 512 + lane * 16;
+      const bool inside = base + i * 512 + lane * 16 < k;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = to_float2(words[j], T{});
+      for (int half = 0; half < 2; ++half) x[i][half] = inside ? load_x(source + 8 * half) : uint4{};
+    }
 #pragma unroll
-      for (int r = 0; r < kGemvRows; ++r) {
-        const uint32_t packed[4] = {codes[i][r].x, codes[i][r].y, codes[i][r].z, codes[i][r].w};
+    for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 a = to_float2(halves_of(packed[j] & 0xFFFF), __half{});
-          const float2 b = to_float2(halves_of(packed[j] >> 16), __half{});
-          sums[r] = fmaf(a.x, values[2 * j].x, sums[r]);
-          sums[r] = fmaf(a.y, values[2 * j].y, sums[r]);
-          sums[r] = fmaf(b.x, values[2 * j + 1].x, sums[r]);
-          sums[r] = fmaf(b.y, values[2 * j + 1].y, sums[r]);
+      for (int j = 0; j < 4; ++j) {  // four columns
+        const float2 x01 = to_float2(word(x[i][j / 2], j % 2 * 2), T{});
+        const float2 x23 = to_float2(word(x[i][j / 2], j % 2 * 2 + 1), T{});
+#pragma unroll
+        for (int r = 0; r < kGemvRows; ++r) {
+          const uint32_t packed = word(codes[i][r], j);
+          const float2 w01 = to_float2(halves_of(packed & 0xFFFF), __half{});
+          const float2 w23 = to_float2(halves_of(packed >> 16), __half{});
+          sums[r] = fmaf(w01.x, x01.x, sums[r]);
+          sums[r] = fmaf(w01.y, x01.y, sums[r]);
+          sums[r] = fmaf(w23.x, x23.x, sums[r]);
+          sums[r] = fmaf(w23.y, x23.y, sums[r]);
         }
       }
     }
@@ -149,34 +159,37 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 // columns, in whatever order both operands agree on: lane (g, t) of 8 x 4 takes 16 neighbouring columns from 16 t on of
 // weight rows g and g + 8 and of token g, and feeds four of them to each of four instructions.
 template <class T, int kTokens, bool kBlocks>
-__global__ void __launch_bounds__(kMmaWarps * 32, kTokens == 1 ? 3 : 2) mma_kernel(SkinnyArgs args) {
+__global__ void __launch_bounds__(kMmaWarps * 32, 2) mma_kernel(SkinnyArgs args) {
   __shared__ float sums_of_warp[kMmaWarps][kTokens * 8][kMmaRows];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t first_row = int64_t{blockIdx.x} * kMmaRows;
-  const int64_t chunks = (args.k + kChunk - 1) / kChunk;
-  const int64_t mine = chunks > warp ? (chunks - warp + kMmaWarps - 1) / kMmaWarps : 0;
-  const int64_t first_col = int64_t{warp} * kChunk + t * 16, step = int64_t{kMmaWarps} * kChunk;
-  const uint8_t* const w = args.w + (first_row + g) * args.k;
-  const T* const x = static_cast<const T*>(args.x) + g * args.k;
-  const bool low_inside = first_row + g < args.n, high_inside = first_row + g + 8 < args.n;
+  constexpr int kStep = kMmaWarps * kChunk;
+  const int k = static_cast<int>(args.k), first_col = warp * kChunk + t * 16;
+  const int chunks = (k - warp * kChunk + kStep - 1) / kStep;   // of this warp,
+  const int lane_chunks = (k - first_col + kStep - 1) / kStep;  // and those that reach as far as this lane
+  // Rows and tokens too many are read again and not written.
+  const uint8_t* const low_row = args.w + min(first_row + g, args.n - 1) * k + first_col;
+  const uint8_t* const high_row = args.w + min(first_row + g + 8, args.n - 1) * k + first_col;
+  const T* tokens[kTokens];
+#pragma unroll
+  for (int tile = 0; tile < kTokens; ++tile) {
+    tokens[tile] = static_cast<const T*>(args.x) + min(int64_t{tile} * 8 + g, args.m - 1) * k + first_col;
+  }
 
   uint4 codes[kDepth][2];
-  uint4 tokens[kDepth][kTokens][2];
-  const auto request_weight = [&](int slot, int64_t i) {
-    const int64_t col = first_col + i * step;
-    const bool inside = i < mine && col < args.k;
-    codes[slot][0] = inside && low_inside ? load_weight(w + col) : uint4{};
-    codes[slot][1] = inside && high_inside ? load_weight(w + 8 * args.k + col) : uint4{};
+  uint4 x[2][kTokens][2];
+  const auto request_weight = [&](int slot, int i) {
+    codes[slot][0] = i < lane_chunks ? load_weight(low_row + i * kStep) : uint4{};
+    codes[slot][1] = i < lane_chunks ? load_weight(high_row + i * kStep) : uint4{};
   };
-  const auto request_x = [&](int slot, int64_t i) {
-    const int64_t col = first_col + i * step;
+  const auto request_x = [&](int slot, int i) {
 #pragma unroll
     for (int tile = 0; tile < kTokens; ++tile) {
-      const bool inside = i < mine && col < args.k && tile * 8 + g < args.m;
-      const T* const source = x + tile * 8 * args.k + col;
-      tokens[slot][tile][0] = inside ? load_x(source) : uint4{};
-      tokens[slot][tile][1] = inside ? load_x(source + 8) : uint4{};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        x[slot][tile][half] = i < lane_chunks ? load_x(tokens[tile] + i * kStep + 8 * half) : uint4{};
+      }
     }
   };
 
@@ -184,39 +197,36 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kTokens == 1 ? 3 : 2) mma_kern
 #pragma unroll
   for (int slot = 0; slot < kDepth; ++slot) request_weight(slot, slot);
   wait_for_predecessor();
-#pragma unroll
-  for (int slot = 0; slot < kDepth; ++slot) request_x(slot, slot);
+  request_x(0, 0);
 
   float sums[kTokens][4] = {};
-  for (int64_t base = 0; base < mine; base += kDepth) {
+  for (int base = 0; base < chunks; base += kDepth) {
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) {
-      const uint32_t low[4] = {codes[slot][0].x, codes[slot][0].y, codes[slot][0].z, codes[slot][0].w};
-      const uint32_t high[4] = {codes[slot][1].x, codes[slot][1].y, codes[slot][1].z, codes[slot][1].w};
+      const int i = base + slot;
+      request_x((slot + 1) % 2, i + 1);
       float part[kTokens][4] = {};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t a[4] = {operand_of(low[j] & 0xFFFF, T{}), operand_of(high[j] & 0xFFFF, T{}),
-                               operand_of(low[j] >> 16, T{}), operand_of(high[j] >> 16, T{})};
+        const uint32_t low = word(codes[slot][0], j), high = word(codes[slot][1], j);
+        const uint32_t a[4] = {operand_of(low & 0xFFFF, T{}), operand_of(high & 0xFFFF, T{}),
+                               operand_of(low >> 16, T{}), operand_of(high >> 16, T{})};
 #pragma unroll
         for (int tile = 0; tile < kTokens; ++tile) {
-          const uint4 half = tokens[slot][tile][j / 2];
-          mma(kBlocks ? part[tile] : sums[tile], a, j % 2 ? half.z : half.x, j % 2 ? half.w : half.y, T{});
+          const uint4& half = x[slot % 2][tile][j / 2];
+          mma(kBlocks ? part[tile] : sums[tile], a, word(half, j % 2 * 2), word(half, j % 2 * 2 + 1), T{});
         }
       }
+      request_weight(slot, i + kDepth);
       if constexpr (kBlocks) {  // 16 rows and 64 columns lie in one block of 128 x 128
-        const int64_t chunk = warp + (base + slot) * kMmaWarps;
-        const int64_t across = (args.k + kScaleBlock - 1) / kScaleBlock;
-        const float scale =
-            base + slot < mine ? args.w_scale[first_row / kScaleBlock * across + chunk * kChunk / kScaleBlock] : 0.0f;
+        const int across = (k + kScaleBlock - 1) / kScaleBlock, col = warp * kChunk + i * kStep;
+        const float scale = i < chunks ? args.w_scale[first_row / kScaleBlock * across + col / kScaleBlock] : 0.0f;
 #pragma unroll
         for (int tile = 0; tile < kTokens; ++tile) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[tile][i] = fmaf(part[tile][i], scale, sums[tile][i]);
+          for (int c = 0; c < 4; ++c) sums[tile][c] = fmaf(part[tile][c], scale, sums[tile][c]);
         }
       }
-      request_weight(slot, base + slot + kDepth);
-      request_x(slot, base + slot + kDepth);
     }
   }
 
@@ -242,7 +252,11 @@ template <class T>
 void launch_typed(const SkinnyArgs& args, cudaStream_t stream) {
   const bool blocks = args.scale_kind == WeightScale::kBlock;
   if (args.m == 1 && !blocks) {
-    const int64_t slices = std::min<int64_t>(kMostSlices, (args.k + kSlice - 1) / kSlice);
+    // A warp goes once along its slice while one wave of blocks takes the whole weight, and twice where that spares a
+    // second, half-empty wave.
+    const int64_t along = (args.k + kSlice - 1) / kSlice;
+    const bool one_wave = args.n * along <= int64_t{kOneWave} * 8 * kGemvRows;
+    const int64_t slices = std::clamp<int64_t>(one_wave ? along : (along + 1) / 2, 1, kMostSlices);
     const int64_t groups = std::max<int64_t>(1, 8 / slices);
     launch(gemv_kernel<T>, blocks_for(args.n, groups * kGemvRows), static_cast<int>(slices * groups * 32), stream, args,
            static_cast<int>(slices), static_cast<int>(groups));

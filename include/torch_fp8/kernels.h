@@ -64,6 +64,16 @@ struct SkinnyArgs {
   Type type;  // of x, bias and out; not float32
 };
 
+// out (rows, cols) = sums (rows, stride) * row_scale * col_scale [+ bias (cols)], rounded once.
+struct RescaleArgs {
+  const float* sums;
+  int64_t rows, cols, stride;
+  const float *row_scale, *col_scale;
+  const void* bias;  // of type, or null
+  void* out;
+  Type type;
+};
+
 // What a cast of x with that slot loses.
 enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // beyond the largest number (Inf too), to zero, ...
 struct LossArgs {
@@ -86,10 +96,11 @@ struct ColumnSums {
 struct GemmArgs {
   int64_t m, n, k;  // n and k multiples of 16
   const uint8_t *a, *b;
-  Format a_format, b_format;               // not both E5M2
-  const float *a_scale_inv, *b_scale_inv;  // 16-byte aligned; with vector_scales (m) and (n), else one each
-  const void* bias;                        // of type out_type (not float32), or null
-  void* out;                               // 16-byte aligned
+  Format a_format, b_format;  // not both E5M2
+  // 16-byte aligned; with vector_scales (m) and (n), else one each, or both null: no scales.
+  const float *a_scale_inv, *b_scale_inv;
+  const void* bias;  // of type out_type (not float32), or null
+  void* out;         // 16-byte aligned
   Type out_type;
   bool accumulate;  // add to what out holds
   bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
@@ -126,6 +137,7 @@ void amax(const Matrix& x, float* parts);
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
 void quantize_rows(const QuantizeRowsArgs& args);
+void rescale(const RescaleArgs& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
@@ -139,6 +151,7 @@ void amax(const Matrix& x, float* parts);
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
 void quantize_rows(const QuantizeRowsArgs& args);
+void rescale(const RescaleArgs& args);
 void skinny(const SkinnyArgs& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
