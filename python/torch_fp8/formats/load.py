@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ def load_pretrained(
     scale, FBGEMM and ModelOpt.
 
     dtype: of everything but the FP8 weights; the config's unless given. activations: instead of the checkpoint's.
-    Tensors without a place in the model, KV-cache scales among them, are kept aside for :func:`save_pretrained`.
+    Tensors without a place in the model, KV-cache scales among them, are kept aside for :func:`save_pretrained`; where
+    weights are among them, a warning says so.
 
     Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell.
     """
@@ -63,6 +65,13 @@ def load_pretrained(
     for name, entry in plan.others.items():
         _assign(model, name, entry.read().to(device))
     model.tie_weights()
+    unused = [name for name in plan.extra if name.endswith(".weight")]
+    if unused:
+        warnings.warn(
+            f"torch_fp8: {len(unused)} weights of {folder.path} have no place in {type(model).__name__} and are not "
+            f"used: {', '.join(unused[:3])}...",
+            stacklevel=2,
+        )
     setattr(model, EXTRA, plan.extra)
     setattr(model, SOURCE, folder.path)
     return model.requires_grad_(False).eval()
@@ -207,7 +216,7 @@ def _empty_model(folder: Folder, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(model_type, **values)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if layers > len(folder.entries):
+        if not 0 <= layers <= len(folder.entries):
             raise ValueError(f"num_hidden_layers is {layers}, but there are {len(folder.entries)} tensors")
         dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
         with torch.device("meta"):
