@@ -174,6 +174,19 @@ class TestRead:
         assert torch.equal(model(IDS).logits, other(IDS).logits)
         assert fp8.load_pretrained(tmp_path / "in", dtype=torch.float32).dtype == torch.float32
 
+    def test_names_without_the_models_own(self, tmp_path):
+        config = transformers.GPT2Config(vocab_size=99, n_positions=64, n_embd=64, n_layer=1, n_head=4)
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        state = {n.removeprefix("transformer."): t for n, t in plain.state_dict().items() if n != "lm_head.weight"}
+        model = fp8.load_pretrained(by_hand(tmp_path / "in", state, config.to_dict(), None), dtype=torch.bfloat16)
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+
+    def test_a_head_that_is_not_tied_must_be_there(self, tmp_path):
+        plain = llama()
+        state = {name: tensor for name, tensor in plain.state_dict().items() if name != "lm_head.weight"}
+        with pytest.raises(fp8.CheckpointError, match=r"has no tensor lm_head\.weight"):
+            fp8.load_pretrained(by_hand(tmp_path / "in", state, plain.config.to_dict(), None))
+
     def test_generates(self, tmp_path):
         fp8.save_pretrained(fp8.freeze(llama()), tmp_path / "in")
         model = fp8.load_pretrained(tmp_path / "in")
@@ -216,6 +229,8 @@ class TestWrite:
         files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
         assert len(files) > 3 if size == 300_000 else files == ["model.safetensors"]
         assert os.listdir(tmp_path) == ["out"]
+        tied = options.get("tie_word_embeddings", False)
+        assert ("lm_head.weight" in folder.Folder(tmp_path / "out").entries) is not tied
         loaded = fp8.load_pretrained(tmp_path / "out")
         same_layers(model, loaded)
         assert torch.equal(model(IDS).logits, loaded(IDS).logits)

@@ -113,8 +113,9 @@ class TestForward:
         state = layer.weight, layer.weight_scale, layer.bias, layer.input_slot, ACTIVATIONS.index(activations)
         y, twin = layer(x), emulated_linear(x, *state)
         assert y.dtype == twin.dtype == torch.bfloat16 and y.shape == twin.shape == (rows, N)
-        # One rounding to bfloat16, and the accumulation's error beside it where terms cancel.
-        torch.testing.assert_close(y, twin, rtol=2**-7, atol=1e-3 if device.type == "cuda" else 1e-5)
+        # One rounding to bfloat16, and where terms cancel the accumulation's error beside it; on a GPU that of weights
+        # rounded to bfloat16 too, where there is no kernel for the case: 4 sigma of sqrt(272) 2^-9 times the terms.
+        torch.testing.assert_close(y, twin, rtol=2**-7, atol=5e-3 if device.type == "cuda" else 1e-5)
         exact = emulated_linear(x.float(), *state[:4], 0)
         quantised = rows > 16 and weight != "block" and activations != "none"
         assert (sqnr(exact, twin) < 35) == quantised  # 31.5 dB is what E4M3 has, 50 what bfloat16 has

@@ -1,9 +1,8 @@
-"""``python -m torch_fp8``: quantise a checkpoint, look into one, evaluate one."""
+"""``python -m torch_fp8``: quantise a checkpoint, look into one."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     quantize.add_argument("source", metavar="IN", help="folder of config.json and safetensors")
     quantize.add_argument("target", metavar="OUT", help="folder to write; must not exist")
     quantize.add_argument("--format", default="compressed-tensors", choices=["compressed-tensors", "block", "static"])
-    quantize.add_argument("--calibrate", metavar="FILE", type=Path, help="text to calibrate by, for --format static")
+    quantize.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        type=Path,
+        help="text to calibrate by, for --format static; runs the 16-bit model",
+    )
     quantize.add_argument("--layers", nargs="+", metavar="PATTERN", help="names of layers; all but the head by default")
     quantize.add_argument("--device", default="cpu")
     quantize.add_argument("--max-shard-size", type=int, default=5 * 10**9, metavar="BYTES")
@@ -27,16 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="list the tensors and scales of a checkpoint")
     inspect.add_argument("folder", metavar="DIR")
 
-    if importlib.util.find_spec("torch_fp8.evaluation"):
-        commands.add_parser("evaluate", help="compare an FP8 model with its 16-bit one", add_help=False)
-
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "evaluate":
-        from . import evaluation
-
-        return evaluation.main(rest) or 0
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = parser.parse_args(arguments)
     try:
         _run(options)
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..convert import _check_device
 from ..emulate import E4M3
 from ..frozen import _become_frozen, new_slot, scale_shape
 from . import scheme as schemes
@@ -48,7 +49,8 @@ def load_pretrained(
     Tensors without a place in the model, KV-cache scales among them, are kept aside for :func:`save_pretrained`; where
     weights are among them, a warning says so.
 
-    Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell.
+    Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell;
+    RuntimeError for a GPU that FP8 layers cannot run on.
     """
     from tqdm.auto import tqdm
 
@@ -58,6 +60,8 @@ def load_pretrained(
     model = _empty_model(folder, dtype)
     plan = _Plan(model, folder, scheme, activations)
     device = torch.device(device)
+    if plan.layers:
+        _check_device(device)
     _fill_computed_buffers(model, device)
 
     for layer in tqdm(plan.layers, desc="FP8 layers", unit="layer", disable=not plan.layers):
