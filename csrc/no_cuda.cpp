@@ -22,6 +22,7 @@ void count_losses(const LossArgs&) { refuse(); }
 void quantize_rows(const QuantizeRowsArgs&) { refuse(); }
 void skinny(const SkinnyArgs&) { refuse(); }
 void add_column_sums(const ColumnSums&) { refuse(); }
+void dequantize(const DequantizeArgs&) { refuse(); }
 void gemm(const GemmArgs&) { refuse(); }
 void update_scales(const LayerState*, int64_t) { refuse(); }
 std::vector<TimedAlgorithm> time_algorithms(const GemmProblem&, int) { refuse(); }

@@ -46,6 +46,8 @@ void quantize(const QuantizeArgs& args) { launch_quantize(args, stream()); }
 
 void quantize_rows(const QuantizeRowsArgs& args) { launch_quantize_rows(args, stream()); }
 
+void dequantize(const DequantizeArgs& args) { launch_dequantize(args, stream()); }
+
 void skinny(const SkinnyArgs& args) { launch_skinny(args, stream()); }
 
 void count_losses(const LossArgs& args) { launch_count_losses(args, stream()); }
