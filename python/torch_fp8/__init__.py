@@ -30,6 +30,8 @@ _check_torch()
 
 from . import _C  # noqa: E402
 from .convert import convert, disabled, revert, summary  # noqa: E402
+from .formats import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
+from .frozen import FrozenLinear, calibrate, freeze  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
@@ -64,24 +66,30 @@ if not _C.toolkit_version() and _torch.cuda.is_available():
     _warnings.warn(f"torch_fp8 was built with {build_info()['note']}; the GPU is of no use to it", stacklevel=2)
 
 __all__ = [
+    "CheckpointError",
     "ConstantScaling",
     "CurrentScaling",
     "DelayedScaling",
+    "FrozenLinear",
     "Linear",
     "Monitor",
     "Recipe",
     "ScalingState",
     "Tuning",
     "build_info",
+    "calibrate",
     "cmake_prefix_path",
     "convert",
     "disabled",
     "forget_tuning",
+    "freeze",
+    "load_pretrained",
     "load_state_dict",
     "load_tuning",
     "monitor",
     "reduce_amaxes",
     "revert",
+    "save_pretrained",
     "state_dict",
     "summary",
     "tune",

@@ -1,0 +1,440 @@
+"""Checkpoints that somebody damaged, or built to do harm: an exception that names file and tensor, and nothing else."""
+
+import json
+import math
+import os
+import random
+import struct
+import warnings
+
+import pytest
+import torch
+import torch_fp8 as fp8
+import transformers
+from torch_fp8.__main__ import main
+from torch_fp8.formats import safetensors
+from torch_fp8.formats.folder import Folder
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+SCALE = "model.layers.0.mlp.up_proj.weight_scale"
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory):
+    """A sound static checkpoint, as config and (header, data)."""
+    path = tmp_path_factory.mktemp("sound") / "static"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=20, num_hidden_layers=1, dtype="bfloat16", **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fp8.freeze(fp8.calibrate(model, [torch.arange(20)[None]]), "static", "tensor")
+    fp8.save_pretrained(model, path, "static")
+    raw = (path / "model.safetensors").read_bytes()
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    return json.loads((path / "config.json").read_text()), json.loads(raw[8:end]), raw[end:]
+
+
+class Checkpoint:
+    """A copy of the sound one that a test damages before it writes it."""
+
+    def __init__(self, sound, path):
+        config, header, data = sound
+        self.path, self.config, self.data = path, json.loads(json.dumps(config)), bytearray(data)
+        self.header = json.loads(json.dumps(header))
+        self.file = path / "model.safetensors"
+
+    def write(self, text=None, length=None):
+        self.path.mkdir(exist_ok=True)
+        text = json.dumps(self.header).encode() if text is None else text
+        self.file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + self.data)
+        (self.path / "config.json").write_text(json.dumps(self.config))
+        return self
+
+    def store(self, name, value):
+        begin, end = self.header[name]["data_offsets"]
+        assert end - begin == len(value)
+        self.data[begin:end] = value
+
+    def remove(self, name):
+        """A tensor, and its bytes."""
+        begin, end = self.header.pop(name)["data_offsets"]
+        del self.data[begin:end]
+        for key, entry in self.header.items():
+            if key != "__metadata__" and entry["data_offsets"][0] >= end:
+                entry["data_offsets"] = [at - (end - begin) for at in entry["data_offsets"]]
+
+    def refused(self, *words):
+        """Loading raises an error that has these words."""
+        with pytest.raises(fp8.CheckpointError) as error:
+            fp8.load_pretrained(self.path)
+        for word in words:
+            assert word in str(error.value)
+
+
+@pytest.fixture
+def checkpoint(sound, tmp_path):
+    return Checkpoint(sound, tmp_path / "in")
+
+
+def test_the_sound_one_loads(checkpoint):
+    fp8.load_pretrained(checkpoint.write().path)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("left", [0, 5, 8, 100, -1])
+    def test_truncated(self, checkpoint, left):
+        raw = checkpoint.write().file.read_bytes()
+        checkpoint.file.write_bytes(raw[:left])
+        checkpoint.refused("model.safetensors")
+
+    def test_truncated_between_header_and_tensor(self, checkpoint):
+        entry = safetensors.read_header(checkpoint.write().file)[WEIGHT]
+        os.truncate(checkpoint.file, entry.begin + 1)
+        with pytest.raises(fp8.CheckpointError, match=f"model.safetensors: {WEIGHT} ends early"):
+            entry.read()
+
+    @pytest.mark.parametrize("length", [2**20, 2**40, 2**63, 2**64 - 1])
+    def test_header_longer_than_the_file(self, checkpoint, length):
+        checkpoint.write(length=length).refused("model.safetensors", "too few for its header", str(length))
+
+    def test_huge_header(self, checkpoint):
+        checkpoint.write(text=b" " * (17 * 2**20)).refused("model.safetensors", "has a header of")
+
+    @pytest.mark.parametrize(
+        "text", [b"", b"[]", b"null", b"{", b'{"a": }', b"\xff\xfe{}", b'{"a": NaN}', b'"' + b"x" * 1000]
+    )
+    def test_no_json(self, checkpoint, text):
+        checkpoint.write(text=text).refused("model.safetensors")
+
+    @pytest.mark.parametrize("text", [b'{"a":' * 100_000, b"[" * 1_000_000, b'{"a":' + b"9" * 100_000 + b"}"])
+    def test_json_bombs(self, checkpoint, text):
+        checkpoint.write(text=text).refused("model.safetensors")
+
+    def test_duplicate_keys(self, checkpoint):
+        text = json.dumps(checkpoint.header).encode()
+        twice = text[:-1] + b"," + json.dumps({WEIGHT: checkpoint.header[WEIGHT]}).encode()[1:]
+        checkpoint.write(text=twice).refused("model.safetensors", WEIGHT, "twice")
+
+    def test_overlap(self, checkpoint):
+        names = sorted(checkpoint.header.keys() - {"__metadata__"}, key=lambda n: checkpoint.header[n]["data_offsets"])
+        first = checkpoint.header[names[0]]
+        nbytes = math.prod(first["shape"]) * 2 if first["dtype"] == "BF16" else math.prod(first["shape"])
+        checkpoint.header["another"] = {**first, "data_offsets": [0, nbytes]}
+        checkpoint.write().refused("model.safetensors", "overlaps")
+
+    def test_hole_and_trailing_bytes(self, checkpoint):
+        checkpoint.data += b"12345678"
+        checkpoint.write().refused("model.safetensors", "accounts for")
+        del checkpoint.header[WEIGHT]
+        checkpoint.write().refused("model.safetensors", "hole")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("shape", [-48, 32]),
+            ("shape", [-48, -32]),
+            ("shape", [2**63, 2]),
+            ("shape", [2**62, 2**62, 4]),
+            ("shape", [48.0, 32]),
+            ("shape", [True, 48 * 32]),
+            ("shape", [48, "32"]),
+            ("shape", [1] * 1000),
+            ("shape", None),
+            ("shape", {"0": 48}),
+            ("shape", [48, 33]),
+            ("dtype", "F4"),
+            ("dtype", "F8_E4M3FNUZ"),
+            ("dtype", ["F8_E4M3"]),
+            ("dtype", None),
+            ("dtype", "BF16"),
+            ("data_offsets", [-1, 48 * 32 - 1]),
+            ("data_offsets", [0]),
+            ("data_offsets", [48 * 32, 0]),
+            ("data_offsets", [2**40, 2**40 + 48 * 32]),
+            ("data_offsets", [0, 2**64]),
+            ("data_offsets", "ab"),
+            ("data_offsets", [0.0, 1536.0]),
+        ],
+    )
+    def test_bad_entries(self, checkpoint, key, value):
+        checkpoint.header[WEIGHT][key] = value
+        checkpoint.write().refused("model.safetensors", WEIGHT)
+
+    @pytest.mark.parametrize("entry", [None, [], "x", {}, {"dtype": "U8", "shape": [0]}])
+    def test_entries_that_are_none(self, checkpoint, entry):
+        checkpoint.header[WEIGHT] = entry
+        checkpoint.write().refused("model.safetensors", WEIGHT)
+
+    @pytest.mark.parametrize("metadata", [[], {"a": 1}, "x"])
+    def test_metadata(self, checkpoint, metadata):
+        checkpoint.header["__metadata__"] = metadata
+        checkpoint.write().refused("model.safetensors", "__metadata__")
+
+
+class TestTensors:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0])
+    @pytest.mark.parametrize("name", [SCALE, SCALE.replace("weight_scale", "input_scale")])
+    def test_scales_that_are_none(self, checkpoint, value, name):
+        checkpoint.store(name, struct.pack("<f", value))
+        checkpoint.write().refused("model.safetensors", name, "not positive and finite")
+
+    @pytest.mark.parametrize("name", [SCALE, SCALE.replace("weight_scale", "input_scale")])
+    def test_missing_scales(self, checkpoint, name):
+        checkpoint.remove(name)
+        checkpoint.write().refused("model.safetensors", WEIGHT, name.rpartition(".")[2])
+
+    @pytest.mark.parametrize("name", [SCALE, SCALE.replace("weight_scale", "input_scale")])
+    def test_scale_of_a_wrong_dtype(self, checkpoint, name):
+        checkpoint.header[name]["dtype"] = "I32"
+        checkpoint.write().refused("model.safetensors", name, "int32")
+
+    def test_two_scales(self, checkpoint):
+        checkpoint.header[SCALE + "_inv"] = {"dtype": "F32", "shape": [], "data_offsets": [len(checkpoint.data)] * 2}
+        checkpoint.header[SCALE + "_inv"]["data_offsets"][1] += 4
+        checkpoint.data += struct.pack("<f", 1)
+        checkpoint.write().refused("model.safetensors", "two scales", SCALE)
+
+    @pytest.mark.parametrize("shape", [[48], [48, 1], [1, 48], [2, 24]])
+    def test_scale_of_a_wrong_shape(self, checkpoint, shape):
+        checkpoint.remove(SCALE)
+        end = len(checkpoint.data)
+        checkpoint.header[SCALE] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + 4 * 48]}
+        checkpoint.data += struct.pack("<48f", *[1] * 48)
+        checkpoint.write().refused("model.safetensors", SCALE, str(shape))
+
+    def test_weight_of_a_wrong_shape(self, checkpoint):
+        checkpoint.header[WEIGHT]["shape"] = [32, 48]
+        checkpoint.write().refused("model.safetensors", WEIGHT, "[32, 48], expected [48, 32]")
+
+    @pytest.mark.parametrize("dtype", ["F8_E5M2", "U8"])
+    def test_weight_of_a_wrong_dtype(self, checkpoint, dtype):
+        checkpoint.header[WEIGHT]["dtype"] = dtype
+        checkpoint.write().refused("model.safetensors", WEIGHT)
+
+    def test_missing_weight(self, checkpoint):
+        checkpoint.remove(WEIGHT)
+        checkpoint.write().refused(WEIGHT)
+
+    def test_weights_without_a_place(self, checkpoint):
+        checkpoint.config["num_hidden_layers"] = 0
+        with pytest.warns(UserWarning, match="9 weights of .* have no place in LlamaForCausalLM"):
+            fp8.load_pretrained(checkpoint.write().path)
+
+    def test_fp8_where_no_linear_layer_is(self, checkpoint):
+        name = "model.embed_tokens.weight"
+        begin, end = checkpoint.header[name]["data_offsets"]
+        checkpoint.remove(name)
+        at, nbytes = len(checkpoint.data), (end - begin) // 2
+        checkpoint.header[name] = {"dtype": "F8_E4M3", "shape": [20, 32], "data_offsets": [at, at + nbytes]}
+        checkpoint.data += bytes(nbytes)
+        checkpoint.write().refused("model.safetensors", name)
+
+
+def quantization(**changes):
+    def change(config):
+        config["quantization_config"].update(changes)
+
+    return change
+
+
+def compressed(weights=None, inputs=None, **more):
+    base = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    group = {"weights": {**base, **(weights or {})}, "input_activations": inputs}
+
+    def change(config):
+        config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized",
+                                         "config_groups": {"group_0": group}, **more}  # fmt: skip
+
+    return change
+
+
+CONFIGS = {
+    "no quantization_config": lambda config: config.pop("quantization_config"),
+    "quantization_config is a list": lambda config: config.update(quantization_config=[]),
+    "unknown method": quantization(quant_method="awq"),
+    "no method": lambda config: config["quantization_config"].pop("quant_method"),
+    "method is a list": quantization(quant_method=["fp8"]),
+    "block size": quantization(weight_block_size=[64, 64]),
+    "block size of another type": quantization(weight_block_size={"a": [128]}),
+    "activation scheme": quantization(activation_scheme="magic"),
+    "no groups": compressed(config_groups={}),
+    "groups of another type": compressed(config_groups={"a": 3}),
+    "int8": compressed({"type": "int"}),
+    "four bits": compressed({"num_bits": 4}),
+    "asymmetric": compressed({"symmetric": False}),
+    "no strategy": compressed({"strategy": None}),
+    "strategy": compressed({"strategy": "group"}),
+    "block structure": compressed({"strategy": "block", "block_structure": [64, 128]}),
+    "weights are none": compressed(config_groups={"a": {"weights": None}}),
+    "packed": compressed(format="nvfp4-pack-quantized"),
+    "sparse": compressed(sparsity_config={"format": "sparse-24-bitmask"}),
+    "rotated": compressed(transform_config={"config_groups": {"R1": {}}}),
+    "static by token": compressed(inputs={"num_bits": 8, "type": "float", "strategy": "token", "dynamic": False}),
+    "modelopt of int4": quantization(quant_method="modelopt", quant_algo="W4A16_AWQ"),
+    "no model_type": lambda config: config.pop("model_type"),
+    "unknown model_type": lambda config: config.update(model_type="../../x"),
+    "a billion layers": lambda config: config.update(num_hidden_layers=10**9),
+    "minus one layer": lambda config: config.update(num_hidden_layers=-1),
+    "another size": lambda config: config.update(hidden_size=64),
+    "a huge size": lambda config: config.update(intermediate_size=2**40),
+    "a size that overflows": lambda config: config.update(vocab_size=2**63),
+    "a size of another type": lambda config: config.update(hidden_size="many"),
+    "no heads": lambda config: config.update(num_attention_heads=0),
+}
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("change", CONFIGS)
+    def test_refused(self, checkpoint, change):
+        CONFIGS[change](checkpoint.config)
+        checkpoint.write().refused(str(checkpoint.path))
+
+    @pytest.mark.parametrize("text", ["", "[]", "{" * 10, '{"a":' * 100_000, '{"a": 1, "a": 2}', '{"a": NaN}'])
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "hf_quant_config.json"])
+    def test_json(self, checkpoint, name, text):
+        checkpoint.write()
+        (checkpoint.path / name).write_text(text)
+        checkpoint.refused(name)
+
+    def test_code_of_a_checkpoint_does_not_run(self, checkpoint, tmp_path):
+        ran = tmp_path / "ran"
+        checkpoint.config |= {
+            "auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"},
+            "attn_implementation": "somebody/kernel",
+            "_attn_implementation": "somebody/kernel",
+        }
+        checkpoint.write()
+        (checkpoint.path / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
+        fp8.load_pretrained(checkpoint.path)
+        assert not ran.exists()
+
+
+class TestPaths:
+    def shard(self, checkpoint, name, **more):
+        """The file becomes a shard, which the index calls by a name."""
+        checkpoint.write()
+        weight_map = dict.fromkeys(checkpoint.header.keys() - {"__metadata__"}, name) | more
+        (checkpoint.path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        checkpoint.file.rename(checkpoint.path / "a.safetensors")
+        return checkpoint
+
+    def test_a_sound_index(self, checkpoint):
+        fp8.load_pretrained(self.shard(checkpoint, "a.safetensors").path)
+
+    @pytest.mark.parametrize(
+        "name",
+        ["../in/a.safetensors", "./a.safetensors", "/etc/passwd", "", ".", "..", "a.safetensors/", "x\\a.safetensors",
+         "a\0.safetensors", "none.safetensors", "config.json", "a" * 10_000 + ".safetensors"],
+    )  # fmt: skip
+    def test_names_in_the_index(self, checkpoint, name):
+        self.shard(checkpoint, name).refused(str(checkpoint.path))
+
+    def test_an_absolute_name(self, checkpoint):
+        self.shard(checkpoint, str(checkpoint.path / "a.safetensors")).refused("which is not in it")
+
+    def test_index_and_shards_disagree(self, checkpoint):
+        self.shard(checkpoint, "a.safetensors", ghost="a.safetensors").refused("ghost", "does not have it")
+        index = checkpoint.path / "model.safetensors.index.json"
+        weight_map = dict.fromkeys(checkpoint.header.keys() - {"__metadata__", WEIGHT}, "a.safetensors")
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        checkpoint.refused(WEIGHT, "does not place there")
+
+    @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'])
+    def test_index_without_a_map(self, checkpoint, content):
+        self.shard(checkpoint, "a.safetensors")
+        (checkpoint.path / "model.safetensors.index.json").write_text(content)
+        checkpoint.refused("index.json", "weight_map")
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+    def test_links_out_of_the_folder(self, checkpoint, tmp_path, name):
+        checkpoint.write()
+        (checkpoint.path / "tokenizer.json").write_text("{}")
+        (checkpoint.path / name).rename(tmp_path / "elsewhere")
+        (checkpoint.path / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(fp8.CheckpointError, match=f"{name}: is a link that leaves the folder"):
+            Folder(checkpoint.path).others()
+
+    def test_links_to_nothing_and_to_themselves(self, checkpoint):
+        checkpoint.write().file.unlink()
+        checkpoint.file.symlink_to("nothing")
+        checkpoint.refused("model.safetensors", "does not exist")
+        checkpoint.file.unlink()
+        checkpoint.file.symlink_to("model.safetensors")
+        checkpoint.refused("model.safetensors", "does not exist")
+
+    def test_pipes_and_folders(self, checkpoint):
+        checkpoint.write().file.unlink()
+        os.mkfifo(checkpoint.file)
+        checkpoint.refused("model.safetensors", "no regular file")
+        checkpoint.file.unlink()
+        checkpoint.file.mkdir()
+        checkpoint.refused("model.safetensors", "no regular file")
+
+    def test_other_weights_are_not_read(self, checkpoint):
+        checkpoint.write().file.rename(checkpoint.path / "pytorch_model.bin")
+        checkpoint.refused("has neither")
+
+    def test_nothing_outside_of_the_target_is_written(self, checkpoint, tmp_path):
+        """Names of tensors and files go into the target alone, and a refused source leaves no target."""
+        checkpoint.config.pop("quantization_config")
+        checkpoint.header["../../escape"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(checkpoint.data)] * 2}
+        checkpoint.write()
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["quantize", str(checkpoint.path), str(tmp_path / "out")]) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def mutations(rng, raw, header_end):
+    """A damaged copy of a file: bits, bytes, numbers and pieces of it."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at = rng.randrange(len(raw)) if rng.random() < 0.1 else rng.randrange(min(header_end, len(raw)))
+        kind = rng.randrange(6)
+        if kind == 0:
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            raw[at] = rng.randrange(256)
+        elif kind == 2:
+            raw[at : at + 1] = rng.choice([b"9", b"-", b"[", b"{", b'"', b"0", b",", b"1e9", b"null", b"\\u0000"])
+        elif kind == 3:
+            del raw[at : at + rng.randrange(1, 40)]
+        elif kind == 4:
+            raw[at:at] = raw[at : at + rng.randrange(1, 40)]
+        else:
+            del raw[rng.randrange(len(raw)) :]
+        if not raw:
+            break
+    if rng.random() < 0.7 and len(raw) > 8:  # a length that still fits, so that the header is looked at
+        raw[:8] = struct.pack("<Q", header_end - 8)
+    return bytes(raw)
+
+
+def test_fuzz(checkpoint):
+    """TORCH_FP8_FUZZ=10000 for longer."""
+    raw = checkpoint.write().file.read_bytes()
+    header_end = 8 + struct.unpack("<Q", raw[:8])[0]
+    rng, refused = random.Random(0), 0
+    for _ in range(int(os.environ.get("TORCH_FP8_FUZZ", 300))):
+        checkpoint.file.write_bytes(mutations(rng, raw, header_end))
+        try:
+            for entry in safetensors.read_header(checkpoint.file).values():
+                assert entry.read().nbytes == entry.nbytes <= len(raw) + 1000
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of weights without a place
+                fp8.load_pretrained(checkpoint.path)
+        except fp8.CheckpointError as error:
+            assert str(checkpoint.path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
+def test_fuzz_config(checkpoint):
+    text = json.dumps(checkpoint.write().config).encode()
+    rng = random.Random(1)
+    for _ in range(int(os.environ.get("TORCH_FP8_FUZZ", 300)) // 6):
+        (checkpoint.path / "config.json").write_bytes(mutations(rng, text, len(text)))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fp8.load_pretrained(checkpoint.path)
+        except fp8.CheckpointError as error:
+            assert str(checkpoint.path) in str(error)
