@@ -30,14 +30,16 @@ class Ranks:
         """What ``function(device, *args)`` returns on each rank."""
         for pipe in self._pipes:
             pipe.send((function, args))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes):  # all are heard, so that none answers the next call with this result
             if not pipe.poll(LIMIT):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not finish {function.__name__}")
+                raise TimeoutError("\n".join([*errors, f"rank {rank} did not finish {function.__name__}"]))
             error, result = pipe.recv()
-            assert error is None, f"rank {rank}:\n{error}"
             results.append(result)
+            if error is not None:
+                errors.append(f"rank {rank}:\n{error}")
+        assert not errors, "\n".join(errors)
         return results
 
     def close(self):

@@ -116,7 +116,7 @@ def test_ddp_needs_nothing(ranks, wrap):
     """Each rank follows its own amaxes; weights stay equal."""
     (params, state, _), (others, other_state, _) = ranks(train_ddp, False, 1, wrap)
     assert_equal(params, others)
-    if not wrap:  # a wrapped root lets DDP broadcast the buffers, which is right too
+    if not wrap:  # a wrapped root lets DDP broadcast the buffers, right too where all use all layers
         histories, other_histories = torch.stack(state[1::2]), torch.stack(other_state[1::2])
         assert (histories[:, 0] != other_histories[:, 0]).all()  # of the inputs, in each of the last steps
     assert all(slots[:, 3].eq(STEPS % 3 or 3).all() for slots in state[::2])
@@ -167,6 +167,38 @@ def test_shared_amaxes_of_a_layer_that_one_rank_leaves_out(ranks):
     first, second = ranks(train_with_a_layer_that_one_rank_leaves_out)
     assert_equal(first, second)
     assert all(slots[:, 3].eq(3).all() for slots in first[::2])
+
+
+def train_several_reductions(device):
+    layers = [fp8.Linear(16, 16, device=device) for _ in range(6)]
+    for layer in layers:
+        fp8.reduce_amaxes(layer)
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=LR)
+    for index, layer in enumerate(layers):
+        layer(torch.full((16, 16), 2.0 ** (index + dist.get_rank()), device=device)).sum().backward()
+    optimizer.step()
+    return [layer.fp8_history[0].max().item() for layer in layers]
+
+
+def test_several_reductions_keep_one_order(ranks):
+    expected = [2.0 ** (index + 1) for index in range(6)]
+    assert ranks(train_several_reductions) == [expected, expected]
+
+
+def reduce_a_nan(device):
+    layer = fp8.Linear(16, 16, device=device)
+    fp8.reduce_amaxes(layer)
+    nan, inf = float("nan"), float("inf")
+    values = [[nan, 1.0, inf], [inf, 2.0, nan]][dist.get_rank()]
+    layer.fp8_slots[:, 2] = torch.tensor(values)
+    layer._amax_reduction.run()
+    return layer.fp8_slots[:, 2].tolist()
+
+
+def test_nan_is_the_largest_amax(ranks):
+    """A maximum over floats may lose it (gloo's does not), and the ranks would disagree on which step was a bad one."""
+    for first, second, third in ranks(reduce_a_nan):
+        assert first != first and second == 2.0 and third != third
 
 
 def test_shared_amaxes_need_a_model_and_a_process_group():
@@ -265,6 +297,16 @@ def test_fsdp_equals_one_process(ranks, options):
         assert rank_losses == losses
         assert_equal(rank_params, params)
         assert_equal(rank_state, state)
+
+
+def past_the_hooks(device):
+    model = sharded(device)
+    with pytest.raises(TypeError, match="call the module that fully_shard was given"):
+        model[0].up(batch(0, device, torch.bfloat16))
+
+
+def test_a_sharded_layer_called_past_the_hooks_of_fsdp_is_refused(ranks):
+    ranks(past_the_hooks)
 
 
 def test_a_distributed_checkpoint_loads_on_one_process(ranks, tmp_path):
@@ -375,6 +417,11 @@ def replicated_and_refused(device):
     y.sum().backward()
     gradients = [torch.autograd.grad(twin(half).sum(), twin.weight)[0] for half in x.chunk(2)]
     assert torch.equal(layer.weight.grad.full_tensor(), gradients[0] + gradients[1])
+    with pytest.raises(TypeError, match="needs a DTensor as input"):
+        layer(x)
+    layer.fuse_main_grad = True
+    with pytest.raises(NotImplementedError, match="fuse_main_grad"):
+        layer(x)
     layer.weight = nn.Parameter(dist.tensor.distribute_tensor(torch.randn(32, 32), dist.device_mesh.init_device_mesh(
         device.type, (1, 2)), [Replicate(), Shard(0)]))  # fmt: skip
     with pytest.raises(NotImplementedError, match="one mesh dimension"):

@@ -30,10 +30,11 @@ _check_torch()
 
 from . import _C  # noqa: E402
 from .convert import convert, disabled, revert, summary  # noqa: E402
+from .frozen import FrozenLinear, calibrate, freeze  # noqa: E402
 from .linear import Linear  # noqa: E402
 from .monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
-from .scaling import load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
+from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
 from .tune import tune  # noqa: E402
 from .tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
 
@@ -67,15 +68,19 @@ __all__ = [
     "ConstantScaling",
     "CurrentScaling",
     "DelayedScaling",
+    "FrozenLinear",
     "Linear",
     "Monitor",
     "Recipe",
+    "ScalingState",
     "Tuning",
     "build_info",
+    "calibrate",
     "cmake_prefix_path",
     "convert",
     "disabled",
     "forget_tuning",
+    "freeze",
     "load_state_dict",
     "load_tuning",
     "monitor",

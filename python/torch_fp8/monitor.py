@@ -107,7 +107,7 @@ class Monitor:
 
     def _begin(self) -> None:
         for name, layer in self._layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(self._before_forward(name)))
+            self._hooks.append(layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True))
             self._hooks.append(layer.register_forward_hook(self._after_forward(name)))
         if traced_training():  # compiled code does not look for hooks
             self._stance = torch.compiler.set_stance("force_eager")
@@ -121,10 +121,10 @@ class Monitor:
             self._stance = None
 
     def _before_forward(self, name: str) -> Callable[..., None]:
-        def hook(layer: Linear, args: tuple[Any, ...]) -> None:
+        def hook(layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _records(layer):
                 make_state_local(layer)
-                self._count(name, layer, "input", args[0])
+                self._count(name, layer, "input", args[0] if args else kwargs["input"])
                 if (self.step, name, "weight") not in self._pending:
                     self._count(name, layer, "weight", layer.weight)
 
@@ -272,4 +272,6 @@ class _Count:
 
 
 def _records(layer: Linear) -> bool:
+    if layer.fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # or every replay would count
     return layer.fp8_enabled and layer.training and torch.is_grad_enabled()

@@ -38,8 +38,9 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
     * Shard(1), row-wise: x is sharded in its last dimension, y a partial sum. The bias enters on one rank.
     * Replicate: y lies as x does, in any dimension but the last.
 
-    x: a DTensor on that mesh, which is redistributed where it lies otherwise, or a plain tensor, the same on all ranks.
-    Raises NotImplementedError for a mesh of more dimensions, or for another placement.
+    x: a DTensor on that mesh, which is redistributed where it lies otherwise. Raises NotImplementedError for a mesh of
+    more dimensions, another placement, or fuse_main_grad; TypeError for a plain x, as ``nn.Linear`` does: nobody has
+    said that it is the same on all ranks, and it may have come past FSDP2's hooks.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -51,8 +52,16 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
             f"torch_fp8: an FP8 layer's weight can be sharded over one mesh dimension, by rows or by columns, got "
             f"{placements}; leave this layer out of convert, or out of the parallelize plan"
         )
+    if layer.fuse_main_grad:
+        raise NotImplementedError(
+            "torch_fp8: fuse_main_grad needs a plain weight, got a DTensor; convert without fuse_main_grad"
+        )
     if not is_dtensor(x):
-        x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        raise TypeError(
+            f"torch_fp8: a layer whose weight is a DTensor ({placements}) needs a DTensor as input, got "
+            f"{type(x).__name__}; name the layer in the parallelize plan, or, under FSDP2, call the module that "
+            "fully_shard was given"
+        )
     last, (place,) = x.dim() - 1, x.placements
 
     if placements[0] == Shard(0):

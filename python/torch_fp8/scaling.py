@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -34,8 +35,11 @@ def update_scales(model: nn.Module) -> None:
 class _AmaxReduction:
     """Layers whose amaxes are reduced together, in one order on all ranks."""
 
+    _count = itertools.count()
+
     def __init__(self, layers: Iterable[Linear], group: Any) -> None:
         self.group = group
+        self.number = next(self._count)
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def layers(self) -> list[Linear]:
@@ -70,8 +74,10 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
 
 def _update(layers: Iterable[Linear]) -> None:
     layers = dict.fromkeys(layers)
-    # A layer that this rank did not use may have been used on another: all enter the collective.
-    for reduction in dict.fromkeys(layer._amax_reduction for layer in layers if layer._amax_reduction is not None):
+    # A layer that this rank did not use may have been used on another: all enter the collective. Several models' take
+    # the order in which they were set up, since the set of live layers has another one on each rank.
+    reductions = {layer._amax_reduction for layer in layers} - {None}
+    for reduction in sorted(reductions, key=lambda reduction: reduction.number):
         reduction.run()
         layers.update(dict.fromkeys(reduction.layers()))
     by_device: dict[torch.device, list[Linear]] = defaultdict(list)
@@ -154,6 +160,20 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         layer._memo.forget()  # what the host knew of the old state is void
         layer._scaling_was_loaded = True
         _read_history([layer])
+
+
+class ScalingState:
+    """The scaling state of a model as an object with ``state_dict()`` and ``load_state_dict(state)``: what accelerate's
+    ``register_for_checkpointing`` and the Stateful protocol of torch.distributed.checkpoint ask for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return state_dict(self.model)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        load_state_dict(self.model, state)
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

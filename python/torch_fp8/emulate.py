@@ -1,0 +1,68 @@
+"""``frozen_linear`` in plain PyTorch: the same FP8 codes and scales, multiplied in float32.
+
+What a model loses with this function is what FP8's rounding costs; what a GPU's kernels lose beyond it is what their
+accumulation costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+BLOCK = 128
+
+#: How the input is quantised; the index is what the op takes.
+ACTIVATIONS = ("none", "static", "tensor", "token")
+_NONE, _STATIC, _TENSOR, _TOKEN = range(4)
+
+
+def quantize(x: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 codes of ``x * scale``, saturated; x and scale float32. PyTorch's cast makes NaN of what is too large."""
+    return (x * scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """The float32 values of an (N, K) E4M3 weight; weight_scale of 1 element, (N, 1) or (ceil(N/128), ceil(K/128))."""
+    n, k = weight.shape
+    if weight_scale.numel() > 1 and weight_scale.shape != (n, 1):
+        weight_scale = weight_scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
+    elif weight_scale.numel() == 1:
+        weight_scale = weight_scale.reshape(1, 1)
+    return weight.float() * weight_scale
+
+
+def emulated_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    activations: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``y = x W^T + b`` of an input (..., K) and an E4M3 weight (N, K), as :class:`FrozenLinear` computes it.
+
+    weight_scale: float32 multipliers, of 1 element, (N, 1) or (ceil(N/128), ceil(K/128)). input_scale: the float32
+    multiplier of the input, 1 element, for static activations. activations: the index in ``ACTIVATIONS``. dtype: of y;
+    the input's unless given. An amax without meaning (0, Inf, NaN) gives scale 1. Raises RuntimeError for a wrong
+    shape.
+    """
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"torch_fp8: the input's last dimension must be in_features = {weight.shape[1]}, got an input of shape "
+            f"{list(x.shape)}"
+        )
+    dtype = x.dtype if dtype is None else dtype
+    x = x.to(dtype).float() if activations == _NONE else x.float()
+    if activations == _STATIC:
+        x = quantize(x, input_scale.reciprocal()).float() * input_scale
+    elif activations in (_TENSOR, _TOKEN):
+        amax = x.abs().amax(-1, keepdim=True) if activations == _TOKEN or x.numel() == 0 else x.abs().amax()
+        scale = (E4M3_MAX / amax).clamp(2.0**-126, 2.0**126)
+        scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+        x = quantize(x, scale).float() * scale.reciprocal()
+    bias = None if bias is None else bias.to(dtype).float()
+    return F.linear(x, dequantize(weight, weight_scale), bias).to(dtype)
