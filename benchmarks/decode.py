@@ -93,23 +93,22 @@ def linear_bytes(model: Decoder) -> int:
     return sum(t.numel() * t.element_size() for layer in layers for t in [*layer.parameters(), *layer.buffers()])
 
 
+@torch.inference_mode()
 def main() -> None:
     start(__doc__)
+    prompt, new, rounds = (16, 4, 1) if options.dry else (PROMPT, NEW, (ROUNDS + 1) // 2 if options.quick else ROUNDS)
     models = {"BF16": build()}
     for name, how in ARMS.items():
         model = shared_copy(models["BF16"])
         if how["activations"] == "static":
-            fp8.calibrate(model, [prompt_of(model, *scaled(PREFILLS[0]))])
+            fp8.calibrate(model, [prompt_of(model, prompt)])
         models[name] = fp8.freeze(model, **how)
-    prompt, new, rounds = (16, 4, 1) if options.dry else (PROMPT, NEW, (ROUNDS + 1) // 2 if options.quick else ROUNDS)
-    with torch.inference_mode():
-        seconds = decode_seconds({name: decoding(model, prompt, new) for name, model in models.items()}, rounds)
-        prefill = {}
-        for tokens in scaled(*PREFILLS):
-            ids = prompt_of(models["BF16"], tokens)
-            caches = {name: model.new_cache(tokens) for name, model in models.items()}
-            arms = {name: lambda m=model, c=caches[name], ids=ids: m(ids, c) for name, model in models.items()}
-            prefill[tokens] = gpu_ms(arms, rounds=8), loop_ms(arms, seconds=0.5, rounds=3)
+    seconds = decode_seconds({name: decoding(model, prompt, new) for name, model in models.items()}, rounds)
+    prefill = {}
+    for tokens in scaled(*PREFILLS):
+        ids, cache = prompt_of(models["BF16"], tokens), models["BF16"].new_cache(tokens)
+        arms = {name: lambda model=model, ids=ids, cache=cache: model(ids, cache) for name, model in models.items()}
+        prefill[tokens] = gpu_ms(arms, rounds=8), loop_ms(arms, seconds=0.5, rounds=2)
 
     rows = []
     for name, model in models.items():

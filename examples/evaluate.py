@@ -36,6 +36,7 @@ from torch_fp8.evaluation import Flips, Pairs, Report, compare, layer_sqnr
 from torch_fp8.frozen import frozen_layers
 
 ALLOWANCE = 1.1  # times the twin's mean KLD
+ITEMS_AT_ONCE = 8  # multiple-choice items: 32 sequences
 BASELINE, NOISE, FULL = "BF16", "BF16, batch of 2 (noise floor)", "FP32"
 TWIN = ", twin"
 
@@ -82,15 +83,16 @@ def answer(arms: dict[str, Logits], held_out: Text, items: int, device: torch.de
     sequences, answers = text.choices(held_out, items)
     if not len(answers):
         return {}
-    sequences = sequences.to(device)
-    scores = {name: torch.stack([_likelihoods(arm, ids) for ids in sequences]) for name, arm in arms.items()}
+    batches = sequences.to(device).split(ITEMS_AT_ONCE)
+    scores = {name: torch.cat([_likelihoods(arm, batch) for batch in batches]) for name, arm in arms.items()}
     return {name: Flips.of(scores[BASELINE], score, answers) for name, score in scores.items()}
 
 
 def _likelihoods(logits: Logits, ids: Tensor) -> Tensor:
-    """The log-likelihood of each continuation, all of one length."""
-    log_p = logits(ids)[:, CONTEXT - 1 : -1].log_softmax(-1)
-    return log_p.gather(-1, ids[:, CONTEXT:, None]).sum((1, 2)).cpu()
+    """(items, choices, tokens) -> (items, choices): the log-likelihood of each continuation, all of one length."""
+    flat = ids.flatten(0, 1)
+    log_p = logits(flat)[:, CONTEXT - 1 : -1].log_softmax(-1)
+    return log_p.gather(-1, flat[:, CONTEXT:, None]).sum((1, 2)).view(ids.shape[:2]).cpu()
 
 
 def table(reports: dict[str, Report], flips: dict[str, Flips], sqnr: dict[str, tuple[str, str]]) -> str:
