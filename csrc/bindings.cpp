@@ -7,6 +7,7 @@
 #include "check.h"
 #include "torch_fp8/kernels.h"
 #include "torch_fp8/linear.h"
+#include "torch_fp8/ops.h"
 
 namespace py = pybind11;
 using namespace torch_fp8;
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),
         py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(), py::arg("dummy_grad") = false);
+  m.def("frozen_linear", &frozen_linear);
   m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0);
 
   py::class_<GemmProblem>(m, "GemmProblem")

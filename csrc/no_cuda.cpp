@@ -19,6 +19,9 @@ void amax(const Matrix&, float*) { refuse(); }
 void scale_from_amax(const float*, Slot*, float, bool) { refuse(); }
 void quantize(const QuantizeArgs&) { refuse(); }
 void count_losses(const LossArgs&) { refuse(); }
+void quantize_rows(const QuantizeRowsArgs&) { refuse(); }
+void rescale(const RescaleArgs&) { refuse(); }
+void skinny(const SkinnyArgs&) { refuse(); }
 void add_column_sums(const ColumnSums&) { refuse(); }
 void gemm(const GemmArgs&) { refuse(); }
 void update_scales(const LayerState*, int64_t) { refuse(); }

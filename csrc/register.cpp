@@ -39,6 +39,7 @@ std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
+  m.impl("frozen_linear", frozen_linear);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -71,6 +72,15 @@ TORCH_LIBRARY(torch_fp8, m) {
       "gemm(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, Tensor? bias, SymInt[] size, "
       "ScalarType dtype, bool fast_accum=False) -> Tensor");
 
+  // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, for inference. weight (N, K) float8_e4m3fn;
+  // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
+  // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax; but
+  // not at all where x has at most 16 rows or weight_scale is a grid of blocks. x, bias, dtype: bfloat16, float16 or
+  // float32.
+  m.def(
+      "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
+      "ScalarType? dtype=None) -> Tensor");
+
   // out (..., N) float32 or bfloat16 += a . b^T * a_scale_inv * b_scale_inv
   m.def(
       "gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, "
@@ -84,7 +94,7 @@ TORCH_LIBRARY(torch_fp8, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "frozen_linear", "gemm", "gemm_accumulate_", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -95,6 +105,13 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
                       at::empty({2}, x.options().dtype(at::kFloat)));
   });
   m.impl("gemm", gemm_meta);
+  m.impl("frozen_linear",
+         [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor&, const c10::optional<at::Tensor>&,
+            const c10::optional<at::Tensor>&, int64_t, c10::optional<at::ScalarType> dtype) {
+           auto size = x.sym_sizes().vec();
+           size.back() = weight.sym_size(0);
+           return at::empty_symint(size, x.options().dtype(dtype.value_or(x.scalar_type())));
+         });
   m.impl("gemm_accumulate_",
          [](const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) {});
   m.impl("update_scales_", [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});

@@ -97,6 +97,38 @@ void quantize(const QuantizeArgs& args) {
   });
 }
 
+void quantize_rows(const QuantizeRowsArgs& args) {
+  const Matrix& x = args.x;
+  const int64_t cols = padded(x.cols);
+  with_type(x.type, [&](auto t) {
+    at::parallel_for(0, x.rows, grain(x.cols), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        uint32_t seen = 0;
+        for (int64_t col = 0; col < x.cols; ++col) seen = std::max(seen, magnitude(element<decltype(t)>(x, row, col)));
+        const Slot slot = own_slot(float_of(seen), E4M3::kMax, /*power_of_two=*/false);
+        args.scale_inv[row] = slot.scale_inv;
+        for (int64_t col = 0; col < cols; ++col) {
+          const float value = col < x.cols ? element<decltype(t)>(x, row, col) : 0.0f;
+          args.q[row * cols + col] = encode<E4M3>(value * slot.scale);
+        }
+      }
+    });
+  });
+}
+
+void rescale(const RescaleArgs& args) {
+  with_type(args.type, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t row = 0; row < args.rows; ++row) {
+      for (int64_t col = 0; col < args.cols; ++col) {
+        float y = args.sums[row * args.stride + col] * (args.row_scale[row] * args.col_scale[col]);
+        if (args.bias) y += static_cast<float>(static_cast<const T*>(args.bias)[col]);
+        static_cast<T*>(args.out)[row * args.cols + col] = static_cast<T>(y);
+      }
+    }
+  });
+}
+
 void count_losses(const LossArgs& args) {
   const Matrix& x = args.x;
   const float scale = args.slot->scale, most = max_of(args.format), least = half_smallest_of(args.format);

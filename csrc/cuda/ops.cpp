@@ -44,6 +44,12 @@ void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of
 
 void quantize(const QuantizeArgs& args) { launch_quantize(args, stream()); }
 
+void quantize_rows(const QuantizeRowsArgs& args) { launch_quantize_rows(args, stream()); }
+
+void rescale(const RescaleArgs& args) { launch_rescale(args, stream()); }
+
+void skinny(const SkinnyArgs& args) { launch_skinny(args, stream()); }
+
 void count_losses(const LossArgs& args) { launch_count_losses(args, stream()); }
 
 void add_column_sums(const ColumnSums& sums) { launch_add_column_sums(sums, stream()); }

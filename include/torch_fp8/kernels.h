@@ -42,6 +42,38 @@ struct QuantizeArgs {
   float* column_sums;  // (ceil(rows / kBiasRows), padded(cols)): sums of x over kBiasRows rows, or null
 };
 
+// Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
+struct QuantizeRowsArgs {
+  Matrix x;
+  uint8_t* q;        // E4M3 (rows, padded(cols)), zero behind cols
+  float* scale_inv;  // rows
+};
+
+// out (m, n) = x (m, k) . (w (n, k) * w_scale)^T [+ bias (n)]: few rows of 16-bit x on a weight that is read once.
+enum class WeightScale : uint8_t { kTensor, kChannel, kBlock };  // one; of each row of w; of each 128 x 128 of w
+constexpr int64_t kScaleBlock = 128;
+constexpr int64_t kSkinnyRows = 16;  // at most so many rows of x
+struct SkinnyArgs {
+  int64_t m, n, k;   // k a multiple of 16
+  const void* x;     // contiguous and 16-byte aligned, as w
+  const uint8_t* w;  // E4M3
+  const float* w_scale;
+  WeightScale scale_kind;
+  const void* bias;  // or null
+  void* out;
+  Type type;  // of x, bias and out; not float32
+};
+
+// out (rows, cols) = sums (rows, stride) * row_scale * col_scale [+ bias (cols)], rounded once.
+struct RescaleArgs {
+  const float* sums;
+  int64_t rows, cols, stride;
+  const float *row_scale, *col_scale;
+  const void* bias;  // of type, or null
+  void* out;
+  Type type;
+};
+
 // What a cast of x with that slot loses.
 enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // beyond the largest number (Inf too), to zero, ...
 struct LossArgs {
@@ -64,13 +96,15 @@ struct ColumnSums {
 struct GemmArgs {
   int64_t m, n, k;  // n and k multiples of 16
   const uint8_t *a, *b;
-  Format a_format, b_format;               // not both E5M2
-  const float *a_scale_inv, *b_scale_inv;  // 16-byte aligned
-  const void* bias;                        // of type out_type (not float32), or null
-  void* out;                               // 16-byte aligned
+  Format a_format, b_format;  // not both E5M2
+  // 16-byte aligned; with vector_scales (m) and (n), else one each, or both null: no scales.
+  const float *a_scale_inv, *b_scale_inv;
+  const void* bias;  // of type out_type (not float32), or null
+  void* out;         // 16-byte aligned
   Type out_type;
   bool accumulate;  // add to what out holds
   bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
+  bool vector_scales;
 };
 
 // A GEMM without its data, as it is tuned: GemmArgs with pointers aligned as those of fresh tensors.
@@ -102,6 +136,8 @@ void amax(const Matrix& x, float* parts);
 // The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
+void quantize_rows(const QuantizeRowsArgs& args);
+void rescale(const RescaleArgs& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
@@ -114,6 +150,9 @@ namespace cuda {
 void amax(const Matrix& x, float* parts);
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
+void quantize_rows(const QuantizeRowsArgs& args);
+void rescale(const RescaleArgs& args);
+void skinny(const SkinnyArgs& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);

@@ -39,6 +39,16 @@ std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::T
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv,
                 const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum);
 
+// How the input of a frozen layer is quantised.
+enum class Activations : uint8_t { kNone, kStatic, kTensor, kToken };
+
+// y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, without gradients. weight (N, K) float8_e4m3fn;
+// weight_scale float32: one, (N, 1), or (ceil(N / 128), ceil(K / 128)); input_slot (1, 4) float32 {scale_inv, scale, -,
+// -} for kStatic. Up to kSkinnyRows rows, and for block scales, x is not quantised, whatever activations says.
+at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                         int64_t activations, c10::optional<at::ScalarType> dtype);
+
 // out (..., N) += a . b^T * a_scale_inv * b_scale_inv; out float32 or bfloat16, contiguous.
 void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                       const at::Tensor& b_scale_inv, bool fast_accum);

@@ -1,0 +1,38 @@
+// Scales of rows and columns, bias and rounding for a product that came in float32 without them.
+#include "block.cuh"
+
+namespace torch_fp8::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uint32_t blocks_across) {
+  const int64_t row = blockIdx.x / blocks_across;
+  const int64_t first = (int64_t{blockIdx.x % blocks_across} * kThreads + threadIdx.x) * 4;
+  begin_dependent();
+  if (first >= args.cols) return;
+  const float row_scale = args.row_scale[row];
+  const float4 sums = *reinterpret_cast<const float4*>(args.sums + row * args.stride + first);
+  const float values[4] = {sums.x, sums.y, sums.z, sums.w};
+  T* const out = static_cast<T*>(args.out) + row * args.cols;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t col = first + i;
+    if (col >= args.cols) break;
+    float y = values[i] * (row_scale * args.col_scale[col]);
+    if (args.bias) y += to_float(static_cast<const T*>(args.bias)[col]);
+    out[col] = static_cast<T>(y);
+  }
+}
+
+}  // namespace
+
+void launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
+  const uint32_t across = blocks_for(args.cols, kThreads * 4);
+  with_type(args.type, [&](auto t) {
+    launch(rescale_kernel<decltype(t)>, blocks_for(args.rows * across, 1), kThreads, stream, args, across);
+  });
+}
+
+}  // namespace torch_fp8::cuda

@@ -1,0 +1,156 @@
+"""frozen_linear against float64: every kind of scale, any shape, and which inputs are quantised."""
+
+import math
+
+import pytest
+import torch
+import torch_fp8 as fp8
+from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, codes, exact_scale
+
+NONE, STATIC, TENSOR, TOKEN = range(4)
+FEW = 16  # rows of x up to which x is not quantised
+frozen_linear = torch.ops.torch_fp8.frozen_linear
+
+
+def weight_of(n, k, kind):
+    """Random codes, scales of powers of two and others, and the weight in float64."""
+    weight = (torch.randn(n, k) * 100).clamp(-448, 448).to(E4M3)
+    size = {"tensor": (1,), "channel": (n, 1), "block": (math.ceil(n / 128), math.ceil(k / 128))}[kind]
+    scale = torch.rand(size) * 2.0**-7 + 2.0**-9
+    spread = scale
+    if kind == "block":
+        spread = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    return weight, scale, weight.double() * spread.double()
+
+
+def as_quantised(x, activations, slot):
+    """x in float64 as the product sees it."""
+    if activations == NONE:
+        return x.double()
+    if activations == STATIC:
+        return codes(x, slot[0, 1].item(), E4M3).view(E4M3).double() * slot[0, 0].double()
+    groups = [x] if activations == TENSOR else list(x)
+    parts = []
+    for group in groups:
+        scale = exact_scale(group.abs().max().item(), E4M3)
+        parts.append(codes(group, scale, E4M3).view(E4M3).double() / scale)
+    return parts[0] if activations == TENSOR else torch.stack(parts)
+
+
+def check(device, m, n, k, kind, activations, dtype=torch.bfloat16, bias=True, layout=lambda x: x):
+    weight, scale, exact_weight = weight_of(n, k, kind)
+    x = layout(torch.randn(m, k).to(dtype))
+    b = torch.randn(n).to(dtype) if bias else None
+    slot = torch.tensor([[1 / 64, 64.0, 0.0, 0.0]])
+    on = [None if t is None else t.to(device) for t in (x, weight, scale, b, slot)]
+    y = frozen_linear(*on[:4], on[4] if activations == STATIC else None, activations)
+    assert y.dtype == dtype and y.shape == (m, n)
+    quantised = activations != NONE and m > FEW and (kind != "block" or scale.numel() == 1)
+    seen = as_quantised(x, activations if quantised else NONE, slot)
+    expected = seen @ exact_weight.T + (0 if b is None else b.double())
+    size = seen.abs() @ exact_weight.abs().T + (0 if b is None else b.double().abs())
+    bound = OUTPUT[dtype] * expected.abs() + OUTPUT_SUBNORMAL[dtype] + accumulation(device, k) * size
+    if not quantised:  # in 16 bits where there is no kernel of ours for it: the weight is rounded to them
+        bound = bound + size * (k * 2.0**-24 + (0 if device.type == "cpu" else 2.0**-8))
+    assert ((y.cpu().double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 33, 70])
+@pytest.mark.parametrize("activations", [NONE, STATIC, TENSOR, TOKEN])
+def test_against_float64(device, kind, m, activations):
+    check(device, m, 144, 320, kind, activations)
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 16), (129, 64), (40, 1040), (130, 4096), (33, 17408), (7, 33), (250, 250)])
+@pytest.mark.parametrize("m", [1, 5, 16, 20])
+def test_any_size(device, n, k, m):
+    for kind in ("tensor", "channel", "block"):
+        check(device, m, n, k, kind, TOKEN)
+    check(device, m, n, k, "channel", STATIC, bias=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [1, 4, 16, 40])
+def test_other_types(device, dtype, m):
+    for activations in (NONE, TOKEN):
+        check(device, m, 96, 256, "channel", activations, dtype)
+
+
+@pytest.mark.parametrize("m", [1, 3, 24])
+def test_any_strides(device, m):
+    for layout in (
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),  # at an odd address
+    ):
+        for activations in (NONE, TOKEN):
+            check(device, m, 64, 256, "channel", activations, layout=layout)
+
+
+@pytest.mark.parametrize("cols", [8, 17, 2048, 2050, 5000, 16384, 20000])
+def test_each_row_is_scaled_by_its_own_amax(device, cols):
+    """Through an identity: a row of very different size than the others keeps its digits."""
+    x = torch.randn(20, cols).mul(torch.logspace(-20, 20, 20)[:, None])
+    x[3], x[4, 0] = 0, math.nan
+    k = min(cols, 64)
+    weight = torch.zeros(k, cols)
+    weight[:, :k] = torch.eye(k)
+    y = frozen_linear(x.to(device), weight.to(E4M3).to(device), torch.ones(1, device=device), None, None, TOKEN).cpu()
+    for row in (0, 3, 5, 19):
+        scale = exact_scale(x[row].abs().max().item(), E4M3)
+        expected = codes(x[row], scale, E4M3).view(E4M3).double() / scale
+        torch.testing.assert_close(y[row].double(), expected[:k], rtol=1e-6, atol=0)
+    assert y[4].isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 6, 20])
+def test_nan_and_inf_are_seen(device, m):
+    weight = torch.randn(32, 64).to(E4M3)
+    weight.view(torch.uint8)[5, 7] = 0x7F
+    x = torch.randn(m, 64).bfloat16()
+    x[0, 3] = math.inf
+    y = frozen_linear(x.to(device), weight.to(device), torch.ones(32, 1, device=device), None, None, NONE)
+    assert y[:, 5].isnan().all() and not y[0].isfinite().any()
+    assert y[1:, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (2, 3, 64)])
+def test_any_rank_and_empty(device, shape):
+    weight = torch.randn(48, 64).to(E4M3).to(device)
+    y = frozen_linear(torch.randn(shape, device=device), weight, torch.ones(1, device=device), None, None, TOKEN)
+    assert y.shape == (*shape[:-1], 48)
+
+
+@pytest.mark.parametrize("m", [2, 24])
+def test_output_type_and_autocast(device, m):
+    weight = torch.randn(48, 64).to(E4M3).to(device)
+    x, one = torch.randn(m, 64, device=device), torch.ones(1, device=device)
+    for activations in (NONE, TOKEN):
+        y = frozen_linear(x, weight, one, torch.ones(48, device=device), None, activations, torch.bfloat16)
+        exact = frozen_linear(x, weight, one, torch.ones(48, device=device), None, activations)
+        assert y.dtype == torch.bfloat16 and exact.dtype == torch.float32
+        assert (y - exact).abs().max() <= 2.0**-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"weight": torch.zeros(48, 64)}, TypeError, "float8_e4m3fn"),
+        ({"weight": torch.zeros(48, 65, dtype=E4M3)[:, :64]}, RuntimeError, "contiguous"),
+        ({"weight_scale": torch.ones(48)}, RuntimeError, r"\[48, 1\] or \[1, 1\]"),
+        ({"weight_scale": torch.ones(1).double()}, TypeError, "float32"),
+        ({"x": torch.zeros(4, 63)}, RuntimeError, "in_features = 64"),
+        ({"x": torch.zeros(4, 64).double()}, TypeError, "bfloat16, float16 or float32"),
+        ({"bias": torch.zeros(47)}, RuntimeError, r"shape \[48\]"),
+        ({"activations": STATIC}, RuntimeError, "input_slot; calibrate"),
+        ({"activations": 4}, ValueError, "0, 1, 2 or 3"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, match):
+    arguments = {
+        "x": torch.zeros(4, 64), "weight": torch.zeros(48, 64, dtype=E4M3), "weight_scale": torch.ones(1),
+        "bias": None, "input_slot": None, "activations": NONE,
+    }  # fmt: skip
+    with pytest.raises(error, match=match):
+        fp8._C.frozen_linear(*(arguments | change).values(), None)
