@@ -13,6 +13,7 @@ from torch.nn import functional as F
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 BLOCK = 128
+FEW_ROWS = 16  # of x: there the weight decides the time, and x needs no quantising
 
 #: How the input is quantised; the index is what the op takes.
 ACTIVATIONS = ("none", "static", "tensor", "token")
@@ -39,16 +40,16 @@ def emulated_linear(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    input_scale: Tensor | None,
+    input_slot: Tensor | None,
     activations: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``y = x W^T + b`` of an input (..., K) and an E4M3 weight (N, K), as :class:`FrozenLinear` computes it.
+    """``y = x W^T + b`` of an input (..., K) and an E4M3 weight (N, K), with the arguments of the op ``frozen_linear``.
 
-    weight_scale: float32 multipliers, of 1 element, (N, 1) or (ceil(N/128), ceil(K/128)). input_scale: the float32
-    multiplier of the input, 1 element, for static activations. activations: the index in ``ACTIVATIONS``. dtype: of y;
-    the input's unless given. An amax without meaning (0, Inf, NaN) gives scale 1. Raises RuntimeError for a wrong
-    shape.
+    weight_scale: float32 multipliers, of 1 element, (N, 1) or (ceil(N/128), ceil(K/128)). input_slot: float32
+    ``{scale_inv, scale, 0, 0}`` (1, 4), for static activations. activations: the index in ``ACTIVATIONS``; like the op
+    it quantises no input of up to 16 rows and none before block scales. dtype: of y; the input's unless given. An amax
+    without meaning (0, Inf, NaN) gives scale 1. Raises RuntimeError for a wrong shape.
     """
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise RuntimeError(
@@ -56,13 +57,17 @@ def emulated_linear(
             f"{list(x.shape)}"
         )
     dtype = x.dtype if dtype is None else dtype
-    x = x.to(dtype).float() if activations == _NONE else x.float()
-    if activations == _STATIC:
-        x = quantize(x, input_scale.reciprocal()).float() * input_scale
-    elif activations in (_TENSOR, _TOKEN):
-        amax = x.abs().amax(-1, keepdim=True) if activations == _TOKEN or x.numel() == 0 else x.abs().amax()
-        scale = (E4M3_MAX / amax).clamp(2.0**-126, 2.0**126)
-        scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
-        x = quantize(x, scale).float() * scale.reciprocal()
+    x = x.float()
+    blocks = weight_scale.numel() > 1 and weight_scale.shape != (weight.shape[0], 1)
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    if activations != _NONE and not (blocks or few):
+        if activations == _STATIC:
+            scale_inv, scale = input_slot[0, 0], input_slot[0, 1]
+        else:
+            amax = x.abs().amax(-1, keepdim=True) if activations == _TOKEN else x.abs().amax()
+            scale = (E4M3_MAX / amax).clamp(2.0**-126, 2.0**126)
+            scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
+            scale_inv = scale.reciprocal()
+        x = quantize(x, scale).float() * scale_inv
     bias = None if bias is None else bias.to(dtype).float()
     return F.linear(x, dequantize(weight, weight_scale), bias).to(dtype)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from .convert import Filter, _by_patterns, _check_device, _output_heads
-from .emulate import ACTIVATIONS, BLOCK, E4M3, E4M3_MAX, emulated_linear, quantize
+from .emulate import ACTIVATIONS, BLOCK, E4M3, E4M3_MAX, quantize
 from .linear import SUPPORTED_DTYPES, Linear
 
 #: How many elements of the weight share a scale: an output channel, all, or a block of 128 x 128.
@@ -34,13 +35,16 @@ class FrozenLinear(nn.Module):
     * ``weight`` (out_features, in_features) float8_e4m3fn
     * ``weight_scale`` float32, the multiplier: of 1 element, (out_features, 1), or
       (ceil(out_features / 128), ceil(in_features / 128))
-    * ``input_scale`` float32, 1 element, with static activations only: what the input is divided by
+    * ``input_slot`` (1, 4) float32, with static activations only: ``{scale_inv, scale, 0, 0}``, where scale_inv is
+      what checkpoints call ``input_scale``
     * ``bias`` (out_features,), or None
 
     Weight and scales keep their dtype when the module is cast, and move with it; the bias is cast.
 
     activations: how the input is quantised. "token": by each row's own amax; "tensor": by the whole input's;
-    "static": by ``input_scale``; "none": not at all, the weight alone is FP8 (W8A16).
+    "static": by ``input_slot``; "none": not at all, the weight alone is FP8 (W8A16).
+    Inputs of up to 16 rows are never quantised, since the time there is that of reading the weight, nor are those of
+    layers with block scales.
 
     The constructor makes a layer of zeros to load a state into. There is no gradient: where one is wanted for the
     input, forward raises RuntimeError, as it does for an input of a wrong shape.
@@ -61,19 +65,19 @@ class FrozenLinear(nn.Module):
         _check_choices(activations, weight)
         codes = torch.zeros(out_features, in_features, device=device, dtype=E4M3)
         scale = torch.ones(scale_shape(weight, out_features, in_features), device=device)
-        input_scale = torch.ones(1, device=device) if activations == "static" else None
+        slot = new_slot(1.0, codes.device) if activations == "static" else None
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self._make_frozen(codes, scale, zeros, input_scale, activations)
+        self._make_frozen(codes, scale, zeros, slot, activations)
 
     def _make_frozen(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None, activations: str
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None, activations: str
     ) -> None:
         self.out_features, self.in_features = weight.shape
         self.activations = activations
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
-        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_slot", input_slot)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.requires_grad and torch.is_grad_enabled():
@@ -82,8 +86,9 @@ class FrozenLinear(nn.Module):
                 "torch.no_grad() or torch.inference_mode(), and train with fp8.Linear (torch_fp8.convert)"
             )
         device = input.device.type
-        return emulated_linear(
-            input, self.weight, self.weight_scale, self.bias, self.input_scale, ACTIVATIONS.index(self.activations),
+        op = torch.ops.torch_fp8.frozen_linear if torch.compiler.is_compiling() else _C.frozen_linear
+        return op(
+            input, self.weight, self.weight_scale, self.bias, self.input_slot, ACTIVATIONS.index(self.activations),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         )  # fmt: skip
 
@@ -96,7 +101,7 @@ class FrozenLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
         # Seen as integers weight and scales are moved by .cuda() and left alone by .bfloat16(), to the bit.
-        seen_as = {"weight": torch.uint8, "weight_scale": torch.int32, "input_scale": torch.int32}
+        seen_as = {"weight": torch.uint8, "weight_scale": torch.int32, "input_slot": torch.int32}
         state = {name: self._buffers.pop(name) for name in seen_as}
         try:
             super()._apply(fn, recurse)
@@ -124,7 +129,7 @@ class FrozenLinear(nn.Module):
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         # A copy would cast what is not FP8, unscaled and without saturation.
-        for name, dtype in (("weight", E4M3), ("weight_scale", torch.float32), ("input_scale", torch.float32)):
+        for name, dtype in (("weight", E4M3), ("weight_scale", torch.float32), ("input_slot", torch.float32)):
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.dtype != dtype:
                 errors.append(
@@ -173,13 +178,11 @@ def freeze(
 
     shared: dict[int, tuple[Tensor, Tensor]] = {}  # of layers that share a weight
     for name, layer in layers.items():
-        input_scale = None
-        if activations == "static":
-            input_scale = torch.full((1,), _static_scale(name, layer), device=weights[name].device)
+        slot = new_slot(_static_scale(name, layer), weights[name].device) if activations == "static" else None
         parameter = layer.weight
         if id(parameter) not in shared:
             shared[id(parameter)] = quantize_weight(weights[name], weight)
-        _become_frozen(layer, *shared[id(parameter)], input_scale, activations)
+        _become_frozen(layer, *shared[id(parameter)], slot, activations)
         del weights[name], parameter  # and with them the last 16-bit copy
     return model.requires_grad_(False)
 
@@ -247,6 +250,10 @@ def scale_shape(weight: str, out_features: int, in_features: int) -> tuple[int, 
     return {"tensor": (1,), "channel": (out_features, 1), "block": blocks}[weight]
 
 
+def new_slot(input_scale: float, device: torch.device) -> Tensor:
+    return torch.tensor([[input_scale, 1 / input_scale, 0, 0]], dtype=torch.float32, device=device)
+
+
 def quantize_weight(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
     """The E4M3 codes of a finite (N, K) weight, and their float32 multipliers.
 
@@ -283,7 +290,7 @@ def _bfloat16_above(x: Tensor) -> Tensor:
 
 
 def _become_frozen(
-    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None, activations: str
+    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str
 ) -> None:
     """Change the class of a linear layer in place, as convert does: the object, its name and its hooks stay."""
     if isinstance(layer, Linear):
@@ -293,7 +300,7 @@ def _become_frozen(
     for name in (_AMAX, "_not_fp8"):
         layer.__dict__.pop(name, None)
     layer.__class__ = FrozenLinear
-    layer._make_frozen(weight, weight_scale, None if bias is None else bias.detach(), input_scale, activations)
+    layer._make_frozen(weight, weight_scale, None if bias is None else bias.detach(), input_slot, activations)
 
 
 def is_conv1d(module: nn.Module) -> bool:
