@@ -12,10 +12,10 @@ from torch_fp8.frozen import frozen_layers
 
 ARMS = {  # what fp8.freeze is told
     "W8A16": {"activations": "none", "weight": "channel"},
+    "W8A16 block": {"activations": "none", "weight": "block"},  # before block scales no input is quantised
     "W8A8 static": {"activations": "static", "weight": "tensor"},
     "W8A8 tensor": {"activations": "tensor", "weight": "tensor"},
     "W8A8 token": {"activations": "token", "weight": "channel"},
-    "W8A8 block": {"activations": "token", "weight": "block"},
 }
 
 
@@ -37,7 +37,7 @@ class Emulated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         kind = ACTIVATIONS.index(layer.activations)
-        return emulated_linear(x, layer.weight, layer.weight_scale, layer.bias, layer.input_scale, kind)
+        return emulated_linear(x, layer.weight, layer.weight_scale, layer.bias, layer.input_slot, kind)
 
 
 def emulated(model: nn.Module) -> nn.Module:
