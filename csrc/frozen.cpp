@@ -1,4 +1,6 @@
 // frozen_linear: a linear layer whose weight is stored in FP8. Checks, and which of four ways a product goes.
+#include <algorithm>
+
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
@@ -8,6 +10,10 @@ namespace torch_fp8 {
 namespace {
 
 constexpr int64_t kMostRescaled = 256 * 8192;  // outputs up to which rescaling them costs less than it spares
+
+// Rows of x that the kernel for few rows takes where x is not quantised, kSkinnyRows at a time: after the first time
+// the weight comes from the L2 cache, which is cheaper than to write it in 16 bits and read it again.
+constexpr int64_t kStreamedRows = 64;
 
 int64_t blocks(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
 
@@ -55,12 +61,11 @@ void check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 
 // The weight in float32 (CPU, float32 inputs) or in x's 16 bits.
 at::Tensor dequantized(const at::Tensor& weight, const at::Tensor& scale, WeightScale kind, at::ScalarType dtype) {
-  const int64_t n = weight.size(0), k = weight.size(1);
-  at::Tensor scales = kind == WeightScale::kTensor ? scale.reshape({1, 1}) : scale;
-  if (kind == WeightScale::kBlock) {
-    scales = scale.repeat_interleave(kScaleBlock, 0).narrow(0, 0, n).repeat_interleave(kScaleBlock, 1).narrow(1, 0, k);
-  }
-  return weight.to(at::kFloat).mul_(scales).to(dtype);
+  at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(dtype));
+  (weight.is_cuda() ? cuda::dequantize : cpu::dequantize)(
+      {weight.size(0), weight.size(1), static_cast<const uint8_t*>(weight.const_data_ptr()),
+       scale.const_data_ptr<float>(), kind, out.data_ptr(), type_of(dtype, "x")});
+  return out;
 }
 
 // As many columns more as FP8 GEMMs need, zero.
@@ -168,18 +173,24 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
     return quantized_product(x2, weight, weight_scale, bias, input_slot, how, dtype).reshape(size);
   }
 
-  const bool is_skinny = x.is_cuda() && m <= kSkinnyRows && k % kAlignment == 0 && k < (1 << 30) &&
+  const bool is_skinny = x.is_cuda() && m <= kStreamedRows && k % kAlignment == 0 && k < (1 << 30) &&
                          dtype != at::kFloat && x.scalar_type() != at::kFloat && is_aligned(weight.const_data_ptr());
   if (is_skinny) {
     x2 = x2.to(dtype).contiguous();
     if (!is_aligned(x2.const_data_ptr())) x2 = x2.clone();
     at::Tensor out = at::empty(size, x2.options());
-    cuda::skinny({m, n, k, x2.const_data_ptr(), static_cast<const uint8_t*>(weight.const_data_ptr()),
-                  weight_scale.const_data_ptr<float>(), kind, bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
-                  type_of(dtype, "dtype")});
+    const auto* const x_bytes = static_cast<const uint8_t*>(x2.const_data_ptr());
+    auto* const out_bytes = static_cast<uint8_t*>(out.data_ptr());
+    for (int64_t row = 0; row < m; row += kSkinnyRows) {
+      cuda::skinny({std::min(kSkinnyRows, m - row), n, k, x_bytes + row * k * x2.element_size(),
+                    static_cast<const uint8_t*>(weight.const_data_ptr()), weight_scale.const_data_ptr<float>(), kind,
+                    bias ? bias->const_data_ptr() : nullptr, out_bytes + row * n * x2.element_size(),
+                    type_of(dtype, "dtype")});
+    }
     return out;
   }
-  const at::ScalarType compute = x.is_cuda() ? x.scalar_type() : at::kFloat;
+  const bool in_float = !x.is_cuda() || x.scalar_type() == at::kFloat || dtype == at::kFloat;
+  const at::ScalarType compute = in_float ? at::kFloat : x.scalar_type();
   at::Tensor y = at::mm(x2.to(compute), dequantized(weight, weight_scale, kind, compute).t());
   if (bias) y = y.add(bias->to(compute));
   return y.to(dtype).reshape(size);

@@ -23,6 +23,7 @@ void quantize_rows(const QuantizeRowsArgs&) { refuse(); }
 void rescale(const RescaleArgs&) { refuse(); }
 void skinny(const SkinnyArgs&) { refuse(); }
 void add_column_sums(const ColumnSums&) { refuse(); }
+void dequantize(const DequantizeArgs&) { refuse(); }
 void gemm(const GemmArgs&) { refuse(); }
 void update_scales(const LayerState*, int64_t) { refuse(); }
 std::vector<TimedAlgorithm> time_algorithms(const GemmProblem&, int) { refuse(); }

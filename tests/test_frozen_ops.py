@@ -154,3 +154,18 @@ def test_bad_arguments_are_named(change, error, match):
     }  # fmt: skip
     with pytest.raises(error, match=match):
         fp8._C.frozen_linear(*(arguments | change).values(), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(130, 272), (40, 33), (3, 4112)])
+def test_many_rows_see_the_weight_rounded_once(device, dtype, n, k):
+    """Through an identity, past the kernel for few rows. Sums of one value and zeros are exact, so the bits are."""
+    weight, _, _ = weight_of(n, k, "tensor")
+    weight.view(torch.uint8)[0, :2] = torch.tensor([0x01, 0x87])  # subnormal codes
+    eye = torch.eye(max(k, 65), k, dtype=dtype, device=device)
+    for size in ((1,), (n, 1), (math.ceil(n / 128), math.ceil(k / 128))):
+        scale = torch.rand(size) * 2.0**-7 + 2.0**-9
+        blocks = len(size) == 2 and size != (n, 1)
+        spread = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k] if blocks else scale
+        y = frozen_linear(eye, weight.to(device), scale.to(device), None, None, NONE)
+        assert torch.equal(y[:k].cpu(), (weight.float() * spread).to(dtype).T)

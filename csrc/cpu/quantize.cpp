@@ -153,6 +153,22 @@ void count_losses(const LossArgs& args) {
   });
 }
 
+void dequantize(const DequantizeArgs& args) {
+  float values[256];
+  for (int code = 0; code < 256; ++code) values[code] = decode<E4M3>(static_cast<uint8_t>(code));
+  with_type(args.type, [&](auto t) {
+    using T = decltype(t);
+    at::parallel_for(0, args.n, grain(args.k), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t col = 0; col < args.k; ++col) {
+          const float scale = args.w_scale[scale_index(args.scale_kind, args.k, row, col)];
+          static_cast<T*>(args.out)[row * args.k + col] = static_cast<T>(values[args.w[row * args.k + col]] * scale);
+        }
+      }
+    });
+  });
+}
+
 void add_column_sums(const ColumnSums& sums) {
   with_type(sums.type, [&](auto t) {
     using T = decltype(t);

@@ -13,6 +13,7 @@ namespace torch_fp8::cuda {
 void launch_amax(const Matrix& x, float* parts, cudaStream_t stream);
 void launch_scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two, cudaStream_t stream);
 void launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
+void launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
 void launch_rescale(const RescaleArgs& args, cudaStream_t stream);
 void launch_skinny(const SkinnyArgs& args, cudaStream_t stream);

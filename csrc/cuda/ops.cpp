@@ -48,6 +48,8 @@ void quantize_rows(const QuantizeRowsArgs& args) { launch_quantize_rows(args, st
 
 void rescale(const RescaleArgs& args) { launch_rescale(args, stream()); }
 
+void dequantize(const DequantizeArgs& args) { launch_dequantize(args, stream()); }
+
 void skinny(const SkinnyArgs& args) { launch_skinny(args, stream()); }
 
 void count_losses(const LossArgs& args) { launch_count_losses(args, stream()); }

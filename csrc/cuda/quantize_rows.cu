@@ -5,7 +5,7 @@
 namespace torch_fp8::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
 
 // Zero behind the row's end.
 template <class T>
@@ -81,7 +81,7 @@ void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
     const int64_t packs = padded(args.x.cols) / kPackSize;
     const auto kernel = packs <= kThreads       ? quantize_rows_kernel<T, 1>
                         : packs <= 2 * kThreads ? quantize_rows_kernel<T, 2>
-                        : packs <= 8 * kThreads ? quantize_rows_kernel<T, 8>
+                        : packs <= 4 * kThreads ? quantize_rows_kernel<T, 4>
                                                 : quantize_rows_kernel<T, 0>;
     launch(kernel, blocks_for(args.x.rows, 1), kThreads, stream, args, is_vectorised(args.x));
   });

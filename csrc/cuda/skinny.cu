@@ -141,7 +141,6 @@ __global__ void __launch_bounds__(kMostSlices * 32) gemv_kernel(SkinnyArgs args,
 constexpr int kMmaWarps = 8;  // of a block: they share the columns of k in turn
 constexpr int kMmaRows = 16;  // of the weight, for a block
 constexpr int kChunk = 64;    // columns that a warp takes at a time: 16 a lane and row
-constexpr int kDepth = 4;     // chunks that a warp has in flight
 
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -159,12 +158,14 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 // columns, in whatever order both operands agree on: lane (g, t) of 8 x 4 takes 16 neighbouring columns from 16 t on of
 // weight rows g and g + 8 and of token g, and feeds four of them to each of four instructions.
 template <class T, int kTokens, bool kBlocks>
-__global__ void __launch_bounds__(kMmaWarps * 32, 2) mma_kernel(SkinnyArgs args) {
+__global__ void __launch_bounds__(kMmaWarps * 32, 3) mma_kernel(SkinnyArgs args) {
   __shared__ float sums_of_warp[kMmaWarps][kTokens * 8][kMmaRows];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t first_row = int64_t{blockIdx.x} * kMmaRows;
   constexpr int kStep = kMmaWarps * kChunk;
+  constexpr int kDepth =
+      kTokens == 1 ? 4 : 2;  // chunks that a warp has in flight: what three blocks have registers for
   const int k = static_cast<int>(args.k), first_col = warp * kChunk + t * 16;
   const int chunks = (k - warp * kChunk + kStep - 1) / kStep;   // of this warp,
   const int lane_chunks = (k - first_col + kStep - 1) / kStep;  // and those that reach as far as this lane

@@ -53,6 +53,12 @@ struct QuantizeRowsArgs {
 enum class WeightScale : uint8_t { kTensor, kChannel, kBlock };  // one; of each row of w; of each 128 x 128 of w
 constexpr int64_t kScaleBlock = 128;
 constexpr int64_t kSkinnyRows = 16;  // at most so many rows of x
+// Which scale belongs to an element of w (n, k).
+TORCH_FP8_HOST_DEVICE constexpr int64_t scale_index(WeightScale kind, int64_t k, int64_t row, int64_t col) {
+  if (kind == WeightScale::kTensor) return 0;
+  if (kind == WeightScale::kChannel) return row;
+  return row / kScaleBlock * ((k + kScaleBlock - 1) / kScaleBlock) + col / kScaleBlock;
+}
 struct SkinnyArgs {
   int64_t m, n, k;   // k a multiple of 16
   const void* x;     // contiguous and 16-byte aligned, as w
@@ -72,6 +78,16 @@ struct RescaleArgs {
   const void* bias;  // of type, or null
   void* out;
   Type type;
+};
+
+// out (n, k) = w * w_scale: the product in float32, rounded once.
+struct DequantizeArgs {
+  int64_t n, k;
+  const uint8_t* w;  // E4M3, contiguous
+  const float* w_scale;
+  WeightScale scale_kind;
+  void* out;
+  Type type;  // of out
 };
 
 // What a cast of x with that slot loses.
@@ -138,6 +154,7 @@ void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of
 void quantize(const QuantizeArgs& args);
 void quantize_rows(const QuantizeRowsArgs& args);
 void rescale(const RescaleArgs& args);
+void dequantize(const DequantizeArgs& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);
@@ -152,6 +169,7 @@ void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of
 void quantize(const QuantizeArgs& args);
 void quantize_rows(const QuantizeRowsArgs& args);
 void rescale(const RescaleArgs& args);
+void dequantize(const DequantizeArgs& args);
 void skinny(const SkinnyArgs& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);

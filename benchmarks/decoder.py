@@ -1,0 +1,124 @@
+"""A Llama as an inference engine runs it: fused qkv and gate-up, a static KV cache, decode steps for a CUDA graph.
+
+What stands between the linear layers is compiled in both arms, so that at batch 1 it is a few small kernels and not
+twenty: what is compared is the linear layers, at the speed of everything else that a tuned engine has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from common import options
+from llama import Shape, rms_norm, rotation_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention_norm = nn.Parameter(torch.ones(shape.hidden))
+        self.ffn_norm = nn.Parameter(torch.ones(shape.hidden))
+        self.qkv = nn.Linear(shape.hidden, (shape.heads + 2 * shape.kv_heads) * shape.head, bias=False)
+        self.o = nn.Linear(shape.heads * shape.head, shape.hidden, bias=False)
+        self.gate_up = nn.Linear(shape.hidden, 2 * shape.ffn, bias=False)
+        self.down = nn.Linear(shape.ffn, shape.hidden, bias=False)
+
+
+@dataclass
+class Cache:
+    """Keys and values of all layers, each (1, kv_heads, length, head), and the angles of all positions."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    rotation: tuple[Tensor, Tensor]  # (length, head) each
+
+
+class Decoder(nn.Module):
+    """forward(ids (1, tokens)) -> logits (1, 1, vocabulary) of the last token; step() is one token more."""
+
+    def __init__(self, shape: Shape, layers: int, vocabulary: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(vocabulary, shape.hidden)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(layers))
+        self.norm = nn.Parameter(torch.ones(shape.hidden))
+        self.lm_head = nn.Linear(shape.hidden, vocabulary, bias=False)
+
+    def new_cache(self, length: int) -> Cache:
+        like, size = self.embedding.weight, (1, self.shape.kv_heads, length, self.shape.head)
+        k, v = ([like.new_zeros(size) for _ in self.layers] for _ in range(2))
+        cos, sin = rotation_of(length, self.shape.head, like)
+        half = self.shape.head // 2
+        return Cache(k, v, (cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=1)))
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """A prompt, from position 0 on."""
+        tokens = ids.shape[1]
+        cache = cache or self.new_cache(tokens)
+        positions = torch.arange(tokens, device=ids.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = k[:, :, :tokens], v[:, :, :tokens]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        return self._run(ids, positions, cache, attend)
+
+    def step(self, token: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Logits after one more token (1, 1) at position (1,); nothing here depends on the host, so a graph can hold
+        it."""
+        group = self.shape.heads // self.shape.kv_heads
+        unseen = torch.arange(cache.k[0].shape[2], device=token.device) > position
+        mask = torch.zeros_like(unseen, dtype=cache.k[0].dtype).masked_fill(unseen, float("-inf"))
+        mask = mask.expand(1, self.shape.kv_heads, group, -1)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # The query heads of a group are rows of one product with their keys: no key is read or copied twice.
+            grouped = q.view(1, self.shape.kv_heads, group, self.shape.head)
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+
+        return self._run(token, position, cache, attend)
+
+    def _run(self, ids: Tensor, positions: Tensor, cache: Cache, attend) -> Tensor:
+        x, angles = self.embedding(ids), tuple(part[positions] for part in cache.rotation)
+        y = rms_norm(x, self.layers[0].attention_norm)
+        following = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, k, v, norm in zip(self.layers, cache.k, cache.v, following):
+            q = rotate_and_store(layer.qkv(y), angles, positions, k, v)
+            x, y = add_and_norm(x, layer.o(attend(q, k, v).transpose(1, 2).flatten(2)), layer.ffn_norm)
+            x, y = add_and_norm(x, layer.down(swiglu(layer.gate_up(y))), norm)
+        return self.lm_head(y[:, -1:])
+
+
+def _fused(function):
+    compiled = torch.compile(function, dynamic=False)
+    return lambda *args: (function if options.dry else compiled)(*args)
+
+
+@_fused
+def add_and_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + y
+    return x, rms_norm(x, weight)
+
+
+@_fused
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@_fused
+def rotate_and_store(
+    qkv: Tensor, angles: tuple[Tensor, Tensor], positions: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """The queries (1, heads, tokens, head); keys and values go to their positions in the caches."""
+    cos, sin = angles
+    kv_heads, head = k_cache.shape[1], k_cache.shape[3]
+    heads = qkv.unflatten(-1, (-1, head)).transpose(1, 2)
+    qk, v = heads[:, :-kv_heads], heads[:, -kv_heads:]
+    first, second = qk.chunk(2, dim=-1)
+    qk = qk * cos + torch.cat([second, first], dim=-1) * sin
+    k_cache.index_copy_(2, positions, qk[:, -kv_heads:])
+    v_cache.index_copy_(2, positions, v)
+    return qk[:, :-kv_heads].contiguous()

@@ -1,0 +1,83 @@
+"""Many rows of x on an FP8 weight, as in prefill, against BF16 and torch._scaled_mm; and what a call costs the host.
+Writes results/prefill.md.
+
+Whole calls: x is cast in them. "tensor" takes two more launches than "static", for the amax; "block" puts the weight
+into 16 bits and multiplies there. "_scaled_mm" gets x quantised already, with one scale on each side. All weights of
+ours have a scale a channel, but for block's and for "static, tensor", which has one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch_fp8 as fp8
+from common import gpu_ms, loop_ms, options, randn, scaled, start
+from report import header, pair, table, write
+from steps import E4M3, quantize
+from torch.nn import functional as F
+
+SHAPES = [(8192, 4096, 4096), (8192, 4096, 6144), (8192, 4096, 28672), (8192, 14336, 4096), (512, 4096, 4096)]  # M K N
+STATIC, TENSOR, TOKEN = 1, 2, 3
+OURS = ("static, tensor", "static", "tensor", "token", "block")
+NOTE = """ms, *GPU* / *loop*. Targets at M = 8192: 1.8 of BF16 with static scales (1.6 for 4096 to 4096), 1.6 with
+scales by token; a call on the host within 1.5 of nn.Linear's.
+"""
+
+
+def operands(m: int, k: int, n: int) -> dict[str, torch.Tensor]:
+    device = options.device
+    return {
+        "x": randn(m, k),
+        "w": (randn(n, k) * 50).clamp(-448, 448).to(E4M3),
+        "wide": randn(n, k),
+        "one": torch.ones(1, device=device),
+        "channels": torch.rand(n, 1, device=device),
+        "blocks": torch.rand(math.ceil(n / 128), math.ceil(k / 128), device=device),
+        "slot": torch.tensor([[1 / 64, 64.0, 0.0, 1.0]], device=device),  # scale_inv, scale, amax, cursor
+    }
+
+
+def calls(m: int, k: int, n: int) -> dict[str, object]:
+    t = operands(m, k, n)
+    x, w, one = t["x"], t["w"], t["one"]
+    codes, _, x_scale, _ = quantize(x, t["slot"], 0, E4M3, record=False)
+    frozen = fp8._C.frozen_linear
+    return {
+        "BF16": lambda: F.linear(x, t["wide"]),
+        "static, tensor": lambda: frozen(x, w, one, None, t["slot"], STATIC, None),
+        "static": lambda: frozen(x, w, t["channels"], None, t["slot"], STATIC, None),
+        "tensor": lambda: frozen(x, w, t["channels"], None, None, TENSOR, None),
+        "token": lambda: frozen(x, w, t["channels"], None, None, TOKEN, None),
+        "block": lambda: frozen(x, w, t["blocks"], None, None, TOKEN, None),
+        "_scaled_mm": lambda: torch._scaled_mm(
+            codes, w.t(), scale_a=x_scale, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+    }
+
+
+def main() -> None:
+    start(__doc__)
+    rows = []
+    with torch.no_grad():
+        for shape in SHAPES:
+            size = scaled(*shape)
+            arms = calls(*size)
+            gpu, loop = gpu_ms(arms), loop_ms(arms)
+            speedups = [f"**{gpu['BF16'] / gpu[name]:.2f}** / {loop['BF16'] / loop[name]:.2f}" for name in OURS]
+            rows.append(["M{} K{} N{}".format(*size), *(pair(gpu[arm], loop[arm], 3) for arm in arms), *speedups])
+        # So small that the host decides: one row for the kernel of few rows, 32 for a cast and a GEMM.
+        host = {m: loop_ms(calls(m, 256, 256)) for m in (1, 32)}
+    head = ["shape", *arms, *(f"BF16 over {name}" for name in OURS)]
+    host_rows = [
+        [m, *(f"{t * 1e3:.1f}" for t in ms.values()), *(f"{ms[name] / ms['BF16']:.2f}" for name in OURS)]
+        for m, ms in host.items()
+    ]
+    host_head = ["M, K256 N256", *(f"{arm}, µs" for arm in arms), *(f"{name} over BF16" for name in OURS)]
+    note = " ".join(__doc__.split("\n\n")[1].split())
+    write("prefill", header("Many rows on an FP8 weight"), NOTE, f"{note}\n", table(head, rows),
+          "*loop* on layers so small that it is the host's time:\n", table(host_head, host_rows))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
