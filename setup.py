@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
 
 setup(
     version=re.search(r"project\(torch_fp8 VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1],
-    packages=["torch_fp8"],
+    packages=["torch_fp8", "torch_fp8.formats"],
     package_dir={"": "python"},
     package_data={"torch_fp8": ["py.typed"]},
     ext_modules=[Extension("torch_fp8._C", sources=[])],

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) read_kernel(const uint4* data, int64_t co
   for (int i = 0; i < 4; ++i) mixed ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
   if (mixed == 0x12345678u) out[0] = 1.0f;
 }
-void read(at::Tensor w, at::Tensor out) {
+void read_bytes(at::Tensor w, at::Tensor out) {
   const int64_t count = w.nbytes() / 16;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -67,13 +67,13 @@ def reader() -> Callable[[torch.Tensor], object]:
     includes = "#include <c10/cuda/CUDAException.h>\n#include <c10/cuda/CUDAStream.h>\n"
     module = load_inline(
         "torch_fp8_read",
-        cpp_sources="void read(at::Tensor w, at::Tensor out);",
+        cpp_sources="void read_bytes(at::Tensor w, at::Tensor out);",
         cuda_sources=includes + READ,
-        functions=["read"],
+        functions=["read_bytes"],
         extra_cuda_cflags=["-gencode=arch=compute_90a,code=sm_90a"],
     )
     out = torch.zeros(1, device=options.device)
-    return lambda w: module.read(w, out)
+    return lambda w: module.read_bytes(w, out)
 
 
 def measure(k: int, n: int, read: Callable[[torch.Tensor], object]) -> list[list[str]]:
