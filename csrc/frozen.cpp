@@ -13,7 +13,7 @@ constexpr int64_t kMostRescaled = 256 * 8192;  // outputs up to which rescaling 
 
 // Rows of x that the kernel for few rows takes where x is not quantised, kSkinnyRows at a time: after the first time
 // the weight comes from the L2 cache, which is cheaper than to write it in 16 bits and read it again.
-constexpr int64_t kStreamedRows = 64;
+constexpr int64_t kStreamedRows = 32;
 
 int64_t blocks(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
 
@@ -106,7 +106,10 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   }
   at::Tensor w_scale = weight_scale.reshape({-1});
   const bool vectors = x_scale.numel() > 1 || w_scale.numel() > 1;
-  if (vectors) {
+  // cuBLASLt has no algorithm with vectors of scales that splits k, so for few tokens its product without scales and
+  // our rescaling are faster. float32 adds its bias there, too: the epilogue has none of that type.
+  const bool rescaled = vectors && (m * wide <= kMostRescaled || dtype == at::kFloat);
+  if (vectors && !rescaled) {
     if (x_scale.numel() != m) x_scale = x_scale.expand({m}).contiguous();
     if (w_scale.numel() == 1) w_scale = w_scale.expand({wide}).contiguous();
     if (w_scale.numel() != wide) w_scale = at::constant_pad_nd(w_scale, {0, wide - n});
@@ -114,9 +117,6 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   if (!is_aligned(w_scale.const_data_ptr())) w_scale = w_scale.clone();
 
   const at::Tensor w = padded_codes(weight, wide, q.size(1));
-  // cuBLASLt has no algorithm with vectors of scales that splits k, so for few tokens its product without scales and
-  // our rescaling are faster. float32 adds its bias there, too: the epilogue has none of that type.
-  const bool rescaled = vectors && (m * wide <= kMostRescaled || dtype == at::kFloat);
   const at::ScalarType sum_dtype = rescaled ? at::kFloat : dtype;
   at::Tensor product = at::empty({m, wide}, x.options().dtype(sum_dtype));
   GemmArgs args{};
@@ -130,7 +130,8 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
     at::Tensor out = at::empty({m, n}, x.options().dtype(dtype));
     (x.is_cuda() ? cuda::rescale : cpu::rescale)(
         {product.const_data_ptr<float>(), m, n, wide, x_scale.const_data_ptr<float>(), w_scale.const_data_ptr<float>(),
-         bias ? bias->const_data_ptr() : nullptr, out.data_ptr(), type_of(dtype, "the output")});
+         x_scale.numel() == 1, w_scale.numel() == 1, bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
+         type_of(dtype, "the output")});
     return out;
   }
   args.a_scale_inv = x_scale.const_data_ptr<float>(), args.b_scale_inv = w_scale.const_data_ptr<float>();

@@ -121,7 +121,8 @@ void rescale(const RescaleArgs& args) {
     using T = decltype(t);
     for (int64_t row = 0; row < args.rows; ++row) {
       for (int64_t col = 0; col < args.cols; ++col) {
-        float y = args.sums[row * args.stride + col] * (args.row_scale[row] * args.col_scale[col]);
+        float y = args.sums[row * args.stride + col] *
+                  (args.row_scale[args.one_row_scale ? 0 : row] * args.col_scale[args.one_col_scale ? 0 : col]);
         if (args.bias) y += static_cast<float>(static_cast<const T*>(args.bias)[col]);
         static_cast<T*>(args.out)[row * args.cols + col] = static_cast<T>(y);
       }

@@ -1,7 +1,5 @@
 // An E4M3 weight in a type that every GEMM takes, in one pass: a thread turns 16 neighbouring codes into values.
-#include <cuda_fp8.h>
-
-#include "block.cuh"
+#include "decode.cuh"
 
 namespace torch_fp8::cuda {
 namespace {
@@ -20,29 +18,25 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgs arg
   const uint8_t* const w = args.w + row * args.k + col;
   T* const out = static_cast<T*>(args.out) + row * args.k + col;
 
-  alignas(16) uint8_t codes[kCodes];
   if (vectorised) {
-    *reinterpret_cast<uint4*>(codes) = *reinterpret_cast<const uint4*>(w);
-  } else {
+    const uint4 codes = *reinterpret_cast<const uint4*>(w);
 #pragma unroll
-    for (int i = 0; i < kCodes; ++i) codes[i] = col + i < args.k ? w[i] : uint8_t{0};
+    for (int half = 0; half < 2; ++half) {
+      Pack<T> values;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t pair = word(codes, 2 * half + j / 2) >> (j % 2 * 16) & 0xFFFF;
+        const float2 value = to_float2(halves_of(pair), __half{});
+        values.values[2 * j] = static_cast<T>(value.x * scale);
+        values.values[2 * j + 1] = static_cast<T>(value.y * scale);
+      }
+      *reinterpret_cast<Pack<T>*>(out + half * kPackSize) = values;
+    }
+    return;
   }
-  alignas(16) T values[kCodes];
 #pragma unroll
   for (int i = 0; i < kCodes; ++i) {
-    const __half_raw half = __nv_cvt_fp8_to_halfraw(codes[i], __NV_E4M3);
-    values[i] = static_cast<T>(__half2float(__half(half)) * scale);
-  }
-  if (vectorised) {
-#pragma unroll
-    for (int i = 0; i < kCodes; i += kPackSize) {
-      *reinterpret_cast<Pack<T>*>(out + i) = *reinterpret_cast<const Pack<T>*>(values + i);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCodes; ++i) {
-      if (col + i < args.k) out[i] = values[i];
-    }
+    if (col + i < args.k) out[i] = static_cast<T>(to_float2(halves_of(w[i]), __half{}).x * scale);
   }
 }
 

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uin
   const int64_t first = (int64_t{blockIdx.x % blocks_across} * kThreads + threadIdx.x) * 4;
   begin_dependent();
   if (first >= args.cols) return;
-  const float row_scale = args.row_scale[row];
+  const float row_scale = args.row_scale[args.one_row_scale ? 0 : row];
   const float4 sums = *reinterpret_cast<const float4*>(args.sums + row * args.stride + first);
   const float values[4] = {sums.x, sums.y, sums.z, sums.w};
   T* const out = static_cast<T*>(args.out) + row * args.cols;
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uin
   for (int i = 0; i < 4; ++i) {
     const int64_t col = first + i;
     if (col >= args.cols) break;
-    float y = values[i] * (row_scale * args.col_scale[col]);
+    float y = values[i] * (row_scale * args.col_scale[args.one_col_scale ? 0 : col]);
     if (args.bias) y += to_float(static_cast<const T*>(args.bias)[col]);
     out[col] = static_cast<T>(y);
   }

@@ -7,9 +7,7 @@
 // every E4M3 value exactly. Both add products in float32; scales and bias come last.
 #include <algorithm>
 
-#include <cuda_fp8.h>
-
-#include "block.cuh"
+#include "decode.cuh"
 
 namespace torch_fp8::cuda {
 namespace {
@@ -36,19 +34,6 @@ __device__ uint4 load_x(const void* pointer) {
 __device__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-__device__ float2 to_float2(uint32_t bits, __half) { return __half22float2(*reinterpret_cast<const __half2*>(&bits)); }
-__device__ float2 to_float2(uint32_t bits, __nv_bfloat16) {
-  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000));
-}
-
-__device__ uint32_t word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// Two E4M3 codes as two halves, exactly.
-__device__ uint32_t halves_of(uint32_t codes) {
-  const __half2_raw raw = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-  return uint32_t{raw.x} | uint32_t{raw.y} << 16;
-}
-
 __device__ uint32_t operand_of(uint32_t codes, __half) { return halves_of(codes); }
 __device__ uint32_t operand_of(uint32_t codes, __nv_bfloat16) {
   const __nv_bfloat162 pair = __float22bfloat162_rn(to_float2(halves_of(codes), __half{}));
@@ -68,7 +53,7 @@ constexpr int kGemvRows = 4;              // of the weight, for a warp
 constexpr int kLoads = 2;                 // of a lane and row at a time, 16 codes each
 constexpr int kSlice = kLoads * 32 * 16;  // columns that a warp takes at a time
 constexpr int kMostSlices = 16;           // warps side by side along k
-constexpr int kOneWave = 132 * 4;         // blocks of 8 warps that run at once
+constexpr uint32_t kMultiprocessors = 132;
 
 template <class T>
 __global__ void __launch_bounds__(kMostSlices * 32) gemv_kernel(SkinnyArgs args, int slices, int groups) {
@@ -157,15 +142,14 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 // The weight is the instruction's A (16 rows), x its B (8 tokens); kTokens tiles of 8. An instruction contracts 16
 // columns, in whatever order both operands agree on: lane (g, t) of 8 x 4 takes 16 neighbouring columns from 16 t on of
 // weight rows g and g + 8 and of token g, and feeds four of them to each of four instructions.
-template <class T, int kTokens, bool kBlocks>
-__global__ void __launch_bounds__(kMmaWarps * 32, 3) mma_kernel(SkinnyArgs args) {
+template <class T, int kTokens, bool kBlocks, bool kOneWave>
+__global__ void __launch_bounds__(kMmaWarps * 32, kOneWave ? 2 : 3) mma_kernel(SkinnyArgs args) {
   __shared__ float sums_of_warp[kMmaWarps][kTokens * 8][kMmaRows];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t first_row = int64_t{blockIdx.x} * kMmaRows;
   constexpr int kStep = kMmaWarps * kChunk;
-  constexpr int kDepth =
-      kTokens == 1 ? 4 : 2;  // chunks that a warp has in flight: what three blocks have registers for
+  constexpr int kDepth = kTokens == 1 || kOneWave ? 4 : 2;  // chunks that a warp has in flight
   const int k = static_cast<int>(args.k), first_col = warp * kChunk + t * 16;
   const int chunks = (k - warp * kChunk + kStep - 1) / kStep;   // of this warp,
   const int lane_chunks = (k - first_col + kStep - 1) / kStep;  // and those that reach as far as this lane
@@ -249,23 +233,32 @@ static_assert(kSkinnyRows * kMmaRows <= kMmaWarps * 32, "a thread for each outpu
 static_assert(kScaleBlock % kMmaRows == 0 && kScaleBlock % kChunk == 0,
               "a chunk of a tile lies in one block of scales");
 
+template <class T, int kTokens, bool kBlocks>
+void launch_mma(const SkinnyArgs& args, cudaStream_t stream) {
+  // Where two blocks an SM hold the whole weight, each may have more registers, and so more of it in flight.
+  const uint32_t grid = blocks_for(args.n, kMmaRows);
+  const auto kernel =
+      grid <= 2 * kMultiprocessors ? mma_kernel<T, kTokens, kBlocks, true> : mma_kernel<T, kTokens, kBlocks, false>;
+  launch(kernel, grid, kMmaWarps * 32, stream, args);
+}
+
 template <class T>
 void launch_typed(const SkinnyArgs& args, cudaStream_t stream) {
   const bool blocks = args.scale_kind == WeightScale::kBlock;
   if (args.m == 1 && !blocks) {
-    // A warp goes once along its slice while one wave of blocks takes the whole weight, and twice where that spares a
-    // second, half-empty wave.
+    // A warp goes twice along its slice: half as many blocks leave room for the next kernel's to start early.
     const int64_t along = (args.k + kSlice - 1) / kSlice;
-    const bool one_wave = args.n * along <= int64_t{kOneWave} * 8 * kGemvRows;
-    const int64_t slices = std::clamp<int64_t>(one_wave ? along : (along + 1) / 2, 1, kMostSlices);
+    const int64_t slices = std::clamp<int64_t>((along + 1) / 2, 1, kMostSlices);
     const int64_t groups = std::max<int64_t>(1, 8 / slices);
     launch(gemv_kernel<T>, blocks_for(args.n, groups * kGemvRows), static_cast<int>(slices * groups * 32), stream, args,
            static_cast<int>(slices), static_cast<int>(groups));
     return;
   }
-  const auto kernel = args.m <= 8 ? (blocks ? mma_kernel<T, 1, true> : mma_kernel<T, 1, false>)
-                                  : (blocks ? mma_kernel<T, 2, true> : mma_kernel<T, 2, false>);
-  launch(kernel, blocks_for(args.n, kMmaRows), kMmaWarps * 32, stream, args);
+  if (args.m <= 8) {
+    blocks ? launch_mma<T, 1, true>(args, stream) : launch_mma<T, 1, false>(args, stream);
+  } else {
+    blocks ? launch_mma<T, 2, true>(args, stream) : launch_mma<T, 2, false>(args, stream);
+  }
 }
 
 }  // namespace

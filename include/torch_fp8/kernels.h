@@ -53,12 +53,14 @@ struct QuantizeRowsArgs {
 enum class WeightScale : uint8_t { kTensor, kChannel, kBlock };  // one; of each row of w; of each 128 x 128 of w
 constexpr int64_t kScaleBlock = 128;
 constexpr int64_t kSkinnyRows = 16;  // at most so many rows of x
+
 // Which scale belongs to an element of w (n, k).
 TORCH_FP8_HOST_DEVICE constexpr int64_t scale_index(WeightScale kind, int64_t k, int64_t row, int64_t col) {
   if (kind == WeightScale::kTensor) return 0;
   if (kind == WeightScale::kChannel) return row;
   return row / kScaleBlock * ((k + kScaleBlock - 1) / kScaleBlock) + col / kScaleBlock;
 }
+
 struct SkinnyArgs {
   int64_t m, n, k;   // k a multiple of 16
   const void* x;     // contiguous and 16-byte aligned, as w
@@ -75,7 +77,8 @@ struct RescaleArgs {
   const float* sums;
   int64_t rows, cols, stride;
   const float *row_scale, *col_scale;
-  const void* bias;  // of type, or null
+  bool one_row_scale, one_col_scale;  // for all rows, for all columns
+  const void* bias;                   // of type, or null
   void* out;
   Type type;
 };
