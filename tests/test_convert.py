@@ -302,3 +302,15 @@ def test_tied_layers_and_a_layer_in_two_places(device):
 def test_impossible_recipes(recipe, arguments, match):
     with pytest.raises(ValueError, match=match):
         recipe(**arguments)
+
+
+def test_a_forward_replaced_on_the_object_would_hide_ours():
+    """accelerate's hooks do that; a changed class would not be seen."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(x)
+    fp8.convert(model, tokens=None)
+    assert type(model[0]) is nn.Linear and isinstance(model[1], fp8.Linear)
+    assert "accelerate's device_map" in fp8.summary(model)[0].note
+    with pytest.raises(ValueError, match="forward was replaced"):
+        fp8.convert(model, filter=["0"])

@@ -201,6 +201,8 @@ def _why_not(module: nn.Linear) -> str:
     """Why FP8 cannot take a layer; "" where it can."""
     if type(module) not in (nn.Linear, Linear):
         return f"{type(module).__name__} may compute something else than nn.Linear"
+    if not isinstance(module, Linear) and "forward" in module.__dict__:
+        return "its forward was replaced on the object, as accelerate's device_map does; convert before that"
     if module.weight.dtype not in SUPPORTED_DTYPES:
         return f"{module.weight.dtype} parameters"
     if module.in_features == 0 or module.out_features == 0:
