@@ -403,6 +403,20 @@ class TestCommandLine:
         assert re.search(r"up_proj.weight_scale  bfloat16 \[384, 1\]  [\d.e-]+ \.\.\. ", out)
         assert "compressed-tensors: weights by channel, activations token" in out
 
+    def test_evaluate(self, source, tmp_path, capsys):
+        assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+        capsys.readouterr()
+        report = {}
+        for folder in (source, tmp_path / "out"):
+            arguments = ["evaluate", str(source), str(folder), "--text", str(tmp_path / "text"), "--tokens", "600"]
+            assert main(arguments) == 0
+            report[folder] = dict(line.split() for line in capsys.readouterr().out.splitlines())
+        same, fp8_model = report.values()
+        assert float(same["tokens"]) == 598  # two windows, 512 and 88
+        assert float(same["kld_mean"]) == 0 and float(same["ppl_ratio"]) == 1 and float(same["top1"]) == 1
+        assert 0 < float(fp8_model["kld_mean"]) < 0.1
+        assert float(fp8_model["ppl_low"]) <= float(fp8_model["ppl_ratio"]) <= float(fp8_model["ppl_high"])
+
     def test_errors(self, source, tmp_path, capsys):
         for arguments, message in (
             (["quantize", str(source), str(source)], "exists already"),

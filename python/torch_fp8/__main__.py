@@ -1,8 +1,9 @@
-"""``python -m torch_fp8``: quantise a checkpoint, look into one."""
+"""``python -m torch_fp8``: quantise a checkpoint, look into one, measure what it lost."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="list the tensors and scales of a checkpoint")
     inspect.add_argument("folder", metavar="DIR")
 
+    evaluate = commands.add_parser("evaluate", help="perplexity and divergence of a checkpoint from another")
+    evaluate.add_argument("baseline", metavar="BASELINE", help="folder of the 16-bit checkpoint, with its tokenizer")
+    evaluate.add_argument("folder", metavar="DIR", help="folder of the FP8 checkpoint")
+    evaluate.add_argument("--text", metavar="FILE", type=Path, required=True, help="held-out text")
+    evaluate.add_argument("--tokens", type=int, default=WINDOW * WINDOWS, help="how many of them, from its beginning")
+    evaluate.add_argument("--device", default="cpu")
+
     options = parser.parse_args(arguments)
     try:
         _run(options)
@@ -47,11 +55,14 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "inspect":
         print(describe(options.folder))
         return
+    if options.command == "evaluate":
+        _evaluate(options)
+        return
     quantize_checkpoint(
         options.source,
         options.target,
         options.format,
-        batches=None if options.calibrate is None else _batches(options.source, options.calibrate),
+        batches=None if options.calibrate is None else _batches(options.source, options.calibrate, WINDOW * WINDOWS),
         filter=options.layers,
         device=options.device,
         max_shard_size=options.max_shard_size,
@@ -59,13 +70,34 @@ def _run(options: argparse.Namespace) -> None:
     print(f"wrote {options.target}")
 
 
-def _batches(source: str, text: Path) -> list[Any]:
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from .evaluation import Report, compare
+    from .formats import load_pretrained
+
+    windows = [ids for ids in _batches(options.baseline, options.text, options.tokens) if ids.numel() > 1]
+    if not windows:
+        raise ValueError(f"torch_fp8: {options.text} has no two tokens to predict one from the other")
+    models = [load_pretrained(path, options.device) for path in (options.baseline, options.folder)]
+    pairs = []
+    with torch.inference_mode():
+        for ids in tqdm(windows, desc="evaluate", unit="window"):
+            logits = [model(ids.to(options.device)).logits[0] for model in models]
+            pairs.append(compare(*logits, ids[0].to(options.device)))
+    report = Report.of(pairs, range(len(pairs)))  # every window counts as a document
+    for field in dataclasses.fields(report):
+        print(f"{field.name:24} {getattr(report, field.name):.6g}")
+
+
+def _batches(source: str, text: Path, tokens: int) -> list[Any]:
     """The beginning of a text as windows of token ids, by the tokenizer of the checkpoint."""
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0, : WINDOW * WINDOWS]
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0, :tokens]
     return [window[None].to(torch.int64) for window in ids.split(WINDOW)]
 
 
