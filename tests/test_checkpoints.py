@@ -407,10 +407,10 @@ class TestCommandLine:
         assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
         capsys.readouterr()
         report = {}
-        for folder in (source, tmp_path / "out"):
-            arguments = ["evaluate", str(source), str(folder), "--text", str(tmp_path / "text"), "--tokens", "600"]
+        for other in (source, tmp_path / "out"):
+            arguments = ["evaluate", str(source), str(other), "--text", str(tmp_path / "text"), "--tokens", "600"]
             assert main(arguments) == 0
-            report[folder] = dict(line.split() for line in capsys.readouterr().out.splitlines())
+            report[other] = dict(line.split() for line in capsys.readouterr().out.splitlines())
         same, fp8_model = report.values()
         assert float(same["tokens"]) == 598  # two windows, 512 and 88
         assert float(same["kld_mean"]) == 0 and float(same["ppl_ratio"]) == 1 and float(same["top1"]) == 1
