@@ -304,3 +304,12 @@ class TestStatic:
             fp8.calibrate(nn.ReLU(), [torch.ones(1)])
         with pytest.raises(TypeError, match="a batch must be"):
             fp8.calibrate(linear(), ["text"])
+
+
+def test_summary_lists_frozen_layers():
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
+    fp8.freeze(model, "token", "block", filter=["0"])
+    frozen, plain = fp8.summary(model)
+    assert (frozen.name, frozen.shape, frozen.fp8) == ("0", "48 x 32", True)
+    assert "frozen" in frozen.note and "token" in frozen.note
+    assert not plain.fp8 and "1 of 2 linear layers in FP8" in str(fp8.summary(model))

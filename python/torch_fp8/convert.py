@@ -153,10 +153,16 @@ class Summary(list[LayerSummary]):
 
 def summary(model: nn.Module) -> Summary:
     """Every linear layer of ``model``: in FP8 or not, why not, its recipe and its current scales. ``print`` it."""
+    from .frozen import FrozenLinear  # which is built on this file
+
     rows = Summary()
-    for name, module in _linears(model).items():
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | FrozenLinear)}
+    for name, module in layers.items():
         shape = f"{module.out_features} x {module.in_features}"
-        if isinstance(module, Linear):
+        if isinstance(module, FrozenLinear):
+            note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
+            rows.append(LayerSummary(name, shape, True, note, {}))
+        elif isinstance(module, Linear):
             note = str(module.recipe) + ("" if module.fp8_enabled else ", disabled")
             rows.append(LayerSummary(name, shape, True, note, scaling.scales(module)))
         else:
