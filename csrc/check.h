@@ -63,6 +63,22 @@ inline void check_slots(const at::Tensor& slots, int64_t rows) {
 
 inline Slot* slots_of(const at::Tensor& slots) { return static_cast<Slot*>(slots.data_ptr()); }
 
+// What every linear layer asks of its input (..., in) and bias (out) beside a weight (out, in).
+inline void check_input(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(1),
+              "torch_fp8: the input's last dimension must be "
+              "in_features = ",
+              weight.sym_size(1), ", got an input of shape ", x.sym_sizes());
+  check_same_device(weight, "the weight", x, "the input");
+}
+
+inline void check_bias(const at::Tensor& bias, const at::Tensor& weight) {
+  type_of(bias.scalar_type(), "the bias");
+  check_same_device(weight, "the weight", bias, "the bias");
+  TORCH_CHECK(bias.dim() == 1 && bias.sym_size(0) == weight.sym_size(0), "torch_fp8: the bias must have shape [",
+              weight.sym_size(0), "], got ", bias.sym_sizes());
+}
+
 // The ops choose their own precision: under torch.autocast the PyTorch functions they call would cast behind their
 // back.
 struct NoAutocast {

@@ -39,11 +39,7 @@ void check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
               "torch_fp8: a frozen weight must be a contiguous matrix (out_features, in_features), got ",
               weight.sizes(), " with strides ", weight.strides());
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1),
-              "torch_fp8: the input's last dimension must be "
-              "in_features = ",
-              weight.size(1), ", got an input of shape ", x.sizes());
-  check_same_device(weight, "the weight", x, "the input");
+  check_input(x, weight);
   check_same_device(weight, "the weight", weight_scale, "weight_scale");
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "torch_fp8: activations must be 0, 1, 2 or 3, got ",
                     activations);
@@ -52,11 +48,7 @@ void check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     check_slots(*input_slot, 1);
     check_same_device(weight, "the weight", *input_slot, "input_slot");
   }
-  if (!bias) return;
-  type_of(bias->scalar_type(), "the bias");
-  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "torch_fp8: the bias must have shape [",
-              weight.size(0), "], got ", bias->sizes());
-  check_same_device(weight, "the weight", *bias, "the bias");
+  if (bias) check_bias(*bias, weight);
 }
 
 // The weight in float32 (CPU, float32 inputs) or in x's 16 bits.

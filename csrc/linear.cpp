@@ -164,19 +164,12 @@ void check_linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
   type_of(weight.scalar_type(), "the weight");
   TORCH_CHECK(weight.dim() == 2, "torch_fp8: the weight must be a matrix (out_features, in_features), got ",
               weight.sym_sizes());
-  TORCH_CHECK(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(1),
-              "torch_fp8: the input's last dimension must be "
-              "in_features = ",
-              weight.sym_size(1), ", got an input of shape ", x.sym_sizes());
-  check_same_device(weight, "the weight", x, "the input");
+  check_input(x, weight);
   check_same_device(weight, "the weight", slots, "the layer's scaling state");
   TORCH_CHECK_TYPE(autocast || x.scalar_type() == weight.scalar_type(), "torch_fp8: the input is ", x.scalar_type(),
                    " but the weight is ", weight.scalar_type(), "; cast one of them, or use torch.autocast");
   if (!bias) return;
-  type_of(bias->scalar_type(), "the bias");
-  check_same_device(weight, "the weight", *bias, "the bias");
-  TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "torch_fp8: the bias must have shape [",
-              weight.sym_size(0), "], got ", bias->sym_sizes());
+  check_bias(*bias, weight);
   TORCH_CHECK_TYPE(autocast || bias->scalar_type() == weight.scalar_type(), "torch_fp8: the bias is ",
                    bias->scalar_type(), " but the weight is ", weight.scalar_type(), "; cast one of them");
 }

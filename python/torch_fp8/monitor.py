@@ -19,8 +19,6 @@ from .parallel import is_dtensor, make_state_local
 from .recipe import ConstantScaling, CurrentScaling
 from .traced import traced_training
 
-FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -149,7 +147,7 @@ class Monitor:
                 power_of_two=constant or recipe.power_of_two,
                 margin=0 if constant else recipe.margins[role == "grad_output"],
             )  # fmt: skip
-            pending = self._pending.setdefault((self.step, name, role), _Count(FP8_MAX[dtype]))
+            pending = self._pending.setdefault((self.step, name, role), _Count(torch.finfo(dtype).max))
             pending.add(x.numel(), counts, values)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -247,7 +245,7 @@ class Monitor:
                 ]
                 right.plot(steps, [x.max().item() for x in shares], color=color, label=f"{what}, worst layer")
                 right.plot(steps, [x.median().item() for x in shares], color=color, linestyle=":", label="median")
-            right.set(ylabel="share of elements", yscale="symlog")
+            right.set(ylabel="share of elements")
             right.set_yscale("symlog", linthresh=1e-6)
         left.set_xlabel("optimizer step"), right.set_xlabel("optimizer step")
         figure.axes[0].set_title("scales over the layers: median, 10 to 90 %, all")

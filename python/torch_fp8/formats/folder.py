@@ -16,6 +16,8 @@ from . import safetensors
 from .errors import CheckpointError
 from .json import read as read_json
 from .safetensors import Entry, Item
+from .scheme import Scheme
+from .scheme import read as read_scheme
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -68,6 +70,12 @@ class Folder:
         """The files beside config and weights: of the tokenizer, of generation, the licence..."""
         names = sorted(entry.name for entry in os.scandir(self.path) if not entry.is_dir())
         return [self.file(n) for n in names if not n.lower().endswith(_NOT_COPIED) and n not in _REPLACED]
+
+    def scheme(self) -> Scheme | None:
+        """How it is quantised; None where it is not."""
+        name = "hf_quant_config.json"
+        separate = read_json(self.file(name)) if self.has(name) else None
+        return read_scheme(self.config, separate, self.path / CONFIG)
 
     def _read_shards(self) -> None:
         index = self.file(INDEX)

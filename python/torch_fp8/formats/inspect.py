@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 
-from . import scheme
 from .errors import CheckpointError
-from .folder import CONFIG, Folder
-from .json import read as read_json
+from .folder import Folder
 from .load import _INPUT_SCALES, _WEIGHT_SCALES, _read_scale
 
 
 def describe(path: str | os.PathLike[str]) -> str:
     """A table of a checkpoint's tensors and scales, for people. Raises CheckpointError for a damaged one."""
     folder = Folder(path)
-    separate = read_json(folder.file("hf_quant_config.json")) if folder.has("hf_quant_config.json") else None
-    found = scheme.read(folder.config, separate, folder.path / CONFIG)
+    found = folder.scheme()
     lines, sizes = [], Counter()
     for name, entry in sorted(folder.entries.items()):
         sizes[str(entry.dtype).removeprefix("torch.")] += entry.nbytes

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..convert import _check_device
 from ..emulate import E4M3
 from ..frozen import _become_frozen, new_slot, scale_shape
-from . import scheme as schemes
 from .errors import CheckpointError
 from .folder import CONFIG, Folder
 from .json import read as read_json
@@ -55,8 +54,7 @@ def load_pretrained(
     from tqdm.auto import tqdm
 
     folder = Folder(path)
-    separate = read_json(folder.file("hf_quant_config.json")) if folder.has("hf_quant_config.json") else None
-    scheme = schemes.read(folder.config, separate, folder.path / CONFIG)
+    scheme = folder.scheme()
     model = _empty_model(folder, dtype)
     plan = _Plan(model, folder, scheme, activations)
     device = torch.device(device)
