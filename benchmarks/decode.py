@@ -2,8 +2,8 @@
 
 Decode: 128 tokens after a prompt of 512, greedy, each step one replay of a CUDA graph; wall time of all steps, host
 included. Its one row is not quantised: only the weights are FP8. Prefill: a prompt in eager mode, with the logits of
-its last token. Norms, rotary positions, SwiGLU's product and residuals are compiled in all arms; attention, embedding
-and output head stay in BF16.
+its last token. Norms, rotary positions, SwiGLU's product and residuals are compiled in all arms, to kernels that let
+the next one start early (TORCHINDUCTOR_ENABLE_PDL); attention, embedding and output head stay in BF16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import torch
 import torch_fp8 as fp8
 from common import gpu_ms, loop_ms, options, scaled, start
-from decoder import Decoder
+from decoder import Decoder, best
 from llama import Shape
 from report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
 from torch_fp8.evaluation import shared_copy
@@ -52,7 +52,7 @@ def decoding(model: Decoder, prompt: int, new: int):
     token, position = first.clone(), torch.tensor([prompt], device=options.device)
 
     def step() -> None:
-        token.copy_(model.step(token, position, cache).argmax(-1))
+        token.copy_(best(model.step(token, position, cache)))
         position.add_(1)
 
     replay = step
@@ -96,6 +96,7 @@ def linear_bytes(model: Decoder) -> int:
 @torch.inference_mode()
 def main() -> None:
     start(__doc__)
+    torch._inductor.config.triton.enable_pdl = True
     prompt, new, rounds = (16, 4, 1) if options.dry else (PROMPT, NEW, (ROUNDS + 1) // 2 if options.quick else ROUNDS)
     models = {"BF16": build()}
     for name, how in ARMS.items():

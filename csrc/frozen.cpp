@@ -9,7 +9,9 @@
 namespace torch_fp8 {
 namespace {
 
-constexpr int64_t kMostRescaled = 256 * 8192;  // outputs up to which rescaling them costs less than it spares
+// cuBLASLt has no algorithm with vectors of scales that splits k. Where the output has so few rows, or so few tiles of
+// 128 x 128 that they leave multiprocessors idle, its product without scales and our rescaling are faster.
+bool is_rescaled(int64_t m, int64_t n) { return m <= 32 || (m + 127) / 128 * ((n + 127) / 128) < 96; }
 
 // Rows of x that the kernel for few rows takes where x is not quantised, kSkinnyRows at a time: after the first time
 // the weight comes from the L2 cache, which is cheaper than to write it in 16 bits and read it again.
@@ -98,9 +100,8 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   }
   at::Tensor w_scale = weight_scale.reshape({-1});
   const bool vectors = x_scale.numel() > 1 || w_scale.numel() > 1;
-  // cuBLASLt has no algorithm with vectors of scales that splits k, so for few tokens its product without scales and
-  // our rescaling are faster. float32 adds its bias there, too: the epilogue has none of that type.
-  const bool rescaled = vectors && (m * wide <= kMostRescaled || dtype == at::kFloat);
+  // float32 adds its bias in rescaling, too: the epilogue has none of that type.
+  const bool rescaled = vectors && (is_rescaled(m, wide) || dtype == at::kFloat);
   if (vectors && !rescaled) {
     if (x_scale.numel() != m) x_scale = x_scale.expand({m}).contiguous();
     if (w_scale.numel() == 1) w_scale = w_scale.expand({wide}).contiguous();

@@ -83,14 +83,14 @@ void with_type(Type type, Function&& function) {
 
 // A kernel that calls begin_dependent first of all.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), uint32_t blocks, int threads, cudaStream_t stream,
+void launch(void (*kernel)(Parameters...), uint32_t blocks, dim3 threads, cudaStream_t stream,
             const Arguments&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
-  config.blockDim = static_cast<unsigned>(threads);
+  config.blockDim = threads;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

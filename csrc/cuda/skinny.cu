@@ -22,13 +22,13 @@ __device__ uint4 load_weight(const uint8_t* pointer) {
   return v;
 }
 
-__device__ uint4 load_x(const void* pointer) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+// 32 bytes by one instruction of the source, so that they are under way together.
+__device__ void load_x(uint4 (&v)[2], const void* pointer) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%8];\n\tld.global.v4.u32 {%4, %5, %6, %7}, [%8 + 16];"
+               : "=r"(v[0].x), "=r"(v[0].y), "=r"(v[0].z), "=r"(v[0].w), "=r"(v[1].x), "=r"(v[1].y), "=r"(v[1].z),
+                 "=r"(v[1].w)
                : "l"(pointer)
                : "memory");
-  return v;
 }
 
 __device__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -40,91 +40,120 @@ __device__ uint32_t operand_of(uint32_t codes, __nv_bfloat16) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// What an output of that row needs at the end. Constants as the weight is: requested early, for a kernel of few
+// microseconds would wait for them most of one.
+struct Epilogue {
+  float scale = 1.0f, bias = 0.0f;
+};
 template <class T>
-__device__ void store_output(const SkinnyArgs& args, int64_t token, int64_t row, float sum) {
-  if (args.scale_kind != WeightScale::kBlock) sum *= args.w_scale[args.scale_kind == WeightScale::kChannel ? row : 0];
-  if (args.bias) sum += to_float(static_cast<const T*>(args.bias)[row]);
-  static_cast<T*>(args.out)[token * args.n + row] = static_cast<T>(sum);
+__device__ Epilogue load_epilogue(const SkinnyArgs& args, int64_t row) {
+  Epilogue epilogue;
+  if (row >= args.n) return epilogue;
+  if (args.scale_kind != WeightScale::kBlock) epilogue.scale = args.w_scale[scale_index(args.scale_kind, 0, row, 0)];
+  if (args.bias) epilogue.bias = to_float(static_cast<const T*>(args.bias)[row]);
+  return epilogue;
+}
+
+template <class T>
+__device__ void store_output(const SkinnyArgs& args, int64_t token, int64_t row, float sum, const Epilogue& epilogue) {
+  static_cast<T*>(args.out)[token * args.n + row] = static_cast<T>(fmaf(sum, epilogue.scale, epilogue.bias));
 }
 
 // ---- one row of x ---------------------------------------------------------------------------------------------------
 
-constexpr int kGemvRows = 4;              // of the weight, for a warp
-constexpr int kLoads = 2;                 // of a lane and row at a time, 16 codes each
-constexpr int kSlice = kLoads * 32 * 16;  // columns that a warp takes at a time
-constexpr int kMostSlices = 16;           // warps side by side along k
-constexpr uint32_t kMultiprocessors = 132;
+constexpr int kSlice = 32 * 16;  // columns that a warp takes at a time
+constexpr int kGemvWarps = 8, kMostSlices = 4;
+template <int kRows>
+constexpr int kGemvBlocks = kRows == 4 ? 4 : 3;  // on a multiprocessor
 
-template <class T>
-__global__ void __launch_bounds__(kMostSlices * 32) gemv_kernel(SkinnyArgs args, int slices, int groups) {
-  __shared__ float sums_of_warp[kMostSlices][kGemvRows];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int slice = warp % slices, group = warp / slices;
-  const int64_t first_row = (int64_t{blockIdx.x} * groups + group) * kGemvRows;
-  const int step = slices * kSlice, k = static_cast<int>(args.k);
-  const uint8_t* rows[kGemvRows];
+// The lanes' sums of each row, added up; a lane gets the row that it is told.
+template <int kRows>
+__device__ float sum_of_lanes(float (&sums)[kRows], int lane, int& row) {
+  row = 0;
+  int distance = 16;
 #pragma unroll
-  for (int r = 0; r < kGemvRows; ++r) {  // a row too many is read again and not written
-    rows[r] = args.w + min(first_row + r, args.n - 1) * args.k + lane * 16;
+  for (int half = kRows / 2; half >= 1; half /= 2, distance /= 2) {  // one half of the rows to either half of the lanes
+    const bool upper = lane & distance;
+    if (upper) row += half;
+#pragma unroll
+    for (int r = 0; r < half; ++r) {
+      const float given = upper ? sums[r] : sums[r + half];
+      sums[r] = (upper ? sums[r + half] : sums[r]) + __shfl_xor_sync(0xFFFFFFFF, given, distance);
+    }
   }
-  float sums[kGemvRows] = {};
+#pragma unroll
+  for (; distance >= 1; distance /= 2) sums[0] += __shfl_xor_sync(0xFFFFFFFF, sums[0], distance);
+  return sums[0];
+}
+
+// A warp takes kRows rows of the weight and every blockDim.x / 32-th slice of k; blockDim.y groups of warps lie below
+// each other.
+template <class T, int kRows>
+__global__ void __launch_bounds__(kGemvWarps * 32, kGemvBlocks<kRows>) gemv_kernel(SkinnyArgs args) {
+  __shared__ float sums_of_warp[kGemvWarps][kRows];
+  const int lane = static_cast<int>(threadIdx.x) % 32, slices = static_cast<int>(blockDim.x) / 32;
+  const int warp = static_cast<int>(threadIdx.y * slices + threadIdx.x / 32);
+  const int groups = static_cast<int>(blockDim.y), k = static_cast<int>(args.k), step = slices * kSlice;
+  const int64_t block_row = int64_t{blockIdx.x} * groups * kRows;
+  const int64_t first_row = min(block_row + threadIdx.y * kRows, args.n - 1);
+  const int rows = static_cast<int>(min(args.n - first_row, int64_t{kRows}));
+  const uint8_t* const w = args.w + first_row * k;
+  const int output = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int64_t output_row = output < groups * kRows ? block_row + output : args.n;
+  float sums[kRows] = {};
+  Epilogue epilogue;
 
   let_successor_start();
-  for (int base = slice * kSlice; base < k; base += step) {
-    uint4 codes[kLoads][kGemvRows], x[kLoads][2];
+  const int first = static_cast<int>(threadIdx.x) / 32 * kSlice + lane * 16;
+  for (int col = first; col - lane * 16 < k; col += step) {
+    const bool inside = col < k;
+    uint4 codes[kRows], x[2] = {};
+    const uint8_t* source = w + col;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const bool inside = base + i * 512 + lane * 16 < k;
-#pragma unroll
-      for (int r = 0; r < kGemvRows; ++r) codes[i][r] = inside ? load_weight(rows[r] + base + i * 512) : uint4{};
+    for (int r = 0; r < kRows; ++r) {  // a row too many is the last again, and not written
+      codes[r] = inside ? load_weight(source) : uint4{};
+      if (r + 1 < rows) source += k;
     }
-    if (base < step) wait_for_predecessor();
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const T* const source = static_cast<const T*>(args.x) + base + i * 512 + lane * 16;
-      const bool inside = base + i * 512 + lane * 16 < k;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) x[i][half] = inside ? load_x(source + 8 * half) : uint4{};
+    if (col == first) {
+      epilogue = load_epilogue<T>(args, output_row);
+      wait_for_predecessor();
     }
+    if (inside) load_x(x, static_cast<const T*>(args.x) + col);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int j = 0; j < 4; ++j) {  // four columns
+      const float2 x01 = to_float2(word(x[j / 2], j % 2 * 2), T{});
+      const float2 x23 = to_float2(word(x[j / 2], j % 2 * 2 + 1), T{});
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {  // four columns
-        const float2 x01 = to_float2(word(x[i][j / 2], j % 2 * 2), T{});
-        const float2 x23 = to_float2(word(x[i][j / 2], j % 2 * 2 + 1), T{});
-#pragma unroll
-        for (int r = 0; r < kGemvRows; ++r) {
-          const uint32_t packed = word(codes[i][r], j);
-          const float2 w01 = to_float2(halves_of(packed & 0xFFFF), __half{});
-          const float2 w23 = to_float2(halves_of(packed >> 16), __half{});
-          sums[r] = fmaf(w01.x, x01.x, sums[r]);
-          sums[r] = fmaf(w01.y, x01.y, sums[r]);
-          sums[r] = fmaf(w23.x, x23.x, sums[r]);
-          sums[r] = fmaf(w23.y, x23.y, sums[r]);
-        }
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t packed = word(codes[r], j);
+        const float2 w01 = to_float2(halves_of(packed & 0xFFFF), __half{});
+        const float2 w23 = to_float2(halves_of(packed >> 16), __half{});
+        sums[r] = fmaf(w01.x, x01.x, sums[r]);
+        sums[r] = fmaf(w01.y, x01.y, sums[r]);
+        sums[r] = fmaf(w23.x, x23.x, sums[r]);
+        sums[r] = fmaf(w23.y, x23.y, sums[r]);
       }
     }
   }
-#pragma unroll
-  for (int r = 0; r < kGemvRows; ++r) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) sums[r] += __shfl_xor_sync(0xFFFFFFFF, sums[r], distance);
-    if (lane == 0) sums_of_warp[warp][r] = sums[r];
-  }
+  int row;
+  const float sum = sum_of_lanes(sums, lane, row);
+  if (lane % (32 / kRows) == 0) sums_of_warp[warp][row] = sum;
   __syncthreads();
-  const int output = static_cast<int>(threadIdx.x);
-  if (output >= groups * kGemvRows) return;
-  const int64_t row = int64_t{blockIdx.x} * groups * kGemvRows + output;
-  if (row >= args.n) return;
-  float sum = 0;
-  for (int s = 0; s < slices; ++s) sum += sums_of_warp[output / kGemvRows * slices + s][output % kGemvRows];
-  store_output<T>(args, 0, row, sum);
+  if (output_row >= args.n) return;
+  float total = 0;
+  for (int s = 0; s < slices; ++s) total += sums_of_warp[output / kRows * slices + s][output % kRows];
+  store_output<T>(args, 0, output_row, total, epilogue);
+}
+
+template <class T, int kRows>
+void launch_gemv(const SkinnyArgs& args, int slices, cudaStream_t stream) {
+  const int groups = kGemvWarps / slices;
+  launch(gemv_kernel<T, kRows>, blocks_for(args.n, groups * kRows), dim3(slices * 32, groups), stream, args);
 }
 
 // ---- 2 to 16 rows of x ----------------------------------------------------------------------------------------------
 
-constexpr int kMmaWarps = 8;  // of a block: they share the columns of k in turn
-constexpr int kMmaRows = 16;  // of the weight, for a block
+constexpr int kMmaRows = 16;  // of the weight and an instruction
 constexpr int kChunk = 64;    // columns that a warp takes at a time: 16 a lane and row
 
 __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
@@ -141,39 +170,44 @@ __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 
 // The weight is the instruction's A (16 rows), x its B (8 tokens); kTokens tiles of 8. An instruction contracts 16
 // columns, in whatever order both operands agree on: lane (g, t) of 8 x 4 takes 16 neighbouring columns from 16 t on of
-// weight rows g and g + 8 and of token g, and feeds four of them to each of four instructions.
-template <class T, int kTokens, bool kBlocks, bool kOneWave>
-__global__ void __launch_bounds__(kMmaWarps * 32, kOneWave ? 2 : 3) mma_kernel(SkinnyArgs args) {
-  __shared__ float sums_of_warp[kMmaWarps][kTokens * 8][kMmaRows];
+// weight rows g and g + 8 and of token g, and feeds four of them to each of four instructions. kResident blocks share a
+// multiprocessor.
+template <class T, int kTokens, int kWarps, int kResident, bool kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kResident) mma_kernel(SkinnyArgs args) {
+  constexpr int kStep = kWarps * kChunk, kDepth = 2;                 // chunks that a warp has in flight
+  __shared__ float sums_of_warp[kWarps][kTokens * 8][kMmaRows + 4];  // + 4: no bank is written twice at a time
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t first_row = int64_t{blockIdx.x} * kMmaRows;
-  constexpr int kStep = kMmaWarps * kChunk;
-  constexpr int kDepth = kTokens == 1 || kOneWave ? 4 : 2;  // chunks that a warp has in flight
   const int k = static_cast<int>(args.k), first_col = warp * kChunk + t * 16;
   const int chunks = (k - warp * kChunk + kStep - 1) / kStep;   // of this warp,
   const int lane_chunks = (k - first_col + kStep - 1) / kStep;  // and those that reach as far as this lane
-  // Rows and tokens too many are read again and not written.
-  const uint8_t* const low_row = args.w + min(first_row + g, args.n - 1) * k + first_col;
-  const uint8_t* const high_row = args.w + min(first_row + g + 8, args.n - 1) * k + first_col;
+  // Rows and tokens too many are the last again, and not written.
+  const int rows = static_cast<int>(min(args.n - first_row, int64_t{kMmaRows})), m = static_cast<int>(args.m);
+  const uint8_t* const low_row = args.w + (first_row + min(g, rows - 1)) * k + first_col;
+  const uint8_t* const high_row = args.w + (first_row + min(g + 8, rows - 1)) * k + first_col;
   const T* tokens[kTokens];
 #pragma unroll
   for (int tile = 0; tile < kTokens; ++tile) {
-    tokens[tile] = static_cast<const T*>(args.x) + min(int64_t{tile} * 8 + g, args.m - 1) * k + first_col;
+    tokens[tile] = static_cast<const T*>(args.x) + int64_t{min(tile * 8 + g, m - 1)} * k + first_col;
   }
 
-  uint4 codes[kDepth][2];
-  uint4 x[2][kTokens][2];
+  uint4 codes[kDepth][2], x[kDepth][kTokens][2];
+  float scales[kDepth] = {};  // of blocks: a tile's rows and a chunk's columns lie in one of 128 x 128
   const auto request_weight = [&](int slot, int i) {
     codes[slot][0] = i < lane_chunks ? load_weight(low_row + i * kStep) : uint4{};
     codes[slot][1] = i < lane_chunks ? load_weight(high_row + i * kStep) : uint4{};
+    if (kBlocks && i < chunks) {
+      scales[slot] = args.w_scale[scale_index(WeightScale::kBlock, k, first_row, warp * kChunk + i * kStep)];
+    }
   };
   const auto request_x = [&](int slot, int i) {
 #pragma unroll
     for (int tile = 0; tile < kTokens; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        x[slot][tile][half] = i < lane_chunks ? load_x(tokens[tile] + i * kStep + 8 * half) : uint4{};
+      if (i < lane_chunks) {
+        load_x(x[slot][tile], tokens[tile] + i * kStep);
+      } else {
+        x[slot][tile][0] = x[slot][tile][1] = uint4{};
       }
     }
   };
@@ -181,6 +215,9 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kOneWave ? 2 : 3) mma_kernel(S
   let_successor_start();
 #pragma unroll
   for (int slot = 0; slot < kDepth; ++slot) request_weight(slot, slot);
+  const int output = static_cast<int>(threadIdx.x), token = output / kMmaRows;
+  const int64_t output_row = first_row + output % kMmaRows;
+  const Epilogue epilogue = load_epilogue<T>(args, output_row);
   wait_for_predecessor();
   request_x(0, 0);
 
@@ -188,8 +225,7 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kOneWave ? 2 : 3) mma_kernel(S
   for (int base = 0; base < chunks; base += kDepth) {
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) {
-      const int i = base + slot;
-      request_x((slot + 1) % 2, i + 1);
+      request_x((slot + 1) % kDepth, base + slot + 1);
       float part[kTokens][4] = {};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -198,67 +234,60 @@ __global__ void __launch_bounds__(kMmaWarps * 32, kOneWave ? 2 : 3) mma_kernel(S
                                operand_of(low >> 16, T{}), operand_of(high >> 16, T{})};
 #pragma unroll
         for (int tile = 0; tile < kTokens; ++tile) {
-          const uint4& half = x[slot % 2][tile][j / 2];
+          const uint4& half = x[slot][tile][j / 2];
           mma(kBlocks ? part[tile] : sums[tile], a, word(half, j % 2 * 2), word(half, j % 2 * 2 + 1), T{});
         }
       }
-      request_weight(slot, i + kDepth);
-      if constexpr (kBlocks) {  // 16 rows and 64 columns lie in one block of 128 x 128
-        const int across = (k + kScaleBlock - 1) / kScaleBlock, col = warp * kChunk + i * kStep;
-        const float scale = i < chunks ? args.w_scale[first_row / kScaleBlock * across + col / kScaleBlock] : 0.0f;
+      if constexpr (kBlocks) {
 #pragma unroll
-        for (int tile = 0; tile < kTokens; ++tile) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) sums[tile][c] = fmaf(part[tile][c], scale, sums[tile][c]);
+        for (int i = 0; i < 4 * kTokens; ++i) {
+          sums[i / 4][i % 4] = fmaf(part[i / 4][i % 4], scales[slot], sums[i / 4][i % 4]);
         }
       }
+      request_weight(slot, base + slot + kDepth);
     }
   }
 
 #pragma unroll
-  for (int tile = 0; tile < kTokens; ++tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums_of_warp[warp][tile * 8 + 2 * t + i % 2][g + i / 2 * 8] = sums[tile][i];
+  for (int i = 0; i < 4 * kTokens; ++i) {
+    sums_of_warp[warp][i / 4 * 8 + 2 * t + i % 2][g + i % 4 / 2 * 8] = sums[i / 4][i % 4];
   }
   __syncthreads();
-  const int output = static_cast<int>(threadIdx.x), token = output / kMmaRows;
-  const int64_t row = first_row + output % kMmaRows;
-  if (token >= args.m || token >= kTokens * 8 || row >= args.n) return;
+  if (token >= args.m || token >= kTokens * 8 || output_row >= args.n) return;
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < kMmaWarps; ++i) sum += sums_of_warp[i][token][output % kMmaRows];
-  store_output<T>(args, token, row, sum);
+  for (int w = 0; w < kWarps; ++w) sum += sums_of_warp[w][token][output % kMmaRows];
+  store_output<T>(args, token, output_row, sum, epilogue);
 }
-static_assert(kSkinnyRows * kMmaRows <= kMmaWarps * 32, "a thread for each output");
+static_assert(kSkinnyRows * kMmaRows <= 8 * 32, "a thread for each output");
 static_assert(kScaleBlock % kMmaRows == 0 && kScaleBlock % kChunk == 0,
-              "a chunk of a tile lies in one block of scales");
+              "a chunk of a block's rows lies in one block of scales");
 
-template <class T, int kTokens, bool kBlocks>
+// ---- how many blocks ------------------------------------------------------------------------------------------------
+
+// A kernel of few microseconds is fastest where all of its blocks are resident at once, with as many warps and as much
+// of the weight in flight as that leaves room for.
+constexpr uint32_t kMultiprocessors = 132;
+
+template <class T, bool kBlocks>
 void launch_mma(const SkinnyArgs& args, cudaStream_t stream) {
-  // Where two blocks an SM hold the whole weight, each may have more registers, and so more of it in flight.
   const uint32_t grid = blocks_for(args.n, kMmaRows);
-  const auto kernel =
-      grid <= 2 * kMultiprocessors ? mma_kernel<T, kTokens, kBlocks, true> : mma_kernel<T, kTokens, kBlocks, false>;
-  launch(kernel, grid, kMmaWarps * 32, stream, args);
+  const auto go = [&](auto kernel, int warps) { launch(kernel, grid, warps * 32, stream, args); };
+  const bool two_fit = grid <= 2 * kMultiprocessors;
+  if (args.m <= 8) {
+    two_fit ? go(mma_kernel<T, 1, 16, 2, kBlocks>, 16) : go(mma_kernel<T, 1, 8, 3, kBlocks>, 8);
+  } else {
+    two_fit ? go(mma_kernel<T, 2, 8, 2, kBlocks>, 8) : go(mma_kernel<T, 2, 8, 3, kBlocks>, 8);
+  }
 }
 
 template <class T>
 void launch_typed(const SkinnyArgs& args, cudaStream_t stream) {
-  const bool blocks = args.scale_kind == WeightScale::kBlock;
-  if (args.m == 1 && !blocks) {
-    // A warp goes twice along its slice: half as many blocks leave room for the next kernel's to start early.
-    const int64_t along = (args.k + kSlice - 1) / kSlice;
-    const int64_t slices = std::clamp<int64_t>((along + 1) / 2, 1, kMostSlices);
-    const int64_t groups = std::max<int64_t>(1, 8 / slices);
-    launch(gemv_kernel<T>, blocks_for(args.n, groups * kGemvRows), static_cast<int>(slices * groups * 32), stream, args,
-           static_cast<int>(slices), static_cast<int>(groups));
-    return;
-  }
-  if (args.m <= 8) {
-    blocks ? launch_mma<T, 1, true>(args, stream) : launch_mma<T, 1, false>(args, stream);
-  } else {
-    blocks ? launch_mma<T, 2, true>(args, stream) : launch_mma<T, 2, false>(args, stream);
-  }
+  if (args.scale_kind == WeightScale::kBlock) return launch_mma<T, true>(args, stream);
+  if (args.m > 1) return launch_mma<T, false>(args, stream);
+  const auto slices = static_cast<int>(std::min<int64_t>(kMostSlices, (args.k + kSlice - 1) / kSlice));
+  const bool few_rows_fit = blocks_for(args.n, kGemvWarps / slices * 4) <= kGemvBlocks<4> * kMultiprocessors;
+  few_rows_fit ? launch_gemv<T, 4>(args, slices, stream) : launch_gemv<T, 8>(args, slices, stream);
 }
 
 }  // namespace
