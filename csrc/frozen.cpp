@@ -9,6 +9,8 @@
 namespace torch_fp8 {
 namespace {
 
+constexpr int64_t kWide = 8192;
+
 // cuBLASLt has no algorithm with vectors of scales that splits k. Where the output has so few rows, or so few tiles of
 // 128 x 128 that they leave multiprocessors idle, its product without scales and our rescaling are faster.
 bool is_rescaled(int64_t m, int64_t n) { return m <= 32 || (m + 127) / 128 * ((n + 127) / 128) < 96; }
@@ -82,13 +84,33 @@ std::pair<at::Tensor, at::Tensor> quantized_rows(const at::Tensor& x) {
   return {q, scale_inv};
 }
 
-// FP8 on both sides. One scale on each, or a vector on each: cuBLASLt mixes no modes.
+// x (M, K) by 128 columns of a row: codes (M', K) and scale_invs (K / 128, M'), where M' is M or a few rows more.
+std::pair<at::Tensor, at::Tensor> quantized_groups(const at::Tensor& x) {
+  const int64_t m = x.size(0), k = x.size(1), rows = (m + 3) / 4 * 4;
+  at::Tensor q = at::empty({rows, k}, x.options().dtype(at::kFloat8_e4m3fn));
+  at::Tensor scale_inv = at::empty({k / kScaleBlock, rows}, x.options().dtype(at::kFloat));
+  const QuantizeGroupsArgs args{{x.const_data_ptr(), type_of(x.scalar_type(), "x"), m, k, x.stride(0), x.stride(1)},
+                                rows,
+                                static_cast<uint8_t*>(q.data_ptr()),
+                                scale_inv.data_ptr<float>()};
+  (x.is_cuda() ? cuda::quantize_groups : cpu::quantize_groups)(args);
+  return {q, scale_inv};
+}
+
+// FP8 on both sides, with as many scales on the one as on the other: cuBLASLt mixes no modes but those of blocks.
 at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                              const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                             Activations activations, at::ScalarType dtype) {
-  const int64_t m = x.size(0), n = weight.size(0), wide = padded(n);
-  at::Tensor q, x_scale;
-  if (activations == Activations::kToken) {
+                             WeightScale kind, Activations activations, at::ScalarType dtype) {
+  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1), wide = padded(n);
+  at::Tensor q, x_scale, w_scale = kind == WeightScale::kBlock ? weight_scale : weight_scale.reshape({-1});
+  Scales scales = Scales::kOne;
+  if (kind == WeightScale::kBlock) {
+    std::tie(q, x_scale) = quantized_groups(x);
+    scales = Scales::kBlocks;
+    if (const int64_t missing = scale_stride(k) - w_scale.size(1)) {
+      w_scale = at::constant_pad_nd(w_scale, {0, missing});
+    }
+  } else if (activations == Activations::kToken) {
     std::tie(q, x_scale) = quantized_rows(x);
   } else {
     QuantizeOptions options;
@@ -98,11 +120,11 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
     Quantized quantized = quantize(x, slot, 0, at::kFloat8_e4m3fn, options);
     q = quantized.q, x_scale = quantized.scale_inv;
   }
-  at::Tensor w_scale = weight_scale.reshape({-1});
-  const bool vectors = x_scale.numel() > 1 || w_scale.numel() > 1;
+  const bool by_rows = scales == Scales::kOne && (x_scale.numel() > 1 || w_scale.numel() > 1);
   // float32 adds its bias in rescaling, too: the epilogue has none of that type.
-  const bool rescaled = vectors && (is_rescaled(m, wide) || dtype == at::kFloat);
-  if (vectors && !rescaled) {
+  const bool rescaled = by_rows && (is_rescaled(m, wide) || dtype == at::kFloat);
+  if (by_rows && !rescaled) {
+    scales = Scales::kRows;
     if (x_scale.numel() != m) x_scale = x_scale.expand({m}).contiguous();
     if (w_scale.numel() == 1) w_scale = w_scale.expand({wide}).contiguous();
     if (w_scale.numel() != wide) w_scale = at::constant_pad_nd(w_scale, {0, wide - n});
@@ -111,12 +133,13 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
 
   const at::Tensor w = padded_codes(weight, wide, q.size(1));
   const at::ScalarType sum_dtype = rescaled ? at::kFloat : dtype;
-  at::Tensor product = at::empty({m, wide}, x.options().dtype(sum_dtype));
+  const int64_t rows = scales == Scales::kBlocks ? q.size(0) : m;
+  at::Tensor product = at::empty({rows, wide}, x.options().dtype(sum_dtype));
   GemmArgs args{};
-  args.m = m, args.n = wide, args.k = q.size(1);
+  args.m = rows, args.n = wide, args.k = q.size(1);
   args.a = static_cast<const uint8_t*>(q.const_data_ptr()), args.b = static_cast<const uint8_t*>(w.const_data_ptr());
   args.out = product.data_ptr(), args.out_type = type_of(sum_dtype, "the output");
-  args.fast_accum = true;
+  args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
   const auto gemm = x.is_cuda() ? cuda::gemm : cpu::gemm;
   if (rescaled) {
     gemm(args);
@@ -128,7 +151,7 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
     return out;
   }
   args.a_scale_inv = x_scale.const_data_ptr<float>(), args.b_scale_inv = w_scale.const_data_ptr<float>();
-  args.vector_scales = vectors;
+  args.scales = scales;
   at::Tensor epilogue;
   if (bias && dtype != at::kFloat) {
     epilogue = wide == n ? *bias : at::constant_pad_nd(*bias, {0, wide - n});
@@ -136,8 +159,16 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
     args.bias = epilogue.const_data_ptr();
   }
   gemm(args);
-  product = product.narrow(1, 0, n);
+  product = product.narrow(0, 0, m).narrow(1, 0, n);
   return bias && dtype == at::kFloat ? product.add_(*bias) : product;
+}
+
+// Whether x is quantised: few rows are not, since the time there is that of reading the weight, and wide outputs, which
+// read much of it, have fewer such rows. To scales of blocks x brings groups of as many columns, or stays in 16 bits.
+bool is_quantized(int64_t m, int64_t n, int64_t k, WeightScale kind, Activations activations) {
+  if (m <= (n > kWide ? kSkinnyRows / 2 : kSkinnyRows)) return false;
+  if (kind == WeightScale::kBlock) return activations == Activations::kToken && k % kScaleBlock == 0;
+  return activations != Activations::kNone;
 }
 
 }  // namespace
@@ -163,8 +194,8 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
   }
   at::Tensor x2 = x.dim() == 2 ? x : x.reshape({m, k});
   const auto how = static_cast<Activations>(activations);
-  if (how != Activations::kNone && m > kSkinnyRows && kind != WeightScale::kBlock) {
-    return quantized_product(x2, weight, weight_scale, bias, input_slot, how, dtype).reshape(size);
+  if (is_quantized(m, n, k, kind, how)) {
+    return quantized_product(x2, weight, weight_scale, bias, input_slot, kind, how, dtype).reshape(size);
   }
 
   const bool is_skinny = x.is_cuda() && m <= kStreamedRows && k % kAlignment == 0 && k < (1 << 30) &&

@@ -20,6 +20,7 @@ void scale_from_amax(const float*, Slot*, float, bool) { refuse(); }
 void quantize(const QuantizeArgs&) { refuse(); }
 void count_losses(const LossArgs&) { refuse(); }
 void quantize_rows(const QuantizeRowsArgs&) { refuse(); }
+void quantize_groups(const QuantizeGroupsArgs&) { refuse(); }
 void rescale(const RescaleArgs&) { refuse(); }
 void skinny(const SkinnyArgs&) { refuse(); }
 void add_column_sums(const ColumnSums&) { refuse(); }

@@ -8,7 +8,7 @@ import torch_fp8 as fp8
 from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, codes, exact_scale
 
 NONE, STATIC, TENSOR, TOKEN = range(4)
-FEW = 16  # rows of x up to which x is not quantised
+FEW, WIDE = 16, 8192  # rows of x up to which x is not quantised; half as many with more outputs
 frozen_linear = torch.ops.torch_fp8.frozen_linear
 
 
@@ -23,8 +23,10 @@ def weight_of(n, k, kind):
     return weight, scale, weight.double() * spread.double()
 
 
-def as_quantised(x, activations, slot):
+def as_quantised(x, activations, slot, by_groups=False):
     """x in float64 as the product sees it."""
+    if by_groups:
+        return as_quantised(x.reshape(-1, 128), TOKEN, slot).view(x.shape)
     if activations == NONE:
         return x.double()
     if activations == STATIC:
@@ -45,8 +47,11 @@ def check(device, m, n, k, kind, activations, dtype=torch.bfloat16, bias=True, l
     on = [None if t is None else t.to(device) for t in (x, weight, scale, b, slot)]
     y = frozen_linear(*on[:4], on[4] if activations == STATIC else None, activations)
     assert y.dtype == dtype and y.shape == (m, n)
-    quantised = activations != NONE and m > FEW and (kind != "block" or scale.numel() == 1)
-    seen = as_quantised(x, activations if quantised else NONE, slot)
+    blocks = kind == "block" and scale.numel() > 1
+    quantised = m > (FEW // 2 if n > WIDE else FEW) and activations != NONE
+    if blocks:
+        quantised = quantised and activations == TOKEN and k % 128 == 0
+    seen = as_quantised(x, activations if quantised else NONE, slot, quantised and blocks)
     expected = seen @ exact_weight.T + (0 if b is None else b.double())
     size = seen.abs() @ exact_weight.abs().T + (0 if b is None else b.double().abs())
     bound = OUTPUT[dtype] * expected.abs() + OUTPUT_SUBNORMAL[dtype] + accumulation(device, k) * size
@@ -62,8 +67,11 @@ def test_against_float64(device, kind, m, activations):
     check(device, m, 144, 320, kind, activations)
 
 
-@pytest.mark.parametrize(("n", "k"), [(16, 16), (129, 64), (40, 1040), (130, 4096), (33, 17408), (7, 33), (250, 250)])
-@pytest.mark.parametrize("m", [1, 5, 16, 20])
+SIZES = [(16, 16), (129, 64), (40, 1040), (130, 4096), (33, 17408), (7, 33), (250, 250), (250, 640), (8208, 128)]
+
+
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("m", [1, 5, 16, 19])
 def test_any_size(device, n, k, m):
     for kind in ("tensor", "channel", "block"):
         check(device, m, n, k, kind, TOKEN)
@@ -102,6 +110,23 @@ def test_each_row_is_scaled_by_its_own_amax(device, cols):
         expected = codes(x[row], scale, E4M3).view(E4M3).double() / scale
         torch.testing.assert_close(y[row].double(), expected[:k], rtol=1e-6, atol=0)
     assert y[4].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_group_is_scaled_by_its_own_amax_before_blocks(device, dtype):
+    """As above, by 128 columns: output j is one of the columns of group j."""
+    groups = 9
+    x = torch.randn(18, groups, 128) * torch.logspace(-20, 20, groups)[:, None]
+    x[3, 4] = 0
+    x = x.to(dtype)
+    weight = torch.zeros(groups, groups, 128)
+    weight[range(groups), range(groups), 7] = 1
+    scale = torch.ones(1, groups, device=device)
+    y = frozen_linear(x.flatten(1).to(device), weight.flatten(1).to(E4M3).to(device), scale, None, None, TOKEN).cpu()
+    for row, j in ((0, 0), (3, 4), (5, 8), (17, 3)):
+        exact = exact_scale(x[row, j].abs().max().item(), E4M3)
+        expected = codes(x[row, j], exact, E4M3).view(E4M3).double() / exact
+        torch.testing.assert_close(y[row, j].double(), expected[7], rtol=2.0**-8, atol=0)
 
 
 @pytest.mark.parametrize("m", [1, 6, 20])

@@ -116,6 +116,26 @@ void quantize_rows(const QuantizeRowsArgs& args) {
   });
 }
 
+void quantize_groups(const QuantizeGroupsArgs& args) {
+  const Matrix& x = args.x;
+  with_type(x.type, [&](auto t) {
+    at::parallel_for(0, args.rows, grain(x.cols), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const auto value = [&](int64_t col) { return row < x.rows ? element<decltype(t)>(x, row, col) : 0.0f; };
+        for (int64_t first = 0; first < x.cols; first += kScaleBlock) {
+          uint32_t seen = 0;
+          for (int64_t col = first; col < first + kScaleBlock; ++col) seen = std::max(seen, magnitude(value(col)));
+          const Slot slot = own_slot(float_of(seen), E4M3::kMax, /*power_of_two=*/false);
+          args.scale_inv[first / kScaleBlock * args.rows + row] = slot.scale_inv;
+          for (int64_t col = first; col < first + kScaleBlock; ++col) {
+            args.q[row * x.cols + col] = encode<E4M3>(value(col) * slot.scale);
+          }
+        }
+      }
+    });
+  });
+}
+
 void rescale(const RescaleArgs& args) {
   with_type(args.type, [&](auto t) {
     using T = decltype(t);

@@ -15,6 +15,7 @@ void launch_scale_from_amax(const float* parts, Slot* slot, float target, bool p
 void launch_quantize(const QuantizeArgs& args, cudaStream_t stream);
 void launch_dequantize(const DequantizeArgs& args, cudaStream_t stream);
 void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
+void launch_quantize_groups(const QuantizeGroupsArgs& args, cudaStream_t stream);
 void launch_rescale(const RescaleArgs& args, cudaStream_t stream);
 void launch_skinny(const SkinnyArgs& args, cudaStream_t stream);
 void launch_count_losses(const LossArgs& args, cudaStream_t stream);

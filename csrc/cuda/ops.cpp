@@ -45,6 +45,7 @@ void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of
 void quantize(const QuantizeArgs& args) { launch_quantize(args, stream()); }
 
 void quantize_rows(const QuantizeRowsArgs& args) { launch_quantize_rows(args, stream()); }
+void quantize_groups(const QuantizeGroupsArgs& args) { launch_quantize_groups(args, stream()); }
 
 void rescale(const RescaleArgs& args) { launch_rescale(args, stream()); }
 

@@ -71,7 +71,7 @@ Problem problem_of(const GemmArgs& args) {
   problem.device = static_cast<uint16_t>(c10::cuda::current_device());
   problem.a_format = args.a_format, problem.b_format = args.b_format, problem.out_type = args.out_type;
   problem.bias = args.bias != nullptr, problem.accumulate = args.accumulate, problem.fast_accum = args.fast_accum;
-  problem.vector_scales = args.vector_scales;
+  problem.scales = args.scales;
   return problem;
 }
 
@@ -86,10 +86,12 @@ Plan::Plan(const Problem& problem, const GemmArgs& args)
   set(desc_, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
   set(desc_, CUBLASLT_MATMUL_DESC_TRANSB, CUBLAS_OP_N);
   set(desc_, CUBLASLT_MATMUL_DESC_FAST_ACCUM, static_cast<int8_t>(args.fast_accum));
-  if (args.vector_scales) {
-    const cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
-    set(desc_, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode);
-    set(desc_, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode);
+  if (args.scales != Scales::kOne) {
+    const bool rows = args.scales == Scales::kRows;
+    set(desc_, CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
+        rows ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F);
+    set(desc_, CUBLASLT_MATMUL_DESC_B_SCALE_MODE,
+        rows ? CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F : CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F);
   }
   if (args.bias) {
     set(desc_, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);

@@ -20,7 +20,8 @@ struct Problem {
   uint16_t device;
   Format a_format, b_format;
   Type out_type;
-  bool bias, accumulate, fast_accum, vector_scales;
+  bool bias, accumulate, fast_accum;
+  Scales scales;
   uint8_t zero[3] = {};  // no padding byte is left to chance: a Problem is hashed and compared by its bytes
 
   bool operator==(const Problem& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }

@@ -1,4 +1,5 @@
 // Each row by its own amax, in one launch: a block reads a row, finds its largest magnitude, and casts what it holds.
+// Or each 128 columns of a row by theirs.
 #include "block.cuh"
 #include "encode.cuh"
 
@@ -73,6 +74,29 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArg
   }
 }
 
+constexpr int kGroupThreads = 256;
+constexpr int kGroupLanes = kScaleBlock / kPackSize;  // of a warp, that hold a group
+
+template <class T>
+__global__ void __launch_bounds__(kGroupThreads)
+    quantize_groups_kernel(QuantizeGroupsArgs args, bool vectorised, uint32_t across) {
+  const int64_t row = blockIdx.x / across;
+  const int64_t col = (int64_t{blockIdx.x % across} * kGroupThreads + threadIdx.x) * kPackSize;
+  const bool inside = row < args.x.rows && col < args.x.cols;
+  begin_dependent();
+
+  const Pack<T> pack = inside ? load_pack<T>(args.x, vectorised, row, col) : Pack<T>{};
+  uint32_t seen = max_of(pack, 0);
+#pragma unroll
+  for (int distance = kGroupLanes / 2; distance > 0; distance /= 2) {
+    seen = max(seen, __shfl_xor_sync(0xFFFFFFFF, seen, distance));
+  }
+  if (col >= args.x.cols) return;
+  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
+  if (threadIdx.x % kGroupLanes == 0) args.scale_inv[col / kScaleBlock * args.rows + row] = slot.scale_inv;
+  store_codes(args.q + row * args.x.cols + col, pack, slot.scale);
+}
+
 }  // namespace
 
 void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
@@ -84,6 +108,14 @@ void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
                         : packs <= 4 * kThreads ? quantize_rows_kernel<T, 4>
                                                 : quantize_rows_kernel<T, 0>;
     launch(kernel, blocks_for(args.x.rows, 1), kThreads, stream, args, is_vectorised(args.x));
+  });
+}
+
+void launch_quantize_groups(const QuantizeGroupsArgs& args, cudaStream_t stream) {
+  const uint32_t across = blocks_for(args.x.cols, kGroupThreads * kPackSize);
+  with_type(args.x.type, [&](auto t) {
+    launch(quantize_groups_kernel<decltype(t)>, blocks_for(args.rows * across, 1), kGroupThreads, stream, args,
+           is_vectorised(args.x), across);
   });
 }
 

@@ -49,10 +49,18 @@ struct QuantizeRowsArgs {
   float* scale_inv;  // rows
 };
 
+// The same for each kScaleBlock columns of a row, as cuBLASLt takes it. cols is a multiple of kScaleBlock.
+constexpr int64_t kScaleBlock = 128;
+struct QuantizeGroupsArgs {
+  Matrix x;
+  int64_t rows;      // of q: no fewer than x has; those behind them are zero, with scale 1
+  uint8_t* q;        // E4M3 (rows, cols)
+  float* scale_inv;  // (cols / kScaleBlock, rows)
+};
+
 // out (m, n) = x (m, k) . (w (n, k) * w_scale)^T [+ bias (n)]: few rows of 16-bit x on a weight that is read once.
 enum class WeightScale : uint8_t { kTensor, kChannel, kBlock };  // one; of each row of w; of each 128 x 128 of w
-constexpr int64_t kScaleBlock = 128;
-constexpr int64_t kSkinnyRows = 16;  // at most so many rows of x
+constexpr int64_t kSkinnyRows = 16;                              // at most so many rows of x
 
 // Which scale belongs to an element of w (n, k).
 TORCH_FP8_HOST_DEVICE constexpr int64_t scale_index(WeightScale kind, int64_t k, int64_t row, int64_t col) {
@@ -111,19 +119,24 @@ struct ColumnSums {
   Type type;
 };
 
+// Which elements of a GEMM's operand share a scale: all; each row; or, of a (m, k), 128 columns of a row, and of b
+// (n, k), 128 x 128. These are stored as (k / 128, m), and as (ceil(n / 128), scale_stride(k)).
+enum class Scales : uint8_t { kOne, kRows, kBlocks };
+constexpr int64_t scale_stride(int64_t k) { return (k + 4 * kScaleBlock - 1) / (4 * kScaleBlock) * 4; }
+
 // out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ out]
 struct GemmArgs {
-  int64_t m, n, k;  // n and k multiples of 16
+  int64_t m, n, k;  // n and k multiples of 16; with scales of blocks k of 128 and m of 4
   const uint8_t *a, *b;
   Format a_format, b_format;  // not both E5M2
-  // 16-byte aligned; with vector_scales (m) and (n), else one each, or both null: no scales.
+  // 16-byte aligned, as scales says; or both null: no scales.
   const float *a_scale_inv, *b_scale_inv;
   const void* bias;  // of type out_type (not float32), or null
   void* out;         // 16-byte aligned
   Type out_type;
   bool accumulate;  // add to what out holds
   bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
-  bool vector_scales;
+  Scales scales;
 };
 
 // A GEMM without its data, as it is tuned: GemmArgs with pointers aligned as those of fresh tensors.
@@ -156,6 +169,7 @@ void amax(const Matrix& x, float* parts);
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
 void quantize_rows(const QuantizeRowsArgs& args);
+void quantize_groups(const QuantizeGroupsArgs& args);
 void rescale(const RescaleArgs& args);
 void dequantize(const DequantizeArgs& args);
 void count_losses(const LossArgs& args);
@@ -171,6 +185,7 @@ void amax(const Matrix& x, float* parts);
 void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
 void quantize(const QuantizeArgs& args);
 void quantize_rows(const QuantizeRowsArgs& args);
+void quantize_groups(const QuantizeGroupsArgs& args);
 void rescale(const RescaleArgs& args);
 void dequantize(const DequantizeArgs& args);
 void skinny(const SkinnyArgs& args);

@@ -14,6 +14,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 BLOCK = 128
 FEW_ROWS = 16  # of x: there the weight decides the time, and x needs no quantising
+WIDE = 8192  # outputs beyond which such rows are half as many
 
 #: How the input is quantised; the index is what the op takes.
 ACTIVATIONS = ("none", "static", "tensor", "token")
@@ -47,9 +48,9 @@ def emulated_linear(
     """``y = x W^T + b`` of an input (..., K) and an E4M3 weight (N, K), with the arguments of the op ``frozen_linear``.
 
     weight_scale: float32 multipliers, of 1 element, (N, 1) or (ceil(N/128), ceil(K/128)). input_slot: float32
-    ``{scale_inv, scale, 0, 0}`` (1, 4), for static activations. activations: the index in ``ACTIVATIONS``; like the op
-    it quantises no input of up to 16 rows and none before block scales. dtype: of y; the input's unless given. An amax
-    without meaning (0, Inf, NaN) gives scale 1. Raises RuntimeError for a wrong shape.
+    ``{scale_inv, scale, 0, 0}`` (1, 4), for static activations. activations: the index in ``ACTIVATIONS``; which inputs
+    are quantised is told at :class:`torch_fp8.FrozenLinear`. dtype: of y; the input's unless given. An amax without
+    meaning (0, Inf, NaN) gives scale 1. Raises RuntimeError for a wrong shape.
     """
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise RuntimeError(
@@ -58,16 +59,17 @@ def emulated_linear(
         )
     dtype = x.dtype if dtype is None else dtype
     x = x.float()
-    blocks = weight_scale.numel() > 1 and weight_scale.shape != (weight.shape[0], 1)
-    few = x.numel() <= FEW_ROWS * x.shape[-1]
-    if activations != _NONE and not (blocks or few):
+    (n, k), rows = weight.shape, x.shape[:-1].numel()
+    blocks = weight_scale.numel() > 1 and weight_scale.shape != (n, 1)
+    few = rows <= (FEW_ROWS // 2 if n > WIDE else FEW_ROWS)
+    if not few and (activations == _TOKEN and k % BLOCK == 0 if blocks else activations != _NONE):
         if activations == _STATIC:
-            scale_inv, scale = input_slot[0, 0], input_slot[0, 1]
+            x = quantize(x, input_slot[0, 1]).float() * input_slot[0, 0]
         else:
-            amax = x.abs().amax(-1, keepdim=True) if activations == _TOKEN else x.abs().amax()
+            groups = x.unflatten(-1, (-1, BLOCK)) if blocks else x
+            amax = groups.abs().amax(-1, keepdim=True) if activations == _TOKEN else x.abs().amax()
             scale = (E4M3_MAX / amax).clamp(2.0**-126, 2.0**126)
             scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
-            scale_inv = scale.reciprocal()
-        x = quantize(x, scale).float() * scale_inv
+            x = (quantize(groups, scale).float() * scale.reciprocal()).view(x.shape)
     bias = None if bias is None else bias.to(dtype).float()
     return F.linear(x, dequantize(weight, weight_scale), bias).to(dtype)

@@ -41,10 +41,12 @@ class FrozenLinear(nn.Module):
 
     Weight and scales keep their dtype when the module is cast, and move with it; the bias is cast.
 
-    activations: how the input is quantised. "token": by each row's own amax; "tensor": by the whole input's;
-    "static": by ``input_slot``; "none": not at all, the weight alone is FP8 (W8A16).
-    Inputs of up to 16 rows are never quantised, since the time there is that of reading the weight, nor are those of
-    layers with block scales.
+    activations: how the input is quantised. "token": by each row's own amax or, where the weight has block scales, by
+    that of each 128 columns of a row; "tensor": by the whole input's; "static": by ``input_slot``; "none": not at all,
+    the weight alone is FP8 (W8A16).
+    Inputs of up to 16 rows (8, of layers with more than 8192 outputs) are never quantised, since the time there is that
+    of reading the weight. Nor are those of layers with block scales and other activations than "token", or whose
+    in_features is no multiple of 128.
 
     The constructor makes a layer of zeros to load a state into. There is no gradient: where one is wanted for the
     input, forward raises RuntimeError, as it does for an input of a wrong shape.

@@ -88,7 +88,7 @@ def _compressed_tensors(given: dict[str, Any], path: Path) -> tuple[tuple[str, .
 
 def _activations(input: Any, refuse: Any) -> str:
     strategy = _float8(input, refuse, "input_activations")
-    # By groups of 128 columns is what block weights come with; here rows are not cut.
+    # By groups of 128 columns is what block weights come with: "token" to those.
     known = {"token": "token", "tensor": "tensor", "group": "token"} if input.get("dynamic") else {"tensor": "static"}
     if strategy not in known:
         how = "dynamic" if input.get("dynamic") else "static"
