@@ -104,7 +104,7 @@ def add_and_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @_fused
 def best(logits: Tensor) -> Tensor:
-    """Which of the vocabulary (..., vocabulary) is the largest. In two steps: in one, a single block reads all of it."""
+    """Which of the vocabulary (..., vocabulary) is largest. In two steps: in one, a single block reads all of it."""
     parts = logits.unflatten(-1, (64, -1))
     largest, place = parts.max(-1)
     part = largest.argmax(-1, keepdim=True)

@@ -1,25 +1,28 @@
 """Many rows of x on an FP8 weight, as in prefill, against BF16 and torch._scaled_mm; and what a call costs the host.
 Writes results/prefill.md.
 
-Whole calls: x is cast in them. "tensor" takes two more launches than "static", for the amax; "block" puts the weight
-into 16 bits and multiplies there. "_scaled_mm" gets x quantised already, with one scale on each side. All weights of
-ours have a scale a channel, but for block's and for "static, tensor", which has one.
+Whole calls: x is cast in them. "tensor" takes two more launches than "static", for the amax; "block" has scales for
+128 x 128 of the weight and for 128 columns of a row of x. "_scaled_mm" gets x quantised already, with one scale on each
+side. All other weights of ours have a scale a channel, but for "static, tensor", which has one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch_fp8 as fp8
 from common import gpu_ms, loop_ms, options, randn, scaled, start
 from report import header, pair, table, write
 from steps import E4M3, quantize
+from torch import nn
 from torch.nn import functional as F
 
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 6144), (8192, 4096, 28672), (8192, 14336, 4096), (512, 4096, 4096)]  # M K N
 STATIC, TENSOR, TOKEN = 1, 2, 3
 OURS = ("static, tensor", "static", "tensor", "token", "block")
+TUNED = {"static, tensor": ("static", "tensor"), "token": ("token", "channel"), "block": ("token", "block")}
 NOTE = """ms, *GPU* / *loop*. Targets at M = 8192: 1.8 of BF16 with static scales (1.6 for 4096 to 4096), 1.6 with
 scales by token; a call on the host within 1.5 of nn.Linear's.
 """
@@ -56,26 +59,45 @@ def calls(m: int, k: int, n: int) -> dict[str, object]:
     }
 
 
+def tune(m: int, k: int, n: int) -> None:
+    layers = [
+        fp8.FrozenLinear(k, n, bias=False, device="meta", activations=activations, weight=weight)
+        for activations, weight in TUNED.values()
+    ]
+    if not options.dry:
+        fp8.tune(nn.ModuleList(layers), tokens=m)
+
+
+def measure(size: tuple[int, ...], ours: Iterable[str]) -> list[str]:
+    """A row: the times of all arms but those of ours that are not named, and BF16's over each of ours."""
+    arms = {name: call for name, call in calls(*size).items() if name in ours or name not in OURS}
+    gpu, loop = gpu_ms(arms), loop_ms(arms)
+    speedups = [f"**{gpu['BF16'] / gpu[name]:.2f}** / {loop['BF16'] / loop[name]:.2f}" for name in ours]
+    return ["M{} K{} N{}".format(*size), *(pair(gpu[arm], loop[arm], 3) for arm in arms), *speedups]
+
+
+def heads(ours: Iterable[str]) -> list[str]:
+    return ["shape", "BF16", *ours, "_scaled_mm", *(f"BF16 over {name}" for name in ours)]
+
+
 def main() -> None:
     start(__doc__)
-    rows = []
+    sizes = [scaled(*shape) for shape in SHAPES]
     with torch.no_grad():
-        for shape in SHAPES:
-            size = scaled(*shape)
-            arms = calls(*size)
-            gpu, loop = gpu_ms(arms), loop_ms(arms)
-            speedups = [f"**{gpu['BF16'] / gpu[name]:.2f}** / {loop['BF16'] / loop[name]:.2f}" for name in OURS]
-            rows.append(["M{} K{} N{}".format(*size), *(pair(gpu[arm], loop[arm], 3) for arm in arms), *speedups])
+        rows = [measure(size, OURS) for size in sizes]
         # So small that the host decides: one row for the kernel of few rows, 32 for a cast and a GEMM.
         host = {m: loop_ms(calls(m, 256, 256)) for m in (1, 32)}
-    head = ["shape", *arms, *(f"BF16 over {name}" for name in OURS)]
+        for size in sizes:
+            tune(*size)
+        tuned = [measure(size, TUNED) for size in sizes]
     host_rows = [
         [m, *(f"{t * 1e3:.1f}" for t in ms.values()), *(f"{ms[name] / ms['BF16']:.2f}" for name in OURS)]
         for m, ms in host.items()
     ]
-    host_head = ["M, K256 N256", *(f"{arm}, µs" for arm in arms), *(f"{name} over BF16" for name in OURS)]
+    host_head = ["M, K256 N256", *(f"{arm}, µs" for arm in host[1]), *(f"{name} over BF16" for name in OURS)]
     note = " ".join(__doc__.split("\n\n")[1].split())
-    write("prefill", header("Many rows on an FP8 weight"), NOTE, f"{note}\n", table(head, rows),
+    write("prefill", header("Many rows on an FP8 weight"), NOTE, f"{note}\n", table(heads(OURS), rows),
+          "After `fp8.tune` of these layers:\n", table(heads(TUNED), tuned),
           "*loop* on layers so small that it is the host's time:\n", table(host_head, host_rows))  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 results/skinny.md.
 
 "read" is a kernel that only reads the weight's bytes, launched ahead of its turn as ours are: the floor. "token" is a
-weight with a scale a channel and activations scaled by token, "block" one with a scale for 128 x 128. "_scaled_mm" gets
-x quantised already, with one scale on each side; "cast + GEMM" is the library's own static cast and GEMM, whatever the
-rows. Up to 16 rows neither arm of ours quantises x.
+weight with a scale a channel and activations scaled by token, "static" one with one scale, as x; "block" has scales for
+128 x 128 of the weight and for 128 columns of a row of x. "cast + GEMM" is the library's own static cast and GEMM,
+whatever the rows; "_scaled_mm" and "_scaled_mm rows" get x quantised already, with one scale on each side or one for
+each row. Up to 16 rows, 8 at N = 28672, no arm of ours quantises x.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ SHAPES = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]  # K, N
 ROWS = (1, 2, 4, 8, 16, 17, 32, 64, 128, 256)
 BEYOND_L2 = 0.6e9  # bytes of all weights of an arm: ten times the L2
 LAUNCHES = 100
-TOKEN = 3
+STATIC, TOKEN = 1, 3
+FROZEN = torch.ops.torch_fp8.frozen_linear
 NOTE = f"""*graph* regime, {LAUNCHES} launches or more, weights of {BEYOND_L2 / 1e9} GB or more in rotation, µs a call.
 Targets: M = 1 within 1.2 of read (1.1 at N = 28672), M up to 8 within 1.35, M = 1 to 8 at 1.8 of BF16 or more, M from
 16 on no slower than BF16 or cast + GEMM.
@@ -87,26 +89,30 @@ def measure(k: int, n: int, read: Callable[[torch.Tensor], object]) -> list[list
     for m in ROWS:
         x = randn(m, k)
         codes, _, x_scale, _ = quantize(x, slot, 0, E4M3, record=False)
+        by_rows = torch.rand(codes.shape[0], 1, device=options.device), channels.t()
+        by_rows = (x_scale, one) if options.dry else by_rows  # the CPU has it not
 
         def frozen(scale: torch.Tensor, x: torch.Tensor = x):
-            return lambda i: torch.ops.torch_fp8.frozen_linear(x, weights[i], scale, None, None, TOKEN)
+            return lambda i: FROZEN(x, weights[i], scale, None, None, TOKEN)
 
         def cast_and_gemm(i: int, x: torch.Tensor = x, m: int = m) -> torch.Tensor:
             q, _, scale, _ = quantize(x, slot, 0, E4M3, record=False)
             return gemm(q, weights[i], scale, one, None, [m, n], torch.bfloat16, True)
 
-        def scaled_mm(i: int, codes: torch.Tensor = codes, scale: torch.Tensor = x_scale) -> torch.Tensor:
-            return torch._scaled_mm(
-                codes, weights[i].t(), scale_a=scale, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        def scaled_mm(x_scale: torch.Tensor, w_scale: torch.Tensor, codes: torch.Tensor = codes):
+            return lambda i: torch._scaled_mm(
+                codes, weights[i].t(), scale_a=x_scale, scale_b=w_scale, out_dtype=torch.bfloat16, use_fast_accum=True
             )
 
         us = graph_us(
             {
                 "read": lambda i: read(weights[i]),
                 "token": frozen(channels),
+                "static": lambda i, x=x: FROZEN(x, weights[i], one, None, slot, STATIC),
                 "block": frozen(blocks),
                 "cast + GEMM": cast_and_gemm,
-                "_scaled_mm": scaled_mm,
+                "_scaled_mm": scaled_mm(x_scale, one),
+                "_scaled_mm rows": scaled_mm(*by_rows),
                 "BF16": lambda i, x=x: F.linear(x, wide[i % len(wide)]),
             },
             sets,
@@ -124,8 +130,8 @@ def main() -> None:
     start(__doc__)
     read = reader()
     rows = [row for shape in SHAPES for row in measure(*scaled(*shape), read)]
-    head = ["weight", "M", "read", "token", "block", "cast + GEMM", "_scaled_mm", "BF16", "token over read",
-            "BF16 over token", "cast + GEMM over token", "BF16 over block"]  # fmt: skip
+    head = ["weight", "M", "read", "token", "static", "block", "cast + GEMM", "_scaled_mm", "_scaled_mm rows", "BF16",
+            "token over read", "BF16 over token", "cast + GEMM over token", "BF16 over block"]  # fmt: skip
     note = " ".join(__doc__.split("\n\n")[1].split())
     write("skinny", header("Few rows on an FP8 weight"), NOTE, f"{note}\n", table(head, rows))
 

@@ -1,5 +1,8 @@
 // What Python reaches past the dispatcher: the layer's host path, where every microsecond counts, and build facts.
 // The ops themselves are torch.ops.torch_fp8.* (register.cpp).
+#include <algorithm>
+#include <array>
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -11,6 +14,14 @@
 
 namespace py = pybind11;
 using namespace torch_fp8;
+
+constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};  // by the number of Scales
+
+Scales scales_of(const std::string& name) {
+  const auto found = std::find(kScales.begin(), kScales.end(), name);
+  TORCH_CHECK_VALUE(found != kScales.end(), "torch_fp8: scales must be one, rows or blocks, got ", name);
+  return static_cast<Scales>(found - kScales.begin());
+}
 
 PYBIND11_MODULE(_C, m) {
   py::enum_<Scaling>(m, "Scaling")
@@ -48,7 +59,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<GemmProblem>(m, "GemmProblem")
       .def(py::init([](int64_t m, int64_t n, int64_t k, at::ScalarType a, at::ScalarType b, at::ScalarType out,
-                       bool bias, bool accumulate, bool fast_accum) {
+                       bool bias, bool accumulate, bool fast_accum, const std::string& scales) {
              return GemmProblem{m,
                                 n,
                                 k,
@@ -57,10 +68,11 @@ PYBIND11_MODULE(_C, m) {
                                 type_of(out, "out_dtype"),
                                 bias,
                                 accumulate,
-                                fast_accum};
+                                fast_accum,
+                                scales_of(scales)};
            }),
            py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_dtype"), py::arg("b_dtype"),
-           py::arg("out_dtype"), py::arg("bias"), py::arg("accumulate"), py::arg("fast_accum"))
+           py::arg("out_dtype"), py::arg("bias"), py::arg("accumulate"), py::arg("fast_accum"), py::arg("scales"))
       .def_readonly("m", &GemmProblem::m)
       .def_readonly("n", &GemmProblem::n)
       .def_readonly("k", &GemmProblem::k)
@@ -69,7 +81,8 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("out_dtype", [](const GemmProblem& p) { return dtype_of(p.out_type); })
       .def_readonly("bias", &GemmProblem::bias)
       .def_readonly("accumulate", &GemmProblem::accumulate)
-      .def_readonly("fast_accum", &GemmProblem::fast_accum);
+      .def_readonly("fast_accum", &GemmProblem::fast_accum)
+      .def_property_readonly("scales", [](const GemmProblem& p) { return kScales[static_cast<size_t>(p.scales)]; });
   m.def("time_algorithms", [](const GemmProblem& problem, int rounds) {
     std::vector<std::pair<py::bytes, std::vector<double>>> timed;
     for (TimedAlgorithm& t : cuda::time_algorithms(problem, rounds)) timed.emplace_back(t.algorithm, std::move(t.us));

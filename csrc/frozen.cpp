@@ -72,85 +72,86 @@ at::Tensor padded_codes(const at::Tensor& codes, int64_t rows, int64_t cols) {
   return out.view(codes.scalar_type());
 }
 
-// x (M, K) by rows: codes, and a scale_inv for each.
-std::pair<at::Tensor, at::Tensor> quantized_rows(const at::Tensor& x) {
-  const int64_t m = x.size(0), k = x.size(1);
-  at::Tensor q = at::empty({m, padded(k)}, x.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scale_inv = at::empty({m}, x.options().dtype(at::kFloat));
-  const QuantizeRowsArgs args{{x.const_data_ptr(), type_of(x.scalar_type(), "x"), m, k, x.stride(0), x.stride(1)},
-                              static_cast<uint8_t*>(q.data_ptr()),
-                              scale_inv.data_ptr<float>()};
-  (x.is_cuda() ? cuda::quantize_rows : cpu::quantize_rows)(args);
-  return {q, scale_inv};
-}
-
-// x (M, K) by 128 columns of a row: codes (M', K) and scale_invs (K / 128, M'), where M' is M or a few rows more.
-std::pair<at::Tensor, at::Tensor> quantized_groups(const at::Tensor& x) {
-  const int64_t m = x.size(0), k = x.size(1), rows = (m + 3) / 4 * 4;
-  at::Tensor q = at::empty({rows, k}, x.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scale_inv = at::empty({k / kScaleBlock, rows}, x.options().dtype(at::kFloat));
-  const QuantizeGroupsArgs args{{x.const_data_ptr(), type_of(x.scalar_type(), "x"), m, k, x.stride(0), x.stride(1)},
-                                rows,
-                                static_cast<uint8_t*>(q.data_ptr()),
-                                scale_inv.data_ptr<float>()};
-  (x.is_cuda() ? cuda::quantize_groups : cpu::quantize_groups)(args);
-  return {q, scale_inv};
-}
-
 // FP8 on both sides, with as many scales on the one as on the other: cuBLASLt mixes no modes but those of blocks.
+// Everything between x and y lies in one allocation: for small products the time is the host's.
 at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                              const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                             WeightScale kind, Activations activations, at::ScalarType dtype) {
-  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1), wide = padded(n);
-  at::Tensor q, x_scale, w_scale = kind == WeightScale::kBlock ? weight_scale : weight_scale.reshape({-1});
-  Scales scales = Scales::kOne;
-  if (kind == WeightScale::kBlock) {
-    std::tie(q, x_scale) = quantized_groups(x);
-    scales = Scales::kBlocks;
-    if (const int64_t missing = scale_stride(k) - w_scale.size(1)) {
-      w_scale = at::constant_pad_nd(w_scale, {0, missing});
-    }
-  } else if (activations == Activations::kToken) {
-    std::tie(q, x_scale) = quantized_rows(x);
-  } else {
-    QuantizeOptions options;
-    options.record = false;
-    options.own_amax = activations == Activations::kTensor;
-    const at::Tensor slot = options.own_amax ? at::empty({1, 4}, weight_scale.options()) : *input_slot;
-    Quantized quantized = quantize(x, slot, 0, at::kFloat8_e4m3fn, options);
-    q = quantized.q, x_scale = quantized.scale_inv;
-  }
-  const bool by_rows = scales == Scales::kOne && (x_scale.numel() > 1 || w_scale.numel() > 1);
+                             WeightScale kind, Activations activations, at::IntArrayRef size, at::ScalarType dtype) {
+  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1), wide = padded(n), cols = padded(k);
+  const bool on_cuda = x.is_cuda(), own_amax = activations == Activations::kTensor;
+  const bool one_each = kind == WeightScale::kTensor && activations != Activations::kToken;
+  const Scales scales = kind == WeightScale::kBlock ? Scales::kBlocks : one_each ? Scales::kOne : Scales::kRows;
+  const int64_t rows = scales == Scales::kBlocks ? (m + 3) / 4 * 4 : m;
   // float32 adds its bias in rescaling, too: the epilogue has none of that type.
-  const bool rescaled = by_rows && (is_rescaled(m, wide) || dtype == at::kFloat);
-  if (by_rows && !rescaled) {
-    scales = Scales::kRows;
-    if (x_scale.numel() != m) x_scale = x_scale.expand({m}).contiguous();
-    if (w_scale.numel() == 1) w_scale = w_scale.expand({wide}).contiguous();
-    if (w_scale.numel() != wide) w_scale = at::constant_pad_nd(w_scale, {0, wide - n});
-  }
-  if (!is_aligned(w_scale.const_data_ptr())) w_scale = w_scale.clone();
+  const bool rescaled = scales == Scales::kRows && (is_rescaled(m, wide) || dtype == at::kFloat);
 
-  const at::Tensor w = padded_codes(weight, wide, q.size(1));
-  const at::ScalarType sum_dtype = rescaled ? at::kFloat : dtype;
-  const int64_t rows = scales == Scales::kBlocks ? q.size(0) : m;
-  at::Tensor product = at::empty({rows, wide}, x.options().dtype(sum_dtype));
+  int64_t bytes = 0;
+  const auto reserve = [&bytes](int64_t size) {
+    const int64_t place = bytes;
+    bytes += (size + 255) / 256 * 256;  // as aligned as algorithms can wish
+    return place;
+  };
+  const int64_t q_place = reserve(padded(rows) * cols);
+  const int64_t scale_place =
+      reserve(4 * (kind == WeightScale::kBlock ? rows * k / kScaleBlock : std::max<int64_t>(m, 4)));
+  const int64_t parts_place = reserve(own_amax ? 4 * kAmaxParts : 0);
+  const int64_t sums_place = reserve(rescaled ? 4 * m * wide : 0);
+  const at::Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));
+  uint8_t* const base = static_cast<uint8_t*>(scratch.data_ptr());
+  uint8_t* const q = base + q_place;
+  float* const own_scale = reinterpret_cast<float*>(base + scale_place);
+  const float* x_scale = own_scale;
+
+  const Matrix matrix{x.const_data_ptr(), type_of(x.scalar_type(), "x"), m, k, x.stride(0), x.stride(1)};
+  if (scales == Scales::kBlocks) {
+    (on_cuda ? cuda::quantize_groups : cpu::quantize_groups)({matrix, rows, q, own_scale});
+  } else if (activations == Activations::kToken) {
+    (on_cuda ? cuda::quantize_rows : cpu::quantize_rows)({matrix, q, own_scale});
+  } else {
+    Slot* const own = reinterpret_cast<Slot*>(own_scale);
+    if (own_amax) {
+      float* const parts = reinterpret_cast<float*>(base + parts_place);
+      (on_cuda ? cuda::amax : cpu::amax)(matrix, parts);
+      (on_cuda ? cuda::scale_from_amax : cpu::scale_from_amax)(parts, own, E4M3::kMax, /*power_of_two=*/false);
+    }
+    const Slot* const slot = own_amax ? own : slots_of(*input_slot);
+    (on_cuda ? cuda::quantize : cpu::quantize)({matrix, Format::kE4M3, slot, q, nullptr, nullptr, nullptr, nullptr});
+    x_scale = &slot->scale_inv;
+  }
+  const bool one_x_scale = scales != Scales::kBlocks && activations != Activations::kToken;
+
+  const at::Tensor w = padded_codes(weight, wide, cols);
+  at::Tensor out = at::empty(size, x.options().dtype(dtype));
   GemmArgs args{};
-  args.m = rows, args.n = wide, args.k = q.size(1);
-  args.a = static_cast<const uint8_t*>(q.const_data_ptr()), args.b = static_cast<const uint8_t*>(w.const_data_ptr());
-  args.out = product.data_ptr(), args.out_type = type_of(sum_dtype, "the output");
+  args.m = rows, args.n = wide, args.k = cols;
+  args.a = q, args.b = static_cast<const uint8_t*>(w.const_data_ptr());
   args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
-  const auto gemm = x.is_cuda() ? cuda::gemm : cpu::gemm;
+  const auto gemm = on_cuda ? cuda::gemm : cpu::gemm;
   if (rescaled) {
+    float* const sums = reinterpret_cast<float*>(base + sums_place);
+    args.out = sums, args.out_type = Type::kFloat32;
     gemm(args);
-    at::Tensor out = at::empty({m, n}, x.options().dtype(dtype));
-    (x.is_cuda() ? cuda::rescale : cpu::rescale)(
-        {product.const_data_ptr<float>(), m, n, wide, x_scale.const_data_ptr<float>(), w_scale.const_data_ptr<float>(),
-         x_scale.numel() == 1, w_scale.numel() == 1, bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
-         type_of(dtype, "the output")});
+    (on_cuda ? cuda::rescale : cpu::rescale)(
+        {sums, m, n, wide, x_scale, weight_scale.const_data_ptr<float>(), one_x_scale, kind == WeightScale::kTensor,
+         bias ? bias->const_data_ptr() : nullptr, out.data_ptr(), type_of(dtype, "the output")});
     return out;
   }
-  args.a_scale_inv = x_scale.const_data_ptr<float>(), args.b_scale_inv = w_scale.const_data_ptr<float>();
+
+  at::Tensor w_scale = weight_scale, x_scales;
+  if (scales == Scales::kRows) {
+    if (one_x_scale) {
+      x_scales = (own_amax ? scratch.narrow(0, scale_place, 4).view(at::kFloat) : input_slot->view(-1).narrow(0, 0, 1))
+                     .expand({m})
+                     .contiguous();
+      x_scale = x_scales.const_data_ptr<float>();
+    }
+    if (kind == WeightScale::kTensor) w_scale = w_scale.reshape({1}).expand({wide}).contiguous();
+    if (w_scale.numel() != wide) w_scale = at::constant_pad_nd(w_scale.view(-1), {0, wide - n});
+  } else if (scales == Scales::kBlocks && w_scale.size(1) != scale_stride(k)) {
+    w_scale = at::constant_pad_nd(w_scale, {0, scale_stride(k) - w_scale.size(1)});
+  }
+  if (!is_aligned(w_scale.const_data_ptr())) w_scale = w_scale.clone();
+  args.a_scale_inv = x_scale, args.b_scale_inv = w_scale.const_data_ptr<float>();
   args.scales = scales;
   at::Tensor epilogue;
   if (bias && dtype != at::kFloat) {
@@ -158,9 +159,13 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
     if (!is_aligned(epilogue.const_data_ptr())) epilogue = epilogue.clone();
     args.bias = epilogue.const_data_ptr();
   }
+  const bool is_padded = rows != m || wide != n;
+  const at::Tensor product = is_padded ? at::empty({rows, wide}, out.options()) : out;
+  args.out = product.data_ptr(), args.out_type = type_of(dtype, "the output");
   gemm(args);
-  product = product.narrow(0, 0, m).narrow(1, 0, n);
-  return bias && dtype == at::kFloat ? product.add_(*bias) : product;
+  if (is_padded) out.view({m, n}).copy_(product.narrow(0, 0, m).narrow(1, 0, n));
+  if (bias && dtype == at::kFloat) out.add_(*bias);
+  return out;
 }
 
 // Whether x is quantised: few rows are not, since the time there is that of reading the weight, and wide outputs, which
@@ -195,7 +200,7 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
   at::Tensor x2 = x.dim() == 2 ? x : x.reshape({m, k});
   const auto how = static_cast<Activations>(activations);
   if (is_quantized(m, n, k, kind, how)) {
-    return quantized_product(x2, weight, weight_scale, bias, input_slot, kind, how, dtype).reshape(size);
+    return quantized_product(x2, weight, weight_scale, bias, input_slot, kind, how, size, dtype);
   }
 
   const bool is_skinny = x.is_cuda() && m <= kStreamedRows && k % kAlignment == 0 && k < (1 << 30) &&

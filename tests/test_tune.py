@@ -128,6 +128,31 @@ class TestProblems:
             (BF16, False), (BF16, False), (FP32, accumulate)
         ]  # fmt: skip
 
+    @pytest.mark.parametrize(
+        ("granularity", "activations", "tokens", "outputs", "expected"),
+        [
+            ("tensor", "static", 100, 200, (100, 208, BF16, True, True, "one")),
+            ("channel", "token", 8192, 4096, (8192, 4096, BF16, True, True, "rows")),
+            ("channel", "token", 200, 4096, (200, 4096, FP32, False, True, "one")),  # rescaled by a kernel of ours
+            ("channel", "static", 8192, 4096, (8192, 4096, BF16, True, True, "rows")),
+            ("block", "token", 101, 200, (104, 208, BF16, True, False, "blocks")),
+        ],
+    )
+    def test_frozen(self, granularity, activations, tokens, outputs, expected):
+        frozen = fp8.FrozenLinear(256, outputs, device="meta", dtype=BF16, activations=activations, weight=granularity)
+        m, n, dtype, bias, fast, scales = expected
+        assert self.problems(frozen, tokens=tokens) == [
+            Problem(m, n, 256, E4M3, E4M3, dtype, bias, False, fast, scales)
+        ]
+
+    @pytest.mark.parametrize(
+        ("granularity", "activations", "tokens"),
+        [("channel", "token", 16), ("channel", "none", 64), ("block", "static", 64), ("block", "none", 64)],
+    )
+    def test_frozen_without_a_gemm_in_fp8(self, granularity, activations, tokens):
+        frozen = fp8.FrozenLinear(256, 64, device="meta", activations=activations, weight=granularity)
+        assert self.problems(frozen, tokens=tokens) == []
+
     @pytest.mark.filterwarnings("ignore:Initializing zero-element")
     def test_each_problem_once(self):
         assert self.problems(layer(), layer(), layer(bias=True)) == [

@@ -40,7 +40,7 @@ def test_round_trip_times_nothing(cublaslt, saved):
 
 def test_digest_is_what_the_format_says(saved):
     file = json.loads(saved[0].read_text())
-    assert signed(file) == file and (file["format"], file["version"]) == ("torch_fp8 tuning", 1)
+    assert signed(file) == file and (file["format"], file["version"]) == ("torch_fp8 tuning", 2)
 
 
 def test_saving_is_all_or_nothing(saved, monkeypatch):
@@ -82,7 +82,7 @@ def test_made_elsewhere(cublaslt, saved, monkeypatch, place, match):
         (lambda text: "[" * 100_000, "expected a whole JSON file"),
         (lambda text: "[1]", r"expected a JSON object, got \[1\]"),
         (lambda text: "{}", "expected a file of format torch_fp8 tuning, got null"),
-        (lambda text: text.replace('"version": 1,', '"version": 2,'), "expected a file of version 1, got 2"),
+        (lambda text: text.replace('"version": 2,', '"version": 1,'), "expected a file of version 2, got 1"),
         (lambda text: text.replace("90.0", "80.0"), "expected the digest .* they changed since it was saved"),
         (lambda text: text.replace("02" * 72, "03" * 72), "expected the digest"),
         (lambda text: text.replace("H200", "H100"), "expected the digest"),
@@ -104,9 +104,9 @@ def test_damaged(cublaslt, saved, change, match):
     [
         ("m", 0), ("m", "256"), ("m", True), ("n", 24), ("k", 1.0), ("a_dtype", "bfloat16"), ("b_dtype", ["x"]),
         ("out_dtype", "float8_e4m3fn"), ("out_dtype", "nn"), ("bias", 0), ("accumulate", None),
-        ("fast_accum", "no"), ("default_us", 100), ("default_us", float("nan")), ("chosen_us", float("inf")),
-        ("chosen_us", -1.0), ("candidate", -1), ("candidate", False), ("algorithm", "00" * 71),
-        ("algorithm", "zz" * 72), ("algorithm", None),
+        ("fast_accum", "no"), ("scales", "columns"), ("scales", ["one"]), ("default_us", 100),
+        ("default_us", float("nan")), ("chosen_us", float("inf")), ("chosen_us", -1.0), ("candidate", -1),
+        ("candidate", False), ("algorithm", "00" * 71), ("algorithm", "zz" * 72), ("algorithm", None),
     ],
 )  # fmt: skip
 def test_wrong_types(cublaslt, saved, field, value):

@@ -47,13 +47,14 @@ GemmArgs args_of(const GemmProblem& p) {
   args.out = somewhere;
   args.accumulate = p.accumulate;
   args.fast_accum = p.fast_accum;
+  args.scales = p.scales;
   return args;
 }
 
 // Operands as training has them: normal numbers that fill their format up to four standard deviations. The power that
 // a GEMM draws, and so its clock, depends on the data. From a generator of its own: tuning changes no other number.
 struct Operands {
-  at::Tensor a, b, scale_inv, bias, out;
+  at::Tensor a, b, a_scale_inv, b_scale_inv, bias, out;
   GemmArgs args;
 
   explicit Operands(const GemmProblem& p) : args(args_of(p)) {
@@ -65,12 +66,17 @@ struct Operands {
     };
     a = codes(p.m, p.a_format);
     b = codes(p.n, p.b_format);
-    scale_inv = at::full({1}, 1e-4, cuda);
+    const bool rows = p.scales == Scales::kRows, blocks = p.scales == Scales::kBlocks;
+    a_scale_inv = at::full({blocks ? p.k / kScaleBlock * p.m : rows ? p.m : 1}, 1e-4, cuda);
+    b_scale_inv = at::full({blocks ? (p.n + kScaleBlock - 1) / kScaleBlock * scale_stride(p.k)
+                            : rows ? p.n
+                                   : 1},
+                           1e-4, cuda);
     if (p.bias) bias = at::randn({p.n}, generator, cuda.dtype(dtype_of(p.out_type)));
     out = at::zeros({p.m, p.n}, cuda.dtype(dtype_of(p.out_type)));
     args.a = static_cast<const uint8_t*>(a.const_data_ptr());
     args.b = static_cast<const uint8_t*>(b.const_data_ptr());
-    args.a_scale_inv = args.b_scale_inv = scale_inv.const_data_ptr<float>();
+    args.a_scale_inv = a_scale_inv.const_data_ptr<float>(), args.b_scale_inv = b_scale_inv.const_data_ptr<float>();
     if (p.bias) args.bias = bias.const_data_ptr();
     args.out = out.data_ptr();
   }
@@ -82,6 +88,9 @@ void check_problem(const GemmProblem& p) {
   TORCH_CHECK_VALUE(p.m > 0 && p.n > 0 && p.k > 0 && p.n % kAlignment == 0 && p.k % kAlignment == 0,
                     "torch_fp8: a GEMM to tune needs m > 0 and n and k that are positive multiples of ", kAlignment,
                     ", got ", p.m, ", ", p.n, ", ", p.k);
+  TORCH_CHECK_VALUE(p.scales != Scales::kBlocks || (p.m % 4 == 0 && p.k % kScaleBlock == 0),
+                    "torch_fp8: a GEMM with scales of blocks needs m that is a multiple of 4 and k of ", kScaleBlock,
+                    ", got ", p.m, ", ", p.k);
   TORCH_CHECK_VALUE(!p.bias || p.out_type != Type::kFloat32, "torch_fp8: FP8 GEMMs have no float32 bias");
 }
 

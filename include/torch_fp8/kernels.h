@@ -145,6 +145,7 @@ struct GemmProblem {
   Format a_format, b_format;
   Type out_type;
   bool bias, accumulate, fast_accum;
+  Scales scales;
 };
 
 struct TimedAlgorithm {

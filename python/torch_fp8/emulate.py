@@ -18,7 +18,13 @@ WIDE = 8192  # outputs beyond which such rows are half as many
 
 #: How the input is quantised; the index is what the op takes.
 ACTIVATIONS = ("none", "static", "tensor", "token")
-_NONE, _STATIC, _TENSOR, _TOKEN = range(4)
+
+
+def is_quantized(rows: int, n: int, k: int, granularity: str, activations: str) -> bool:
+    """Whether an (N, K) layer quantises an input of so many rows: :class:`torch_fp8.FrozenLinear` says when."""
+    if rows <= (FEW_ROWS // 2 if n > WIDE else FEW_ROWS):
+        return False
+    return activations == "token" and k % BLOCK == 0 if granularity == "block" else activations != "none"
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
@@ -61,13 +67,12 @@ def emulated_linear(
     x = x.float()
     (n, k), rows = weight.shape, x.shape[:-1].numel()
     blocks = weight_scale.numel() > 1 and weight_scale.shape != (n, 1)
-    few = rows <= (FEW_ROWS // 2 if n > WIDE else FEW_ROWS)
-    if not few and (activations == _TOKEN and k % BLOCK == 0 if blocks else activations != _NONE):
-        if activations == _STATIC:
+    if is_quantized(rows, n, k, "block" if blocks else "channel", ACTIVATIONS[activations]):
+        if ACTIVATIONS[activations] == "static":
             x = quantize(x, input_slot[0, 1]).float() * input_slot[0, 0]
         else:
             groups = x.unflatten(-1, (-1, BLOCK)) if blocks else x
-            amax = groups.abs().amax(-1, keepdim=True) if activations == _TOKEN else x.abs().amax()
+            amax = groups.abs().amax(-1, keepdim=True) if ACTIVATIONS[activations] == "token" else x.abs().amax()
             scale = (E4M3_MAX / amax).clamp(2.0**-126, 2.0**126)
             scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
             x = (quantize(groups, scale).float() * scale.reciprocal()).view(x.shape)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from . import _C
+from .emulate import is_quantized
+from .frozen import FrozenLinear, frozen_layers
 from .linear import Linear, fp8_layers
 from .recipe import _check, _is_int
 from .tuning import Problem, TunedGemm, Tuning, here
@@ -38,8 +40,9 @@ def tune(
     ``forget_tuning`` takes it back. Another algorithm sums in another order, so results may differ in the last bits
     from those of the default; with one algorithm they repeat to the bit.
 
-    what: a model whose FP8 layers are to be tuned, as they would be called now: call this under the ``torch.autocast``
-        of the training step, if it has one. Or an iterable of (tokens, in_features, out_features), which stand for
+    what: a model whose FP8 layers, frozen ones too, are to be tuned, as they would be called now: call this under the
+        ``torch.autocast`` of the training step, if it has one; without it a frozen layer's output has its bias's dtype,
+        bfloat16 where it has none. Or an iterable of (tokens, in_features, out_features), which stand for
         layers in bfloat16 without bias with the default recipe.
     tokens: rows of a layer's input in one call (batch times sequence length). An algorithm is used for exactly the
         sizes it was tuned for. Not used with shapes, which name theirs.
@@ -101,9 +104,31 @@ def choose(candidates: Sequence[tuple[bytes, Sequence[float]]], margin: float) -
     return min(better, key=lambda i: median(candidates[i][1]), default=0)
 
 
-def problems_of(layers: Iterable[tuple[Linear, int]]) -> list[Problem]:
+def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Problem]:
     """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
-    return list(dict.fromkeys(problem for layer, tokens in layers for problem in _gemms(layer, tokens)))
+    return list(
+        dict.fromkeys(
+            problem
+            for layer, tokens in layers
+            for problem in (_frozen_gemms if isinstance(layer, FrozenLinear) else _gemms)(layer, tokens)
+        )
+    )
+
+
+def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
+    # Mirrors frozen.cpp.
+    (rows, cols), granularity, bias = layer.weight.shape, layer.granularity, layer.bias
+    if rows == 0 or cols == 0 or not is_quantized(tokens, rows, cols, granularity, layer.activations):
+        return
+    dtype = torch.bfloat16 if bias is None else bias.dtype
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+    one_each = granularity == "tensor" and layer.activations != "token"
+    scales = "blocks" if granularity == "block" else "one" if one_each else "rows"
+    m, n = -(-tokens // 4) * 4 if scales == "blocks" else tokens, _padded(rows)
+    if scales == "rows" and (m <= 32 or -(-m // 128) * -(-n // 128) < 96 or dtype == torch.float32):
+        dtype, bias, scales = torch.float32, None, "one"  # scaled by a kernel of ours
+    yield Problem(m, n, _padded(cols), torch.float8_e4m3fn, torch.float8_e4m3fn, dtype,
+                  bias is not None and dtype != torch.float32, False, scales != "blocks", scales)  # fmt: skip
 
 
 def _gemms(layer: Linear, tokens: int) -> Iterator[Problem]:
@@ -134,10 +159,10 @@ def _padded(size: int) -> int:
     return -(-size // 16) * 16
 
 
-def _layers_of(what: Any, tokens: int) -> list[tuple[Linear, int]]:
+def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]]:
     """The layers to tune, each with its number of tokens; for a shape, a layer without memory."""
     if isinstance(what, nn.Module):
-        layers = [(layer, tokens) for layer in fp8_layers(what).values()]
+        layers = [(layer, tokens) for layer in {**fp8_layers(what), **frozen_layers(what)}.values()]
         if not layers:
             raise ValueError(f"torch_fp8: {type(what).__name__} has no FP8 layer to tune; torch_fp8.convert it first")
         return layers

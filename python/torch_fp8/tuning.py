@@ -26,10 +26,12 @@ class Problem(NamedTuple):
     bias: bool  # added by the epilogue
     accumulate: bool  # out += the product
     fast_accum: bool
+    scales: str = "one"  # on each side; or a scale for each of "rows", or of "blocks" (a: 1 x 128, b: 128 x 128)
 
     def __str__(self) -> str:
         a, b = ("E5M2" if dtype == torch.float8_e5m2 else "E4M3" for dtype in (self.a_dtype, self.b_dtype))
         flags = [flag for flag in ("bias", "accumulate", "fast_accum") if getattr(self, flag)]
+        flags += [f"scales of {self.scales}"] if self.scales != "one" else []
         return ", ".join([f"{self.m} x {self.n} x {self.k} {a} x {b} -> {_name(self.out_dtype)}", *flags])
 
     def native(self) -> _C.GemmProblem:

@@ -1,6 +1,6 @@
 """The file of a tuning: JSON that says where its algorithms mean something, taken whole or refused whole.
 
-    {"format": "torch_fp8 tuning", "version": 1, "cublaslt": 130100, "gpu": "NVIDIA H200", "capability": "9.0",
+    {"format": "torch_fp8 tuning", "version": 2, "cublaslt": 130100, "gpu": "NVIDIA H200", "capability": "9.0",
      "entries": [{"m": ..., "algorithm": "<hexadecimal>"}, ...], "digest": "<SHA-256>"}
 
 The digest is of everything else, as JSON with sorted keys. It is against accidents (a cut off copy, an edit), not
@@ -23,9 +23,10 @@ from .recipe import _is_int
 
 StrPath = str | os.PathLike[str]
 
-_HEAD = {"format": "torch_fp8 tuning", "version": 1}
+_HEAD = {"format": "torch_fp8 tuning", "version": 2}
 _OPERANDS = ("float8_e4m3fn", "float8_e5m2")
 _OUTPUTS = ("bfloat16", "float16", "float32")
+_SCALES = ("one", "rows", "blocks")
 _ALGORITHM_BYTES = 72
 
 
@@ -115,6 +116,7 @@ _ENTRY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bias": ("true or false", _is_bool),
     "accumulate": ("true or false", _is_bool),
     "fast_accum": ("true or false", _is_bool),
+    "scales": (f"one of {_SCALES}", lambda value: value in _SCALES),
     "default_us": ("a time in microseconds", _is_time),
     "chosen_us": ("a time in microseconds", _is_time),
     "candidate": ("an integer from 0", lambda value: _is_int(value, 0, 2**31 - 1)),
