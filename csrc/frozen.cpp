@@ -1,4 +1,4 @@
-// frozen_linear: a linear layer whose weight is stored in FP8. Checks, and which of four ways a product goes.
+// frozen_linear: a linear layer whose weight is stored in FP8. Checks, and which of five ways a product goes.
 #include <algorithm>
 
 #include <c10/core/DeviceGuard.h>
@@ -82,8 +82,10 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   const bool one_each = kind == WeightScale::kTensor && activations != Activations::kToken;
   const Scales scales = kind == WeightScale::kBlock ? Scales::kBlocks : one_each ? Scales::kOne : Scales::kRows;
   const int64_t rows = scales == Scales::kBlocks ? (m + 3) / 4 * 4 : m;
+  const bool streamed = on_cuda && m <= kSkinnyFp8Rows && scales != Scales::kBlocks && k == cols &&
+                        dtype != at::kFloat && is_aligned(weight.const_data_ptr());
   // float32 adds its bias in rescaling, too: the epilogue has none of that type.
-  const bool rescaled = scales == Scales::kRows && (is_rescaled(m, wide) || dtype == at::kFloat);
+  const bool rescaled = !streamed && scales == Scales::kRows && (is_rescaled(m, wide) || dtype == at::kFloat);
 
   int64_t bytes = 0;
   const auto reserve = [&bytes](int64_t size) {
@@ -120,8 +122,14 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   }
   const bool one_x_scale = scales != Scales::kBlocks && activations != Activations::kToken;
 
-  const at::Tensor w = padded_codes(weight, wide, cols);
   at::Tensor out = at::empty(size, x.options().dtype(dtype));
+  if (streamed) {
+    cuda::skinny_fp8({m, n, k, q, static_cast<const uint8_t*>(weight.const_data_ptr()), x_scale,
+                      weight_scale.const_data_ptr<float>(), one_x_scale, kind == WeightScale::kTensor,
+                      bias ? bias->const_data_ptr() : nullptr, out.data_ptr(), type_of(dtype, "the output")});
+    return out;
+  }
+  const at::Tensor w = padded_codes(weight, wide, cols);
   GemmArgs args{};
   args.m = rows, args.n = wide, args.k = cols;
   args.a = q, args.b = static_cast<const uint8_t*>(w.const_data_ptr());

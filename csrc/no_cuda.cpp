@@ -23,6 +23,7 @@ void quantize_rows(const QuantizeRowsArgs&) { refuse(); }
 void quantize_groups(const QuantizeGroupsArgs&) { refuse(); }
 void rescale(const RescaleArgs&) { refuse(); }
 void skinny(const SkinnyArgs&) { refuse(); }
+void skinny_fp8(const SkinnyFp8Args&) { refuse(); }
 void add_column_sums(const ColumnSums&) { refuse(); }
 void dequantize(const DequantizeArgs&) { refuse(); }
 void gemm(const GemmArgs&) { refuse(); }

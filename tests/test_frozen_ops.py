@@ -61,7 +61,7 @@ def check(device, m, n, k, kind, activations, dtype=torch.bfloat16, bias=True, l
 
 
 @pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 33, 70])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 33, 64, 70])
 @pytest.mark.parametrize("activations", [NONE, STATIC, TENSOR, TOKEN])
 def test_against_float64(device, kind, m, activations):
     check(device, m, 144, 320, kind, activations)
@@ -71,7 +71,7 @@ SIZES = [(16, 16), (129, 64), (40, 1040), (130, 4096), (33, 17408), (7, 33), (25
 
 
 @pytest.mark.parametrize(("n", "k"), SIZES)
-@pytest.mark.parametrize("m", [1, 5, 16, 19])
+@pytest.mark.parametrize("m", [1, 5, 16, 19, 50])
 def test_any_size(device, n, k, m):
     for kind in ("tensor", "channel", "block"):
         check(device, m, n, k, kind, TOKEN)

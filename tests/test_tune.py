@@ -147,10 +147,10 @@ class TestProblems:
 
     @pytest.mark.parametrize(
         ("granularity", "activations", "tokens"),
-        [("channel", "token", 16), ("channel", "none", 64), ("block", "static", 64), ("block", "none", 64)],
+        [("channel", "token", 32), ("channel", "none", 128), ("block", "static", 64), ("block", "none", 64)],
     )
     def test_frozen_without_a_gemm_in_fp8(self, granularity, activations, tokens):
-        frozen = fp8.FrozenLinear(256, 64, device="meta", activations=activations, weight=granularity)
+        frozen = fp8.FrozenLinear(256, 64, device="meta", dtype=BF16, activations=activations, weight=granularity)
         assert self.problems(frozen, tokens=tokens) == []
 
     @pytest.mark.filterwarnings("ignore:Initializing zero-element")

@@ -79,9 +79,9 @@ def test_every_candidate_is_right():
 @pytest.mark.parametrize(
     ("weight", "activations"), [("tensor", "tensor"), ("channel", "token"), ("channel", "tensor"), ("block", "token")]
 )
-@pytest.mark.parametrize("tokens", [64, 2048])
+@pytest.mark.parametrize("tokens", [100, 2048])
 def test_frozen_layers(weight, activations, tokens):
-    """What is tuned is what a frozen layer runs: its bits change with candidates that sum in another order."""
+    """What is tuned is what a frozen layer runs: with another algorithm it launches another kernel."""
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(4096, 1280, device="cuda", dtype=torch.bfloat16))
     fp8.freeze(model, activations, weight)
@@ -90,14 +90,15 @@ def test_frozen_layers(weight, activations, tokens):
         x, model[0].weight, model[0].weight_scale, model[0].bias, None, emulate.ACTIVATIONS.index(activations)
     ).float()
     (problem,) = problems_of([(model[0], tokens)])
-    results = set()
+    kernels = set()
     for algorithm, _ in fp8._C.time_algorithms(problem.native(), 1):
         fp8._C.use_algorithms([(problem.native(), algorithm)])
-        y = model(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            y = model(x)
+            torch.cuda.synchronize()
         assert (y.float() - expected).norm() < 0.02 * expected.norm()
-        results.add(hash(y.view(torch.int16).cpu().numpy().tobytes()))
-    if tokens == 64 and weight != "block":
-        assert len(results) > 1  # some candidates split k
+        kernels.add(tuple(event.key for event in profile.key_averages()))
+    assert len(kernels) > 1
     fp8.tune(model, tokens=tokens, rounds=20)
 
 

@@ -52,6 +52,7 @@ void rescale(const RescaleArgs& args) { launch_rescale(args, stream()); }
 void dequantize(const DequantizeArgs& args) { launch_dequantize(args, stream()); }
 
 void skinny(const SkinnyArgs& args) { launch_skinny(args, stream()); }
+void skinny_fp8(const SkinnyFp8Args& args) { launch_skinny_fp8(args, stream()); }
 
 void count_losses(const LossArgs& args) { launch_count_losses(args, stream()); }
 

@@ -80,6 +80,18 @@ struct SkinnyArgs {
   Type type;  // of x, bias and out; not float32
 };
 
+// The same with x in FP8 too: out (m, n) = (x (m, k) * x_scale) . (w (n, k) * w_scale)^T [+ bias (n)].
+constexpr int64_t kSkinnyFp8Rows = 32;  // at most so many rows of x
+struct SkinnyFp8Args {
+  int64_t m, n, k;       // k a multiple of 16
+  const uint8_t *x, *w;  // E4M3, 16-byte aligned
+  const float *x_scale, *w_scale;
+  bool one_x_scale, one_w_scale;  // for all rows, else one for each
+  const void* bias;               // or null
+  void* out;
+  Type type;  // of bias and out; not float32
+};
+
 // out (rows, cols) = sums (rows, stride) * row_scale * col_scale [+ bias (cols)], rounded once.
 struct RescaleArgs {
   const float* sums;
@@ -190,6 +202,7 @@ void quantize_groups(const QuantizeGroupsArgs& args);
 void rescale(const RescaleArgs& args);
 void dequantize(const DequantizeArgs& args);
 void skinny(const SkinnyArgs& args);
+void skinny_fp8(const SkinnyFp8Args& args);
 void count_losses(const LossArgs& args);
 void add_column_sums(const ColumnSums& sums);
 void gemm(const GemmArgs& args);

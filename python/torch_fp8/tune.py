@@ -25,6 +25,7 @@ from .tuning import Problem, TunedGemm, Tuning, here
 _MIN_ROUNDS = 20
 _MAX_SIZE = 2**30
 _FASTER_ROUNDS = 0.9
+_STREAMED_ROWS = 32  # of a frozen layer's input; cuBLASLt has the rest
 # For normally distributed values: 1.4826 median absolute deviations are a standard deviation, and the median of n of
 # them is off by sqrt(pi / 2 / n) standard deviations.
 _MEDIAN_ERROR = 1.4826 * math.sqrt(math.pi / 2)
@@ -124,6 +125,8 @@ def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
     one_each = granularity == "tensor" and layer.activations != "token"
     scales = "blocks" if granularity == "block" else "one" if one_each else "rows"
+    if tokens <= _STREAMED_ROWS and scales != "blocks" and cols % 16 == 0 and dtype != torch.float32:
+        return  # a kernel of ours
     m, n = -(-tokens // 4) * 4 if scales == "blocks" else tokens, _padded(rows)
     if scales == "rows" and (m <= 32 or -(-m // 128) * -(-n // 128) < 96 or dtype == torch.float32):
         dtype, bias, scales = torch.float32, None, "one"  # scaled by a kernel of ours
