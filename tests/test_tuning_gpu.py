@@ -7,6 +7,7 @@ import torch
 import torch_fp8 as fp8
 from oracle import OUTPUT
 from test_gemm import assert_within, operand, product, scale_inv
+from test_launches import device_work
 from torch import nn
 from torch_fp8 import emulate
 from torch_fp8.tune import problems_of
@@ -90,15 +91,13 @@ def test_frozen_layers(weight, activations, tokens):
         x, model[0].weight, model[0].weight_scale, model[0].bias, None, emulate.ACTIVATIONS.index(activations)
     ).float()
     (problem,) = problems_of([(model[0], tokens)])
-    kernels = set()
+    products = set()
     for algorithm, _ in fp8._C.time_algorithms(problem.native(), 1):
         fp8._C.use_algorithms([(problem.native(), algorithm)])
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            y = model(x)
-            torch.cuda.synchronize()
-        assert (y.float() - expected).norm() < 0.02 * expected.norm()
-        kernels.add(tuple(event.key for event in profile.key_averages()))
-    assert len(kernels) > 1
+        assert (model(x).float() - expected).norm() < 0.02 * expected.norm()
+        products.add(tuple(name for name in device_work(lambda: model(x)) if "torch_fp8" not in name))
+    if problem.scales == "one":  # in the other modes cuBLASLt may have one kernel only
+        assert len(products) > 1
     fp8.tune(model, tokens=tokens, rounds=20)
 
 

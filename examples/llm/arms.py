@@ -12,7 +12,7 @@ from torch_fp8.frozen import frozen_layers
 
 ARMS = {  # what fp8.freeze is told
     "W8A16": {"activations": "none", "weight": "channel"},
-    "W8A16 block": {"activations": "none", "weight": "block"},  # before block scales no input is quantised
+    "W8A16 block": {"activations": "none", "weight": "block"},  # the weight alone
     "W8A8 static": {"activations": "static", "weight": "tensor"},
     "W8A8 tensor": {"activations": "tensor", "weight": "tensor"},
     "W8A8 token": {"activations": "token", "weight": "channel"},
