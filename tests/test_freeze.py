@@ -120,6 +120,18 @@ class TestForward:
         quantised = rows > 16 and weight != "block" and activations != "none"
         assert (sqnr(exact, twin) < 35) == quantised  # 31.5 dB is what E4M3 has, 50 what bfloat16 has
 
+    @pytest.mark.parametrize(("rows", "outputs", "quantised"), [(16, N, False), (17, N, True), (9, 8208, True)])
+    def test_emulated_twin_of_blocks(self, rows, outputs, quantised, device):
+        """Before blocks x is scaled by groups of 128 columns: here of very different sizes, which the weight evens."""
+        layer, x = nn.Linear(256, outputs, device=device), torch.randn(rows, 256, device=device).bfloat16()
+        layer.weight.data[:, 128:] *= 2.0**12
+        x[:, 128:] *= 2.0**-12
+        fp8.freeze(layer.bfloat16(), weight="block")
+        state = layer.weight, layer.weight_scale, layer.bias, None
+        y, twin = layer(x), emulated_linear(x, *state, ACTIVATIONS.index("token"))
+        torch.testing.assert_close(y, twin, rtol=2**-7, atol=5e-3 if device.type == "cuda" else 1e-5)
+        assert (sqnr(emulated_linear(x.float(), *state, 0), y) < 45) == quantised
+
     def test_dtypes_and_autocast(self, device):
         for dtype in (torch.float32, torch.float16):
             assert frozen(dtype=dtype, device=device)(torch.randn(2, K, device=device, dtype=dtype)).dtype == dtype

@@ -73,7 +73,8 @@ def emulated_linear(
         else:
             groups = x.unflatten(-1, (-1, BLOCK)) if blocks else x
             amax = groups.abs().amax(-1, keepdim=True) if ACTIVATIONS[activations] == "token" else x.abs().amax()
-            scale = (E4M3_MAX / amax).clamp(2.0**-126, 2.0**126)
+            scale = torch.full_like(amax, E4M3_MAX) / amax  # a number over a tensor PyTorch rounds twice
+            scale = scale.clamp(2.0**-126, 2.0**126)
             scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
             x = (quantize(groups, scale).float() * scale.reciprocal()).view(x.shape)
     bias = None if bias is None else bias.to(dtype).float()
