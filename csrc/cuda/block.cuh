@@ -28,6 +28,11 @@ __device__ inline void begin_dependent() {
   cudaGridDependencySynchronize();
 }
 
+// The same in two steps, for a kernel that reads constants in between. Loads that must not cross the second are
+// volatile too: plain ones the compiler may move.
+__device__ inline void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // magnitude() without its second step, which the maximum takes once: NaN of any payload is above Inf.
 __device__ inline uint32_t raw_magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
 
@@ -62,6 +67,8 @@ inline bool is_vectorised(const Matrix& x) {
 inline bool is_dense(const Matrix& x) {
   return is_vectorised(x) && (x.row_stride == x.cols || x.rows == 1) && x.rows * x.cols % kPackSize == 0;
 }
+
+constexpr uint32_t kMultiprocessors = 132;  // of an H100 SXM and an H200
 
 inline uint32_t blocks_for(int64_t items, int64_t per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;

@@ -31,9 +31,6 @@ __device__ void load_x(uint4 (&v)[2], const void* pointer) {
                : "memory");
 }
 
-__device__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 __device__ uint32_t operand_of(uint32_t codes, __half) { return halves_of(codes); }
 __device__ uint32_t operand_of(uint32_t codes, __nv_bfloat16) {
   const __nv_bfloat162 pair = __float22bfloat162_rn(to_float2(halves_of(codes), __half{}));
@@ -267,8 +264,6 @@ static_assert(kScaleBlock % kMmaRows == 0 && kScaleBlock % kChunk == 0,
 
 // A kernel of few microseconds is fastest where all of its blocks are resident at once, with as many warps and as much
 // of the weight in flight as that leaves room for.
-constexpr uint32_t kMultiprocessors = 132;
-
 template <class T, bool kBlocks>
 void launch_mma(const SkinnyArgs& args, cudaStream_t stream) {
   const uint32_t grid = blocks_for(args.n, kMmaRows);

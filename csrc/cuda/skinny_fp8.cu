@@ -24,7 +24,6 @@ constexpr int kConsumers = 4 * 32, kThreads = kConsumers + 32;
 constexpr int kPitch = kRows + 4;  // of the sums, in shared memory: no bank is written twice at a time
 static_assert(kTokens * kPitch * 4 <= kStageBytes, "the sums take the place of the ring");
 constexpr int kMostParts = 8;  // of k: a cluster has no more blocks
-constexpr uint32_t kMultiprocessors = 132;
 
 __device__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int at_once = min(count, stages);
   const bool is_producer = thread == kConsumers;
 
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  let_successor_start();
   if (is_producer) {
     for (int s = 0; s < stages; ++s) {
       init_barrier(full_of(s), 1);
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (args.bias) bias = to_float(static_cast<const T*>(args.bias)[row]);
   }
   __syncthreads();
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_predecessor();
 
   if (is_producer) {
     for (int i = 0; i < at_once; ++i) fetch_x(i);
