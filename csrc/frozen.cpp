@@ -201,7 +201,7 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
   size.back() = n;
   c10::optional<at::Tensor> bias = bias_given;
   if (bias) bias = bias->to(dtype).contiguous();
-  if (m == 0 || k == 0) {
+  if (m == 0 || n == 0 || k == 0) {
     at::Tensor out = at::zeros(size, x.options().dtype(dtype));
     return bias ? out.add_(*bias) : out;
   }

@@ -140,6 +140,14 @@ def test_nan_and_inf_are_seen(device, m):
     assert y[1:, :5].isfinite().all()
 
 
+@pytest.mark.parametrize("m", [1, 20, 70])
+def test_no_outputs(device, m):
+    x, weight = torch.randn(m, 64, device=device).bfloat16(), torch.zeros(0, 64, device=device).to(E4M3)
+    for activations in (NONE, TOKEN):
+        y = frozen_linear(x, weight, torch.ones(1, device=device), None, None, activations)
+        assert y.shape == (m, 0) and y.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (2, 3, 64)])
 def test_any_rank_and_empty(device, shape):
     weight = torch.randn(48, 64).to(E4M3).to(device)
