@@ -15,6 +15,8 @@
 namespace py = pybind11;
 using namespace torch_fp8;
 
+namespace {
+
 constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};  // by the number of Scales
 
 Scales scales_of(const std::string& name) {
@@ -22,6 +24,8 @@ Scales scales_of(const std::string& name) {
   TORCH_CHECK_VALUE(found != kScales.end(), "torch_fp8: scales must be one, rows or blocks, got ", name);
   return static_cast<Scales>(found - kScales.begin());
 }
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   py::enum_<Scaling>(m, "Scaling")

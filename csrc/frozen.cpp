@@ -9,7 +9,7 @@
 namespace torch_fp8 {
 namespace {
 
-constexpr int64_t kWide = 8192;
+constexpr int64_t kWide = 8192;  // outputs beyond which fewer rows go unquantised (is_quantized)
 
 // cuBLASLt has no algorithm with vectors of scales that splits k. Where the output has so few rows, or so few tiles of
 // 128 x 128 that they leave multiprocessors idle, its product without scales and our rescaling are faster.

@@ -1,6 +1,8 @@
 // What the kernels that read a matrix share: loads of 16 bytes, maxima of a block, and how they are launched.
 #pragma once
 
+#include <type_traits>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,6 +21,17 @@ struct alignas(16) Pack {
 template <class T>
 __device__ float to_float(T x) {
   return static_cast<float>(x);
+}
+
+// Neighbouring values, stored as whole words: plain stores of a struct the compiler may take apart, and in
+// dequantize.cu that cost seven eighths of the speed.
+template <class Values>
+__device__ void store_whole(void* out, const Values& values) {
+  using Word = std::conditional_t<sizeof(Values) % sizeof(uint4) == 0, uint4, uint2>;
+  Word words[sizeof values / sizeof(Word)];
+  memcpy(words, &values, sizeof values);
+#pragma unroll
+  for (size_t i = 0; i < sizeof values / sizeof(Word); ++i) __stcg(static_cast<Word*>(out) + i, words[i]);
 }
 
 // Programmatic dependent launch: the next kernel may be set up while this one runs, and this one was set up while the

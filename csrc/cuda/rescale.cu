@@ -1,26 +1,10 @@
 // Scales of rows and columns, bias and rounding for a product that came in float32 without them.
-#include <type_traits>
-
 #include "block.cuh"
 
 namespace torch_fp8::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// Together: one by one they are as many partial writes.
-template <class T>
-__device__ void store(T* out, const float (&values)[4]) {
-  struct alignas(4 * sizeof(T)) {
-    T values[4];
-  } rounded;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) rounded.values[i] = static_cast<T>(values[i]);
-  using Words = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
-  Words words;
-  memcpy(&words, &rounded, sizeof words);
-  __stcg(reinterpret_cast<Words*>(out), words);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uint32_t blocks_across, bool vectorised) {
@@ -38,7 +22,12 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uin
     values[i] *= row_scale * args.col_scale[args.one_col_scale ? 0 : col];
     if (args.bias) values[i] += to_float(static_cast<const T*>(args.bias)[col]);
   }
-  if (vectorised) return store(out, values);
+  if (vectorised) {
+    T rounded[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rounded[i] = static_cast<T>(values[i]);
+    return store_whole(out, rounded);
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (first + i < args.cols) out[i] = static_cast<T>(values[i]);

@@ -25,8 +25,8 @@ __device__ uint4 load_weight(const uint8_t* pointer) {
 // 32 bytes by one instruction of the source, so that they are under way together.
 __device__ void load_x(uint4 (&v)[2], const void* pointer) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%8];\n\tld.global.v4.u32 {%4, %5, %6, %7}, [%8 + 16];"
-               : "=r"(v[0].x), "=r"(v[0].y), "=r"(v[0].z), "=r"(v[0].w), "=r"(v[1].x), "=r"(v[1].y), "=r"(v[1].z),
-                 "=r"(v[1].w)
+               : "=&r"(v[0].x), "=&r"(v[0].y), "=&r"(v[0].z), "=&r"(v[0].w), "=&r"(v[1].x), "=&r"(v[1].y),
+                 "=&r"(v[1].z), "=&r"(v[1].w)
                : "l"(pointer)
                : "memory");
 }

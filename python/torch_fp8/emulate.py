@@ -65,14 +65,14 @@ def emulated_linear(
         )
     dtype = x.dtype if dtype is None else dtype
     x = x.float()
-    (n, k), rows = weight.shape, x.shape[:-1].numel()
+    (n, k), rows, how = weight.shape, x.shape[:-1].numel(), ACTIVATIONS[activations]
     blocks = weight_scale.numel() > 1 and weight_scale.shape != (n, 1)
-    if is_quantized(rows, n, k, "block" if blocks else "channel", ACTIVATIONS[activations]):
-        if ACTIVATIONS[activations] == "static":
+    if is_quantized(rows, n, k, "block" if blocks else "channel", how):
+        if how == "static":
             x = quantize(x, input_slot[0, 1]).float() * input_slot[0, 0]
         else:
             groups = x.unflatten(-1, (-1, BLOCK)) if blocks else x
-            amax = groups.abs().amax(-1, keepdim=True) if ACTIVATIONS[activations] == "token" else x.abs().amax()
+            amax = groups.abs().amax(-1, keepdim=True) if how == "token" else x.abs().amax()
             scale = torch.full_like(amax, E4M3_MAX) / amax  # a number over a tensor PyTorch rounds twice
             scale = scale.clamp(2.0**-126, 2.0**126)
             scale = torch.where((amax > 0) & amax.isfinite(), scale, 1.0)

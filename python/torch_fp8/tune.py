@@ -107,13 +107,7 @@ def choose(candidates: Sequence[tuple[bytes, Sequence[float]]], margin: float) -
 
 def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Problem]:
     """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
-    return list(
-        dict.fromkeys(
-            problem
-            for layer, tokens in layers
-            for problem in (_frozen_gemms if isinstance(layer, FrozenLinear) else _gemms)(layer, tokens)
-        )
-    )
+    return list(dict.fromkeys(problem for layer, tokens in layers for problem in _gemms(layer, tokens)))
 
 
 def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
@@ -134,7 +128,10 @@ def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
                   bias is not None and dtype != torch.float32, False, scales != "blocks", scales)  # fmt: skip
 
 
-def _gemms(layer: Linear, tokens: int) -> Iterator[Problem]:
+def _gemms(layer: Linear | FrozenLinear, tokens: int) -> Iterator[Problem]:
+    if isinstance(layer, FrozenLinear):
+        yield from _frozen_gemms(layer, tokens)
+        return
     # Mirrors linear.cpp and gemm.cpp: what these ask cuBLASLt for is what must be tuned.
     recipe = layer.recipe
     weight_dtype = layer.weight.dtype
