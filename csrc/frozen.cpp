@@ -9,8 +9,6 @@
 namespace torch_fp8 {
 namespace {
 
-constexpr int64_t kWide = 8192;  // outputs beyond which fewer rows go unquantised (is_quantized)
-
 // cuBLASLt has no algorithm with vectors of scales that splits k. Where the output has so few rows, or so few tiles of
 // 128 x 128 that they leave multiprocessors idle, its product without scales and our rescaling are faster.
 bool is_rescaled(int64_t m, int64_t n) { return m <= 32 || (m + 127) / 128 * ((n + 127) / 128) < 96; }
@@ -82,8 +80,10 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   const bool one_each = kind == WeightScale::kTensor && activations != Activations::kToken;
   const Scales scales = kind == WeightScale::kBlock ? Scales::kBlocks : one_each ? Scales::kOne : Scales::kRows;
   const int64_t rows = scales == Scales::kBlocks ? (m + 3) / 4 * 4 : m;
-  const bool streamed = on_cuda && m <= kSkinnyFp8Rows && scales != Scales::kBlocks && k == cols &&
-                        dtype != at::kFloat && is_aligned(weight.const_data_ptr());
+  // With one scale on each side cuBLASLt needs no kernel behind it, and wide outputs keep it busy.
+  const bool streams = scales == Scales::kRows || (scales == Scales::kOne && n <= kWideOutputs);
+  const bool streamed = on_cuda && m <= kSkinnyFp8Rows && streams && k == cols && dtype != at::kFloat &&
+                        is_aligned(weight.const_data_ptr());
   // float32 adds its bias in rescaling, too: the epilogue has none of that type.
   const bool rescaled = !streamed && scales == Scales::kRows && (is_rescaled(m, wide) || dtype == at::kFloat);
 
@@ -179,7 +179,7 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
 // Whether x is quantised: few rows are not, since the time there is that of reading the weight, and wide outputs, which
 // read much of it, have fewer such rows. To scales of blocks x brings groups of as many columns, or stays in 16 bits.
 bool is_quantized(int64_t m, int64_t n, int64_t k, WeightScale kind, Activations activations) {
-  if (m <= (n > kWide ? kSkinnyRows / 2 : kSkinnyRows)) return false;
+  if (m <= (n > kWideOutputs ? kSkinnyRows / 2 : kSkinnyRows)) return false;
   if (kind == WeightScale::kBlock) return activations == Activations::kToken && k % kScaleBlock == 0;
   return activations != Activations::kNone;
 }

@@ -9,7 +9,7 @@ is at most 1.1 times its twin's; the exit status is 1 where one breaks it. BF16 
 sequences a batch instead of one: a difference below that noise floor is no finding.
 
 The output head stays as it is, and its product is taken in float32 in every arm: logits rounded to BF16 (steps of 1/8
-above 16) would drown what is measured. OUT receives report.md and report.png.
+above 16) would drown what is measured. OUT receives report.md and report.png, anew after each text.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def draw(path: Path, results: list[tuple[str, dict[str, Report]]]) -> None:
                 reports[NOISE].kld_mean, color="black", linewidth=1, linestyle="--", label="noise floor (BF16)"
             )
         axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms], fontsize=8)
-        axes.set(yscale="log", ylabel="mean KLD from BF16 (nats a token)", title=name)
+        axes.set(ylabel="mean KLD from BF16 (nats a token)", title=name)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.legend(fontsize=8)
@@ -172,26 +172,8 @@ def main(args: argparse.Namespace) -> int:
         found = [layer_sqnr(model, reference, layers, run).values() for reference in (twins[name], bf16)]
         sqnr[name] = tuple(f"{min(db):.1f} / {statistics.median(db):.1f}" for db in found)
 
-    results, parts = [], []
-    for one in held_out:
-        reports = measure(arms, one, device)
-        results.append((one.name, reports))
-        flips = answer(arms, one, args.items, device)
-        parts += [
-            f"## {one.name}",
-            "",
-            f"{reports[BASELINE].tokens} predicted tokens, {len(one.documents)} documents, SHA-256 {one.digest}…",
-            "",
-            table(reports, flips, sqnr),
-            "",
-        ]
-        print("\n".join(parts[-5:]), flush=True)
-    layers = len(frozen_layers(next(iter(frozen.values()))))
-    info = fp8.build_info()
-    page = [
-        f"# FP8 against BF16: {source.name}",
-        "",
-        *parts,
+    layers, info = len(frozen_layers(next(iter(frozen.values())))), fp8.build_info()
+    notes = [
         f"* command: `python {shlex.join(sys.argv)}`",
         f"* device: {device_name(device)}; torch {torch.__version__}, torch_fp8 {info['version']}, {info['note']}",
         f"* {layers} linear layers in FP8; embeddings, norms and the output head are not",
@@ -200,13 +182,27 @@ def main(args: argparse.Namespace) -> int:
         "* intervals: paired bootstrap over documents, 10,000 draws, seed 0; *confident*: BF16's first choice leads by "
         "more than 1 nat; *accuracy*: which of four continuations of 16 tokens is the true one (seed 0), McNemar's p",
         "* SQNR: minimum / median over layers, in dB, of outputs from the same inputs, in the first window",
-        f"* {datetime.date.today()}, {time.perf_counter() - began:.0f} s",
-        "",
-        "![mean KLD](report.png)",
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "report.md").write_text("\n".join(page) + "\n", encoding="utf-8")
-    draw(args.out / "report.png", results)
+    results, page = [], [f"# FP8 against BF16: {source.name}", ""]
+    for one in held_out:
+        reports = measure(arms, one, device)
+        results.append((one.name, reports))
+        flips = answer(arms, one, args.items, device)
+        page += [
+            f"## {one.name}",
+            "",
+            f"{reports[BASELINE].tokens} predicted tokens, {len(one.documents)} documents, SHA-256 {one.digest}…",
+            "",
+            table(reports, flips, sqnr),
+            "",
+        ]
+        print("\n".join(page[-6:]), flush=True)
+        # After each text, so that a run that is cut off leaves what it has measured.
+        spent = f"* {datetime.date.today()}, {time.perf_counter() - began:.0f} s"
+        report = "\n".join([*page, *notes, spent, "", "![mean KLD](report.png)"]) + "\n"
+        (args.out / "report.md").write_text(report, encoding="utf-8")
+        draw(args.out / "report.png", results)
     broken = [(one, name) for one, reports in results for name in reports if holds(reports, name) is False]
     for one, name in broken:
         print(f"broken rule: {name} on {one} has more than {ALLOWANCE} times its twin's mean KLD", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Two processes that run functions of the tests side by side, as the ranks of one process group."""
 
+import os
 import socket
 import traceback
 
@@ -52,6 +53,8 @@ def _device(backend, rank):
 
 
 def _serve(rank, port, backend, pipe):
+    if backend == "gloo":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP takes an accelerator that it sees
     torch.set_num_threads(1)
     device = _device(backend, rank)
     if device.type == "cuda":

@@ -203,7 +203,7 @@ def test_evaluate_reports_every_arm_and_its_twin(tiny, tmp_path):
     head, rows = cells[0], {row[0]: row for row in cells[2:]}
     kld = {name: float(row[head.index("KLD mean")]) for name, row in rows.items()}
     assert kld["BF16"] == 0 and rows["BF16"][head.index("top-1")] == "100.00%"
-    names = ("W8A16", "W8A16 block", "W8A8 static", "W8A8 tensor", "W8A8 token")
+    names = ("W8A16", "W8A16 block", "W8A8 static", "W8A8 tensor", "W8A8 token", "W8A8 block")
     for name in names:
         assert 0 < kld[name] <= 1.1 * kld[f"{name}, twin"], page
         assert rows[name][-1] == "holds"

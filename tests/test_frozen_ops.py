@@ -78,6 +78,37 @@ def test_any_size(device, n, k, m):
     check(device, m, n, k, "channel", STATIC, bias=False)
 
 
+@pytest.mark.parametrize("kind", ["channel", "block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [2, 6, 7, 8, 9, 16])
+@pytest.mark.parametrize(("n", "k"), [(4300, 4112), (8196, 2064)])
+def test_few_rows_on_many_tiles(cuda, n, k, m, dtype, kind):
+    """More tiles than multiprocessors, and more of them than a ring holds; columns and rows that fill none."""
+    check(cuda, m, n, k, kind, NONE, dtype)
+
+
+@pytest.mark.parametrize(("n", "few"), [(WIDE, FEW), (WIDE + 1, FEW // 2)])
+def test_which_inputs_are_quantised(device, n, few):
+    k = 256
+    weight, scale, _ = weight_of(n, k, "channel")
+    x, weight, scale = torch.randn(few + 1, k).bfloat16().to(device), weight.to(device), scale.to(device)
+    for rows in (x[:few], x):
+        token, none = (frozen_linear(rows, weight, scale, None, None, how) for how in (TOKEN, NONE))
+        assert torch.equal(token, none) == (len(rows) == few)
+
+
+@pytest.mark.parametrize("m", [1, 3, 12])
+def test_small_inputs_beside_a_large_one(device, m):
+    """Where the weight of the large one is 0, nothing of the others is lost to it."""
+    x = torch.full((m, 320), 2.0**-15)
+    x[:, 7] = 2.0**15
+    weight = torch.ones(8192, 320)
+    weight[:, 7] = 0
+    scale = torch.ones(8192, 1, device=device)
+    y = frozen_linear(x.bfloat16().to(device), weight.to(E4M3).to(device), scale, None, None, NONE)
+    assert (y.cpu() == torch.tensor(319 * 2.0**-15).bfloat16()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("m", [1, 4, 16, 40])
 def test_other_types(device, dtype, m):

@@ -132,6 +132,7 @@ class TestProblems:
         ("granularity", "activations", "tokens", "outputs", "expected"),
         [
             ("tensor", "static", 100, 200, (100, 208, BF16, True, True, "one")),
+            ("tensor", "static", 20, 8208, (20, 8208, BF16, True, True, "one")),
             ("channel", "token", 8192, 4096, (8192, 4096, BF16, True, True, "rows")),
             ("channel", "token", 200, 4096, (200, 4096, FP32, False, True, "one")),  # rescaled by a kernel of ours
             ("channel", "static", 8192, 4096, (8192, 4096, BF16, True, True, "rows")),

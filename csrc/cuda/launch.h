@@ -18,6 +18,7 @@ void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
 void launch_quantize_groups(const QuantizeGroupsArgs& args, cudaStream_t stream);
 void launch_rescale(const RescaleArgs& args, cudaStream_t stream);
 void launch_skinny(const SkinnyArgs& args, cudaStream_t stream);
+void launch_skinny_ring(const SkinnyArgs& args, cudaStream_t stream);  // what launch_skinny takes where it fits
 void launch_skinny_fp8(const SkinnyFp8Args& args, cudaStream_t stream);
 void launch_count_losses(const LossArgs& args, cudaStream_t stream);
 void launch_add_column_sums(const ColumnSums& sums, cudaStream_t stream);

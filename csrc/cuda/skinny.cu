@@ -3,11 +3,12 @@
 // dependent launch), since weights are constants. Who writes one must do so from a kernel that does not let its
 // successors start early; freezing ends with a plain copy.
 //
-// One row: gemv_kernel, on the CUDA cores. 2 to 16 rows: mma_kernel, on the tensor cores in x's own type, which holds
-// every E4M3 value exactly. Both add products in float32; scales and bias come last.
+// One row: gemv_kernel, on the CUDA cores. 2 to 8 rows: skinny_ring.cu, where it is made for the product. Else up to 16
+// rows: mma_kernel, on the tensor cores in x's own type, which holds every E4M3 value exactly. All add products in
+// float32; scales and bias come last.
 #include <algorithm>
 
-#include "decode.cuh"
+#include "skinny.cuh"
 
 namespace torch_fp8::cuda {
 namespace {
@@ -22,38 +23,10 @@ __device__ uint4 load_weight(const uint8_t* pointer) {
   return v;
 }
 
-// 32 bytes by one instruction of the source, so that they are under way together.
-__device__ void load_x(uint4 (&v)[2], const void* pointer) {
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%8];\n\tld.global.v4.u32 {%4, %5, %6, %7}, [%8 + 16];"
-               : "=&r"(v[0].x), "=&r"(v[0].y), "=&r"(v[0].z), "=&r"(v[0].w), "=&r"(v[1].x), "=&r"(v[1].y),
-                 "=&r"(v[1].z), "=&r"(v[1].w)
-               : "l"(pointer)
-               : "memory");
-}
-
 __device__ uint32_t operand_of(uint32_t codes, __half) { return halves_of(codes); }
 __device__ uint32_t operand_of(uint32_t codes, __nv_bfloat16) {
   const __nv_bfloat162 pair = __float22bfloat162_rn(to_float2(halves_of(codes), __half{}));
   return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// What an output of that row needs at the end. Constants as the weight is: requested early, for a kernel of few
-// microseconds would wait for them most of one.
-struct Epilogue {
-  float scale = 1.0f, bias = 0.0f;
-};
-template <class T>
-__device__ Epilogue load_epilogue(const SkinnyArgs& args, int64_t row) {
-  Epilogue epilogue;
-  if (row >= args.n) return epilogue;
-  if (args.scale_kind != WeightScale::kBlock) epilogue.scale = args.w_scale[scale_index(args.scale_kind, 0, row, 0)];
-  if (args.bias) epilogue.bias = to_float(static_cast<const T*>(args.bias)[row]);
-  return epilogue;
-}
-
-template <class T>
-__device__ void store_output(const SkinnyArgs& args, int64_t token, int64_t row, float sum, const Epilogue& epilogue) {
-  static_cast<T*>(args.out)[token * args.n + row] = static_cast<T>(fmaf(sum, epilogue.scale, epilogue.bias));
 }
 
 // ---- one row of x ---------------------------------------------------------------------------------------------------
@@ -98,7 +71,7 @@ __global__ void __launch_bounds__(kGemvWarps * 32, kGemvBlocks<kRows>) gemv_kern
   const int output = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   const int64_t output_row = output < groups * kRows ? block_row + output : args.n;
   float sums[kRows] = {};
-  Epilogue epilogue;
+  Epilogue<T> epilogue;
 
   let_successor_start();
   const int first = static_cast<int>(threadIdx.x) / 32 * kSlice + lane * 16;
@@ -150,21 +123,6 @@ void launch_gemv(const SkinnyArgs& args, int slices, cudaStream_t stream) {
 
 // ---- 2 to 16 rows of x ----------------------------------------------------------------------------------------------
 
-constexpr int kMmaRows = 16;  // of the weight and an instruction
-constexpr int kChunk = 64;    // columns that a warp takes at a time: 16 a lane and row
-
-__device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // The weight is the instruction's A (16 rows), x its B (8 tokens); kTokens tiles of 8. An instruction contracts 16
 // columns, in whatever order both operands agree on: lane (g, t) of 8 x 4 takes 16 neighbouring columns from 16 t on of
 // weight rows g and g + 8 and of token g, and feeds four of them to each of four instructions. kResident blocks share a
@@ -214,7 +172,7 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) mma_kernel(SkinnyArgs 
   for (int slot = 0; slot < kDepth; ++slot) request_weight(slot, slot);
   const int output = static_cast<int>(threadIdx.x), token = output / kMmaRows;
   const int64_t output_row = first_row + output % kMmaRows;
-  const Epilogue epilogue = load_epilogue<T>(args, output_row);
+  const Epilogue<T> epilogue = load_epilogue<T>(args, output_row);
   wait_for_predecessor();
   request_x(0, 0);
 
@@ -288,6 +246,7 @@ void launch_typed(const SkinnyArgs& args, cudaStream_t stream) {
 }  // namespace
 
 void launch_skinny(const SkinnyArgs& args, cudaStream_t stream) {
+  if (is_for_ring(args.m, args.n, args.k)) return launch_skinny_ring(args, stream);
   args.type == Type::kFloat16 ? launch_typed<__half>(args, stream) : launch_typed<__nv_bfloat16>(args, stream);
 }
 

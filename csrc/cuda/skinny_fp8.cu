@@ -10,6 +10,7 @@
 
 #include <cuda.h>
 
+#include "barrier.cuh"
 #include "decode.cuh"
 
 namespace torch_fp8::cuda {
@@ -24,33 +25,6 @@ constexpr int kConsumers = 4 * 32, kThreads = kConsumers + 32;
 constexpr int kPitch = kRows + 4;  // of the sums, in shared memory: no bank is written twice at a time
 static_assert(kTokens * kPitch * 4 <= kStageBytes, "the sums take the place of the ring");
 constexpr int kMostParts = 8;  // of k: a cluster has no more blocks
-
-__device__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// ---- barriers in shared memory --------------------------------------------------------------------------------------
-
-__device__ void init_barrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ void expect_bytes(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ void wait(uint32_t barrier, int phase) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
 
 __device__ void fetch_tile(uint32_t target, const CUtensorMap& map, int col, int row, uint32_t barrier) {
   asm volatile(
@@ -244,23 +218,9 @@ void launch_typed(const SkinnyFp8Args& args, cudaStream_t stream) {
   const int stages = grid <= 2 * kMultiprocessors ? kMostStages : 4;
 
   const auto kernel = skinny_fp8_kernel<T>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes(kMostStages)),
-        "cudaFuncSetAttribute");
-  std::array<cudaLaunchAttribute, 2> attributes{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(parts), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(ring_bytes(stages));
-  config.stream = stream;
-  config.attrs = attributes.data();
-  config.numAttrs = attributes.size();
-  check(cudaLaunchKernelEx(&config, kernel, args, parts, stages, map_of(args.w, args.n, args.k, kRows),
-                           map_of(args.x, args.m, args.k, kTokens)),
-        "a kernel launch");
+  allow_shared(kernel, ring_bytes(kMostStages));
+  launch(kernel, Grid{grid, kThreads, ring_bytes(stages), parts}, stream, args, parts, stages,
+         map_of(args.w, args.n, args.k, kRows), map_of(args.x, args.m, args.k, kTokens));
 }
 
 }  // namespace

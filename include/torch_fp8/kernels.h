@@ -80,6 +80,13 @@ struct SkinnyArgs {
   Type type;  // of x, bias and out; not float32
 };
 
+// Whether skinny_ring.cu is made for a product, and faster: more than 6 rows of x are so much that each block had
+// better fetch them once for many outputs.
+constexpr int64_t kRingRows = 8, kRingCols = 8192, kWideOutputs = 8192;
+constexpr bool is_for_ring(int64_t m, int64_t n, int64_t k) {
+  return m > 1 && m <= kRingRows && k <= kRingCols && (m <= 6 || n >= kWideOutputs) && n <= 1 << 30;
+}
+
 // The same with x in FP8 too: out (m, n) = (x (m, k) * x_scale) . (w (n, k) * w_scale)^T [+ bias (n)].
 constexpr int64_t kSkinnyFp8Rows = 32;  // at most so many rows of x
 struct SkinnyFp8Args {

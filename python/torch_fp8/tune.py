@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import _C
-from .emulate import is_quantized
+from .emulate import WIDE, is_quantized
 from .frozen import FrozenLinear, frozen_layers
 from .linear import Linear, fp8_layers
 from .recipe import _check, _is_int
@@ -119,7 +119,8 @@ def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
     one_each = granularity == "tensor" and layer.activations != "token"
     scales = "blocks" if granularity == "block" else "one" if one_each else "rows"
-    if tokens <= _STREAMED_ROWS and scales != "blocks" and cols % 16 == 0 and dtype != torch.float32:
+    streams = scales == "rows" or (scales == "one" and rows <= WIDE)
+    if tokens <= _STREAMED_ROWS and streams and cols % 16 == 0 and dtype != torch.float32:
         return  # a kernel of ours
     m, n = -(-tokens // 4) * 4 if scales == "blocks" else tokens, _padded(rows)
     if scales == "rows" and (m <= 32 or -(-m // 128) * -(-n // 128) < 96 or dtype == torch.float32):
