@@ -76,6 +76,7 @@ def test_any_size(device, n, k, m):
     for kind in ("tensor", "channel", "block"):
         check(device, m, n, k, kind, TOKEN)
     check(device, m, n, k, "channel", STATIC, bias=False)
+    check(device, m, n, k, "tensor", STATIC)
 
 
 @pytest.mark.parametrize("kind", ["channel", "block"])
