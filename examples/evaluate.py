@@ -189,7 +189,7 @@ def main(args: argparse.Namespace) -> int:
         reports = measure(arms, one, device)
         results.append((one.name, reports))
         flips = answer(arms, one, args.items, device)
-        page += [
+        section = [
             f"## {one.name}",
             "",
             f"{reports[BASELINE].tokens} predicted tokens, {len(one.documents)} documents, SHA-256 {one.digest}…",
@@ -197,7 +197,8 @@ def main(args: argparse.Namespace) -> int:
             table(reports, flips, sqnr),
             "",
         ]
-        print("\n".join(page[-6:]), flush=True)
+        print("\n".join(section), flush=True)
+        page += section
         # After each text, so that a run that is cut off leaves what it has measured.
         spent = f"* {datetime.date.today()}, {time.perf_counter() - began:.0f} s"
         report = "\n".join([*page, *notes, spent, "", "![mean KLD](report.png)"]) + "\n"

@@ -7,9 +7,17 @@
 
 namespace torch_fp8::cuda {
 
-__device__ inline float2 to_float2(uint32_t bits, __half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+// The 32 bits of a pair, and back.
+template <class Pair>
+__device__ uint32_t bits_of(const Pair& pair) {
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
+template <class Pair>
+__device__ Pair pair_of(uint32_t bits) {
+  return *reinterpret_cast<const Pair*>(&bits);
+}
+
+__device__ inline float2 to_float2(uint32_t bits, __half) { return __half22float2(pair_of<__half2>(bits)); }
 __device__ inline float2 to_float2(uint32_t bits, __nv_bfloat16) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000));
 }

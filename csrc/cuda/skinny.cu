@@ -25,8 +25,7 @@ __device__ uint4 load_weight(const uint8_t* pointer) {
 
 __device__ uint32_t operand_of(uint32_t codes, __half) { return halves_of(codes); }
 __device__ uint32_t operand_of(uint32_t codes, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __float22bfloat162_rn(to_float2(halves_of(codes), __half{}));
-  return *reinterpret_cast<const uint32_t*>(&pair);
+  return bits_of(__float22bfloat162_rn(to_float2(halves_of(codes), __half{})));
 }
 
 // ---- one row of x ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ constexpr int kPiece = 2048, kSteps = kPiece / kStep;  // columns of a tile that
 constexpr int kPitch = kPiece + 64;                    // of a row in the ring: reading it meets no bank twice at a time
 constexpr int kStageBytes = kMmaRows * kPitch;
 constexpr int kStages = 6;
-constexpr int kTokens = 8;
+constexpr int kTokens = kRingRows;
 using Sums = float[kWarps][kTokens][kMmaRows + 4];  // + 4 to the same end
 constexpr int kSharedBytes = kStages * kStageBytes + 2 * static_cast<int>(sizeof(Sums));
 
@@ -42,24 +42,20 @@ __device__ uint4 load_shared(uint32_t address) {
 template <int kChunks>
 __device__ float to_halves(uint4 (&x)[kChunks][2], __nv_bfloat16) {
   __nv_bfloat162 most = {};
-  const auto see = [&most](uint32_t pair) {
-    most = __hmax2(most, __habs2(*reinterpret_cast<const __nv_bfloat162*>(&pair)));
-  };
+  const auto see = [&most](uint32_t pair) { most = __hmax2(most, __habs2(pair_of<__nv_bfloat162>(pair))); };
 #pragma unroll
   for (int i = 0; i < kChunks * 8; ++i) see(word(x[i / 8][i / 4 % 2], i % 4));
 #pragma unroll
   for (int lanes = 1; lanes <= 2; lanes *= 2) {  // the four of a token
-    see(__shfl_xor_sync(0xFFFFFFFF, *reinterpret_cast<const uint32_t*>(&most), lanes));
+    see(__shfl_xor_sync(0xFFFFFFFF, bits_of(most), lanes));
   }
-  const uint32_t both = *reinterpret_cast<const uint32_t*>(&most), largest = max(both >> 16, both & 0xFFFF);
+  const uint32_t both = bits_of(most), largest = max(both >> 16, both & 0xFFFF);
   constexpr uint32_t kBias = 127, kMost = 14;
   const uint32_t exponent = min(max(largest >> 7, kMost + 1), 2 * kBias);  // so that both factors are normal numbers
   const uint32_t inverse = (2 * kBias + kMost - exponent) << 7, factor = inverse << 16 | inverse;
   const auto scaled = [factor](uint32_t pair) {
-    const __nv_bfloat162 product =
-        __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair), *reinterpret_cast<const __nv_bfloat162*>(&factor));
-    const __half2 halves = __float22half2_rn(to_float2(*reinterpret_cast<const uint32_t*>(&product), __nv_bfloat16{}));
-    return *reinterpret_cast<const uint32_t*>(&halves);
+    const __nv_bfloat162 product = __hmul2(pair_of<__nv_bfloat162>(pair), pair_of<__nv_bfloat162>(factor));
+    return bits_of(__float22half2_rn(to_float2(bits_of(product), __nv_bfloat16{})));
   };
 #pragma unroll
   for (int i = 0; i < kChunks * 2; ++i) {
@@ -196,9 +192,8 @@ __global__ void __launch_bounds__(kThreads, 1) ring_kernel(SkinnyArgs args) {
     buffer ^= 1;  // nobody waits until these have been read: the next barrier sees to it
   }
 }
-static_assert(kTokens * kMmaRows <= kConsumers, "a thread for each output");
-static_assert(kRingRows == kTokens && kRingCols % (2 * kPiece) == 0 && kRingCols / kStep <= 32,
-              "a lane for each chunk");
+static_assert(kTokens == 8 && kTokens * kMmaRows <= kConsumers, "a thread for each output");
+static_assert(kRingCols % (2 * kPiece) == 0 && kRingCols / kStep <= 32, "a lane for each chunk");
 
 template <class T, int kChunks, bool kBlocks>
 void launch_ring(const SkinnyArgs& args, cudaStream_t stream) {
@@ -210,9 +205,9 @@ void launch_ring(const SkinnyArgs& args, cudaStream_t stream) {
 
 template <class T, bool kBlocks>
 void launch_typed(const SkinnyArgs& args, cudaStream_t stream) {
-  constexpr int kMost = kRingCols / kStep;
-  args.k <= kRingCols / 2 ? launch_ring<T, kMost / 2, kBlocks>(args, stream)
-                          : launch_ring<T, kMost, kBlocks>(args, stream);
+  constexpr int kChunks = kRingCols / kStep;
+  args.k <= kRingCols / 2 ? launch_ring<T, kChunks / 2, kBlocks>(args, stream)
+                          : launch_ring<T, kChunks, kBlocks>(args, stream);
 }
 
 template <class T>
