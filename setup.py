@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
 
 setup(
     version=re.search(r"project\(torch_fp8 VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1],
-    packages=["torch_fp8", "torch_fp8.formats"],
+    packages=find_packages("python"),
     package_dir={"": "python"},
     package_data={"torch_fp8": ["py.typed"]},
     ext_modules=[Extension("torch_fp8._C", sources=[])],

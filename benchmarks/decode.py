@@ -17,7 +17,7 @@ from common import gpu_ms, loop_ms, options, scaled, start
 from decoder import Decoder, best
 from llama import Shape
 from report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
-from torch_fp8.evaluation import shared_copy
+from torch_fp8.observe.evaluation import shared_copy
 
 PROMPT, NEW, ROUNDS = 512, 128, 5
 PREFILLS = (2048, 8192)

@@ -11,7 +11,7 @@ from common import gpu_ms, loop_ms, randn, scaled, start
 from report import BF16, FP8, OTHER, header, pair, plot, table, write
 from steps import linear, step_of
 from torch import nn
-from torch_fp8.worth import speedup
+from torch_fp8.swap.worth import speedup
 
 TOKENS = (512, 2048, 8192, 32768)
 LAYERS = [(512, 512), (768, 768), (768, 3072), (1024, 1024), (1024, 4096), (2048, 2048), (2048, 8192), (4096, 1024),

@@ -32,8 +32,8 @@ from llm.arms import ARMS, build, emulated, full
 from llm.text import CONTEXT, Text
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_fp8.evaluation import Flips, Pairs, Report, compare, layer_sqnr
-from torch_fp8.frozen import frozen_layers
+from torch_fp8.layers.frozen import frozen_layers
+from torch_fp8.observe.evaluation import Flips, Pairs, Report, compare, layer_sqnr
 
 ALLOWANCE = 1.1  # times the twin's mean KLD
 ITEMS_AT_ONCE = 8  # multiple-choice items: 32 sequences

@@ -20,7 +20,7 @@ from gpt.settings import device_name, find_device
 from llm import models
 from llm.generate import generate, prefill_seconds
 from torch import nn
-from torch_fp8.frozen import frozen_layers
+from torch_fp8.layers.frozen import frozen_layers
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
 import torch
 import torch_fp8 as fp8
-from torch_fp8.tuning import Problem
+from torch_fp8.tuning.tuning import Problem
 
 
 class GemmProblem(Problem):

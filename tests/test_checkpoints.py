@@ -13,9 +13,9 @@ import torch_fp8 as fp8
 import transformers
 from torch import nn
 from torch_fp8.__main__ import main
-from torch_fp8.emulate import dequantize
-from torch_fp8.formats import folder
-from torch_fp8.frozen import frozen_layers, scale_shape
+from torch_fp8.checkpoints import folder
+from torch_fp8.layers.frozen import frozen_layers, scale_shape
+from torch_fp8.observe.emulate import dequantize
 
 IDS = torch.arange(40).view(2, 20)  # more rows than are left unquantised
 E4M3 = torch.float8_e4m3fn
@@ -382,7 +382,7 @@ class TestCommandLine:
         assert len(frozen_layers(fp8.load_pretrained(tmp_path / "out"))) == 7
 
     def test_one_tensor_at_a_time(self, source, tmp_path, monkeypatch):
-        from torch_fp8.formats import safetensors as files
+        from torch_fp8.checkpoints import safetensors as files
 
         alive, peak, read = [], [], files.Entry.read
 

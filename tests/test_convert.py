@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from torch import nn
-from torch_fp8.worth import BF16_FLOPS, FP8_FLOPS, speedup
+from torch_fp8.swap.worth import BF16_FLOPS, FP8_FLOPS, speedup
 
 
 class Block(nn.Module):

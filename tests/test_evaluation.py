@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch_fp8.evaluation import Flips, Pairs, Report, bootstrap, compare, layer_sqnr, shared_copy, sqnr
+from torch_fp8.observe.evaluation import Flips, Pairs, Report, bootstrap, compare, layer_sqnr, shared_copy, sqnr
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

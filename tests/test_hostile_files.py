@@ -12,8 +12,8 @@ import torch
 import torch_fp8 as fp8
 import transformers
 from torch_fp8.__main__ import main
-from torch_fp8.formats import safetensors
-from torch_fp8.formats.folder import Folder
+from torch_fp8.checkpoints import safetensors
+from torch_fp8.checkpoints.folder import Folder
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 SCALE = "model.layers.0.mlp.up_proj.weight_scale"

@@ -11,8 +11,8 @@ from oracle import E4M3, E5M2
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_fp8.tune import choose, problems_of
-from torch_fp8.tuning import Problem
+from torch_fp8.tuning.search import choose, problems_of
+from torch_fp8.tuning.tuning import Problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROUNDS = 30

@@ -9,8 +9,8 @@ from oracle import OUTPUT
 from test_gemm import assert_within, operand, product, scale_inv
 from test_launches import device_work
 from torch import nn
-from torch_fp8 import emulate
-from torch_fp8.tune import problems_of
+from torch_fp8.observe import emulate
+from torch_fp8.tuning.search import problems_of
 
 SHAPES = ((512, 1024, 768), (100, 72, 200))
 

@@ -1,4 +1,4 @@
-#include "reference_gemm.h"
+#include "ops/reference_gemm.h"
 
 namespace torch_fp8::cpu {
 

@@ -29,15 +29,15 @@ def _check_torch() -> None:
 _check_torch()
 
 from . import _C  # noqa: E402
-from .convert import convert, disabled, revert, summary  # noqa: E402
-from .formats import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
-from .frozen import FrozenLinear, calibrate, freeze  # noqa: E402
-from .linear import Linear  # noqa: E402
-from .monitor import Monitor, monitor  # noqa: E402
+from .checkpoints import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
+from .layers.frozen import FrozenLinear, calibrate, freeze  # noqa: E402
+from .layers.linear import Linear  # noqa: E402
+from .observe.monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
-from .tune import tune  # noqa: E402
-from .tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
+from .swap.convert import convert, disabled, revert, summary  # noqa: E402
+from .tuning.search import tune  # noqa: E402
+from .tuning.tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
 
 __version__ = _build.version
 

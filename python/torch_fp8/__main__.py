@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from .formats.inspect import describe
-    from .formats.quantize import quantize_checkpoint
+    from .checkpoints.inspect import describe
+    from .checkpoints.quantize import quantize_checkpoint
 
     if options.command == "inspect":
         print(describe(options.folder))
@@ -74,8 +74,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .evaluation import Report, compare
-    from .formats import load_pretrained
+    from .checkpoints import load_pretrained
+    from .observe.evaluation import Report, compare
 
     windows = [ids for ids in _batches(options.baseline, options.text, options.tokens) if ids.numel() > 1]
     if not windows:

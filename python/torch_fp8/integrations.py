@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .linear import fp8_layers
+from .layers.linear import fp8_layers
 from .scaling import load_state_dict, state_dict
 
 

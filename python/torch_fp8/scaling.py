@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .linear import ROLES, Linear, fp8_layers
-from .linear import layers as live_layers
-from .parallel import make_state_local
+from .layers.dtensor import make_state_local
+from .layers.linear import ROLES, Linear, fp8_layers
+from .layers.linear import layers as live_layers
+from .layers.traced import traced_training
 from .recipe import ConstantScaling
-from .traced import traced_training
 
 
 def update_scales(model: nn.Module) -> None:

@@ -1,0 +1,122 @@
+// Each row by its own amax, in one launch: a block reads a row, finds its largest magnitude, and casts what it holds.
+// Or each 128 columns of a row by theirs.
+#include "cuda/common/block.cuh"
+#include "cuda/common/encode.cuh"
+
+namespace torch_fp8::cuda {
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+
+// Zero behind the row's end.
+template <class T>
+__device__ Pack<T> load_pack(const Matrix& x, bool vectorised, int64_t row, int64_t col) {
+  const T* const source = static_cast<const T*>(x.data) + row * x.row_stride + col * x.col_stride;
+  if (vectorised && col + kPackSize <= x.cols) return *reinterpret_cast<const Pack<T>*>(source);
+  Pack<T> pack;
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) pack.values[j] = col + j < x.cols ? source[j * x.col_stride] : T(0.0f);
+  return pack;
+}
+
+template <class T>
+__device__ uint32_t max_of(const Pack<T>& pack, uint32_t seen) {
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) seen = max(seen, raw_magnitude(to_float(pack.values[j])));
+  return seen;
+}
+
+template <class T>
+__device__ void store_codes(uint8_t* q, const Pack<T>& pack, float scale) {
+  float values[kPackSize];
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) values[j] = to_float(pack.values[j]);
+  *reinterpret_cast<uint2*>(q) = encode8<Format::kE4M3>(values, scale);
+}
+
+// kPacks: how many packs of a row a thread holds; 0: the row is longer, and is read twice.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArgs args, bool vectorised) {
+  __shared__ uint32_t of_warp[kWarps];
+  const int64_t row = blockIdx.x, packs = padded(args.x.cols) / kPackSize;
+  uint8_t* const q = args.q + row * packs * kPackSize;
+  begin_dependent();
+
+  Pack<T> held[kPacks > 0 ? kPacks : 1];
+  uint32_t seen = 0;
+  if constexpr (kPacks > 0) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      held[i] = load_pack<T>(args.x, vectorised, row, (int64_t{i} * kThreads + threadIdx.x) * kPackSize);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) seen = max_of(held[i], seen);
+  } else {
+    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
+      seen = max_of(load_pack<T>(args.x, vectorised, row, pack * kPackSize), seen);
+    }
+  }
+  stage_max(of_warp, seen);
+  __syncthreads();
+  const Slot slot = own_slot(__uint_as_float(max_of_warps(of_warp)), E4M3::kMax, /*power_of_two=*/false);
+  if (threadIdx.x == 0) args.scale_inv[row] = slot.scale_inv;
+
+  if constexpr (kPacks > 0) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int64_t pack = int64_t{i} * kThreads + threadIdx.x;
+      if (pack < packs) store_codes(q + pack * kPackSize, held[i], slot.scale);
+    }
+  } else {
+    for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
+      store_codes(q + pack * kPackSize, load_pack<T>(args.x, vectorised, row, pack * kPackSize), slot.scale);
+    }
+  }
+}
+
+constexpr int kGroupThreads = 256;
+constexpr int kGroupLanes = kScaleBlock / kPackSize;  // of a warp, that hold a group
+
+template <class T>
+__global__ void __launch_bounds__(kGroupThreads)
+    quantize_groups_kernel(QuantizeGroupsArgs args, bool vectorised, uint32_t across) {
+  const int64_t row = blockIdx.x / across;
+  const int64_t col = (int64_t{blockIdx.x % across} * kGroupThreads + threadIdx.x) * kPackSize;
+  const bool inside = row < args.x.rows && col < args.x.cols;
+  begin_dependent();
+
+  const Pack<T> pack = inside ? load_pack<T>(args.x, vectorised, row, col) : Pack<T>{};
+  uint32_t seen = max_of(pack, 0);
+#pragma unroll
+  for (int distance = kGroupLanes / 2; distance > 0; distance /= 2) {
+    seen = max(seen, __shfl_xor_sync(0xFFFFFFFF, seen, distance));
+  }
+  if (col >= args.x.cols) return;
+  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
+  if (threadIdx.x % kGroupLanes == 0) args.scale_inv[col / kScaleBlock * args.rows + row] = slot.scale_inv;
+  store_codes(args.q + row * args.x.cols + col, pack, slot.scale);
+}
+
+}  // namespace
+
+void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
+  with_type(args.x.type, [&](auto t) {
+    using T = decltype(t);
+    const int64_t packs = padded(args.x.cols) / kPackSize;
+    const auto kernel = packs <= kThreads       ? quantize_rows_kernel<T, 1>
+                        : packs <= 2 * kThreads ? quantize_rows_kernel<T, 2>
+                        : packs <= 4 * kThreads ? quantize_rows_kernel<T, 4>
+                                                : quantize_rows_kernel<T, 0>;
+    launch(kernel, blocks_for(args.x.rows, 1), kThreads, stream, args, is_vectorised(args.x));
+  });
+}
+
+void launch_quantize_groups(const QuantizeGroupsArgs& args, cudaStream_t stream) {
+  const uint32_t across = blocks_for(args.x.cols, kGroupThreads * kPackSize);
+  with_type(args.x.type, [&](auto t) {
+    launch(quantize_groups_kernel<decltype(t)>, blocks_for(args.rows * across, 1), kGroupThreads, stream, args,
+           is_vectorised(args.x), across);
+  });
+}
+
+}  // namespace torch_fp8::cuda

@@ -1,0 +1,140 @@
+// What the kernels that read a matrix share: loads of 16 bytes, maxima of a block, and how they are launched.
+#pragma once
+
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/launch.h"
+
+namespace torch_fp8::cuda {
+
+constexpr int kPackSize = 8;
+
+// Neighbouring elements, loaded and stored 16 bytes at a time.
+template <class T>
+struct alignas(16) Pack {
+  T values[kPackSize];
+};
+
+template <class T>
+__device__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+// Neighbouring values, stored as whole words: plain stores of a struct the compiler may take apart, and in
+// dequantize.cu that cost seven eighths of the speed.
+template <class Values>
+__device__ void store_whole(void* out, const Values& values) {
+  using Word = std::conditional_t<sizeof(Values) % sizeof(uint4) == 0, uint4, uint2>;
+  Word words[sizeof values / sizeof(Word)];
+  memcpy(words, &values, sizeof values);
+#pragma unroll
+  for (size_t i = 0; i < sizeof values / sizeof(Word); ++i) __stcg(static_cast<Word*>(out) + i, words[i]);
+}
+
+// Programmatic dependent launch: the next kernel may be set up while this one runs, and this one was set up while the
+// previous ran; but nothing of memory is touched before that one has finished.
+__device__ inline void begin_dependent() {
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+}
+
+// The same in two steps, for a kernel that reads constants in between. Loads that must not cross the second are
+// volatile too: plain ones the compiler may move.
+__device__ inline void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// magnitude() without its second step, which the maximum takes once: NaN of any payload is above Inf.
+__device__ inline uint32_t raw_magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+
+template <int kWarps>
+__device__ void stage_max(uint32_t (&of_warp)[kWarps], uint32_t seen) {
+  seen = magnitude(__uint_as_float(__reduce_max_sync(0xFFFFFFFF, seen)));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = seen;
+}
+
+// After a __syncthreads().
+template <int kWarps>
+__device__ uint32_t max_of_warps(const uint32_t (&of_warp)[kWarps]) {
+  uint32_t seen = of_warp[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) seen = max(seen, of_warp[warp]);
+  return seen;
+}
+
+// Most blocks see no new maximum and are spared the atomic.
+__device__ inline void raise_amax(float* amax, uint32_t seen) {
+  auto* const bits = reinterpret_cast<uint32_t*>(amax);
+  if (seen > *static_cast<volatile uint32_t*>(bits)) atomicMax(bits, seen);
+}
+
+// Rows can be loaded in packs.
+inline bool is_vectorised(const Matrix& x) {
+  const int64_t size = x.type == Type::kFloat32 ? 4 : 2;
+  return x.col_stride == 1 && x.row_stride * size % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+// The whole matrix is one array of packs.
+inline bool is_dense(const Matrix& x) {
+  return is_vectorised(x) && (x.row_stride == x.cols || x.rows == 1) && x.rows * x.cols % kPackSize == 0;
+}
+
+constexpr uint32_t kMultiprocessors = 132;  // of an H100 SXM and an H200
+
+inline uint32_t blocks_for(int64_t items, int64_t per_block) {
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error("torch_fp8: a matrix that needs " + std::to_string(blocks) +
+                             " blocks is larger than one launch can take; split it");
+  }
+  return static_cast<uint32_t>(blocks);
+}
+
+template <class Function>
+void with_type(Type type, Function&& function) {
+  switch (type) {
+    case Type::kFloat32: return function(float{});
+    case Type::kFloat16: return function(__half{});
+    case Type::kBFloat16: return function(__nv_bfloat16{});
+  }
+}
+
+struct Grid {
+  uint32_t blocks;
+  dim3 threads;
+  int shared_bytes = 0;  // beyond 48 KB only after allow_shared
+  int cluster = 1;       // blocks of a cluster
+};
+
+// For all launches of the kernel in this process, so the most that any of them asks for.
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+}
+
+// A kernel that calls begin_dependent, or its two steps, first of all.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = grid.cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "a kernel launch");
+}
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), uint32_t blocks, dim3 threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  launch(kernel, Grid{blocks, threads}, stream, arguments...);
+}
+
+}  // namespace torch_fp8::cuda

@@ -1,0 +1,1 @@
+"""The layers: what a model is made of after ``convert`` or ``freeze``."""

@@ -1,0 +1,275 @@
+"""A look at what the scaling does: per layer and role scale, amax, and what the casts lose."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..layers.dtensor import is_dtensor, make_state_local
+from ..layers.linear import ROLES, Linear, fp8_layers
+from ..layers.traced import traced_training
+from ..recipe import ConstantScaling, CurrentScaling
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One role of one layer in one step: counts over all its micro-batches, in elements."""
+
+    step: int  # optimizer steps since the monitor began
+    layer: str
+    role: str  # "input", "weight" or "grad_output"
+    scale: float  # of the last cast; x is multiplied by it
+    amax: float  # of |x|
+    fp8_max: float
+    elements: int
+    saturated: int  # |x * scale| > fp8_max, Inf included
+    flushed: int  # not zero before the cast, and zero after it
+    inf: int
+    nan: int
+
+    @property
+    def unused_binades(self) -> float:
+        """log2 of how much larger the scale could have been."""
+        return math.log2(self.fp8_max / (self.amax * self.scale)) if 0 < self.amax < math.inf else 0.0
+
+    @property
+    def verdict(self) -> str:
+        if self.nan or self.inf:
+            return f"{self.nan} NaN, {self.inf} Inf"
+        if self.saturated:
+            return (
+                f"saturates {self.saturated / self.elements:.2g}: the scale is {-self.unused_binades:.1f} binades high"
+            )
+        if self.amax == 0:
+            return "only zeros"
+        if self.flushed > 0.01 * self.elements:
+            return f"{self.flushed / self.elements:.1%} become zero"
+        return "scale far too small" if self.unused_binades > 8 else ""
+
+
+def monitor(model: nn.Module, every: int = 100, writer: Any = None) -> Monitor:
+    """Sample the FP8 layers of ``model`` in the next optimizer step and in each ``every``-th after it. The result is a
+    :class:`Monitor`: ``print`` it for the latest sample, or see its methods.
+
+    Between samples nothing of it is left on the layers. In a sampled step every cast is preceded by one more reading of
+    its tensor. writer: what has ``add_scalar(tag, value, step)``, such as TensorBoard's ``SummaryWriter``; each sample
+    is written to it. Recomputed forwards (activation checkpointing) are counted again, which leaves shares as they are.
+    A compiled model runs its sampled steps uncompiled (``torch.compiler.set_stance``); steps replayed from a CUDA graph
+    cannot be sampled. Raises ValueError where the model has no FP8 layer or every is not positive.
+    """
+    return Monitor(model, every, writer)
+
+
+class Monitor:
+    """What :func:`monitor` gives. ``samples`` grows by three records a layer with each sample."""
+
+    def __init__(self, model: nn.Module, every: int = 100, writer: Any = None) -> None:
+        self._layers = fp8_layers(model)
+        if not self._layers:
+            raise ValueError(
+                f"torch_fp8: {type(model).__name__} has no FP8 layer to monitor; torch_fp8.convert it first"
+            )
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"torch_fp8: every must be a positive number of optimizer steps, got {every!r}")
+        self.every, self.writer, self.step = every, writer, 0
+        self._samples: list[Sample] = []
+        self._pending: dict[tuple[int, str, str], _Count] = {}  # still on the device
+        self._model = model
+        self._optimizer: weakref.ref | None = None  # the one whose steps count
+        self._hooks: list[Any] = []
+        self._stance = None
+        self._on_step = register_optimizer_step_post_hook(self._after_optimizer_step)
+        self._begin()
+
+    def close(self) -> None:
+        """Sample no more."""
+        self._end()
+        self._on_step.remove()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- sampling ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        for name, layer in self._layers.items():
+            self._hooks.append(layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(self._after_forward(name)))
+        if traced_training():  # compiled code does not look for hooks
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def _end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._stance is not None:
+            torch.compiler.set_stance("default")
+            self._stance = None
+
+    def _before_forward(self, name: str) -> Callable[..., None]:
+        def hook(layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _records(layer):
+                make_state_local(layer)
+                self._count(name, layer, "input", args[0] if args else kwargs["input"])
+                if (self.step, name, "weight") not in self._pending:
+                    self._count(name, layer, "weight", layer.weight)
+
+        return hook
+
+    def _after_forward(self, name: str) -> Callable[..., None]:
+        def hook(layer: Linear, args: tuple[Any, ...], out: Tensor) -> None:
+            if _records(layer) and out.requires_grad:
+                out.register_hook(lambda dy: self._count(name, layer, "grad_output", dy))
+
+        return hook
+
+    def _count(self, name: str, layer: Linear, role: str, x: Tensor) -> None:
+        x = x.to_local() if is_dtensor(x) else x.detach()
+        index, recipe = ROLES.index(role), layer.recipe
+        dtype = recipe.grad_dtype if role == "grad_output" else torch.float8_e4m3fn
+        constant = isinstance(recipe, ConstantScaling)
+        with torch.no_grad():
+            counts, values = torch.ops.torch_fp8.count_losses(
+                x, layer.fp8_slots, index, dtype,
+                own_amax=isinstance(recipe, CurrentScaling) or not (constant or layer.fp8_has_history[index]),
+                power_of_two=constant or recipe.power_of_two,
+                margin=0 if constant else recipe.margins[role == "grad_output"],
+            )  # fmt: skip
+            pending = self._pending.setdefault((self.step, name, role), _Count(torch.finfo(dtype).max))
+            pending.add(x.numel(), counts, values)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._counts_steps(optimizer):
+            return
+        self._end()
+        if self.writer is not None and self._pending:
+            self.write(self.writer)
+        self.step += 1
+        if self.step % self.every == 0:
+            self._begin()
+
+    def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count."""
+        if self._optimizer is None or self._optimizer() is None:
+            ours = {id(p) for p in self._model.parameters()}
+            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                return False
+            self._optimizer = weakref.ref(optimizer)
+        return self._optimizer() is optimizer
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples so far, in order. Waits for the device if the last step was sampled."""
+        if self._pending:
+            counts = torch.stack([count.counts for count in self._pending.values()]).tolist()
+            values = torch.stack([count.values for count in self._pending.values()]).tolist()
+            for key, count, (saturated, flushed, inf, nan), (scale, amax) in zip(
+                self._pending, self._pending.values(), counts, values
+            ):
+                losses = (saturated, flushed, inf, nan)
+                self._samples.append(Sample(*key, scale, amax, count.fp8_max, count.elements, *losses))
+            self._pending.clear()
+        return self._samples
+
+    @property
+    def latest(self) -> list[Sample]:
+        """The samples of the last sampled step; empty before the first."""
+        return [sample for sample in self.samples if sample.step == self.samples[-1].step]
+
+    def __str__(self) -> str:
+        """The latest sample as a table, what loses most on top."""
+        latest = sorted(self.latest, key=lambda s: (-s.nan - s.inf, -s.saturated / s.elements, -s.flushed / s.elements))
+        if not latest:
+            return (
+                "torch_fp8.monitor: no step was sampled yet (the hooks of compiled code and of CUDA graphs do not run)"
+            )
+        head = ("layer", "role", "scale", "amax", "unused binades", "saturated", "flushed", "")
+        rows = [
+            (s.layer or "(root)", s.role, f"{s.scale:.4g}", f"{s.amax:.4g}", f"{s.unused_binades:.1f}",
+             f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
+            for s in latest
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+        return "\n".join([f"step {latest[0].step}", *lines])
+
+    def write(self, writer: Any) -> None:
+        """Give the latest sample to what has ``add_scalar(tag, value, step)``. Tags: ``fp8/QUANTITY/ROLE/LAYER``."""
+        for s in self.latest:
+            quantities = {"log2_scale": math.log2(s.scale), "amax": s.amax, "saturated": s.saturated / s.elements,
+                          "flushed": s.flushed / s.elements, "nan": s.nan + s.inf}  # fmt: skip
+            for name, value in quantities.items():
+                writer.add_scalar(f"fp8/{name}/{s.role}/{s.layer}", value, s.step)
+
+    def save_json(self, path: str | Path) -> None:
+        """All samples, one JSON object a line."""
+        Path(path).write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in self.samples))
+
+    def save_png(self, path: str | Path) -> None:
+        """For each role the distribution of the layers' scales over the steps (as the figures of arXiv 2309.17224 show
+        it) and the largest and median shares that saturate and that become zero. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        if not self.samples:
+            raise RuntimeError("torch_fp8: nothing to draw: no step was sampled yet")
+        figure = Figure(figsize=(12, 9), layout="constrained")
+        for (left, right), role in zip(figure.subplots(len(ROLES), 2, sharex=True), ROLES):
+            by_step: dict[int, list[Sample]] = {}
+            for sample in self.samples:
+                if sample.role == role:
+                    by_step.setdefault(sample.step, []).append(sample)
+            steps = list(by_step)
+            scales = [torch.tensor([math.log2(s.scale) for s in samples]) for samples in by_step.values()]
+            quantiles = [[x.quantile(q).item() for x in scales] for q in (0, 0.1, 0.5, 0.9, 1)]
+            for low, high, alpha in ((0, 4, 0.15), (1, 3, 0.3)):
+                left.fill_between(steps, quantiles[low], quantiles[high], color="tab:orange", alpha=alpha, linewidth=0)
+            left.plot(steps, quantiles[2], color="tab:orange", marker="." if len(steps) == 1 else "")
+            left.set(ylabel=f"log2 scale of {role}")
+            for what, color in (("saturated", "tab:red"), ("flushed", "tab:blue")):
+                shares = [
+                    torch.tensor([getattr(s, what) / s.elements for s in samples]) for samples in by_step.values()
+                ]
+                right.plot(steps, [x.max().item() for x in shares], color=color, label=f"{what}, worst layer")
+                right.plot(steps, [x.median().item() for x in shares], color=color, linestyle=":", label="median")
+            right.set(ylabel="share of elements")
+            right.set_yscale("symlog", linthresh=1e-6)
+        left.set_xlabel("optimizer step"), right.set_xlabel("optimizer step")
+        figure.axes[0].set_title("scales over the layers: median, 10 to 90 %, all")
+        figure.axes[1].set_title("what the casts lose")
+        figure.axes[1].legend(fontsize="small")
+        figure.savefig(path, dpi=120)
+
+
+class _Count:
+    """Sums over the micro-batches of a step, on the device."""
+
+    def __init__(self, fp8_max: float) -> None:
+        self.fp8_max, self.elements = fp8_max, 0
+        self.counts: Tensor
+        self.values: Tensor  # scale, amax
+
+    def add(self, elements: int, counts: Tensor, values: Tensor) -> None:
+        if self.elements:
+            counts = self.counts + counts
+            values = torch.maximum(self.values, values)
+        self.elements, self.counts, self.values = self.elements + elements, counts, values
+
+
+def _records(layer: Linear) -> bool:
+    if layer.fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # or every replay would count
+    return layer.fp8_enabled and layer.training and torch.is_grad_enabled()

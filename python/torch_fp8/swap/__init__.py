@@ -1,0 +1,1 @@
+"""How a model gets the layers, and how it loses them."""

@@ -1,0 +1,198 @@
+"""Find a faster algorithm for a model's FP8 GEMMs than the one cuBLASLt's heuristic would take, by timing them.
+
+The heuristic ranks its candidates by a model of the GPU, and the first is not always the fastest. But a GPU at its
+power limit changes its clock from second to second, so the fastest of a few timings is mostly the luckiest. Hence two
+rules: candidates take turns within each round, and only a gain that luck cannot give counts (``choose``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _C
+from ..layers.frozen import FrozenLinear, frozen_layers
+from ..layers.linear import Linear, fp8_layers
+from ..observe.emulate import WIDE, is_quantized
+from ..recipe import _check, _is_int
+from .tuning import Problem, TunedGemm, Tuning, here
+
+_MIN_ROUNDS = 20
+_MAX_SIZE = 2**30
+_FASTER_ROUNDS = 0.9
+_STREAMED_ROWS = 32  # of a frozen layer's input; cuBLASLt has the rest
+# For normally distributed values: 1.4826 median absolute deviations are a standard deviation, and the median of n of
+# them is off by sqrt(pi / 2 / n) standard deviations.
+_MEDIAN_ERROR = 1.4826 * math.sqrt(math.pi / 2)
+
+
+def tune(
+    what: nn.Module | Iterable[tuple[int, int, int]], *, tokens: int = 8192, rounds: int = 30, margin: float = 0.03
+) -> Tuning:
+    """Time cuBLASLt's algorithms for FP8 GEMMs on the current GPU, and from now on run each with the best.
+
+    The default, the heuristic's first choice, stays unless another algorithm is faster beyond doubt. Nothing is ever
+    timed but by this function. ``Tuning.save`` and ``load_tuning`` carry the result to the next run;
+    ``forget_tuning`` takes it back. Another algorithm sums in another order, so results may differ in the last bits
+    from those of the default; with one algorithm they repeat to the bit.
+
+    what: a model whose FP8 layers, frozen ones too, are to be tuned, as they would be called now: call this under the
+        ``torch.autocast`` of the training step, if it has one; without it a frozen layer's output has its bias's dtype,
+        bfloat16 where it has none. Or an iterable of (tokens, in_features, out_features), which stand for
+        layers in bfloat16 without bias with the default recipe.
+    tokens: rows of a layer's input in one call (batch times sequence length). An algorithm is used for exactly the
+        sizes it was tuned for. Not used with shapes, which name theirs.
+    rounds: how often each algorithm is timed, 20 to 10000.
+    margin: the part of the default's time that another algorithm must save, from 0 to below 1.
+
+    Raises ValueError for other arguments and for a model without FP8 layers or on another GPU than the current one;
+    RuntimeError where there is no Hopper GPU, or in a CPU-only build. The algorithms in use are then what they were.
+    """
+    _check(_is_int(tokens, 1, _MAX_SIZE), "tokens", "an integer from 1 to 2**30", tokens)
+    _check(_is_int(rounds, _MIN_ROUNDS, 10_000), "rounds", f"an integer from {_MIN_ROUNDS} to 10000", rounds)
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    _check(is_number and 0 <= margin < 1, "margin", "a number from 0 to below 1", margin)
+    layers = _layers_of(what, tokens)
+    place = here()
+    _check_devices({layer.weight.device for layer, _ in layers})
+
+    gemms = []
+    for problem in _with_bar(problems_of(layers)):
+        candidates = _C.time_algorithms(problem.native(), rounds)
+        if candidates:  # there are none for some deep and narrow products, which run without cuBLASLt
+            best = choose(candidates, margin)
+            (_, default_times), (algorithm, times) = candidates[0], candidates[best]
+            gemms.append(TunedGemm(problem, median(default_times), median(times), best, algorithm))
+    tuning = Tuning(**place, gemms=tuple(gemms))
+    tuning._use()
+    return tuning
+
+
+def choose(candidates: Sequence[tuple[bytes, Sequence[float]]], margin: float) -> int:
+    """Which of the candidates (algorithm, its time in each round) to use: 0, the default, or a better one's place.
+
+    A candidate must pass three tests, each of which stops what the others let through:
+
+    * Its median time is below the default's by more than ``margin``. This stops gains too small to be worth leaving
+      the default for, and the gain that the best of many equals always seems to have.
+    * It was faster in 9 rounds of 10. The two of a round ran side by side, under one clock, so equals win half of the
+      rounds each; that one wins 27 of 30 has a chance of 4 in a million, whatever the noise looks like. This stops a
+      median that the bad luck of some rounds has made.
+    * The median of the differences within a round exceeds twice its standard error. This stops a candidate that is
+      faster by next to nothing in some rounds and by anything in the others, as where something else disturbed the
+      default half of the time: then nobody knows what the gain is.
+
+    Of those that pass, the one with the lowest median; of equals the earlier, which the heuristic thinks better.
+    """
+    default = candidates[0][1]
+
+    def is_better(times: Sequence[float]) -> bool:
+        saved = [before - after for before, after in zip(default, times, strict=True)]
+        gap = median(saved)
+        error = _MEDIAN_ERROR * median(abs(value - gap) for value in saved) / math.sqrt(len(saved))
+        return (
+            median(times) < (1 - margin) * median(default)
+            and sum(value > 0 for value in saved) >= _FASTER_ROUNDS * len(saved)
+            and gap > 2 * error
+        )
+
+    better = [i for i, (_, times) in enumerate(candidates) if i > 0 and is_better(times)]
+    return min(better, key=lambda i: median(candidates[i][1]), default=0)
+
+
+def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Problem]:
+    """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
+    return list(dict.fromkeys(problem for layer, tokens in layers for problem in _gemms(layer, tokens)))
+
+
+def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
+    # Mirrors frozen.cpp.
+    (rows, cols), granularity, bias = layer.weight.shape, layer.granularity, layer.bias
+    if rows == 0 or cols == 0 or not is_quantized(tokens, rows, cols, granularity, layer.activations):
+        return
+    dtype = torch.bfloat16 if bias is None else bias.dtype
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+    one_each = granularity == "tensor" and layer.activations != "token"
+    scales = "blocks" if granularity == "block" else "one" if one_each else "rows"
+    streams = scales == "rows" or (scales == "one" and rows <= WIDE)
+    if tokens <= _STREAMED_ROWS and streams and cols % 16 == 0 and dtype != torch.float32:
+        return  # a kernel of ours
+    m, n = -(-tokens // 4) * 4 if scales == "blocks" else tokens, _padded(rows)
+    if scales == "rows" and (m <= 32 or -(-m // 128) * -(-n // 128) < 96 or dtype == torch.float32):
+        dtype, bias, scales = torch.float32, None, "one"  # scaled by a kernel of ours
+    yield Problem(m, n, _padded(cols), torch.float8_e4m3fn, torch.float8_e4m3fn, dtype,
+                  bias is not None and dtype != torch.float32, False, scales != "blocks", scales)  # fmt: skip
+
+
+def _gemms(layer: Linear | FrozenLinear, tokens: int) -> Iterator[Problem]:
+    if isinstance(layer, FrozenLinear):
+        yield from _frozen_gemms(layer, tokens)
+        return
+    # Mirrors linear.cpp and gemm.cpp: what these ask cuBLASLt for is what must be tuned.
+    recipe = layer.recipe
+    weight_dtype = layer.weight.dtype
+    y_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_dtype
+    e4m3, grad = torch.float8_e4m3fn, recipe.grad_dtype
+    rows, cols = layer.weight.shape
+    if rows == 0 or cols == 0:
+        return
+
+    # A float32 bias has no epilogue: the GEMM adds to an output that begins as the bias.
+    has_bias, in_epilogue = layer.bias is not None, y_dtype != torch.float32
+    yield Problem(tokens, _padded(rows), _padded(cols), e4m3, e4m3, y_dtype,
+                  has_bias and in_epilogue, has_bias and not in_epilogue, "fprop" in recipe.fast_accum)  # fmt: skip
+    # The input's gradient has the input's dtype: under autocast that of a layer before it or that of the parameters.
+    for x_dtype in dict.fromkeys([y_dtype, weight_dtype]):
+        yield Problem(tokens, _padded(cols), _padded(rows), grad, e4m3, x_dtype,
+                      False, False, "dgrad" in recipe.fast_accum)  # fmt: skip
+    # Added to a float32 main_grad in place, except where columns are padded: then it goes by way of scratch.
+    fused = layer.fuse_main_grad
+    yield Problem(rows, _padded(cols), _padded(tokens), grad, e4m3, torch.float32 if fused else weight_dtype,
+                  False, fused and cols % 16 == 0, "wgrad" in recipe.fast_accum)  # fmt: skip
+
+
+def _padded(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]]:
+    """The layers to tune, each with its number of tokens; for a shape, a layer without memory."""
+    if isinstance(what, nn.Module):
+        layers = [(layer, tokens) for layer in {**fp8_layers(what), **frozen_layers(what)}.values()]
+        if not layers:
+            raise ValueError(f"torch_fp8: {type(what).__name__} has no FP8 layer to tune; torch_fp8.convert it first")
+        return layers
+    expected = "a model or a list of (tokens, in_features, out_features), integers from 1 to 2**30"
+    _check(isinstance(what, Iterable), "what", expected, what)
+    shapes = list(what)
+    _check(len(shapes) > 0, "what", expected, shapes)
+    for shape in shapes:
+        is_shape = isinstance(shape, Sequence) and len(shape) == 3
+        _check(is_shape and all(_is_int(size, 1, _MAX_SIZE) for size in shape), "what", expected, shape)
+    return [
+        (Linear(cols, rows, bias=False, device="meta", dtype=torch.bfloat16), tokens) for tokens, cols, rows in shapes
+    ]
+
+
+def _check_devices(devices: set[torch.device]) -> None:
+    current = torch.device("cuda", torch.cuda.current_device())
+    for device in devices:
+        if device.type == "cuda" and device != current:
+            raise ValueError(
+                f"torch_fp8: tuning is for the current device, {current}, but the model has FP8 layers on {device}; "
+                f"tune within torch.cuda.device({device.index}), and a model on several GPUs by its shapes on each"
+            )
+
+
+def _with_bar(problems: list[Problem]) -> Iterable[Problem]:
+    # A bar is good manners, not a reason to ask every user for tqdm; it keeps silent where nobody watches.
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return problems
+    return tqdm(problems, desc="tuning", unit="GEMM", disable=None)
