@@ -3,7 +3,7 @@
 
 #include <ATen/ATen.h>
 
-#include "torch_fp8/kernels.h"
+#include "kernels.h"
 
 namespace torch_fp8 {
 namespace {

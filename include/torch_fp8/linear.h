@@ -10,8 +10,9 @@
 #include <atomic>
 #include <memory>
 
-#include "torch_fp8/kernels.h"
+#include "torch_fp8/cuda.h"
 #include "torch_fp8/ops.h"
+#include "torch_fp8/scale.h"
 
 namespace torch_fp8 {
 
