@@ -1,5 +1,5 @@
-# Whether and with which nvcc the CUDA backend is built. Sets TORCH_FP8_HAS_CUDA and, where that is off,
-# TORCH_FP8_NO_CUDA_REASON; enables the CUDA language where it is on.
+# Whether and with which nvcc the CUDA backend is built. Sets TORCH_FP8_HAS_CUDA and, where that is on,
+# TORCH_FP8_CUDA_VERSION, else TORCH_FP8_NO_CUDA_REASON; enables the CUDA language where it is on.
 set(TORCH_FP8_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO (where possible), ON (or fail), OFF")
 
 set(TORCH_FP8_HAS_CUDA OFF)
@@ -29,6 +29,7 @@ else()
 endif()
 
 if(TORCH_FP8_HAS_CUDA)
+  set(TORCH_FP8_CUDA_VERSION "${nvcc_version}")
   message(STATUS "torch_fp8: CUDA backend for sm_90a with nvcc ${nvcc_version} (${TORCH_FP8_NVCC})")
   set(CMAKE_CUDA_COMPILER "${TORCH_FP8_NVCC}")
   set(CMAKE_CUDA_ARCHITECTURES 90a-real)

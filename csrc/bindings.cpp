@@ -9,9 +9,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "check.h"
+#include "kernels.h"
 #include "memo.h"
 #include "siblings.h"
-#include "torch_fp8/kernels.h"
 #include "torch_fp8/linear.h"
 #include "torch_fp8/ops.h"
 
@@ -112,12 +112,19 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("scales", [](const GemmProblem& p) { return kScales[static_cast<size_t>(p.scales)]; });
   m.def("time_algorithms", [](const GemmProblem& problem, int rounds) {
     std::vector<std::pair<py::bytes, std::vector<double>>> timed;
-    for (TimedAlgorithm& t : cuda::time_algorithms(problem, rounds)) timed.emplace_back(t.algorithm, std::move(t.us));
+    for (TimedAlgorithm& t : kernels(/*on_cuda=*/true).time_algorithms(problem, rounds))
+      timed.emplace_back(t.algorithm, std::move(t.us));
     return timed;
   });
-  m.def("check_algorithm", &cuda::check_algorithm);
-  m.def("use_algorithms", &cuda::use_algorithms);
-  m.def("forget_algorithms", &cuda::forget_algorithms);
+  m.def("check_algorithm", [](const GemmProblem& problem, const std::string& algorithm) {
+    kernels(/*on_cuda=*/true).check_algorithm(problem, algorithm);
+  });
+  m.def("use_algorithms", [](const std::vector<std::pair<GemmProblem, std::string>>& chosen) {
+    kernels(/*on_cuda=*/true).use_algorithms(chosen);
+  });
+  m.def("forget_algorithms", [] {
+    if (*cuda::toolkit_version()) kernels(/*on_cuda=*/true).forget_algorithms();
+  });
 
   m.def("toolkit_version", &cuda::toolkit_version);
   m.def("why_no_cuda", &cuda::why_absent);

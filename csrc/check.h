@@ -4,7 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include "torch_fp8/kernels.h"
+#include "kernels.h"
 
 namespace torch_fp8 {
 

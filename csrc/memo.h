@@ -8,8 +8,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "kernels.h"
 #include "torch_fp8/cast.h"
-#include "torch_fp8/kernels.h"
 
 namespace torch_fp8 {
 

@@ -3,8 +3,8 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include "kernels.h"
 #include "ops/linear.h"
-#include "torch_fp8/kernels.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at
   return count_losses(x, slots, role, dtype, options);
 }
 
-// One function serves both backends: it checks and allocates, then runs cpu:: or cuda:: by the tensors' device.
+// One function serves both backends: it checks, allocates, and runs kernels of the tensors' device.
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);

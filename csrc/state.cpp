@@ -45,7 +45,7 @@ void update_scales_(at::TensorList slots, at::TensorList histories, at::ArrayRef
   }
   if (count == 0) return;
   const c10::DeviceGuard guard(slots[0].device());
-  (slots[0].is_cuda() ? cuda::update_scales : cpu::update_scales)(layers.data(), static_cast<int64_t>(count));
+  kernels_of(slots[0]).update_scales(layers.data(), static_cast<int64_t>(count));
 }
 
 }  // namespace torch_fp8

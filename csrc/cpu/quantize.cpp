@@ -6,7 +6,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include "torch_fp8/kernels.h"
+#include "kernels.h"
 
 namespace torch_fp8::cpu {
 namespace {
@@ -38,8 +38,6 @@ void raise(float* amax, uint32_t seen) {
 }
 
 int64_t grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cols)); }
-
-}  // namespace
 
 void amax(const Matrix& x, float* parts) {
   std::fill(parts, parts + kAmaxParts, 0.0f);
@@ -201,4 +199,19 @@ void add_column_sums(const ColumnSums& sums) {
   });
 }
 
+[[maybe_unused]] const bool filled = [] {
+  Kernels& table = cpu_kernels();
+  table.amax = amax;
+  table.scale_from_amax = scale_from_amax;
+  table.quantize = quantize;
+  table.quantize_rows = quantize_rows;
+  table.quantize_groups = quantize_groups;
+  table.count_losses = count_losses;
+  table.add_column_sums = add_column_sums;
+  table.rescale = rescale;
+  table.dequantize = dequantize;
+  return true;
+}();
+
+}  // namespace
 }  // namespace torch_fp8::cpu

@@ -1,8 +1,9 @@
 #include <algorithm>
 
-#include "torch_fp8/kernels.h"
+#include "kernels.h"
 
 namespace torch_fp8::cpu {
+namespace {
 
 void update_scales(const LayerState* layers, int64_t count) {
   for (const LayerState* layer = layers; layer != layers + count; ++layer) {
@@ -22,4 +23,7 @@ void update_scales(const LayerState* layers, int64_t count) {
   }
 }
 
+[[maybe_unused]] const bool filled = (cpu_kernels().update_scales = update_scales, true);
+
+}  // namespace
 }  // namespace torch_fp8::cpu

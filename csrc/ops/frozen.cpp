@@ -56,9 +56,8 @@ void check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
 // The weight in float32 (CPU, float32 inputs) or in x's 16 bits.
 at::Tensor dequantized(const at::Tensor& weight, const at::Tensor& scale, WeightScale kind, at::ScalarType dtype) {
   at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(dtype));
-  (weight.is_cuda() ? cuda::dequantize : cpu::dequantize)(
-      {weight.size(0), weight.size(1), static_cast<const uint8_t*>(weight.const_data_ptr()),
-       scale.const_data_ptr<float>(), kind, out.data_ptr(), type_of(dtype, "x")});
+  kernels_of(weight).dequantize({weight.size(0), weight.size(1), static_cast<const uint8_t*>(weight.const_data_ptr()),
+                                 scale.const_data_ptr<float>(), kind, out.data_ptr(), type_of(dtype, "x")});
   return out;
 }
 
@@ -106,27 +105,28 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
 
   const Matrix matrix{x.const_data_ptr(), type_of(x.scalar_type(), "x"), m, k, x.stride(0), x.stride(1)};
   if (scales == Scales::kBlocks) {
-    (on_cuda ? cuda::quantize_groups : cpu::quantize_groups)({matrix, rows, q, own_scale});
+    kernels(on_cuda).quantize_groups({matrix, rows, q, own_scale});
   } else if (activations == Activations::kToken) {
-    (on_cuda ? cuda::quantize_rows : cpu::quantize_rows)({matrix, q, own_scale});
+    kernels(on_cuda).quantize_rows({matrix, q, own_scale});
   } else {
     Slot* const own = reinterpret_cast<Slot*>(own_scale);
     if (own_amax) {
       float* const parts = reinterpret_cast<float*>(base + parts_place);
-      (on_cuda ? cuda::amax : cpu::amax)(matrix, parts);
-      (on_cuda ? cuda::scale_from_amax : cpu::scale_from_amax)(parts, own, E4M3::kMax, /*power_of_two=*/false);
+      kernels(on_cuda).amax(matrix, parts);
+      kernels(on_cuda).scale_from_amax(parts, own, E4M3::kMax, /*power_of_two=*/false);
     }
     const Slot* const slot = own_amax ? own : slots_of(*input_slot);
-    (on_cuda ? cuda::quantize : cpu::quantize)({matrix, Format::kE4M3, slot, q, nullptr, nullptr, nullptr, nullptr});
+    kernels(on_cuda).quantize({matrix, Format::kE4M3, slot, q, nullptr, nullptr, nullptr, nullptr});
     x_scale = &slot->scale_inv;
   }
   const bool one_x_scale = scales != Scales::kBlocks && activations != Activations::kToken;
 
   at::Tensor out = at::empty(size, x.options().dtype(dtype));
   if (streamed) {
-    cuda::skinny_fp8({m, n, k, q, static_cast<const uint8_t*>(weight.const_data_ptr()), x_scale,
-                      weight_scale.const_data_ptr<float>(), one_x_scale, kind == WeightScale::kTensor,
-                      bias ? bias->const_data_ptr() : nullptr, out.data_ptr(), type_of(dtype, "the output")});
+    kernels(on_cuda).skinny_fp8({m, n, k, q, static_cast<const uint8_t*>(weight.const_data_ptr()), x_scale,
+                                 weight_scale.const_data_ptr<float>(), one_x_scale, kind == WeightScale::kTensor,
+                                 bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
+                                 type_of(dtype, "the output")});
     return out;
   }
   const at::Tensor w = padded_codes(weight, wide, cols);
@@ -134,14 +134,14 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
   args.m = rows, args.n = wide, args.k = cols;
   args.a = q, args.b = static_cast<const uint8_t*>(w.const_data_ptr());
   args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
-  const auto gemm = on_cuda ? cuda::gemm : cpu::gemm;
+  const auto gemm = kernels(on_cuda).gemm;
   if (rescaled) {
     float* const sums = reinterpret_cast<float*>(base + sums_place);
     args.out = sums, args.out_type = Type::kFloat32;
     gemm(args);
-    (on_cuda ? cuda::rescale : cpu::rescale)(
-        {sums, m, n, wide, x_scale, weight_scale.const_data_ptr<float>(), one_x_scale, kind == WeightScale::kTensor,
-         bias ? bias->const_data_ptr() : nullptr, out.data_ptr(), type_of(dtype, "the output")});
+    kernels(on_cuda).rescale({sums, m, n, wide, x_scale, weight_scale.const_data_ptr<float>(), one_x_scale,
+                              kind == WeightScale::kTensor, bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
+                              type_of(dtype, "the output")});
     return out;
   }
 
@@ -220,10 +220,10 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
     const auto* const x_bytes = static_cast<const uint8_t*>(x2.const_data_ptr());
     auto* const out_bytes = static_cast<uint8_t*>(out.data_ptr());
     for (int64_t row = 0; row < m; row += kSkinnyRows) {
-      cuda::skinny({std::min(kSkinnyRows, m - row), n, k, x_bytes + row * k * x2.element_size(),
-                    static_cast<const uint8_t*>(weight.const_data_ptr()), weight_scale.const_data_ptr<float>(), kind,
-                    bias ? bias->const_data_ptr() : nullptr, out_bytes + row * n * x2.element_size(),
-                    type_of(dtype, "dtype")});
+      kernels_of(x).skinny({std::min(kSkinnyRows, m - row), n, k, x_bytes + row * k * x2.element_size(),
+                            static_cast<const uint8_t*>(weight.const_data_ptr()), weight_scale.const_data_ptr<float>(),
+                            kind, bias ? bias->const_data_ptr() : nullptr, out_bytes + row * n * x2.element_size(),
+                            type_of(dtype, "dtype")});
     }
     return out;
   }

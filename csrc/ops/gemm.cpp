@@ -48,7 +48,7 @@ GemmArgs check_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
   return args;
 }
 
-void run(const GemmArgs& args, bool on_cuda) { (on_cuda ? cuda::gemm : cpu::gemm)(args); }
+void run(const GemmArgs& args, bool on_cuda) { kernels(on_cuda).gemm(args); }
 
 }  // namespace
 

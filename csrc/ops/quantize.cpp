@@ -34,8 +34,8 @@ at::Tensor own_slot_of(const Matrix& matrix, const at::Tensor& x, Format format,
   const at::Tensor own = at::empty({4 + kAmaxParts}, x.options().dtype(at::kFloat));
   float* const parts = own.data_ptr<float>() + 4;
   const float target = std::ldexp(max_of(format), -static_cast<int>(options.margin));
-  (x.is_cuda() ? cuda::amax : cpu::amax)(matrix, parts);
-  (x.is_cuda() ? cuda::scale_from_amax : cpu::scale_from_amax)(parts, slots_of(own), target, options.power_of_two);
+  kernels_of(x).amax(matrix, parts);
+  kernels_of(x).scale_from_amax(parts, slots_of(own), target, options.power_of_two);
   return own;
 }
 
@@ -72,12 +72,11 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.columnwise) args.q_t = static_cast<uint8_t*>(out.q_t.data_ptr());
   if (options.record) args.amax = &slot->amax;
   if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
-  (on_cuda ? cuda::quantize : cpu::quantize)(args);
+  kernels(on_cuda).quantize(args);
 
   if (options.dbias) {
     out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));
-    (on_cuda ? cuda::add_column_sums
-             : cpu::add_column_sums)({column_sums.const_data_ptr<float>(), column_sums.size(0), matrix.cols, cols,
+    kernels(on_cuda).add_column_sums({column_sums.const_data_ptr<float>(), column_sums.size(0), matrix.cols, cols,
                                       out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
   } else {
     out.dbias = at::empty({0}, fp32);
@@ -98,8 +97,7 @@ std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::T
   at::Tensor own;
   if (options.own_amax) own = own_slot_of(matrix, x, format, options);
   const Slot* const slot = own.defined() ? slots_of(own) : slots_of(slots) + role;
-  (x.is_cuda() ? cuda::count_losses
-               : cpu::count_losses)({matrix, format, slot, counts.data_ptr<int64_t>(), values.data_ptr<float>()});
+  kernels_of(x).count_losses({matrix, format, slot, counts.data_ptr<int64_t>(), values.data_ptr<float>()});
   return {counts, values};
 }
 

@@ -2,7 +2,7 @@
 
 #include <c10/core/Device.h>
 
-#include "torch_fp8/kernels.h"
+#include "kernels.h"
 
 namespace torch_fp8 {
 

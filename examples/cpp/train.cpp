@@ -6,7 +6,6 @@
 #include <memory>
 
 #include <torch/torch.h>
-#include <torch_fp8/kernels.h>
 #include <torch_fp8/torch_fp8.h>
 
 namespace {

@@ -154,8 +154,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
             unowned.append(layer)
     models = {layer: None if (ref := layer.fp8_state.model) is None else ref() for layer in unowned}
     ours = {
-        model: any(id(parameter) in held for parameter in model.parameters())
-        for model in set(models.values()) - {None}
+        model: any(id(parameter) in held for parameter in model.parameters()) for model in set(models.values()) - {None}
     }
     is_stranger = not ended and not any(ours.values())  # it holds parameters that nobody here knows
     for layer, model in models.items():

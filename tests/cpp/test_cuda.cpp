@@ -7,7 +7,6 @@
 #include <torch/torch.h>
 
 #include "oracle.h"
-#include "torch_fp8/kernels.h"
 #include "torch_fp8/torch_fp8.h"
 
 namespace torch_fp8::tests {

@@ -65,8 +65,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *slot = own_slot(__uint_as_float(max_of_warps(of_warp)), target, power_of_two);
 }
 
-}  // namespace
-
 void launch_amax(const Matrix& x, float* parts, cudaStream_t stream) {
   with_type(x.type, [&](auto t) {
     using T = decltype(t);
@@ -83,4 +81,8 @@ void launch_scale_from_amax(const float* parts, Slot* slot, float target, bool p
   launch(scale_from_amax_kernel, 1, kThreads, stream, parts, slot, target, power_of_two);
 }
 
+[[maybe_unused]] const bool amax_filled = fill<launch_amax>(cuda_kernels().amax);
+[[maybe_unused]] const bool scale_from_amax_filled = fill<launch_scale_from_amax>(cuda_kernels().scale_from_amax);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

@@ -42,10 +42,11 @@ __global__ void __launch_bounds__(kThreads) count_losses_kernel(LossArgs args) {
   if (blockIdx.x == 0) args.values[0] = scale;
 }
 
-}  // namespace
-
 void launch_count_losses(const LossArgs& args, cudaStream_t stream) {
   with_type(args.x.type, [&](auto t) { launch(count_losses_kernel<decltype(t)>, kBlocks, kThreads, stream, args); });
 }
 
+[[maybe_unused]] const bool filled = fill<launch_count_losses>(cuda_kernels().count_losses);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

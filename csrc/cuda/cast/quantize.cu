@@ -229,8 +229,6 @@ void launch_quantize_as(const QuantizeArgs& args, cudaStream_t stream) {
   launch(kernel, blocks_for(across * down, 1), kThreads, stream, args, is_vectorised(x), static_cast<uint32_t>(across));
 }
 
-}  // namespace
-
 void launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   if (args.x.rows == 0 || args.x.cols == 0) return;  // nothing to quantise, and no GEMM will read its scale
   with_type(args.x.type, [&](auto t) {
@@ -240,4 +238,7 @@ void launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   });
 }
 
+[[maybe_unused]] const bool filled = fill<launch_quantize>(cuda_kernels().quantize);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

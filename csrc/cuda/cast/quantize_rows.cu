@@ -97,8 +97,6 @@ __global__ void __launch_bounds__(kGroupThreads)
   store_codes(args.q + row * args.x.cols + col, pack, slot.scale);
 }
 
-}  // namespace
-
 void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
   with_type(args.x.type, [&](auto t) {
     using T = decltype(t);
@@ -119,4 +117,8 @@ void launch_quantize_groups(const QuantizeGroupsArgs& args, cudaStream_t stream)
   });
 }
 
+[[maybe_unused]] const bool quantize_rows_filled = fill<launch_quantize_rows>(cuda_kernels().quantize_rows);
+[[maybe_unused]] const bool quantize_groups_filled = fill<launch_quantize_groups>(cuda_kernels().quantize_groups);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

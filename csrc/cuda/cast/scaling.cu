@@ -1,5 +1,5 @@
 // The scaling update of a whole model in one launch: a block a layer, a warp a role.
-#include "cuda/common/launch.h"
+#include "cuda/cast/scaling.h"
 
 namespace torch_fp8::cuda {
 namespace {

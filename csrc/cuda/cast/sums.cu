@@ -35,8 +35,6 @@ __global__ void __launch_bounds__(kColumns* kLines)
   out[col] = static_cast<T>(sum);
 }
 
-}  // namespace
-
 void launch_add_column_sums(const ColumnSums& sums, cudaStream_t stream) {
   if (sums.cols == 0) return;
   with_type(sums.type, [&](auto t) {
@@ -46,4 +44,7 @@ void launch_add_column_sums(const ColumnSums& sums, cudaStream_t stream) {
   });
 }
 
+[[maybe_unused]] const bool filled = fill<launch_add_column_sums>(cuda_kernels().add_column_sums);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

@@ -48,8 +48,6 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeArgs arg
   }
 }
 
-}  // namespace
-
 void launch_dequantize(const DequantizeArgs& args, cudaStream_t stream) {
   const int64_t across = (args.k + kColumns - 1) / kColumns;
   const bool vectorised = args.k % kPackSize == 0 && reinterpret_cast<uintptr_t>(args.w) % 8 == 0 &&
@@ -61,4 +59,7 @@ void launch_dequantize(const DequantizeArgs& args, cudaStream_t stream) {
   });
 }
 
+[[maybe_unused]] const bool filled = fill<launch_dequantize>(cuda_kernels().dequantize);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

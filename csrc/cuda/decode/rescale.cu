@@ -34,8 +34,6 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uin
   }
 }
 
-}  // namespace
-
 void launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
   const uint32_t across = blocks_for(args.cols, kThreads * 4);
   with_type(args.type, [&](auto t) {
@@ -44,4 +42,7 @@ void launch_rescale(const RescaleArgs& args, cudaStream_t stream) {
   });
 }
 
+[[maybe_unused]] const bool filled = fill<launch_rescale>(cuda_kernels().rescale);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

@@ -242,11 +242,12 @@ void launch_typed(const SkinnyArgs& args, cudaStream_t stream) {
   few_rows_fit ? launch_gemv<T, 4>(args, slices, stream) : launch_gemv<T, 8>(args, slices, stream);
 }
 
-}  // namespace
-
 void launch_skinny(const SkinnyArgs& args, cudaStream_t stream) {
   if (is_for_ring(args.m, args.n, args.k)) return launch_skinny_ring(args, stream);
   args.type == Type::kFloat16 ? launch_typed<__half>(args, stream) : launch_typed<__nv_bfloat16>(args, stream);
 }
 
+[[maybe_unused]] const bool filled = fill<launch_skinny>(cuda_kernels().skinny);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

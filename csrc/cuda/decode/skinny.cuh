@@ -36,6 +36,8 @@ __device__ void store_output(const SkinnyArgs& args, int64_t token, int64_t row,
   static_cast<T*>(args.out)[token * args.n + row] = static_cast<T>(fmaf(sum, epilogue.scale, to_float(epilogue.bias)));
 }
 
+void launch_skinny_ring(const SkinnyArgs& args, cudaStream_t stream);  // where is_for_ring
+
 constexpr int kMmaRows = 16;  // of the weight: an instruction's
 constexpr int kChunk = 64;    // columns that a warp takes at a time: 16 a lane and row
 

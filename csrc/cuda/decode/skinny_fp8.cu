@@ -223,10 +223,11 @@ void launch_typed(const SkinnyFp8Args& args, cudaStream_t stream) {
          map_of(args.w, args.n, args.k, kRows), map_of(args.x, args.m, args.k, kTokens));
 }
 
-}  // namespace
-
 void launch_skinny_fp8(const SkinnyFp8Args& args, cudaStream_t stream) {
   args.type == Type::kFloat16 ? launch_typed<__half>(args, stream) : launch_typed<__nv_bfloat16>(args, stream);
 }
 
+[[maybe_unused]] const bool filled = fill<launch_skinny_fp8>(cuda_kernels().skinny_fp8);
+
+}  // namespace
 }  // namespace torch_fp8::cuda

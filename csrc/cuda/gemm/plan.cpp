@@ -58,6 +58,7 @@ uint32_t alignment_of(const void* pointer) {
 }  // namespace
 
 void check(cublasStatus_t status, const char* what) {
+  if (status != CUBLAS_STATUS_SUCCESS) cudaGetLastError();  // as in launch.h
   TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "torch_fp8: ", what, " failed with status ", static_cast<int>(status),
               " (CUBLASLT_LOG_LEVEL=5 in the environment prints the reason)");
 }

@@ -9,7 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <cublasLt.h>
 
-#include "torch_fp8/kernels.h"
+#include "kernels.h"
 
 namespace torch_fp8::cuda {
 

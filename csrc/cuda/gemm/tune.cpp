@@ -107,8 +107,6 @@ Algorithm algorithm_from(const std::string& bytes) {
   return algorithm;
 }
 
-}  // namespace
-
 std::vector<TimedAlgorithm> time_algorithms(const GemmProblem& gemm_problem, int rounds) {
   check_problem(gemm_problem);
   const NoAutocast no_autocast;
@@ -177,6 +175,18 @@ void forget_algorithms() {
   all.algorithms.clear();
   ++all.generation;
 }
+
+[[maybe_unused]] const bool filled = [] {
+  Kernels& table = cuda_kernels();
+  table.cublaslt_version = cublasLtGetVersion;
+  table.time_algorithms = time_algorithms;
+  table.check_algorithm = check_algorithm;
+  table.use_algorithms = use_algorithms;
+  table.forget_algorithms = forget_algorithms;
+  return true;
+}();
+
+}  // namespace
 
 uint64_t tuning_generation() { return tuned().generation.load(std::memory_order_acquire); }
 

@@ -1,6 +1,6 @@
-// The catalogue of everything that runs on data: pointers, sizes, strides. Each function exists twice with the same
-// contract, in cpu:: (plain loops, the reference) and in cuda:: (asynchronous, on PyTorch's current stream).
-// A library built without CUDA has cuda:: functions that say so.
+// The catalogue of everything that runs on data: what each kernel takes (pointers, sizes, strides), and one table of
+// kernels for each backend. The CPU's are plain loops, the reference; CUDA's have the same contracts and are
+// asynchronous, on PyTorch's current stream.
 //
 // Layouts: every matrix is row-major. A quantised matrix is zero-padded so that both dimensions are multiples of 16,
 // which is what FP8 GEMMs need on either side; padded(n) is the padded size.
@@ -11,7 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "torch_fp8/cuda.h"
 #include "torch_fp8/scale.h"
+
+namespace at {
+class Tensor;
+}
 
 namespace torch_fp8 {
 
@@ -182,64 +187,53 @@ struct LayerState {
 };
 static_assert(sizeof(LayerState) == 32, "a thousand of them fit a kernel's arguments");
 
-namespace cpu {
-// parts (kAmaxParts): their largest is max |x|.
-void amax(const Matrix& x, float* parts);
-// The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
-void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
-void quantize(const QuantizeArgs& args);
-void quantize_rows(const QuantizeRowsArgs& args);
-void quantize_groups(const QuantizeGroupsArgs& args);
-void rescale(const RescaleArgs& args);
-void dequantize(const DequantizeArgs& args);
-void count_losses(const LossArgs& args);
-void add_column_sums(const ColumnSums& sums);
-void gemm(const GemmArgs& args);
-// For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
-// entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
-void update_scales(const LayerState* layers, int64_t count);
-}  // namespace cpu
+// A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.
+struct Kernels {
+  // parts (kAmaxParts): their largest is max |x|.
+  void (*amax)(const Matrix& x, float* parts);
+  // The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
+  void (*scale_from_amax)(const float* parts, Slot* slot, float target, bool power_of_two);
+  void (*quantize)(const QuantizeArgs& args);
+  void (*quantize_rows)(const QuantizeRowsArgs& args);
+  void (*quantize_groups)(const QuantizeGroupsArgs& args);
+  void (*count_losses)(const LossArgs& args);
+  void (*add_column_sums)(const ColumnSums& sums);
+  void (*gemm)(const GemmArgs& args);
+  void (*rescale)(const RescaleArgs& args);
+  void (*dequantize)(const DequantizeArgs& args);
+  // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
+  // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
+  void (*update_scales)(const LayerState* layers, int64_t count);
+
+  // From here on CUDA's alone.
+  void (*skinny)(const SkinnyArgs& args);
+  void (*skinny_fp8)(const SkinnyFp8Args& args);
+  // The current stream of the current device.
+  cuda::StreamState (*current_stream)();
+  size_t (*cublaslt_version)();
+  // Every right candidate of cuBLASLt for the problem, its first choice first, timed in interleaved rounds on random
+  // data.
+  std::vector<TimedAlgorithm> (*time_algorithms)(const GemmProblem& problem, int rounds);
+  // Throws where this cuBLASLt does not take the algorithm on the current device.
+  void (*check_algorithm)(const GemmProblem& problem, const std::string& algorithm);
+  // From now on these problems are solved so on the current device, in every thread; all or, on an error, none.
+  void (*use_algorithms)(const std::vector<std::pair<GemmProblem, std::string>>& chosen);
+  // Back to cuBLASLt's first choice.
+  void (*forget_algorithms)();
+};
+
+// The kernels of a backend, or of the one that a tensor lies on. A library built without CUDA throws where it is asked
+// for CUDA's.
+const Kernels& kernels(bool on_cuda);
+const Kernels& kernels_of(const at::Tensor& tensor);
+
+// The tables that the files of csrc/cpu and csrc/cuda fill while the library is loaded.
+Kernels& cpu_kernels();
+Kernels& cuda_kernels();
 
 namespace cuda {
-void amax(const Matrix& x, float* parts);
-void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two);
-void quantize(const QuantizeArgs& args);
-void quantize_rows(const QuantizeRowsArgs& args);
-void quantize_groups(const QuantizeGroupsArgs& args);
-void rescale(const RescaleArgs& args);
-void dequantize(const DequantizeArgs& args);
-void skinny(const SkinnyArgs& args);
-void skinny_fp8(const SkinnyFp8Args& args);
-void count_losses(const LossArgs& args);
-void add_column_sums(const ColumnSums& sums);
-void gemm(const GemmArgs& args);
-void update_scales(const LayerState* layers, int64_t count);
-
-// Every right candidate of cuBLASLt for the problem, its first choice first, timed in interleaved rounds on random
-// data.
-std::vector<TimedAlgorithm> time_algorithms(const GemmProblem& problem, int rounds);
-// Throws where this cuBLASLt does not take the algorithm on the current device.
-void check_algorithm(const GemmProblem& problem, const std::string& algorithm);
-// From now on these problems are solved so on the current device, in every thread; all or, on an error, none.
-void use_algorithms(const std::vector<std::pair<GemmProblem, std::string>>& chosen);
-// Back to cuBLASLt's first choice.
-void forget_algorithms();
-
-// The current stream, and the CUDA graph that it records.
-struct StreamState {
-  const void* stream = nullptr;
-  uint64_t capture = 0;  // one number for each capture there ever is; 0: no graph is being recorded
-  bool operator==(const StreamState&) const = default;
-};
-StreamState current_stream();
+inline StreamState current_stream() { return kernels(/*on_cuda=*/true).current_stream(); }
 inline bool is_capturing() { return current_stream().capture != 0; }
-// Throws unless a device of this capability can run this build.
-void check_capability(int major, int minor, const std::string& name);
-// What was built: "" without CUDA, else the CUDA version the kernels were compiled with; why there is none.
-const char* toolkit_version();
-const char* why_absent();
-// The cuBLASLt that is loaded, e.g. 130100; 0 without CUDA.
-size_t cublaslt_version();
 }  // namespace cuda
 
 }  // namespace torch_fp8

@@ -1,0 +1,32 @@
+// How the layers of an update reach the device.
+#include "cuda/cast/scaling.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include <ATen/ATen.h>
+
+namespace torch_fp8::cuda {
+namespace {
+
+void update_scales(const LayerState* layers, int64_t count) {
+  const cudaStream_t stream = checked_stream();
+  // The layers travel in the kernel's arguments, which a graph keeps; only a model too large for that is sent through
+  // memory, which a graph would read again after it was reused.
+  if (count <= kInlineLayers || is_capturing()) {
+    for (int64_t i = 0; i < count; i += kInlineLayers) {
+      launch_update_scales(layers + i, static_cast<int>(std::min<int64_t>(kInlineLayers, count - i)), stream);
+    }
+    return;
+  }
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(LayerState));
+  const at::Tensor host = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+  std::memcpy(host.data_ptr(), layers, static_cast<size_t>(bytes));
+  const at::Tensor device = host.to(at::kCUDA, /*non_blocking=*/true);
+  launch_update_scales_table(static_cast<const LayerState*>(device.const_data_ptr()), count, stream);
+}
+
+[[maybe_unused]] const bool filled = (cuda_kernels().update_scales = update_scales, true);
+
+}  // namespace
+}  // namespace torch_fp8::cuda

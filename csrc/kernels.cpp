@@ -1,0 +1,57 @@
+#include "kernels.h"
+
+#include <ATen/core/Tensor.h>
+
+#include "build_config.h"
+
+namespace torch_fp8 {
+namespace {
+
+constexpr bool kHasCuda = sizeof TORCH_FP8_CUDA_VERSION > 1;
+
+void check_built() {
+  TORCH_CHECK(kHasCuda, "torch_fp8: this library was built for the CPU only (", TORCH_FP8_NO_CUDA_REASON,
+              ") but was given CUDA tensors; reinstall it where a CUDA PyTorch and nvcc of its CUDA "
+              "version are found, or move the model to the CPU");
+}
+
+}  // namespace
+
+Kernels& cpu_kernels() {
+  static Kernels table{};
+  return table;
+}
+
+Kernels& cuda_kernels() {
+  static Kernels table{};
+  return table;
+}
+
+const Kernels& kernels(bool on_cuda) {
+  if (!on_cuda) return cpu_kernels();
+  check_built();
+  return cuda_kernels();
+}
+
+const Kernels& kernels_of(const at::Tensor& tensor) { return kernels(tensor.is_cuda()); }
+
+namespace cuda {
+
+const char* toolkit_version() { return TORCH_FP8_CUDA_VERSION; }
+const char* why_absent() { return TORCH_FP8_NO_CUDA_REASON; }
+
+size_t cublaslt_version() { return kHasCuda ? kernels(/*on_cuda=*/true).cublaslt_version() : 0; }
+
+void check_capability(int major, int minor, const std::string& name) {
+  check_built();
+  TORCH_CHECK(major == 9 && minor == 0,
+              "torch_fp8: the FP8 kernels are built for Hopper (compute capability 9.0, "
+              "H100 or H200), but ",
+              name, " has ", major, ".", minor,
+              "; keep the model in 16 bits there "
+              "(torch_fp8.revert(model)) or run it on a Hopper GPU");
+}
+
+}  // namespace cuda
+
+}  // namespace torch_fp8
