@@ -156,7 +156,7 @@ def test_of_two_optimizers_one_counts(device):
 
 
 def test_a_compiled_model_is_sampled_in_eager_steps(device, monkeypatch):
-    monkeypatch.setattr(fp8.traced, "_traced_training", False)
+    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
     model = fp8.convert(Net().to(device), tokens=None)
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
