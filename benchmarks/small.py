@@ -1,7 +1,7 @@
 """Where FP8 begins to pay: layers of many sizes, forward + backward. Writes results/small.md and .png.
 
 This is the measurement behind convert's rule for layers that are too small. fp8.Linear casts its weight in each call;
-no bias. The prediction is that of torch_fp8.worth, and knows loops alone.
+no bias. The prediction is that of torch_fp8.swap.worth, and knows loops alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         right.scatter(predicted, [loop for _, loop in measured], s=18, color=FP8, label="loop")
         right.axline((1, 1), slope=1, color=BF16, linewidth=1)
         right.axvline(1, color=BF16, linewidth=1, linestyle="--")
-        right.set(xlabel="predicted by torch_fp8.worth", title="above the line: faster than predicted")
+        right.set(xlabel="predicted by torch_fp8.swap.worth", title="above the line: faster than predicted")
         for axes in (left, right):
             axes.axhline(1, color=BF16, linewidth=1, linestyle="--")
             axes.grid(alpha=0.3)

@@ -1,6 +1,8 @@
 """Installing: pip install, the build without CUDA, and what a copy says of itself."""
 
 import os
+import pickle
+import pickletools
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +68,10 @@ def test_another_pytorch_is_refused_in_words(monkeypatch):
 
 def test_the_api_is_what_is_exported():
     assert all(hasattr(fp8, name) for name in fp8.__all__)
+
+
+def test_pickles_name_no_inner_file():
+    """Files may move; what was pickled before must load after."""
+    model = torch.nn.Sequential(fp8.Linear(16, 16), fp8.freeze(torch.nn.Sequential(fp8.Linear(16, 16))))
+    named = {opcode[1] for opcode in pickletools.genops(pickle.dumps(model)) if isinstance(opcode[1], str)}
+    assert {name for name in named if name.startswith("torch_fp8")} == {"torch_fp8", "torch_fp8.state"}

@@ -382,9 +382,9 @@ class TestCommandLine:
         assert len(frozen_layers(fp8.load_pretrained(tmp_path / "out"))) == 7
 
     def test_one_tensor_at_a_time(self, source, tmp_path, monkeypatch):
-        from torch_fp8.checkpoints import safetensors as files
+        from torch_fp8.checkpoints import shard
 
-        alive, peak, read = [], [], files.Entry.read
+        alive, peak, read = [], [], shard.Entry.read
 
         def watched(entry):
             alive[:] = [ref for ref in alive if ref() is not None]
@@ -393,7 +393,7 @@ class TestCommandLine:
             peak.append(len(alive))
             return tensor
 
-        monkeypatch.setattr(files.Entry, "read", watched)
+        monkeypatch.setattr(shard.Entry, "read", watched)
         assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
         assert max(peak) <= 2 and len(peak) > 10
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from torch import nn
-from torch_fp8.layers.frozen import WEIGHTS
-from torch_fp8.observe.emulate import ACTIVATIONS, emulated_linear
+from torch_fp8.layers.frozen import ACTIVATIONS, WEIGHTS
+from torch_fp8.observe.emulate import emulated_linear
 
 transformers = pytest.importorskip("transformers")
 N, K = 144, 272  # ragged in blocks of 128

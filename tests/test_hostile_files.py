@@ -12,8 +12,8 @@ import torch
 import torch_fp8 as fp8
 import transformers
 from torch_fp8.__main__ import main
-from torch_fp8.checkpoints import safetensors
 from torch_fp8.checkpoints.folder import Folder
+from torch_fp8.checkpoints.shard import read_header
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 SCALE = "model.layers.0.mlp.up_proj.weight_scale"
@@ -87,7 +87,7 @@ class TestFiles:
         checkpoint.refused("model.safetensors")
 
     def test_truncated_between_header_and_tensor(self, checkpoint):
-        entry = safetensors.read_header(checkpoint.write().file)[WEIGHT]
+        entry = read_header(checkpoint.write().file)[WEIGHT]
         os.truncate(checkpoint.file, entry.begin + 1)
         with pytest.raises(fp8.CheckpointError, match=f"model.safetensors: {WEIGHT} ends early"):
             entry.read()
@@ -157,7 +157,7 @@ class TestFiles:
     def test_bad_entries(self, checkpoint, key, value):
         checkpoint.header[WEIGHT][key] = value
         with pytest.raises(fp8.CheckpointError, match=f"model.safetensors: {WEIGHT}"):
-            safetensors.read_header(checkpoint.write().file)
+            read_header(checkpoint.write().file)
 
     def test_outside_of_the_file(self, checkpoint):
         checkpoint.header[WEIGHT]["data_offsets"] = [2**40, 2**40 + 48 * 32]
@@ -426,7 +426,7 @@ def test_fuzz(checkpoint):
     for _ in range(int(os.environ.get("TORCH_FP8_FUZZ", 300))):
         checkpoint.file.write_bytes(mutations(rng, raw, header_end))
         try:
-            for entry in safetensors.read_header(checkpoint.file).values():
+            for entry in read_header(checkpoint.file).values():
                 assert entry.read().nbytes == entry.nbytes <= len(raw) + 1000
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of weights without a place

@@ -9,7 +9,8 @@ from oracle import OUTPUT
 from test_gemm import assert_within, operand, product, scale_inv
 from test_launches import device_work
 from torch import nn
-from torch_fp8.observe import emulate
+from torch_fp8.layers.frozen import ACTIVATIONS
+from torch_fp8.observe.emulate import emulated_linear
 from torch_fp8.tuning.search import problems_of
 
 SHAPES = ((512, 1024, 768), (100, 72, 200))
@@ -87,8 +88,8 @@ def test_frozen_layers(weight, activations, tokens):
     model = nn.Sequential(nn.Linear(4096, 1280, device="cuda", dtype=torch.bfloat16))
     fp8.freeze(model, activations, weight)
     x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
-    expected = emulate.emulated_linear(
-        x, model[0].weight, model[0].weight_scale, model[0].bias, None, emulate.ACTIVATIONS.index(activations)
+    expected = emulated_linear(
+        x, model[0].weight, model[0].weight_scale, model[0].bias, None, ACTIVATIONS.index(activations)
     ).float()
     (problem,) = problems_of([(model[0], tokens)])
     products = set()

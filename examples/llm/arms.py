@@ -6,8 +6,8 @@ import copy
 
 import torch_fp8 as fp8
 from torch import Tensor, nn
-from torch_fp8.layers.frozen import frozen_layers
-from torch_fp8.observe.emulate import ACTIVATIONS, emulated_linear
+from torch_fp8.layers.frozen import ACTIVATIONS, frozen_layers
+from torch_fp8.observe.emulate import emulated_linear
 from torch_fp8.observe.evaluation import shared_copy
 
 ARMS = {  # what fp8.freeze is told

@@ -30,12 +30,14 @@ _check_torch()
 
 from . import _C  # noqa: E402
 from .checkpoints import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
-from .layers.frozen import FrozenLinear, calibrate, freeze  # noqa: E402
+from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .observe.monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
-from .swap.convert import convert, disabled, revert, summary  # noqa: E402
+from .swap.convert import convert, disabled, revert  # noqa: E402
+from .swap.freeze import calibrate, freeze  # noqa: E402
+from .swap.summary import summary  # noqa: E402
 from .tuning.search import tune  # noqa: E402
 from .tuning.tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
 
@@ -95,3 +97,8 @@ __all__ = [
     "tune",
     "update_scales",
 ]
+
+# Users find these here, so pickles and error messages name this module and not the file behind it.
+for _name in __all__:
+    if hasattr(globals()[_name], "__module__"):
+        globals()[_name].__module__ = __name__

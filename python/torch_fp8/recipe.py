@@ -13,18 +13,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from . import _C
+from .checks import check as _check
+from .checks import is_int as _is_int
 
 _GEMMS = ("fprop", "dgrad", "wgrad")
 _MAX_MARGIN = 31
-
-
-def _check(condition: bool, field: str, expected: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f"torch_fp8: {field} must be {expected}, got {value!r}")
-
-
-def _is_int(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

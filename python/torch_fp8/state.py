@@ -7,18 +7,16 @@ reach a scale. It follows its layer's weight: to another device, into shared mem
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
-from .recipe import ConstantScaling, Recipe
-
-if TYPE_CHECKING:
-    from .layers.siblings import InputGroup
+from .recipe import ConstantScaling, DelayedScaling, Recipe
 
 ROLES = ("input", "weight", "grad_output")
+_INPUT = ROLES.index("input")
 
 _COPIED = ("recipe", "slots", "history", "has_history", "was_loaded", "group", "member")
 
@@ -118,3 +116,83 @@ class LayerState:
         new = object.__new__(type(self))
         new.__setstate__({**state, "slots": self.slots.clone(), "history": self.history.clone(), "group": None})
         return new
+
+
+class InputGroup:
+    """What the states of layers have in common that read one tensor, which is cast once for all of them.
+
+    The first layer that meets the tensor casts it; the others take what it made if they meet the same object in the
+    same version, and would have made the same codes. So nothing changes but time and memory: one cast and one transpose
+    for all, and in eager mode one gradient of the tensor, to which their GEMMs add. csrc/siblings.h has the rules.
+
+    follows: for each member, whose row of the scaling state is equal to its own; -1: nobody's.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._begin([-1] * size)
+
+    def _begin(self, follows: list[int]) -> None:
+        self._states: dict[int, weakref.ref[LayerState]] = {}
+        self._siblings = _C.Siblings(self.size)
+        self._siblings.follows = self.follows = follows
+
+    def join(self, state: LayerState) -> None:
+        self._states[state.member] = weakref.ref(state)
+        state.place = _C.Place(self._siblings, state.member)
+
+    def leave(self, state: LayerState) -> None:
+        self.part(state)
+        self._states.pop(state.member, None)
+        state.group, state.place = None, _C.Place()
+
+    def states(self) -> dict[int, LayerState]:
+        found = {member: ref() for member, ref in self._states.items()}
+        return {member: state for member, state in found.items() if state is not None}
+
+    def part(self, state: LayerState) -> None:
+        """The state of this member was made anew: its scales say nothing of the others'."""
+        self._set_follows([-1 if state.member in (i, s) else s for i, s in enumerate(self.follows)])
+
+    def end_step(self) -> None:
+        """Before an update: who took the codes of another has seen its amax too."""
+        states = self.states()
+        pairs = [(i, s) for i, s in self._siblings.end_step() if i in states and s in states]
+        if pairs:
+            amaxes = [[states[member].slots[_INPUT, 2] for member in members] for members in zip(*pairs, strict=True)]
+            torch._foreach_maximum_(amaxes[0], amaxes[1])
+        self.follows = self._siblings.follows
+
+    def compare(self) -> None:
+        """Find out whose row of the scaling state is equal to another's: they may share delayed scales from now on."""
+        states = self.states()
+        follows = [-1] * self.size
+        for i, state in states.items():
+            if not isinstance(state.recipe, DelayedScaling) or not state.has_history[_INPUT]:
+                continue
+            for s, other in states.items():
+                if s == i:
+                    break  # the first of equals is followed by the others
+                if follows[s] < 0 and other.has_history[_INPUT] and _same_row(state, other):
+                    follows[i] = s
+                    break
+        self._set_follows(follows)
+
+    def _set_follows(self, follows: list[int]) -> None:
+        if follows != self.follows:
+            self._siblings.follows = self.follows = follows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size, "follows": list(self.follows)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.size = state["size"]
+        self._begin(state["follows"])
+
+
+def _same_row(state: LayerState, other: LayerState) -> bool:
+    return (
+        state.slots.device == other.slots.device
+        and torch.equal(state.slots[_INPUT], other.slots[_INPUT])
+        and torch.equal(state.history[_INPUT], other.history[_INPUT])
+    )

@@ -1,6 +1,6 @@
 """FP8 checkpoints.
 
-``safetensors`` knows files, ``folder`` what lies in a checkpoint's folder, ``scheme`` what its config says of
+``shard`` knows files of tensors, ``folder`` what lies in a checkpoint's folder, ``scheme`` what its config says of
 quantisation; ``load`` and ``save`` make models of it and back, ``quantize`` makes one checkpoint of another, tensor by
 tensor, and ``inspect`` lists what is in one.
 

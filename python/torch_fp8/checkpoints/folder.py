@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import shard as safetensors
 from .config import read as read_json
 from .errors import CheckpointError
 from .scheme import Scheme
 from .scheme import read as read_scheme
-from .shard import Entry, Item
+from .shard import Entry, Item, read_header
+from .shard import write as write_shard
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -37,7 +37,7 @@ class Folder:
         self.config = read_json(self.file(CONFIG))
         self.entries: dict[str, Entry] = {}
         if self.has(SINGLE):
-            self.entries = safetensors.read_header(self.file(SINGLE))
+            self.entries = read_header(self.file(SINGLE))
         elif self.has(INDEX):
             self._read_shards()
         else:
@@ -85,7 +85,7 @@ class Folder:
         for name in sorted(set(names.values())):
             if not name.endswith(".safetensors"):
                 raise CheckpointError(index, f"names the file {name[:200]!r}, which is no safetensors file")
-            for tensor, entry in safetensors.read_header(self.file(name)).items():
+            for tensor, entry in read_header(self.file(name)).items():
                 if names.get(tensor) != name:
                     raise CheckpointError(entry.path, f"has {tensor[:200]}, which {INDEX} does not place there")
                 self.entries[tensor] = entry
@@ -124,7 +124,7 @@ def write(
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         with tqdm(total=total, desc=f"write {Path(path).name}", unit="B", unit_scale=True) as bar:
             for name, shard in zip(names, shards):
-                safetensors.write(folder / name, shard, bar.update)
+                write_shard(folder / name, shard, bar.update)
         if len(shards) > 1:
             where = {item.name: name for name, shard in zip(names, shards) for item in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}

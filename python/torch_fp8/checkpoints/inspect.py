@@ -7,7 +7,7 @@ from collections import Counter
 
 from .errors import CheckpointError
 from .folder import Folder
-from .load import _INPUT_SCALES, _WEIGHT_SCALES, _read_scale
+from .load import INPUT_SCALES, WEIGHT_SCALES, read_scale
 
 
 def describe(path: str | os.PathLike[str]) -> str:
@@ -19,9 +19,9 @@ def describe(path: str | os.PathLike[str]) -> str:
         sizes[str(entry.dtype).removeprefix("torch.")] += entry.nbytes
         kind = str(entry.dtype).removeprefix("torch.")
         line = f"{name}  {kind} {list(entry.shape)}"
-        if name.rpartition(".")[2] in (*_WEIGHT_SCALES, *_INPUT_SCALES):
+        if name.rpartition(".")[2] in (*WEIGHT_SCALES, *INPUT_SCALES):
             try:
-                scale = _read_scale(entry)
+                scale = read_scale(entry)
                 line += f"  {scale.min():.4g} ... {scale.max():.4g}"
             except CheckpointError as error:
                 line += f"  BAD: {error}"

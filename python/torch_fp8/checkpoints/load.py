@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..layers.frozen import _become_frozen, new_slot, scale_shape
-from ..observe.emulate import E4M3
-from ..swap.convert import _check_device
+from ..format import E4M3
+from ..layers.frozen import new_slot, scale_shape
+from ..swap.freeze import become_frozen
+from ..swap.select import check_device
 from .config import read as read_json
 from .errors import CheckpointError
 from .folder import CONFIG, Folder
@@ -26,8 +27,8 @@ EXTRA = "fp8_extra"  # attribute of a loaded model: the tensors that it has no p
 SOURCE = "fp8_source"  # attribute of a loaded model: the folder it came from
 
 # What dialects call the two scales; all of them are multipliers, weight_scale_inv too.
-_WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
-_INPUT_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act")
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
+INPUT_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act")
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
@@ -55,15 +56,15 @@ def load_pretrained(
 
     folder = Folder(path)
     scheme = folder.scheme()
-    model = _empty_model(folder, dtype)
+    model = empty_model(folder, dtype)
     plan = _Plan(model, folder, scheme, activations)
     device = torch.device(device)
     if plan.layers:
-        _check_device(device)
+        check_device(device)
     _fill_computed_buffers(model, device)
 
     for layer in tqdm(plan.layers, desc="FP8 layers", unit="layer", disable=not plan.layers):
-        _become_frozen(layer.module, *layer.read(device))
+        become_frozen(layer.module, *layer.read(device))
     for name, entry in plan.others.items():
         _assign(model, name, entry.read().to(device))
     model.tie_weights()
@@ -91,10 +92,10 @@ class _Layer:
     activations: str
 
     def read(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, str]:
-        scale = _read_scale(self.scale).view(self.shape).to(device)
+        scale = read_scale(self.scale).view(self.shape).to(device)
         slot = None
         if self.activations == "static":
-            slot = new_slot(_read_scale(self.input_scale).item(), device)
+            slot = new_slot(read_scale(self.input_scale).item(), device)
         return self.weight.read().to(device), scale, slot, self.activations
 
 
@@ -149,10 +150,10 @@ class _Plan:
                 weight.path, f"{weight.name} has shape {list(weight.shape)}, expected {list(module.weight.shape)}"
             )
         activations = activations or self.scheme.activations
-        scale = self._scale(name, _WEIGHT_SCALES)
+        scale = self._scale(name, WEIGHT_SCALES)
         if scale is None:
-            raise CheckpointError(weight.path, f"{weight.name} is FP8 and has no scale ({', '.join(_WEIGHT_SCALES)})")
-        input_scale = self._scale(name, _INPUT_SCALES)
+            raise CheckpointError(weight.path, f"{weight.name} is FP8 and has no scale ({', '.join(WEIGHT_SCALES)})")
+        input_scale = self._scale(name, INPUT_SCALES)
         if activations == "static":
             if input_scale is None:
                 raise CheckpointError(weight.path, f"{weight.name} has static activations but no input_scale")
@@ -196,14 +197,14 @@ class _Plan:
             )
 
 
-def _read_scale(entry: Entry) -> Tensor:
+def read_scale(entry: Entry) -> Tensor:
     scale = entry.read().float()
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise CheckpointError(entry.path, f"{entry.name} holds scales that are not positive and finite")
     return scale
 
 
-def _empty_model(folder: Folder, dtype: torch.dtype | None) -> PreTrainedModel:
+def empty_model(folder: Folder, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of config.json on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

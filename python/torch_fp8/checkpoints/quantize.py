@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.frozen import _chosen, calibrate, quantize_weight, static_scale
-from ..swap.convert import Filter
+from ..swap.freeze import calibrate, layers_to_freeze, quantize_weight, static_scale
+from ..swap.select import Filter
 from . import folder, scheme
 from .errors import CheckpointError
 from .folder import Folder
-from .load import _empty_model, load_pretrained
+from .load import empty_model, load_pretrained
 from .save import check_sizes, layer_items
 from .shard import Entry, Item
 
@@ -49,8 +49,8 @@ def quantize_checkpoint(
     path = opened.path / folder.CONFIG
     if "quantization_config" in opened.config or any(e.dtype.itemsize == 1 for e in opened.entries.values()):
         raise CheckpointError(path, "is quantised already; quantising starts from 16-bit weights")
-    model = _empty_model(opened, None)
-    layers = _chosen(model, filter)
+    model = empty_model(opened, None)
+    layers = layers_to_freeze(model, filter)
     entries = dict(opened.entries)
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):

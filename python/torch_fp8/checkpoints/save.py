@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, is_conv1d, scale_shape
-from ..observe.emulate import BLOCK, E4M3
+from ..format import BLOCK, E4M3
+from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
+from ..swap.freeze import is_conv1d
 from . import folder, scheme
 from .folder import Folder
 from .load import EXTRA, SOURCE

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..observe.emulate import BLOCK
+from ..format import BLOCK
 from .errors import CheckpointError
 
 #: What is written, by the name that save_pretrained takes.

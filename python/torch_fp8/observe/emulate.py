@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-BLOCK = 128
+from ..format import BLOCK, E4M3_MAX, quantize
+from ..layers.frozen import ACTIVATIONS
+
 FEW_ROWS = 16  # of x: there the weight decides the time, and x needs no quantising
 WIDE = 8192  # outputs beyond which such rows are half as many
-
-#: How the input is quantised; the index is what the op takes.
-ACTIVATIONS = ("none", "static", "tensor", "token")
 
 
 def is_quantized(rows: int, n: int, k: int, granularity: str, activations: str) -> bool:
@@ -25,11 +22,6 @@ def is_quantized(rows: int, n: int, k: int, granularity: str, activations: str) 
     if rows <= (FEW_ROWS // 2 if n > WIDE else FEW_ROWS):
         return False
     return activations == "token" and k % BLOCK == 0 if granularity == "block" else activations != "none"
-
-
-def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """E4M3 codes of ``x * scale``, saturated; x and scale float32. PyTorch's cast makes NaN of what is too large."""
-    return (x * scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..recipe import _is_int
+from ..checks import is_int
 
 StrPath = str | os.PathLike[str]
 
@@ -86,7 +86,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _is_size(value: Any) -> bool:
-    return _is_int(value, 1, 2**31 - 1)
+    return is_int(value, 1, 2**31 - 1)
 
 
 def _is_padded(value: Any) -> bool:
@@ -119,6 +119,6 @@ _ENTRY: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scales": (f"one of {_SCALES}", lambda value: value in _SCALES),
     "default_us": ("a time in microseconds", _is_time),
     "chosen_us": ("a time in microseconds", _is_time),
-    "candidate": ("an integer from 0", lambda value: _is_int(value, 0, 2**31 - 1)),
+    "candidate": ("an integer from 0", lambda value: is_int(value, 0, 2**31 - 1)),
     "algorithm": (f"{_ALGORITHM_BYTES} bytes in hexadecimal", _is_algorithm),
 }

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from .. import _C
+from ..checks import check as _check
+from ..checks import is_int as _is_int
 from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.linear import Linear, fp8_layers
 from ..observe.emulate import WIDE, is_quantized
-from ..recipe import _check, _is_int
 from .tuning import Problem, TunedGemm, Tuning, here
 
 _MIN_ROUNDS = 20
