@@ -32,6 +32,7 @@ from . import _C  # noqa: E402
 from .checkpoints import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
+from .layers.siblings import share_input  # noqa: E402
 from .observe.monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
@@ -92,6 +93,7 @@ __all__ = [
     "reduce_amaxes",
     "revert",
     "save_pretrained",
+    "share_input",
     "state_dict",
     "summary",
     "tune",
