@@ -73,7 +73,7 @@ def _memory(kind: type[nn.Linear], m: int, k: int, n: int) -> tuple[float, float
     del y
     x.grad = layer.weight.grad = None
     if isinstance(layer, fp8.Linear):
-        layer._memo.after_update()
+        layer.fp8_state.memo.end_step()
     return after_forward / MIB, peak / MIB, (before - _allocated()) / MIB
 
 

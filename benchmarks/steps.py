@@ -37,7 +37,7 @@ def forward_of(module: nn.Module, x: Tensor, recast: bool = True) -> Call:
 
     def forward() -> Tensor:
         for memo in memos if recast else ():
-            memo.after_update()
+            memo.end_step()
         return module(x)
 
     return forward
@@ -65,7 +65,7 @@ def _settle(module: nn.Module, x: Tensor) -> list:
         for leaf in [x, *module.parameters()]:
             leaf.grad = None
         fp8.update_scales(module)
-    return [layer._memo for layer in layers]
+    return [layer.fp8_state.memo for layer in layers]
 
 
 @dataclass

@@ -1,14 +1,15 @@
-// The autograd function of the FP8 linear layer, and what the host remembers between calls.
-#include "torch_fp8/linear.h"
-
-#include <cmath>
-
+// The autograd function of the FP8 linear layer. It has no rules: linear_forward and linear_backward have them. What it
+// does is host work: which codes are there already, and what is kept for whom.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/custom_class.h>
 
 #include "check.h"
+#include "memo.h"
+#include "ops/linear.h"
+#include "siblings.h"
+#include "torch_fp8/linear.h"
 
 namespace torch_fp8 {
 namespace {
@@ -16,91 +17,102 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// How a role is quantised now: by its slot, or by its own amax where the recipe says so or there is no history yet.
-QuantizeOptions how(const LinearOptions& options, int role, LayerMemo& memo, const at::Tensor& slots, bool record) {
-  QuantizeOptions q;
-  q.own_amax =
-      options.scaling == Scaling::kCurrent || (options.scaling == Scaling::kDelayed && !memo.has_history(role, slots));
-  q.power_of_two = options.power_of_two;
-  q.margin = options.margin_of(role);
-  q.record = record;
-  return q;
+// The ops go through the dispatcher, below autograd: tracing and fake tensors see them, and eager mode does not pay for
+// bookkeeping that the function below replaces.
+template <class Schema>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
 }
 
-// The primitives go through the dispatcher, below autograd: tracing and fake tensors see them, and eager mode does not
-// pay for bookkeeping that the function below replaces.
-Quantized call_quantize(const at::Tensor& x, const at::Tensor& slots, int role, const LinearOptions& options,
-                        const QuantizeOptions& q) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_fp8::quantize", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const at::Tensor&, int64_t, at::ScalarType, bool, bool, int64_t,
-                                 bool, bool, bool, c10::optional<at::ScalarType>)>();
-  auto [codes, codes_t, scale_inv, dbias] = op.call(x, slots, role, options.dtype(role), q.own_amax, q.power_of_two,
-                                                    q.margin, q.record, q.rowwise, q.columnwise, q.dbias);
-  return {std::move(codes), std::move(codes_t), std::move(scale_inv), std::move(dbias)};
+Codes call_quantize(const at::Tensor& x, const at::Tensor& slots, int role, const Cast& cast,
+                    const QuantizeOptions& q) {
+  RECORD_FUNCTION(role == kWeight ? "torch_fp8::cast_weight" : "torch_fp8::cast_input", std::vector<c10::IValue>());
+  static const auto quantize_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, int64_t, at::ScalarType, bool, bool, int64_t, bool, bool, bool,
+      c10::optional<at::ScalarType>, bool)>("torch_fp8::quantize");
+  auto [codes, codes_t, scale_inv, dbias] =
+      quantize_op.call(x, slots, role, cast.dtype(), q.own_amax, q.power_of_two, q.margin, q.record, q.rowwise,
+                       q.columnwise, c10::nullopt, q.recast);
+  return {std::move(codes), std::move(codes_t), std::move(scale_inv)};
 }
 
-at::Tensor call_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
-                     const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
-                     at::ScalarType dtype, bool fast_accum) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_fp8::gemm", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                            const c10::optional<at::Tensor>&, c10::SymIntArrayRef, at::ScalarType, bool)>();
-  return op.call(a, b, a_scale_inv, b_scale_inv, bias, size, dtype, fast_accum);
-}
+// What backward needs of one call besides the tensors that autograd saves. It travels as whole numbers, which compiled
+// autograd can carry.
+struct Call {
+  enum Number : size_t {
+    kCasts,
+    kHistory = kCasts + kRoles,
+    kFlags,
+    kXDtype,
+    kWeightDtype,
+    kBiasDtype,
+    kMemo,
+    kNumbers
+  };
+  enum Flag : int64_t { kTraining = 1, kRecord = 2, kDummyGrad = 4, kFp8 = 8, kFast = 64 };  // kFp8, kFast: three each
 
-void call_gemm_accumulate(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
-                          const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv, bool fast_accum) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_fp8::gemm_accumulate_", "")
-                             .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                         const at::Tensor&, bool)>();
-  op.call(out, a, b, a_scale_inv, b_scale_inv, fast_accum);
-}
-
-// What backward needs of one call besides the tensors that autograd saves.
-struct Call : torch::CustomClassHolder {
   // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
   // scales that the saved codes need travel with those.
-  at::Tensor slots;
-  LinearOptions options;
-  std::shared_ptr<LayerMemo> memo;
-  Quantized weight;
-  QuantizeOptions how_x, how_weight, how_grad;
-  at::ScalarType x_dtype, weight_dtype, y_dtype;
-  c10::optional<at::ScalarType> bias_dtype;
-  std::vector<c10::SymInt> x_size, weight_size, y_size;
-  at::Tensor main_grad;  // or undefined
-  bool dummy_grad;
-  bool used_in_training;
+  at::Tensor slots, main_grad;
+  std::vector<int64_t> casts;
+  int64_t history = 0, memo = 0, sum = 0;
+  Gemms fp8, fast_accum;
+  bool training, record, gathered, dummy_grad, grad_x, grad_weight;
+  c10::optional<at::ScalarType> autocast;
+  std::vector<at::Tensor> x_codes, weight_codes;  // given, or empty
 };
 
-// y, and x in FP8.
-std::pair<at::Tensor, Quantized> fprop(const at::Tensor& x, const c10::optional<at::Tensor>& bias, const Call& call) {
+std::array<bool, 3> bits(int64_t flags, int64_t first) {
+  return {(flags & first) != 0, (flags & first << 1) != 0, (flags & first << 2) != 0};
+}
+
+int64_t flags_of(const Gemms& gemms, int64_t first) {
+  return (gemms[0] ? first : 0) | (gemms[1] ? first << 1 : 0) | (gemms[2] ? first << 2 : 0);
+}
+
+auto forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                const Call& call) {
+  static const auto forward_op = op<decltype(linear_forward)>("torch_fp8::linear_forward");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  Quantized q = call_quantize(x, call.slots, kInput, call.options, call.how_x);
-  auto y_bias = bias;
-  if (bias && bias->scalar_type() != call.y_dtype) y_bias = bias->to(call.y_dtype);
-  at::Tensor y = call_gemm(q.q, call.weight.q, q.scale_inv, call.weight.scale_inv, y_bias, call.y_size, call.y_dtype,
-                           call.options.fast_fprop);
-  return {std::move(y), std::move(q)};
+  return forward_op.call(x, weight, bias, call.slots, call.x_codes, call.weight_codes, call.casts, call.history,
+                         call.fp8, call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight,
+                         call.gathered, call.autocast);
 }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const c10::optional<at::Tensor>& bias, const c10::intrusive_ptr<Call>& call) {
+                            const c10::optional<at::Tensor>& bias, const Call& call) {
     ctx->set_materialize_grads(false);
-    auto [y, q] = fprop(x, bias, *call);
+    auto [y, x_t, x_scale_inv, weight_t, weight_scale_inv] = forward_of(x, weight, bias, call);
+    if (!call.x_codes.empty()) x_t = call.x_codes[1], x_scale_inv = call.x_codes[2];
+    if (!call.weight_codes.empty()) weight_t = call.weight_codes[1], weight_scale_inv = call.weight_codes[2];
     const auto kept = [](const at::Tensor& t, bool wanted) { return wanted ? t : at::Tensor(); };
-    const bool for_x = x.requires_grad(), for_weight = weight.requires_grad(), gathered = call->memo->gathered();
-    ctx->save_for_backward({kept(q.q_t, for_weight), kept(q.scale_inv, for_weight),
-                            kept(call->weight.q_t, for_x && !gathered),
-                            kept(call->weight.scale_inv, for_x && !gathered), kept(weight, for_x && gathered)});
-    call->weight = {};  // saved where it is wanted; the row-major copy is not
-    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    const bool fp8_x = call.grad_x && call.fp8[1], fp8_weight = call.grad_weight && call.fp8[2];
+    const bool needs_weight = call.grad_x && (call.gathered || !call.fp8[1]);
+    at::Tensor x_16 = kept(x, call.grad_weight && !call.fp8[2]);
+    if (x_16.defined() && call.autocast) x_16 = x_16.detach().to(*call.autocast);  // as nn.Linear keeps it
+    ctx->save_for_backward({kept(x_t, fp8_weight), kept(x_scale_inv, fp8_weight),
+                            kept(weight_t, fp8_x && !call.gathered), kept(weight_scale_inv, fp8_x && !call.gathered),
+                            x_16, kept(weight, needs_weight)});
+
+    c10::List<int64_t> numbers;
+    numbers.resize(Call::kNumbers);
+    for (size_t role = 0; role < kRoles; ++role) numbers[Call::kCasts + role] = call.casts[role];
+    numbers[Call::kHistory] = call.history;
+    const auto flag = [](bool set, int64_t bit) { return set ? bit : 0; };
+    numbers[Call::kFlags] = flag(call.training, Call::kTraining) | flag(call.record, Call::kRecord) |
+                            flag(call.dummy_grad, Call::kDummyGrad) | flags_of(call.fp8, Call::kFp8) |
+                            flags_of(call.fast_accum, Call::kFast);
+    numbers[Call::kXDtype] = static_cast<int64_t>(x.scalar_type());
+    numbers[Call::kWeightDtype] = static_cast<int64_t>(weight.scalar_type());
+    numbers[Call::kBiasDtype] = bias ? static_cast<int64_t>(bias->scalar_type()) : -1;
+    numbers[Call::kMemo] = call.memo;
+    auto& saved = ctx->saved_data;
+    saved["numbers"] = std::move(numbers);
+    saved["slots"] = call.slots;
+    saved["in_features"] = weight.sym_size(1);
+    if (call.main_grad.defined()) saved["main_grad"] = call.main_grad;
+    if (call.sum != 0) saved["sum"] = call.sum;
     return y;
   }
 
@@ -111,38 +123,50 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "torch_fp8: the backward of an FP8 linear layer cannot be differentiated again (create_graph=True); "
                 "run the layer in 16 bits for that: with torch_fp8.disabled(model)");
-    const auto capsule = ctx->saved_data["call"].toCapsule();
-    const Call& call = static_cast<const Call&>(*capsule);
+    auto& data = ctx->saved_data;
+    const std::vector<int64_t> numbers = data["numbers"].toIntVector();
+    const int64_t flags = numbers[Call::kFlags];
+    const Gemms fp8 = bits(flags, Call::kFp8);
+    const bool grad_x = ctx->needs_input_grad(0), grad_weight = ctx->needs_input_grad(1);
+    c10::optional<at::ScalarType> dbias;
+    if (numbers[Call::kBiasDtype] >= 0 && ctx->needs_input_grad(2)) {
+      dbias = static_cast<at::ScalarType>(numbers[Call::kBiasDtype]);
+    }
+    const auto held = [&](const char* name) {
+      const auto found = data.find(name);
+      return found == data.end() ? at::Tensor() : found->second.toTensor();
+    };
+    const at::Tensor main_grad = held("main_grad");
+    const int64_t sum = data.count("sum") && grad_x ? data["sum"].toInt() : 0;
+    const at::Tensor dx_sum = sum ? sum_so_far(sum) : at::Tensor();
+
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x_t = saved[0], &x_scale_inv = saved[1];
-    const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
-
+    const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
+    static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
+        const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
+        const c10::optional<at::Tensor>&, const at::Tensor&, const c10::optional<at::Tensor>&,
+        const c10::optional<at::Tensor>&, at::IntArrayRef, int64_t, Gemms, Gemms, bool, bool, bool, bool,
+        c10::optional<at::ScalarType>, c10::SymInt, at::ScalarType, at::ScalarType, bool)>(
+        "torch_fp8::linear_backward");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    QuantizeOptions how_grad = call.how_grad;
-    how_grad.rowwise = need_x;
-    how_grad.columnwise = need_weight;
-    if (call.bias_dtype && ctx->needs_input_grad(2)) how_grad.dbias = call.bias_dtype;
-    Quantized g = call_quantize(dy, call.slots, kGradOutput, call.options, how_grad);
-    if (call.used_in_training) call.memo->note_used(kGradOutput);
-
-    if (need_x) {
-      at::Tensor weight_t = saved[2], weight_scale_inv = saved[3];
-      if (saved[4].defined()) {
-        Quantized w = call_quantize(saved[4], call.slots, kWeight, call.options, call.how_weight);
-        weight_t = w.q_t, weight_scale_inv = w.scale_inv;
-      }
-      result[0] = call_gemm(g.q, weight_t, g.scale_inv, weight_scale_inv, {}, call.x_size, call.x_dtype,
-                            call.options.fast_dgrad);
-      g.q.reset();  // its memory serves the weight's gradient
+    auto [dx, dw, db] = backward_op.call(
+        dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]), optional(saved[4]),
+        optional(saved[5]), held("slots"), optional(main_grad), optional(dx_sum),
+        at::IntArrayRef(numbers.data() + Call::kCasts, kRoles), numbers[Call::kHistory], fp8, bits(flags, Call::kFast),
+        (flags & Call::kTraining) != 0, (flags & Call::kRecord) != 0, grad_x, grad_weight, dbias,
+        data["in_features"].toSymInt(), static_cast<at::ScalarType>(numbers[Call::kXDtype]),
+        static_cast<at::ScalarType>(numbers[Call::kWeightDtype]), (flags & Call::kDummyGrad) != 0);
+    if (const auto memo = LayerMemo::find(numbers[Call::kMemo])) {
+      if ((flags & Call::kTraining) && ((grad_x && fp8[1]) || (grad_weight && fp8[2]))) memo->note_used(kGradOutput);
+      if (grad_weight) memo->note_weight_grad();
     }
-    if (need_weight && call.main_grad.defined()) {
-      call_gemm_accumulate(call.main_grad, g.q_t, x_t, g.scale_inv, x_scale_inv, call.options.fast_wgrad);
-      if (call.dummy_grad) result[1] = at::empty_symint(call.weight_size, dy.options().dtype(call.weight_dtype));
-    } else if (need_weight) {
-      result[1] = call_gemm(g.q_t, x_t, g.scale_inv, x_scale_inv, {}, call.weight_size, call.weight_dtype,
-                            call.options.fast_wgrad);
+    if (grad_x && !dx_sum.defined()) {
+      if (sum) begin_sum(sum, dx);
+      result[0] = std::move(dx);
     }
-    if (how_grad.dbias) result[2] = g.dbias;
+    if (grad_weight && (!main_grad.defined() || (flags & Call::kDummyGrad))) result[1] = std::move(dw);
+    if (dbias) result[2] = std::move(db);
     return result;
   }
 };
@@ -158,26 +182,7 @@ void check_no_transform(const at::Tensor& x, const at::Tensor& weight) {
               "16 bits: with torch_fp8.disabled(model)");
 }
 
-void check_linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
-                  const at::Tensor& slots, bool autocast) {
-  type_of(x.scalar_type(), "the input");
-  type_of(weight.scalar_type(), "the weight");
-  TORCH_CHECK(weight.dim() == 2, "torch_fp8: the weight must be a matrix (out_features, in_features), got ",
-              weight.sym_sizes());
-  check_input(x, weight);
-  check_same_device(weight, "the weight", slots, "the layer's scaling state");
-  TORCH_CHECK_TYPE(autocast || x.scalar_type() == weight.scalar_type(), "torch_fp8: the input is ", x.scalar_type(),
-                   " but the weight is ", weight.scalar_type(), "; cast one of them, or use torch.autocast");
-  if (!bias) return;
-  check_bias(*bias, weight);
-  TORCH_CHECK_TYPE(autocast || bias->scalar_type() == weight.scalar_type(), "torch_fp8: the bias is ",
-                   bias->scalar_type(), " but the weight is ", weight.scalar_type(), "; cast one of them");
-}
-
 bool wants_grad(const c10::optional<at::Tensor>& t) { return t && t->requires_grad(); }
-
-// Meta and fake tensors hold no values; what is traced with them is the steady path.
-bool has_values(const at::Tensor& t) { return !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python); }
 
 void check_main_grad(const at::Tensor& main_grad, const at::Tensor& weight) {
   TORCH_CHECK_TYPE(main_grad.scalar_type() == at::kFloat || main_grad.scalar_type() == at::kBFloat16,
@@ -192,130 +197,101 @@ void check_main_grad(const at::Tensor& main_grad, const at::Tensor& weight) {
               main_grad.const_data_ptr(), "; pad the buffer it is a part of");
 }
 
+// The weight's codes for all micro-batches of a step; nothing where each forward makes its own.
+std::vector<at::Tensor> weight_codes(const at::Tensor& weight, const LinearOptions& options, LayerMemo& memo,
+                                     const cuda::StreamState& now, const Call& call) {
+  const bool transposed = call.grad_x && call.fp8[1];
+  if (const auto kept = memo.kept_weight(weight, now, transposed, call.main_grad.defined())) {
+    return {kept->q, kept->q_t, kept->scale_inv};
+  }
+  if (!memo.shall_keep(weight) || !(call.fp8[0] || transposed)) return {};
+  QuantizeOptions q = how(call.casts, kWeight, call.history, call.training, call.record);
+  q.rowwise = call.fp8[0], q.columnwise = transposed;
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Codes codes = call_quantize(weight, call.slots, kWeight, options.cast(kWeight), q);
+  memo.keep_weight(weight, now, codes);
+  return {codes.q, codes.q_t, codes.scale_inv};
+}
+
+// The input's codes, where layers read one tensor together; x is then what stands for it in the graph.
+void share_input(at::Tensor& x, const LinearOptions& options, LayerMemo& memo, const Place& place,
+                 const cuda::StreamState& now, Call& call) {
+  QuantizeOptions q = how(call.casts, kInput, call.history, call.training, call.record);
+  q.rowwise = call.fp8[0], q.columnwise = call.grad_weight && call.fp8[2];
+  if (!q.rowwise && !q.columnwise) return;
+  const bool by_history = options.scaling == Scaling::kDelayed && !q.own_amax;
+  const Siblings::Wanted wanted{call.casts[kInput], by_history,     call.record, q.rowwise,
+                                q.columnwise,       memo.updates(), now};
+  Siblings& siblings = *place.siblings;
+  if (auto shared = siblings.take(x, place.member, wanted)) {
+    call.x_codes = {shared->codes.q, shared->codes.q_t, shared->codes.scale_inv};
+    call.sum = shared->sum;
+    x = shared->x;
+    return;
+  }
+  if (call.record) siblings.note_cast(place.member);
+  if (!siblings.has_takers(place.member, wanted)) return;
+  Siblings::Shared shared;
+  {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    shared.codes = call_quantize(x, call.slots, kInput, options.cast(kInput), q);
+  }
+  shared.x = x;
+  // A GEMM adds to float32 and bfloat16.
+  if (call.grad_x && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16)) {
+    shared.sum = new_sum();
+    shared.x = fork_gradient(x, shared.sum);
+  }
+  siblings.offer(x, place.member, wanted, shared);
+  call.x_codes = {shared.codes.q, shared.codes.q_t, shared.codes.scale_inv};
+  call.sum = shared.sum;
+  x = shared.x;
+}
+
 }  // namespace
 
-double LinearOptions::target(int role) const {
-  const Format format = dtype(role) == at::kFloat8_e5m2 ? Format::kE5M2 : Format::kE4M3;
-  return std::ldexp(static_cast<double>(max_of(format)), -static_cast<int>(margin_of(role)));
-}
-
-bool LayerMemo::has_history(int role, const at::Tensor& slots) {
-  if (!known_) {
-    if (!has_values(slots)) return true;
-    check_slots(slots, kRoles);
-    TORCH_CHECK(!slots.is_cuda() || !cuda::is_capturing(),
-                "torch_fp8: a CUDA graph is being captured before this layer's first scaling update, so its first "
-                "step, scaled by each tensor's own amax, would be replayed for ever; run at least two training steps "
-                "(forward, backward, optimizer.step()) before the capture");
-    const at::Tensor cursors = slots.select(1, 3).cpu();
-    for (int r = 0; r < kRoles; ++r) has_history_[r] = cursors[r].item<float>() > 0;
-    known_ = true;
-  }
-  TORCH_CHECK(has_history_[role] || !slots.is_cuda() || !cuda::is_capturing(),
-              "torch_fp8: a CUDA graph is being captured while this layer's ",
-              role == kInput    ? "input"
-              : role == kWeight ? "weight"
-                                : "output gradient",
-              " has no amax history; run training steps until it has seen a value other than zero, then capture");
-  return has_history_[role];
-}
-
-void LayerMemo::forget() {
-  used_.store(0, std::memory_order_relaxed);
-  weight_ = {};
-  known_ = false;
-  updates_ = 0;
-}
-
-void LayerMemo::after_update() {
-  const uint8_t used = used_.exchange(0, std::memory_order_relaxed);
-  weight_ = {};
-  ++updates_;
-  for (int role = 0; role < kRoles; ++role) {
-    if (used >> role & 1 && !has_history_[role]) known_ = false;  // it may have one now
-  }
-}
-
-bool LayerMemo::Weight::is_of(const at::Tensor& weight, const cuda::StreamState& now) const {
-  return impl._unsafe_get_target() == weight.unsafeGetTensorImpl() &&
-         storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && data == weight.const_data_ptr() &&
-         version == weight._version() && made_on == now;
-}
-
-Quantized LayerMemo::quantized_weight(const at::Tensor& weight, const at::Tensor& slots, const LinearOptions& options,
-                                      bool transposed, bool training, bool record) {
-  const cuda::StreamState now = weight.is_cuda() ? cuda::current_stream() : cuda::StreamState{};
-  if (training && now.capture != 0) captured_ = true;
-  const bool keep = training && !gathered_ && has_values(weight) && !weight.is_inference();
-  const bool has_what_is_asked =
-      (!transposed || weight_.quantized.q_t.numel() == weight_.quantized.q.numel()) && (!record || weight_.recorded);
-  if (keep && has_what_is_asked && weight_.is_of(weight, now)) return weight_.quantized;
-  QuantizeOptions q = how(options, kWeight, *this, slots, record);
-  q.columnwise = transposed && !gathered_;
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  Quantized quantized = call_quantize(weight, slots, kWeight, options, q);
-  if (record) note_used(kWeight);
-  if (keep) {
-    weight_ = {quantized,
-               decltype(weight_.impl)(weight.getIntrusivePtr()),
-               weight.storage().getWeakStorageImpl(),
-               weight.const_data_ptr(),
-               weight._version(),
-               now,
-               record};
-  }
-  return quantized;
-}
-
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                   const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
-                  bool training, const c10::optional<at::Tensor>& main_grad, bool dummy_grad) {
+                  bool training, const c10::optional<at::Tensor>& main_grad, bool dummy_grad, const Place& place) {
+  at::Tensor x = x_given;
   const auto device = x.device().type();
-  const bool autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
   check_no_transform(x, weight);
-  check_linear(x, weight, bias, slots, autocast);
-  const auto y_dtype = autocast ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
-  type_of(y_dtype, "the autocast dtype");
-  if (main_grad) check_main_grad(*main_grad, weight);
+  Call call;
+  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
+    call.autocast = at::autocast::get_autocast_dtype(device);
+  }
+  check_layer(x, weight, bias, slots, call.autocast);
+  if (main_grad) check_main_grad(*main_grad, weight), call.main_grad = *main_grad;
 
   const bool grad_mode = at::GradMode::is_enabled();
-  const bool grad_x = grad_mode && x.requires_grad(), grad_weight = grad_mode && weight.requires_grad();
-  const bool differentiable = grad_x || grad_weight || (grad_mode && wants_grad(bias));
-  const bool used_in_training = training && grad_mode;
-  const bool record = used_in_training && options.scaling != Scaling::kConstant;
-
-  auto call = c10::make_intrusive<Call>();
-  call->weight = memo->quantized_weight(weight, slots, options, /*transposed=*/grad_x, used_in_training, record);
-  call->how_x = how(options, kInput, *memo, slots, record);
-  call->how_x.columnwise = grad_weight;
-  if (used_in_training) memo->note_used(kInput);
-  call->slots = slots;
-  call->options = options;
-  call->y_dtype = y_dtype;
-  call->y_size = x.sym_sizes().vec();
-  call->y_size.back() = weight.sym_size(0);
-  if (!differentiable) return fprop(x, bias, *call).first;
-
-  call->memo = memo;
-  if (main_grad) call->main_grad = *main_grad;
-  call->dummy_grad = dummy_grad;
-  call->how_grad = how(options, kGradOutput, *memo, slots, record);
-  if (memo->gathered()) {
-    call->how_weight = how(options, kWeight, *memo, slots, /*record=*/false);
-    call->how_weight.rowwise = false;
-    call->how_weight.columnwise = true;
+  const cuda::StreamState now = stream_of(weight);
+  call.slots = slots;
+  call.casts = options.casts();
+  call.fp8 = options.fp8_gemms(), call.fast_accum = options.fast_accum();
+  call.training = training;
+  call.record = training && grad_mode && options.scaling != Scaling::kConstant;
+  call.grad_x = grad_mode && x.requires_grad(), call.grad_weight = grad_mode && weight.requires_grad();
+  call.gathered = memo->gathered();
+  call.dummy_grad = dummy_grad;
+  call.memo = memo->number();
+  const bool differentiable = call.grad_x || call.grad_weight || (grad_mode && wants_grad(bias));
+  const int64_t forward_roles = 1 << kInput | (training ? 1 << kWeight : 0);
+  if (options.scaling == Scaling::kDelayed) {
+    call.history = memo->history(slots, forward_roles | (differentiable && training ? 1 << kGradOutput : 0));
   }
-  call->used_in_training = used_in_training;
-  call->x_dtype = x.scalar_type();
-  call->weight_dtype = weight.scalar_type();
-  if (bias) call->bias_dtype = bias->scalar_type();
-  if (grad_x) call->x_size = x.sym_sizes().vec();
-  if (grad_weight) call->weight_size = weight.sym_sizes().vec();
+  if (training && grad_mode) {
+    memo->note_forward(now);
+    memo->note_used(kInput);
+    memo->note_used(kWeight);
+    call.weight_codes = weight_codes(weight, options, *memo, now, call);
+  }
+  if (place.siblings != nullptr) share_input(x, options, *memo, place, now, call);
+  if (!differentiable) return std::get<0>(forward_of(x, weight, bias, call));
   return LinearFunction::apply(x, weight, bias, call);
 }
 
 at::Tensor new_slots(c10::Device device, int64_t bias, int64_t grad_bias) {
-  at::Tensor slots = at::zeros({kRoles, 4}, at::kFloat);
+  at::Tensor slots = at::zeros({kRoles, 4}, at::TensorOptions(at::kFloat).device(at::kCPU));
   for (int role = 0; role < kRoles; ++role) {
     const int64_t b = role == kGradOutput ? grad_bias : bias;
     slots[role][0] = std::ldexp(1.0, static_cast<int>(-b));

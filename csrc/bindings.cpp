@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <array>
 
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "check.h"
 #include "kernels.h"
+#include "memo.h"
+#include "siblings.h"
 #include "torch_fp8/linear.h"
 #include "torch_fp8/ops.h"
 
@@ -33,22 +36,31 @@ PYBIND11_MODULE(_C, m) {
       .value("current", Scaling::kCurrent)
       .value("constant", Scaling::kConstant);
 
+  py::class_<Cast>(m, "Cast")
+      .def_property_readonly("dtype", &Cast::dtype)
+      .def_readonly("scaling", &Cast::scaling)
+      .def_readonly("power_of_two", &Cast::power_of_two)
+      .def_readonly("margin", &Cast::margin)
+      .def_property_readonly("target", &Cast::target)
+      .def_property_readonly("packed", &Cast::packed);
+
   py::class_<LinearOptions>(m, "LinearOptions")
       .def(py::init([](Scaling scaling, bool e4m3_gradients, bool power_of_two, int64_t margin, int64_t grad_margin,
-                       bool fast_fprop, bool fast_dgrad, bool fast_wgrad) {
-             return LinearOptions{scaling,     e4m3_gradients, power_of_two, margin,
-                                  grad_margin, fast_fprop,     fast_dgrad,   fast_wgrad};
+                       std::array<bool, 3> fast_accum, std::array<bool, 3> fp8) {
+             return LinearOptions{scaling,       e4m3_gradients, power_of_two, margin, grad_margin, fast_accum[0],
+                                  fast_accum[1], fast_accum[2],  fp8[0],       fp8[1], fp8[2]};
            }),
            py::kw_only(), py::arg("scaling"), py::arg("e4m3_gradients"), py::arg("power_of_two"), py::arg("margin"),
-           py::arg("grad_margin"), py::arg("fast_fprop"), py::arg("fast_dgrad"), py::arg("fast_wgrad"))
-      .def("targets", [](const LinearOptions& o) {
-        return std::array<double, kRoles>{o.target(kInput), o.target(kWeight), o.target(kGradOutput)};
-      });
+           py::arg("grad_margin"), py::arg("fast_accum"), py::arg("fp8"))
+      .def("cast", &LinearOptions::cast)
+      .def_property_readonly("fast_accum", &LinearOptions::fast_accum)
+      .def_property_readonly("fp8_gemms", &LinearOptions::fp8_gemms);
 
   py::class_<LayerMemo, std::shared_ptr<LayerMemo>>(m, "LayerMemo")
-      .def(py::init<>())
+      .def(py::init(&new_memo))
       .def_property_readonly("used_roles", &LayerMemo::used_roles)
-      .def("after_update", &LayerMemo::after_update)
+      .def("end_step", &LayerMemo::end_step)
+      .def_property_readonly("thread", &LayerMemo::thread)
       .def_property_readonly("captured", &LayerMemo::captured)
       .def_property_readonly("updates", &LayerMemo::updates)
       .def("set_history", &LayerMemo::set_history)
@@ -56,8 +68,19 @@ PYBIND11_MODULE(_C, m) {
       .def("set_gathered", &LayerMemo::set_gathered)
       .def("forget_weight", &LayerMemo::forget_weight);
 
-  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("slots"), py::arg("options"),
-        py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(), py::arg("dummy_grad") = false);
+  py::class_<Siblings, std::shared_ptr<Siblings>>(m, "Siblings")
+      .def(py::init<int>())
+      .def_property("follows", &Siblings::follows, &Siblings::set_follows)
+      .def("end_step", &Siblings::end_step);
+  py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {
+    return Place{std::move(siblings), member};
+  }));
+  m.def("this_thread", [] { return at::RecordFunction::currentThreadId(); });
+
+  // As PyTorch's own ops do, it lets other threads of Python run meanwhile.
+  m.def("linear", &linear, py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("slots"), py::arg("options"), py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(),
+        py::arg("dummy_grad") = false, py::arg("place") = Place{});
   m.def("frozen_linear", &frozen_linear);
   m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0);
 

@@ -85,6 +85,9 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
+// padded() of a size that may be symbolic.
+inline c10::SymInt padded_symbolic(const c10::SymInt& n) { return (n + (kAlignment - 1)) / kAlignment * kAlignment; }
+
 // The product of every size but the last, also where the last is 0.
 inline int64_t leading_size(at::IntArrayRef size) { return c10::multiply_integers(size.slice(0, size.size() - 1)); }
 

@@ -29,8 +29,8 @@ void LinearImpl::reset() {
   weight = register_parameter("weight", at::empty({options.out_features(), options.in_features()}));
   bias = register_parameter("bias", options.bias() ? at::empty({options.out_features()}) : at::Tensor(),
                             /*requires_grad=*/options.bias());
-  slots = register_buffer("slots", at::empty({kRoles, 4}));
-  history = register_buffer("history", at::empty({kRoles, options.amax_history_len()}));
+  slots = register_buffer("slots", at::empty({kRoles, 4}, at::kFloat));
+  history = register_buffer("history", at::empty({kRoles, options.amax_history_len()}, at::kFloat));
   reset_parameters();
 }
 
@@ -45,7 +45,7 @@ void LinearImpl::reset_parameters() {
   slots.copy_(recipe.scaling == Scaling::kConstant ? new_slots(at::kCPU, c - recipe.margin, c - recipe.grad_margin)
                                                    : new_slots(at::kCPU));
   history.zero_();
-  memo = std::make_shared<LayerMemo>();
+  memo = new_memo();
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& input) {
@@ -55,7 +55,7 @@ at::Tensor LinearImpl::forward(const at::Tensor& input) {
 
 void LinearImpl::load(torch::serialize::InputArchive& archive) {
   Module::load(archive);
-  memo = std::make_shared<LayerMemo>();  // what the host knew of the old tensors is void
+  memo = new_memo();  // what the host knew of the old tensors is void
 }
 
 void LinearImpl::pretty_print(std::ostream& stream) const {
@@ -65,17 +65,17 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
 
 void LinearImpl::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
   move_state(slots, [&] { move_state(history, [&] { Module::to(device, dtype, non_blocking); }); });
-  memo = std::make_shared<LayerMemo>();
+  memo = new_memo();
 }
 
 void LinearImpl::to(torch::Dtype dtype, bool non_blocking) {
   move_state(slots, [&] { move_state(history, [&] { Module::to(dtype, non_blocking); }); });
-  memo = std::make_shared<LayerMemo>();
+  memo = new_memo();
 }
 
 void LinearImpl::to(torch::Device device, bool non_blocking) {
   Module::to(device, non_blocking);
-  memo = std::make_shared<LayerMemo>();
+  memo = new_memo();
 }
 
 void update_scales(const torch::nn::Module& module) {
@@ -90,11 +90,11 @@ void update_scales(const torch::nn::Module& module) {
     if (seen || layer->options.recipe().scaling == Scaling::kConstant) continue;
     slots.push_back(layer->slots);
     histories.push_back(layer->history);
-    for (int role = 0; role < kRoles; ++role) targets.push_back(layer->options.recipe().target(role));
+    for (int role = 0; role < kRoles; ++role) targets.push_back(layer->options.recipe().cast(role).target());
     power_of_two.push_back(layer->options.recipe().power_of_two);
   }
   update_scales_(slots, histories, targets, power_of_two);
-  for (LayerMemo* memo : memos) memo->after_update();
+  for (LayerMemo* memo : memos) end_step(*memo);
 }
 
 }  // namespace torch_fp8::nn

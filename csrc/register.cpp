@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "kernels.h"
+#include "ops/linear.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -11,19 +12,18 @@ namespace torch_fp8 {
 // csrc/meta.cpp: shapes and dtypes of the results, for tracing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(
     const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype, bool own_amax, bool power_of_two,
-    int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias);
+    int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias, bool recast);
 at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                      const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
                      at::ScalarType dtype, bool fast_accum);
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(const at::Tensor& x, const at::Tensor& slots,
-                                                                       int64_t role, at::ScalarType dtype,
-                                                                       bool own_amax, bool power_of_two, int64_t margin,
-                                                                       bool record, bool rowwise, bool columnwise,
-                                                                       c10::optional<at::ScalarType> dbias) {
-  Quantized out = quantize(x, slots, role, dtype, {own_amax, power_of_two, margin, record, rowwise, columnwise, dbias});
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(
+    const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype, bool own_amax, bool power_of_two,
+    int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias, bool recast) {
+  QuantizeOptions options{own_amax, power_of_two, margin, record, rowwise, columnwise, recast, dbias};
+  Quantized out = quantize(x, slots, role, dtype, options);
   return {std::move(out.q), std::move(out.q_t), std::move(out.scale_inv), std::move(out.dbias)};
 }
 
@@ -40,6 +40,8 @@ void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
+  m.impl("linear_forward", linear_forward);
+  m.impl("linear_backward", linear_backward);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -57,7 +59,7 @@ TORCH_LIBRARY(torch_fp8, m) {
   m.def(
       "quantize(Tensor x, Tensor(a!) slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "
-      "ScalarType? dbias=None) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
+      "ScalarType? dbias=None, bool recast=False) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
 
   // What that cast of x loses: counts (4) int64 of elements that saturate (Inf too), become zero, are Inf, are NaN; and
   // values (2) float32: its scale, and the amax of x.
@@ -71,6 +73,32 @@ TORCH_LIBRARY(torch_fp8, m) {
   m.def(
       "gemm(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, Tensor? bias, SymInt[] size, "
       "ScalarType dtype, bool fast_accum=False) -> Tensor");
+
+  // y (..., N) = x (..., K) . weight (N, K)^T + bias, and of the codes made here those that backward needs; a result
+  // that nobody needs, or that was given, comes with 0 elements. x_codes, weight_codes: empty, or {q, q_t, scale_inv}
+  // made before. slots (3, 4), casts and history (one bit a role that has an amax history) of input, weight and output
+  // gradient; a packed cast is margin << 4 | scaling (0 delayed, 1 current, 2 constant) << 2 | power_of_two << 1 |
+  // E5M2. fp8, fast_accum: of fprop, dgrad and wgrad. training: scale weight and gradient by their history; else by
+  // their own amax. grad_x, grad_weight: which gradients are wanted. gathered: the weight is not to be kept in any
+  // form. autocast: the dtype of y, where that is not x's.
+  m.def(
+      "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) slots, Tensor[] x_codes, Tensor[] "
+      "weight_codes, "
+      "int[] casts, int history, bool[3] fp8, bool[3] fast_accum, bool training, bool record, bool grad_x, "
+      "bool grad_weight, bool gathered, ScalarType? autocast=None) -> (Tensor y, Tensor x_t, Tensor x_scale_inv, "
+      "Tensor weight_t, Tensor weight_scale_inv)");
+
+  // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. x: the input, where wgrad runs
+  // in 16 bits; weight: where dgrad does, or no codes of it were kept. main_grad (N, K) float32 or bfloat16: the
+  // weight's gradient is added to it, and dweight is empty or, with dummy_grad, has no meaning. dx_sum (..., K)
+  // likewise for dx.
+  m.def(
+      "linear_backward(Tensor dy, Tensor? x_t, Tensor? x_scale_inv, Tensor? weight_t, Tensor? weight_scale_inv, "
+      "Tensor? x, Tensor? weight, Tensor(a!) slots, Tensor(b!)? main_grad, Tensor(c!)? dx_sum, int[] casts, int "
+      "history, "
+      "bool[3] fp8, bool[3] fast_accum, bool training, bool record, bool grad_x, bool grad_weight, ScalarType? dbias, "
+      "SymInt in_features, ScalarType x_dtype, ScalarType weight_dtype, bool dummy_grad=False) -> (Tensor dx, "
+      "Tensor dweight, Tensor dbias)");
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, for inference. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
@@ -94,7 +122,8 @@ TORCH_LIBRARY(torch_fp8, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "frozen_linear", "gemm", "gemm_accumulate_", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "frozen_linear", "gemm", "gemm_accumulate_", "linear_forward",
+                           "linear_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -105,6 +134,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
                       at::empty({2}, x.options().dtype(at::kFloat)));
   });
   m.impl("gemm", gemm_meta);
+  m.impl("linear_forward", linear_forward_meta);
+  m.impl("linear_backward", linear_backward_meta);
   m.impl("frozen_linear",
          [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor&, const c10::optional<at::Tensor>&,
             const c10::optional<at::Tensor>&, int64_t, c10::optional<at::ScalarType> dtype) {

@@ -20,7 +20,7 @@ STEPS = 5
 @pytest.fixture(autouse=True)
 def _fresh_dynamo(monkeypatch):
     torch._dynamo.reset()
-    monkeypatch.setattr(fp8.traced, "_traced_training", False)
+    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
     yield
     torch._dynamo.reset()
 
@@ -60,7 +60,7 @@ def assert_same(eager, traced):
     for (name, a), b in zip(eager.named_parameters(), traced.parameters()):
         assert torch.equal(a, b), name
         assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad)), name
-    for (name, a), b in zip(eager.named_buffers(), traced.buffers()):
+    for (name, a), b in zip(fp8.state_dict(eager).items(), fp8.state_dict(traced).values(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -125,7 +125,7 @@ def test_the_state_is_one_wherever_it_goes(device):
     """The gradient's slot is reached over two tensors; after every way of moving a model they are still one."""
 
     def check(layer):
-        layer._grad_slots[2, 2] = 7.0
+        layer.fp8_state.grad_slots[2, 2] = 7.0
         assert layer.fp8_slots[2, 2] == 7.0
 
     layer = fp8.Linear(32, 32, device=device)
@@ -209,7 +209,7 @@ def test_inference_records_nothing(device, how):
     with torch.set_grad_enabled(how == "eval"):
         assert torch.equal(eager(x), compiled(x))
     assert torch.equal(traced.up.fp8_slots, before)
-    assert traced.up._memo.used_roles == 0
+    assert traced.up.fp8_state.memo.used_roles == 0
 
 
 def test_trained_in_eager_mode_then_compiled(device):
@@ -233,18 +233,18 @@ def test_a_captured_step_waits_for_nothing_once_all_roles_have_a_history(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         model(torch.randn(4, 32, device=device)).sum().backward()
-        assert fp8.scaling._may_have_begun(model.down) == (step == 0)
-        assert fp8.scaling._may_have_begun(model.up) == (step == 0)
+        assert fp8.scaling._may_have_begun(model.down.fp8_state) == (step == 0)
+        assert fp8.scaling._may_have_begun(model.up.fp8_state) == (step == 0)
         optimizer.step()
     # Nobody asked for a gradient below up: its grad_output has no history and never will, and nobody waits for it.
-    assert model.up.fp8_has_history == (True, True, False) and model.down.fp8_has_history == (True,) * 3
+    assert model.up.fp8_state.has_history == (True, True, False) and model.down.fp8_state.has_history == (True,) * 3
 
 
 def test_bad_input_is_named(device):
     compiled = torch.compile(fp8.Linear(32, 48, device=device), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="in_features = 32"):
         compiled(torch.randn(4, 31, device=device))
-    with pytest.raises(Exception, match="the input is torch.bfloat16 but the weight is torch.float32"):
+    with pytest.raises(Exception, match="the input is BFloat16 but the weight is Float;"):
         compiled(torch.randn(4, 32, device=device).bfloat16())
 
 

@@ -145,7 +145,9 @@ class TestLinear:
 
     def test_state_replaced_by_something_else(self, device):
         layer = fp8.Linear(32, 48, device=device)
-        layer.fp8_slots = torch.zeros(2, 4, device=device)
+        with pytest.raises(AttributeError):
+            layer.fp8_slots = torch.zeros(2, 4, device=device)
+        layer.fp8_state.slots = torch.zeros(2, 4, device=device)
         with pytest.raises(RuntimeError, match=r"slots must be a contiguous float32 tensor of shape \(3, 4\), got"):
             layer(torch.randn(4, 32, device=device))
 
@@ -154,7 +156,7 @@ class TestLinear:
         before = layer.fp8_slots.clone()
         with pytest.raises(RuntimeError):
             layer(torch.randn(4, 33, device=device))
-        assert torch.equal(layer.fp8_slots, before) and layer._memo.used_roles == 0
+        assert torch.equal(layer.fp8_slots, before) and layer.fp8_state.memo.used_roles == 0
 
     def test_devices(self, cuda):
         layer = fp8.Linear(32, 48, device=cuda)
@@ -204,7 +206,7 @@ def test_other_gpus_are_refused():
 
 def test_convert_on_a_device_that_cannot_run_it(monkeypatch):
     model = torch.nn.Linear(16, 16, device="meta")
-    module = sys.modules["torch_fp8.convert"]  # the package's attribute of this name is the function
+    module = sys.modules["torch_fp8.swap.convert"]  # the package's attribute of this name is the function
     monkeypatch.setattr(module, "_check_device", lambda device: fp8._C.check_capability(8, 0, "NVIDIA A100"))
     with pytest.raises(RuntimeError):
         fp8.convert(model, tokens=None)

@@ -46,7 +46,7 @@ def test_kernels_of_a_step(cuda, bias, weight_is_cast):
     layer(x).backward(dy)  # the weight is cast
     clear(layer, x)
     if weight_is_cast:
-        layer._memo.after_update()
+        layer.fp8_state.memo.end_step()
     names = device_work(lambda: layer(x).backward(dy))
     ours = [name for name in names if "torch_fp8" in name]
     assert sum("quantize_kernel" in name for name in ours) == 2 + weight_is_cast, names

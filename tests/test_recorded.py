@@ -5,6 +5,7 @@ record holds on any machine. ``python tests/test_recorded.py`` writes it anew.
 """
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -37,9 +38,7 @@ def digest(*tensors: torch.Tensor) -> str:
 def train(recipe: str, bias: bool, micro_batches: int) -> dict[str, list[str] | str]:
     random = torch.Generator().manual_seed(0)
     sizes = (40, 56, 24, 24)
-    layers = [
-        fp8.Linear(i, o, bias, recipe=RECIPES[recipe], auto_update=False) for i, o in zip(sizes, sizes[1:], strict=False)
-    ]
+    layers = [fp8.Linear(i, o, bias, recipe=RECIPES[recipe], auto_update=False) for i, o in itertools.pairwise(sizes)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     with torch.no_grad():
         for parameter in model.parameters():

@@ -3,19 +3,13 @@
 
 #include <ATen/ATen.h>
 
-#include "kernels.h"
+#include "check.h"
 
 namespace torch_fp8 {
-namespace {
-
-c10::SymInt padded_symbolic(const c10::SymInt& n) { return (n + (kAlignment - 1)) / kAlignment * kAlignment; }
-
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(const at::Tensor& x, const at::Tensor&,
                                                                          int64_t, at::ScalarType dtype, bool, bool,
                                                                          int64_t, bool, bool rowwise, bool columnwise,
-                                                                         c10::optional<at::ScalarType> dbias) {
+                                                                         c10::optional<at::ScalarType> dbias, bool) {
   TORCH_CHECK(x.dim() >= 1, "torch_fp8: x must have at least one dimension, got a scalar");
   c10::SymInt rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);

@@ -6,6 +6,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "torch_fp8/cast.h"
+
 namespace torch_fp8 {
 
 struct QuantizeOptions {
@@ -15,14 +17,12 @@ struct QuantizeOptions {
   bool record = true;                   // raise the slot's amax to max |x|
   bool rowwise = true;                  // give q
   bool columnwise = false;              // give q_t
+  bool recast = false;                  // cast again by x's own amax where that left the range of the slot's scale
   c10::optional<at::ScalarType> dbias;  // give the column sums of x, in this dtype
 };
 
-struct Quantized {
-  at::Tensor q;          // (pad16(M), pad16(K)) FP8; 0 elements where not asked for
-  at::Tensor q_t;        // (pad16(K), pad16(M)) FP8; likewise
-  at::Tensor scale_inv;  // (1) float32
-  at::Tensor dbias;      // (K); likewise
+struct Quantized : Codes {
+  at::Tensor dbias;  // (K); 0 elements where not asked for
 };
 
 // x (..., K), seen as (M, K), is cast to dtype (Float8_e4m3fn or Float8_e5m2) with slots[role].

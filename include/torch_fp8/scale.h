@@ -41,6 +41,13 @@ TORCH_FP8_HOST_DEVICE inline float scale_for(float amax, float target, bool powe
   return float_of(static_cast<uint32_t>(127 + bias) << 23);
 }
 
+// Whether this can be the state of a role: the scale and its reciprocal belong together, amax is a magnitude (NaN: one
+// was seen), cursor a place in a ring.
+inline bool is_sound(const Slot& slot) {
+  return slot.scale >= kMinScale && slot.scale <= kMaxScale && slot.scale_inv == 1.0f / slot.scale &&
+         !(slot.amax < 0) && slot.cursor >= 0 && slot.cursor < 0x1p24f && slot.cursor == std::floor(slot.cursor);
+}
+
 // The slot of a tensor that is scaled by its own amax; scale 1 where that says nothing.
 TORCH_FP8_HOST_DEVICE inline Slot own_slot(float amax, float target, bool power_of_two) {
   const float scale = is_usable(amax) ? scale_for(amax, target, power_of_two) : 1.0f;

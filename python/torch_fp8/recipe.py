@@ -7,10 +7,10 @@ E5M2 for output gradients, ``"E4M3"`` is E4M3 for all three.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
-
-import torch
 
 from . import _C
 
@@ -28,31 +28,33 @@ def _is_int(value: Any, low: int, high: int) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Recipe:
+class Recipe(ABC):
     """What all recipes share; use one of the three below.
 
     fp8_format: ``"HYBRID"`` or ``"E4M3"``.
     fast_accum: which of the three GEMMs (``"fprop"``, ``"dgrad"``, ``"wgrad"``) sum in the tensor core alone, about
         14 bits on Hopper, instead of promoting partial sums to float32. Faster, less exact; no effect on the CPU.
+    fp8_gemms: which of the three GEMMs run in FP8; the others run in 16 bits, on what was not quantised. A ``"wgrad"``
+        in 16 bits keeps the input in 16 bits until backward.
     """
 
     fp8_format: str = "HYBRID"
     fast_accum: tuple[str, ...] = ("fprop",)
+    fp8_gemms: tuple[str, ...] = _GEMMS
 
     def __post_init__(self) -> None:
         _check(self.fp8_format in ("HYBRID", "E4M3"), "fp8_format", "'HYBRID' or 'E4M3'", self.fp8_format)
-        object.__setattr__(self, "fast_accum", tuple(self.fast_accum))
-        _check(set(self.fast_accum) <= set(_GEMMS), "fast_accum", f"names out of {_GEMMS}", self.fast_accum)
+        for name in ("fast_accum", "fp8_gemms"):
+            value = getattr(self, name)
+            is_list = isinstance(value, Iterable) and not isinstance(value, str)
+            _check(is_list and set(value) <= set(_GEMMS), name, f"names out of {_GEMMS}", value)
+            object.__setattr__(self, name, tuple(gemm for gemm in _GEMMS if gemm in value))
+        _check(len(self.fp8_gemms) > 0, "fp8_gemms", "at least one GEMM (use nn.Linear for 16 bits)", self.fp8_gemms)
 
     def __repr__(self) -> str:
         """Only what differs from the defaults, so that a model's layers print in a line each."""
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
-
-    @property
-    def grad_dtype(self) -> torch.dtype:
-        """The format of output gradients; inputs and weights are E4M3."""
-        return torch.float8_e5m2 if self.fp8_format == "HYBRID" else torch.float8_e4m3fn
 
     @property
     def margins(self) -> tuple[int, int]:
@@ -67,8 +69,18 @@ class Recipe:
             power_of_two=power_of_two,
             margin=margin,
             grad_margin=grad_margin,
-            **{f"fast_{gemm}": gemm in self.fast_accum for gemm in _GEMMS},
+            fast_accum=[gemm in self.fast_accum for gemm in _GEMMS],
+            fp8=[gemm in self.fp8_gemms for gemm in _GEMMS],
         )
+
+    @property
+    @abstractmethod
+    def history_length(self) -> int:
+        """How many amaxes the history holds."""
+
+    @abstractmethod
+    def options(self) -> _C.LinearOptions:
+        """The recipe as the C++ side has it; ``options().cast(role)`` is how a role is cast."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

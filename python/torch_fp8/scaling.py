@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,24 +13,24 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .layers.dtensor import make_state_local
-from .layers.linear import ROLES, Linear, fp8_layers
-from .layers.linear import layers as live_layers
+from . import _C
+from .layers.linear import Linear, alive_layers, fp8_layers
 from .layers.traced import traced_training
 from .recipe import ConstantScaling
+from .state import ROLES, LayerState
 
 
 def update_scales(model: nn.Module) -> None:
     """One scaling update of every FP8 layer of ``model``: roll the histories, compute the scales, clear the amaxes.
 
-    Runs by itself after ``optimizer.step()`` for every layer that took part in training since its last update; call
-    it by hand for layers with ``auto_update=False``. A role that recorded nothing keeps its scale and its history.
-    Raises ValueError where the model has no FP8 layer.
+    Runs by itself after ``optimizer.step()`` for every layer whose step that ends; call it by hand for layers with
+    ``auto_update=False``. A role that recorded nothing keeps its scale and its history. Raises ValueError where the
+    model has no FP8 layer.
     """
     layers = fp8_layers(model).values()
     if not layers:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer to update; torch_fp8.convert it first")
-    _update(layers)
+    _update(layer.fp8_state for layer in layers)
 
 
 class _AmaxReduction:
@@ -37,17 +38,17 @@ class _AmaxReduction:
 
     _count = itertools.count()
 
-    def __init__(self, layers: Iterable[Linear], group: Any) -> None:
+    def __init__(self, states: Iterable[LayerState], group: Any) -> None:
         self.group = group
         self.number = next(self._count)
-        self._layers = [weakref.ref(layer) for layer in layers]
+        self._states = [weakref.ref(state) for state in states]
 
-    def layers(self) -> list[Linear]:
-        found = (ref() for ref in self._layers)
-        return [layer for layer in found if layer is not None and layer._amax_reduction is self]
+    def states(self) -> list[LayerState]:
+        found = (ref() for ref in self._states)
+        return [state for state in found if state is not None and state.reduction is self]
 
     def run(self) -> None:
-        amaxes = [layer.fp8_slots[:, 2] for layer in self.layers()]
+        amaxes = [state.slots[:, 2] for state in self.states()]
         together = torch.cat(amaxes).view(torch.int32)  # magnitudes are ordered as integers, and NaN is the largest
         torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, self.group)
         torch._foreach_copy_(amaxes, list(together.view(torch.float32).split(len(ROLES))))
@@ -62,68 +63,106 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
     Every rank must then train in every step. Copies of the model (deepcopy, pickle) are without it. Raises ValueError
     where the model has no layer with amaxes, RuntimeError where torch.distributed is not initialised.
     """
-    layers = [layer for layer in fp8_layers(model).values() if not isinstance(layer.recipe, ConstantScaling)]
-    if not layers:
+    states = [layer.fp8_state for layer in fp8_layers(model).values()]
+    states = [state for state in states if not isinstance(state.recipe, ConstantScaling)]
+    if not states:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer with amaxes; torch_fp8.convert it first")
     if not torch.distributed.is_initialized():
         raise RuntimeError("torch_fp8: there is nobody to share amaxes with: torch.distributed is not initialised")
-    reduction = _AmaxReduction(layers, group)
-    for layer in layers:
-        layer._amax_reduction = reduction
+    reduction = _AmaxReduction(states, group)
+    for state in states:
+        state.reduction = reduction
 
 
-def _update(layers: Iterable[Linear]) -> None:
-    layers = dict.fromkeys(layers)
+def _update(states: Iterable[LayerState]) -> None:
+    states = dict.fromkeys(states)
     # A layer that this rank did not use may have been used on another: all enter the collective. Several models' take
-    # the order in which they were set up, since the set of live layers has another one on each rank.
-    reductions = {layer._amax_reduction for layer in layers} - {None}
+    # the order in which they were set up.
+    reductions = {state.reduction for state in states} - {None}
+    groups = {state.group: None for state in states if state.group is not None}
+    for group in groups:
+        group.end_step()
     for reduction in sorted(reductions, key=lambda reduction: reduction.number):
         reduction.run()
-        layers.update(dict.fromkeys(reduction.layers()))
-    by_device: dict[torch.device, list[Linear]] = defaultdict(list)
-    for layer in layers:
-        if not isinstance(layer.recipe, ConstantScaling):
-            by_device[layer.fp8_slots.device].append(layer)
-        layer._scaling_was_loaded = False
-    for group in by_device.values():
+        states.update(dict.fromkeys(reduction.states()))
+    by_device: dict[torch.device, list[LayerState]] = defaultdict(list)
+    for state in states:
+        if not isinstance(state.recipe, ConstantScaling) and not state.slots.is_meta:
+            by_device[state.slots.device].append(state)
+        state.was_loaded = False
+    for together in by_device.values():
         torch.ops.torch_fp8.update_scales_(
-            [layer.fp8_slots for layer in group],
-            [layer.fp8_history for layer in group],
-            [target for layer in group for target in layer._options.targets()],
-            [int(layer.recipe.power_of_two) for layer in group],
+            [state.slots for state in together],
+            [state.history for state in together],
+            [state.options.cast(role).target for state in together for role in range(len(ROLES))],
+            [int(state.options.cast(0).power_of_two) for state in together],
         )
-    begun = [[layer for layer in group if _may_have_begun(layer)] for group in by_device.values()]
-    for layer in layers:
-        layer._memo.after_update()
-    for group in begun:
-        _read_history(group)
+    begun = [[state for state in together if _may_have_begun(state)] for together in by_device.values()]
+    for state in states:
+        state.memo.end_step()
+    for together in begun:
+        _read_history(together)
 
 
-def _may_have_begun(layer: Linear) -> bool:
+def _used_roles(state: LayerState) -> int:
+    """The roles that took part in training since the last scaling update, or may have, one bit each."""
+    return (1 << len(ROLES)) - 1 if traced_training() else state.memo.used_roles
+
+
+def _may_have_begun(state: LayerState) -> bool:
     """A role without history was used. Where that is only a guess (compiled or captured steps), and the role may well
     be one that nobody ever uses, it is looked up at the first updates and then ever more rarely."""
-    if all(layer.fp8_has_history):
+    if all(state.has_history):
         return False
-    memo = layer._memo
+    memo = state.memo
     if (traced_training() or memo.captured) and memo.updates & (memo.updates - 1):  # not 0, 1, 2, 4, 8, ...
         return False
-    used = layer.used_roles
-    return any(used >> role & 1 and not known for role, known in enumerate(layer.fp8_has_history))
+    used = _used_roles(state)
+    return any(used >> role & 1 and not known for role, known in enumerate(state.has_history))
 
 
-def _read_history(layers: list[Linear]) -> None:
-    """Bring ``fp8_has_history`` up to date, waiting for the device: in the first steps, until every role has one."""
-    if not layers or (layers[0].fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing()):
+def _read_history(states: list[LayerState]) -> None:
+    """Bring ``has_history`` up to date, waiting for the device: in the first steps, until every role has one."""
+    if not states or (states[0].slots.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    for layer, roles in zip(layers, torch.stack([layer.fp8_slots[:, 3] for layer in layers]).gt(0).tolist()):
-        layer.fp8_has_history = tuple(roles)
-        layer._memo.set_history(roles)
+    for state, rows in zip(states, torch.stack([state.slots for state in states]).tolist()):
+        state.read_history(rows)
+    for group in {state.group: None for state in states if state.group is not None}:
+        group.compare()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    layers = [layer for layer in live_layers if layer.used_roles and layer.auto_update]
-    if layers:
-        _update(layers)
+    """An optimizer's step ends the step of the layers whose weight or bias it holds, and of those that no optimizer is
+    known to hold: an FP8 base under adapters, the flat parameter of FSDP1, a model whose optimizer has float32 masters.
+    Such a layer goes with its model, which is what ``convert`` was given; and where that has no parameters in the
+    optimizer either, or there is none, with the thread of its last forward."""
+    candidates = [
+        layer
+        for layer in alive_layers()
+        if layer.auto_update and not layer.fp8_state.slots.is_meta and _used_roles(layer.fp8_state)
+    ]
+    if not candidates:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    ended, unowned = [], []
+    for layer in candidates:
+        owner = layer.fp8_state.optimizer
+        if id(layer.weight) in held or id(layer.bias) in held:
+            layer.fp8_state.optimizer = weakref.ref(optimizer)
+            ended.append(layer)
+        elif not (layer.weight.requires_grad and owner is not None and owner() is not None):
+            unowned.append(layer)
+    models = {layer: None if (ref := layer.fp8_state.model) is None else ref() for layer in unowned}
+    ours = {
+        model: any(id(parameter) in held for parameter in model.parameters()) for model in set(models.values()) - {None}
+    }
+    is_stranger = not ended and not any(ours.values())  # it holds parameters that nobody here knows
+    for layer, model in models.items():
+        in_thread = layer.fp8_state.memo.thread in (0, _C.this_thread())
+        if ours[model] if model is not None and not is_stranger else in_thread:
+            ended.append(layer)
+    if ended:
+        _update(layer.fp8_state for layer in ended)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
@@ -132,7 +171,7 @@ register_optimizer_step_post_hook(_after_optimizer_step)
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The scaling state of a model, to be saved beside its weights and its optimizer: a dict of plain float32 tensors,
     ``"<layer>.fp8_slots"`` (3, 4) and ``"<layer>.fp8_history"`` (3, length), copied. Layers with ConstantScaling have
-    none."""
+    none. Names are those of the model without its wrappers for checkpointing, FSDP1 and torch.compile."""
     return {key: tensor.detach().clone() for key, tensor in _state(model).items()}
 
 
@@ -145,6 +184,9 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     own = _state(model)
     if not isinstance(state, dict):
         raise TypeError(f"torch_fp8: the scaling state must be a dict of tensors, got {type(state).__name__}")
+    if not all(isinstance(key, str) for key in state):
+        raise TypeError("torch_fp8: the scaling state must be a dict of tensors by name, got keys that are no strings")
+    state = {_plain_name(key): tensor for key, tensor in state.items()}
     missing, surplus = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or surplus:
         raise KeyError(
@@ -157,9 +199,9 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         for key, tensor in own.items():
             tensor.copy_(state[key])
     for layer in fp8_layers(model).values():
-        layer._memo.forget()  # what the host knew of the old state is void
-        layer._scaling_was_loaded = True
-        _read_history([layer])
+        layer.fp8_state.memo.forget()  # what the host knew of the old state is void
+        layer.fp8_state.was_loaded = True
+        _read_history([layer.fp8_state])
 
 
 class ScalingState:
@@ -176,14 +218,17 @@ class ScalingState:
         load_state_dict(self.model, state)
 
 
+def _plain_name(name: str) -> str:
+    """A name without the wrappers that hide themselves from the names of parameters, too."""
+    return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.)", "", name).lstrip(".")
+
+
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    for layer in fp8_layers(model).values():
-        make_state_local(layer)
     return {
-        f"{name}.{buffer}" if name else buffer: getattr(layer, buffer)
+        _plain_name(f"{name}.{part}" if name else part): tensor
         for name, layer in fp8_layers(model).items()
         if not isinstance(layer.recipe, ConstantScaling)
-        for buffer in ("fp8_slots", "fp8_history")
+        for part, tensor in (("fp8_slots", layer.fp8_slots), ("fp8_history", layer.fp8_history))
     }
 
 
@@ -195,6 +240,9 @@ def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
         what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"torch_fp8: {key} must be a float32 tensor, got {what}")
+    if value.is_nested or value.layout != torch.strided or value.is_meta:
+        what = "nested" if value.is_nested else "meta" if value.is_meta else value.layout
+        raise TypeError(f"torch_fp8: {key} must be a dense tensor with values, got a {what} one")
     if value.shape != own.shape:
         hint = "" if key.endswith("slots") else "; the recipe's amax_history_len must be the one it was saved with"
         raise ValueError(f"torch_fp8: {key} must have shape {list(own.shape)}, got {list(value.shape)}{hint}")
@@ -204,8 +252,8 @@ def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
     else:
         scale_inv, scale, amax, cursor = value.unbind(1)
         sound = bool(
-            (scale.isfinite() & (scale > 0) & (scale_inv == 1 / scale)).all()
-            and ((amax >= 0) | amax.isnan()).all()
+            ((scale >= 2.0**-126) & (scale <= 2.0**126) & (scale_inv == 1 / scale)).all()
+            and ((amax >= 0) & ~amax.signbit() | amax.isnan()).all()
             and ((cursor >= 0) & (cursor <= length) & (cursor == cursor.round())).all()
         )
     if not sound:

@@ -1,6 +1,7 @@
 // torch_fp8::linear: forward and backward against float64 on the quantised values, and what is kept between calls.
 #include "torch_fp8/linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -26,8 +27,9 @@ struct Layer {
   }
 
   void update() {
-    update_scales_({slots}, {history}, {options.target(0), options.target(1), options.target(2)}, {0});
-    memo->after_update();
+    update_scales_({slots}, {history}, {options.cast(0).target(), options.cast(1).target(), options.cast(2).target()},
+                   {0});
+    end_step(*memo);
   }
 
   void zero_grad() {
@@ -38,14 +40,15 @@ struct Layer {
 
   at::Tensor weight, bias, slots = new_slots(at::kCPU), history = at::zeros({kRoles, 4});
   LinearOptions options;
-  std::shared_ptr<LayerMemo> memo = std::make_shared<LayerMemo>();
+  std::shared_ptr<LayerMemo> memo = new_memo();
 };
 
-// Counts this thread's calls of an op; the thread that calls backward() runs a CPU graph's nodes itself.
+// Counts this thread's casts or GEMMs by what profiles call them; the thread that calls backward() runs a CPU graph's
+// nodes itself.
 class Calls {
  public:
-  explicit Calls(const char* op) {
-    op_ = op, count_ = 0;
+  explicit Calls(std::vector<std::string> names) {
+    names_ = std::move(names), count_ = 0;
     handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(count).scopes({at::RecordScope::FUNCTION}));
   }
   ~Calls() { at::removeCallback(handle_); }
@@ -53,10 +56,10 @@ class Calls {
 
  private:
   static std::unique_ptr<at::ObserverContext> count(const at::RecordFunction& function) {
-    count_ += std::string(function.name()) == op_;
+    count_ += std::find(names_.begin(), names_.end(), function.name()) != names_.end();
     return nullptr;
   }
-  inline static thread_local std::string op_;
+  inline static thread_local std::vector<std::string> names_;
   inline static thread_local int count_;
   at::CallbackHandle handle_;
 };
@@ -76,7 +79,7 @@ void expect_step(const Layer& layer, const at::Tensor& x, const at::Tensor& y, c
   const auto rows = [](const at::Tensor& t) { return t.detach().reshape({t.numel() / t.size(-1), t.size(-1)}); };
   const at::Tensor xq = quantised(rows(x), x_scale, kE4M3Type), dy_rows = rows(dy);
   const at::Tensor wq = quantised(layer.weight, weight_scale, kE4M3Type);
-  const at::Tensor gq = quantised(dy_rows, dy_scale, layer.options.dtype(kGradOutput));
+  const at::Tensor gq = quantised(dy_rows, dy_scale, layer.options.cast(kGradOutput).dtype());
   EXPECT_TRUE(is_product(rows(y), xq, wq, layer.bias.detach().to(at::kDouble)));
   EXPECT_TRUE(is_product(rows(x.grad()), gq, wq.t()));
   EXPECT_TRUE(is_product(layer.weight.grad(), gq.t(), xq.t()));
@@ -103,7 +106,7 @@ TEST_F(Linear, FirstStepIsScaledByEachTensorsOwnAmax) {
         EXPECT_EQ(y.sizes(), at::IntArrayRef(y_size));
         expect_step(layer, x, y, dy, std::ldexp(own_scale(x, kE4M3Type), -margin),
                     std::ldexp(own_scale(layer.weight, kE4M3Type), -margin),
-                    std::ldexp(own_scale(dy, layer.options.dtype(kGradOutput)), -grad_margin));
+                    std::ldexp(own_scale(dy, layer.options.cast(kGradOutput).dtype()), -grad_margin));
       }
     }
   }
@@ -176,7 +179,7 @@ TEST_F(Linear, SavedCodesKeepTheirScale) {
 }
 
 TEST_F(Linear, ComputesOnlyTheGradientsThatAreNeeded) {
-  Calls gemms("torch_fp8::gemm");
+  Calls gemms({"torch_fp8::fprop", "torch_fp8::dgrad", "torch_fp8::wgrad"});
   for (const bool x_grad : {false, true}) {
     for (const bool weight_grad : {false, true}) {
       Layer layer(16, 16);
@@ -192,35 +195,46 @@ TEST_F(Linear, ComputesOnlyTheGradientsThatAreNeeded) {
   }
 }
 
-TEST_F(Linear, QuantisesTheWeightOnceUntilItChanges) {
+TEST_F(Linear, QuantisesTheWeightOnceForTheMicroBatchesOfAStep) {
   Layer layer(16, 16);
   const at::Tensor x = input({4, 16});
-  Calls quantizes("torch_fp8::quantize");
+  Calls casts({"torch_fp8::cast_input", "torch_fp8::cast_weight"});
   layer(x);
-  EXPECT_EQ(quantizes.since(), 2);
+  EXPECT_EQ(casts.since(), 2);
+  layer.update();
   layer(x);
-  EXPECT_EQ(quantizes.since(), 1) << "only the input";
+  EXPECT_EQ(casts.since(), 2) << "the step before had one micro-batch: nothing is kept";
+  layer(x);
+  EXPECT_EQ(casts.since(), 2) << "this one has several";
+  layer(x);
+  EXPECT_EQ(casts.since(), 1) << "only the input";
+  layer.update();
+  layer(x);
+  EXPECT_EQ(casts.since(), 2) << "another scale";
+  layer(x);
+  EXPECT_EQ(casts.since(), 1) << "the step before had several";
   layer(x, /*training=*/false);
-  EXPECT_EQ(quantizes.since(), 2) << "evaluation keeps nothing and uses nothing that was kept";
+  EXPECT_EQ(casts.since(), 2) << "evaluation keeps nothing and uses nothing that was kept";
 
   {
     const at::NoGradGuard no_grad;
     layer.weight.mul_(2);
   }
-  const at::Tensor y = layer(x);
-  EXPECT_EQ(quantizes.since(), 2) << "changed in place";
-  EXPECT_TRUE(is_product(y, quantised(x, own_scale(x, kE4M3Type), kE4M3Type),
-                         quantised(layer.weight, own_scale(layer.weight, kE4M3Type), kE4M3Type),
-                         layer.bias.detach().to(at::kDouble)));
+  layer(x);
+  EXPECT_EQ(casts.since(), 2) << "changed in place";
+  layer(x).sum().backward();
+  EXPECT_EQ(casts.since(), 1);
+  layer(x);
+  EXPECT_EQ(casts.since(), 1) << "the gradient is still there";
+  layer.zero_grad();
+  layer(x);
+  EXPECT_EQ(casts.since(), 2) << "the gradient has been used: the weight may be another";
   layer.weight = at::randn({16, 16}).requires_grad_();
   layer(x);
-  EXPECT_EQ(quantizes.since(), 2) << "another tensor";
+  EXPECT_EQ(casts.since(), 2) << "another tensor";
   layer.weight.set_data(at::randn({16, 16}));
   layer(x);
-  EXPECT_EQ(quantizes.since(), 2) << "the same tensor with other data";
-  layer.update();
-  layer(x);
-  EXPECT_EQ(quantizes.since(), 2) << "another scale";
+  EXPECT_EQ(casts.since(), 2) << "the same tensor with other data";
 }
 
 TEST_F(Linear, EvaluationRecordsNothing) {
@@ -236,10 +250,10 @@ TEST_F(Linear, EvaluationRecordsNothing) {
     layer(x);
   }
   EXPECT_TRUE(same_bits(layer.slots, before));
-  EXPECT_EQ(layer.memo->used_roles(), 0);
+  EXPECT_EQ(used_roles(*layer.memo), 0);
 
   layer(x).sum().backward();  // the weight that evaluation has cached is recorded now
-  EXPECT_NE(layer.memo->used_roles(), 0);
+  EXPECT_NE(used_roles(*layer.memo), 0);
   EXPECT_EQ(amax_in(layer.slots, kInput), amax_of(x.detach()));
   EXPECT_EQ(amax_in(layer.slots, kWeight), amax_of(layer.weight.detach()));
   EXPECT_EQ(amax_in(layer.slots, kGradOutput), 1.0f);

@@ -66,7 +66,7 @@ TEST_F(Module, TrainsAsAHandWrittenLoopDoes) {
   const at::Tensor weight = layer->weight.detach().clone().requires_grad_();
   const at::Tensor bias = layer->bias.detach().clone().requires_grad_();
   const at::Tensor slots = new_slots(at::kCPU, -1, 0), history = torch::zeros({kRoles, 3});
-  const auto memo = std::make_shared<LayerMemo>();
+  const auto memo = new_memo();
   torch::optim::SGD by_hand({weight, bias}, 0.1);
 
   const at::Tensor x = torch::randn({32, kIn});
@@ -80,7 +80,7 @@ TEST_F(Module, TrainsAsAHandWrittenLoopDoes) {
     loss.backward();
     by_hand.step();
     update_scales_({slots}, {history}, {224.0, 224.0, 57344.0}, {1});
-    memo->after_update();
+    end_step(*memo);
 
     ASSERT_EQ(loss.item<float>(), last) << i;
     ASSERT_TRUE(same_bits(layer->weight, weight)) << i;
@@ -154,7 +154,7 @@ TEST_F(Module, UpdatesEveryLayerOfAModel) {
     EXPECT_TRUE(layer.history.select(1, 0).gt(0).all().item<bool>()) << i;
     const at::Tensor target = torch::tensor({448.0f, 448.0f, 57344.0f});
     EXPECT_TRUE(same_bits(layer.slots.select(1, 1), target / layer.history.select(1, 0))) << i;
-    EXPECT_EQ(layer.memo->used_roles(), 0) << i;
+    EXPECT_EQ(used_roles(*layer.memo), 0) << i;
   }
   EXPECT_TRUE(same_bits(model[4]->as<nn::Linear>()->slots, new_slots(at::kCPU, 1, -1)));
   nn::update_scales(torch::nn::Sequential(torch::nn::Linear(kIn, kOut)).operator*());  // none: nothing to do

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .. import _C
-
 if TYPE_CHECKING:
     from .linear import Linear
 
@@ -19,16 +17,6 @@ if TYPE_CHECKING:
 def is_dtensor(tensor: object) -> bool:
     # By its attribute: importing the class takes as long as the rest of PyTorch.
     return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
-
-
-def make_state_local(layer: Linear) -> None:
-    """``distribute_module`` replicates every buffer it finds as a DTensor; a layer's state is made plain again."""
-    if not is_dtensor(layer.fp8_slots):
-        return
-    for name in ("fp8_slots", "fp8_history"):
-        layer._buffers[name] = layer._buffers[name].to_local()
-    layer._memo.forget()
-    layer._alias_slots()
 
 
 def linear(layer: Linear, x: Tensor) -> Tensor:
@@ -44,7 +32,6 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    make_state_local(layer)
     weight, bias = layer.weight, layer.bias
     mesh, placements = weight.device_mesh, weight.placements
     if len(placements) != 1 or placements[0] not in (Shard(0), Shard(1), Replicate()):
@@ -84,5 +71,5 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
         bias_local = bias.redistribute(placements=bias.placements).to_local(grad_placements=[bias_grad])
         if placements[0] == Shard(1) and mesh.get_local_rank() > 0:
             bias_local = bias_local - bias_local.detach()  # nothing, but with the same gradient as on the first rank
-    y = _C.linear(x_local, weight_local, bias_local, layer.fp8_slots, layer._options, layer._memo, layer.training)
+    y = layer._linear(x_local, weight_local, bias_local)
     return DTensor.from_local(y, mesh, [y_place], run_check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -10,20 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _C
-from ..recipe import ConstantScaling, DelayedScaling, Recipe
-from . import dtensor as parallel
-from . import traced
+from ..recipe import DelayedScaling, Recipe
+from ..state import LayerState
+from . import dtensor, traced
 from .dtensor import is_dtensor
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROLES = ("input", "weight", "grad_output")
 
-# What an FP8 layer has besides buffers and an nn.Linear's attributes. fp8_has_history: which roles have an amax
-# history; torch.compile guards on it, so it is read from the device after updates and not in a forward.
-_OPTIONS = ("recipe", "auto_update", "fuse_main_grad", "fp8_enabled", "fp8_has_history")
+# Every FP8 layer of the process that is alive, by id. A plain dict of weak references: list() of its values is one
+# step, which no other thread can disturb.
+_alive: dict[int, weakref.ref[Linear]] = {}
 
-# Every FP8 layer of the process that is alive: where the optimizer hook looks for layers that recorded something.
-layers: weakref.WeakSet[Linear] = weakref.WeakSet()
+# What an FP8 layer has besides an nn.Linear's attributes.
+_OPTIONS = ("fp8_state", "auto_update", "fuse_main_grad", "fp8_enabled")
 
 
 class Linear(nn.Linear):
@@ -32,13 +32,12 @@ class Linear(nn.Linear):
     Input ``(..., in_features)``, output ``(..., out_features)``, both of the parameters' dtype (bfloat16, float16 or
     float32) or of the autocast dtype. Any shape and strides; dimensions that are no multiples of 16 are padded inside.
 
-    The scaling state is two buffers that are not part of ``state_dict()`` (see ``torch_fp8.state_dict``):
+    The scaling state (see ``torch_fp8.state_dict``) is an object of its own, ``fp8_state``; neither a parameter nor a
+    buffer, so that only the library writes to it. It stays float32, follows the weight, and can be looked at:
 
     * ``fp8_slots`` (3, 4) float32: ``{scale_inv, scale, amax, cursor}`` of input, weight and output gradient. amax is
       the maximum since the last update, cursor the place in the history that was written last (0: no history yet).
     * ``fp8_history`` (3, length) float32: a ring of the amaxes of earlier updates.
-
-    They stay float32 when the module is cast, and move with it.
 
     fuse_main_grad: the weight's gradient is not given to autograd but added to ``weight.main_grad`` by the GEMM itself:
     a contiguous float32 or bfloat16 tensor of the weight's shape, which the optimizer side sets before the forward pass
@@ -66,49 +65,55 @@ class Linear(nn.Linear):
 
     def _make_fp8(self, recipe: Recipe, auto_update: bool, fuse_main_grad: bool) -> None:
         """Give this nn.Linear what an FP8 layer has besides its parameters."""
-        self.recipe = recipe
         self.auto_update = auto_update
         self.fuse_main_grad = fuse_main_grad
         self.fp8_enabled = True
-        device = self.weight.device
-        self.register_buffer("fp8_slots", torch.empty(len(ROLES), 4, device=device), persistent=False)
-        history = torch.empty(len(ROLES), recipe.history_length, device=device)
-        self.register_buffer("fp8_history", history, persistent=False)
-        self._join()
-        self.reset_scaling()
+        self.fp8_state = LayerState(recipe, self.weight.device)
+        self._register()
 
-    def _join(self) -> None:
-        self._options = self.recipe.options()
-        self._memo = _C.LayerMemo()
-        self._amax_reduction = None
-        self._alias_slots()
-        layers.add(self)
-
-    def _alias_slots(self) -> None:
-        """The slots once more, for backward under torch.compile. A tensor of its own over the same memory: AOTAutograd
-        refuses one that forward changes, as soon as a second forward has run before the first backward."""
-        self._grad_slots = self.fp8_slots if self.fp8_slots.is_meta else torch.from_dlpack(self.fp8_slots)
+    def _register(self) -> None:
+        key = id(self)
+        _alive[key] = weakref.ref(self, lambda ref: _alive.pop(key, None))
 
     def _make_plain(self) -> None:
         """Take away what _make_fp8 gave."""
-        layers.discard(self)
-        for name in ("fp8_slots", "fp8_history"):
+        _alive.pop(id(self), None)
+        if self.fp8_state.group is not None:
+            self.fp8_state.group.leave(self.fp8_state)
+        for name in _OPTIONS:
             delattr(self, name)
-            self._non_persistent_buffers_set.discard(name)
-        for name in (*_OPTIONS, "_options", "_memo", "_grad_slots", "_amax_reduction", "_scaling_was_loaded"):
-            delattr(self, name)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the scales are chosen."""
+        return self.fp8_state.recipe
+
+    @property
+    def fp8_slots(self) -> Tensor:
+        return self.fp8_state.slots
+
+    @property
+    def fp8_history(self) -> Tensor:
+        return self.fp8_state.history
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.fp8_enabled:
             return F.linear(input, self.weight, self.bias)
         if is_dtensor(self.weight):
-            return parallel.linear(self, input)
+            return dtensor.linear(self, input)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
         if torch.compiler.is_compiling():
             return traced.linear(self, input, *main_grad)
+        return self._linear(input, self.weight, self.bias, *main_grad)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, *main_grad: Any) -> Tensor:
+        state = self.fp8_state
+        if state.slots.device != weight.device:  # moved past every method of a module
+            state.follow(weight)
         return _C.linear(
-            input, self.weight, self.bias, self.fp8_slots, self._options, self._memo, self.training, *main_grad
-        )
+            input, weight, bias, state.slots, state.options, state.memo, self.training, *(main_grad or _NO_MAIN_GRAD),
+            state.place,
+        )  # fmt: skip
 
     def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
         """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
@@ -126,69 +131,46 @@ class Linear(nn.Linear):
             weight.grad_added_to_main_grad = True
         return main_grad, hooked
 
-    @property
-    def used_roles(self) -> int:
-        """The roles that took part in training since the last scaling update, or may have, one bit each."""
-        return 0b111 if traced.traced_training() else self._memo.used_roles
-
     def reset_parameters(self) -> None:
         """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""
         super().reset_parameters()
-        if "fp8_slots" in self._buffers:  # nn.Linear's constructor calls this too
+        if "fp8_state" in self.__dict__:  # nn.Linear's constructor calls this too
             self.reset_scaling()
 
     def reset_scaling(self) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""
-        self._scaling_was_loaded = False
-        self.fp8_has_history = (False,) * len(ROLES)
-        self._memo.forget()
-        if self.fp8_slots.is_meta:
-            return
-        constant = isinstance(self.recipe, ConstantScaling)
-        bias = self.recipe.bias if constant else 0
-        grad_bias = bias - self.recipe.grad_margin if constant else 0
-        with torch.no_grad():
-            self.fp8_slots.copy_(_C.new_slots(torch.device("cpu"), bias, grad_bias))
-            self.fp8_history.zero_()
+        self.fp8_state.renew()
+
+    def forget_weight(self) -> None:
+        """Say that the weight changed in a way that cannot be seen, such as a write through ``.data`` between two
+        micro-batches of one step: it is cast again."""
+        self.fp8_state.memo.forget_weight()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        # Seen as integers the state is moved by .cuda() and left alone by .bfloat16(), to the bit.
-        parallel.make_state_local(self)
-        state = {name: self._buffers.pop(name) for name in ("fp8_slots", "fp8_history")}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(state)
-        for name, old in state.items():
-            new = fn(old.view(torch.int32))
-            if new.dtype != torch.int32:  # Module.type() casts integers too
-                new = old.to(new.device).view(torch.int32)
-            self._buffers[name] = new.view(torch.float32)
-        self._memo.forget()
-        self._alias_slots()
-        if state["fp8_slots"].is_meta and not self.fp8_slots.is_meta:
-            self.reset_scaling()  # to_empty() left garbage
+        super()._apply(fn, recurse)
+        self.fp8_state.memo.forget()
+        self.fp8_state.follow(self.weight)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "weight" and "_memo" in self.__dict__:
+        if name == "weight" and "fp8_state" in self.__dict__:
             self._weight_was_set(value)
 
     def _weight_was_set(self, weight: Any) -> None:
         """FSDP2 sets the sharded parameter and the gathered one in turn, always the same two objects; the values of the
-        second change between two steps, and its version does not. It has moved the buffers, too, past ``_apply``."""
-        self._memo.forget_weight()
+        second change between two steps, and its version does not."""
+        state = self.fp8_state
+        state.memo.forget_weight()
         if is_dtensor(weight):
-            self._memo.set_gathered(True)
-        if self._grad_slots.data_ptr() != self.fp8_slots.data_ptr():
-            self._alias_slots()
+            state.memo.set_gathered(True)
+            state.gathered = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         # Other weights came without their scaling state, so the old state says nothing of them; unless
         # torch_fp8.load_state_dict was called first.
-        if prefix + "weight" in state_dict and not self._scaling_was_loaded:
+        if prefix + "weight" in state_dict and not self.fp8_state.was_loaded:
             self.reset_scaling()
 
     def _replicate_for_data_parallel(self) -> Linear:
@@ -197,22 +179,27 @@ class Linear(nn.Linear):
             "DistributedDataParallel or fully_shard"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_options", "_memo", "_grad_slots", "_amax_reduction"):
-            del state[name]
-        return state
+    def __copy__(self) -> Linear:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.__dict__["fp8_state"] = copy.copy(self.fp8_state)
+        new._register()
+        return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._join()
-
-    def _forget_weight(self) -> None:
-        """The weight changed in a way that cannot be seen: cast it again."""
-        self._memo.forget_weight()
+        self._register()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"
+
+
+_NO_MAIN_GRAD = (None, False)
+
+
+def alive_layers() -> list[Linear]:
+    """Every FP8 layer of the process."""
+    return [layer for ref in list(_alive.values()) if (layer := ref()) is not None]
 
 
 def fp8_layers(model: nn.Module) -> dict[str, Linear]:

@@ -1,77 +1,71 @@
-"""The FP8 layer as ``torch.compile`` sees it: the primitives of csrc/linear.cpp in a form that can be traced.
+"""The FP8 layer as ``torch.compile`` sees it: the ops of csrc/ops/linear.cpp under a function that can be traced.
 
-Why twice: in eager mode the host's time decides, and the C++ function is the faster one. A trace cannot look into it
-and follows a Python ``autograd.Function``. What the C++ side remembers between calls does not exist here: the weight is
-cast in every forward, and what the host decides, whether a tensor is scaled by its own amax or by its slot, is a guard
-of the graph (``Linear.fp8_has_history``): a graph for the first step, and one for all that follow.
+In eager mode the host's time decides, and the C++ function of csrc/autograd.cpp is the faster one. A trace cannot look
+into it and follows a Python ``autograd.Function``. Neither has rules. What the C++ side remembers between calls does
+not exist here: the weight is cast in every forward, and what the host decides, whether a tensor is scaled by its own
+amax or by its slot, is a guard of the graph (``LayerState.has_history``): a graph for the first step, and one for all
+that follow.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..recipe import ConstantScaling, CurrentScaling
+from ..recipe import ConstantScaling, DelayedScaling
 
 if TYPE_CHECKING:
     from .linear import Linear
 
-_INPUT, _WEIGHT, _GRAD_OUTPUT = range(3)
-_E4M3 = torch.float8_e4m3fn
-
 
 class Call(NamedTuple):
-    """What is constant in a traced call."""
+    """What is constant in a traced call, as the ops take it."""
 
-    own_amax: tuple[bool, bool, bool]  # by role, as all triples here
-    margins: tuple[int, int, int]
-    power_of_two: bool
-    grad_dtype: torch.dtype
-    fast_accum: tuple[bool, bool, bool]  # fprop, dgrad, wgrad
+    casts: list[int]
+    history: int
+    fp8: list[bool]
+    fast_accum: list[bool]
+    training: bool
     record: bool
-    dtype: torch.dtype  # of the output
-    for_input: bool  # which gradients are wanted
-    for_weight: bool
-    for_bias: bool
+    grad_x: bool
+    grad_weight: bool
+    grad_bias: bool
+    gathered: bool
     dummy_grad: bool
+    autocast: torch.dtype | None
 
 
 def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
-    """``layer(x)``, as csrc/linear.cpp computes it; the same bits, forward and backward."""
-    weight, bias, recipe = layer.weight, layer.bias, layer.recipe
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if x.dim() == 0 or x.shape[-1] != layer.in_features:
-        raise RuntimeError(
-            f"torch_fp8: the input's last dimension must be in_features = {layer.in_features}, got an input of shape "
-            f"{list(x.shape)}"
-        )
-    if not autocast and x.dtype != weight.dtype:
-        raise TypeError(
-            f"torch_fp8: the input is {x.dtype} but the weight is {weight.dtype}; cast one of them, or use "
-            "torch.autocast"
-        )
+    """``layer(x)``, as csrc/autograd.cpp computes it; the same bits, forward and backward."""
+    weight, bias, state = layer.weight, layer.bias, layer.fp8_state
+    if state.slots.device != weight.device:
+        state.follow(weight)
+    device = x.device.type
     grads = torch.is_grad_enabled()
-    current, constant = isinstance(recipe, CurrentScaling), isinstance(recipe, ConstantScaling)
-    margin, grad_margin = recipe.margins
+    history = 0
+    if isinstance(
+        state.recipe, DelayedScaling
+    ):  # looked up for delayed scaling only: what is looked up becomes a guard
+        history = sum(known << role for role, known in enumerate(state.has_history))
     call = Call(
-        # Looked up for delayed scaling only: what is looked up becomes a guard.
-        own_amax=(current,) * 3 if current or constant else tuple(not known for known in layer.fp8_has_history),
-        margins=(margin, margin, grad_margin),
-        power_of_two=constant or recipe.power_of_two,
-        grad_dtype=recipe.grad_dtype,
-        fast_accum=tuple(gemm in recipe.fast_accum for gemm in ("fprop", "dgrad", "wgrad")),
-        record=grads and layer.training and not constant,
-        dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
-        for_input=grads and x.requires_grad,
-        for_weight=grads and weight.requires_grad,
-        for_bias=grads and bias is not None and bias.requires_grad,
+        casts=state.casts,
+        history=history,
+        fp8=state.fp8_gemms,
+        fast_accum=state.fast_accum,
+        training=layer.training,
+        record=grads and layer.training and not isinstance(state.recipe, ConstantScaling),
+        grad_x=grads and x.requires_grad,
+        grad_weight=grads and weight.requires_grad,
+        grad_bias=grads and bias is not None and bias.requires_grad,
+        gathered=state.gathered,
         dummy_grad=dummy_grad,
+        autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
     if grads and layer.training:
         _note_training()
-    return _Linear.apply(x, weight, bias, layer.fp8_slots, layer._grad_slots, main_grad, call)
+    return _Linear.apply(x, weight, bias, state.slots, state.grad_slots, main_grad, call)
 
 
 _traced_training = False
@@ -79,8 +73,8 @@ _traced_training = False
 
 def traced_training() -> bool:
     """A training step was traced in this process. A graph cannot say which layers it used: recomputation allows no
-    side effects, and the layers of equal blocks share a graph. So from then on every layer may have been used; to count
-    one that was not is harmless, for a role that saw nothing keeps its scale."""
+    side effects, and the layers of equal blocks share a graph. So from then on every layer may have been used in a step
+    of its optimizer; to count one that was not is harmless, for a role that saw nothing keeps its scale."""
     return _traced_training
 
 
@@ -92,43 +86,33 @@ def _note_training() -> bool:
     return True
 
 
-def _quantize(x: Tensor, slots: Tensor, role: int, call: Call, dtype: torch.dtype, **what: object):
-    return torch.ops.torch_fp8.quantize(
-        x, slots, role, dtype,
-        own_amax=call.own_amax[role], power_of_two=call.power_of_two, margin=call.margins[role], record=call.record,
-        **what,
-    )  # fmt: skip
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, slots, grad_slots, main_grad, call):
-        xq, xt, x_scale_inv, _ = _quantize(x, slots, _INPUT, call, _E4M3, columnwise=call.for_weight)
-        wq, wt, w_scale_inv, _ = _quantize(weight, slots, _WEIGHT, call, _E4M3, columnwise=call.for_input)
-        ctx.save_for_backward(xt, x_scale_inv, wt, w_scale_inv)
+    def forward(ctx: Any, x, weight, bias, slots, grad_slots, main_grad, call: Call) -> Tensor:
+        y, x_t, x_scale_inv, weight_t, weight_scale_inv = torch.ops.torch_fp8.linear_forward(
+            x, weight, bias, slots, [], [], call.casts, call.history, call.fp8, call.fast_accum, call.training,
+            call.record, call.grad_x, call.grad_weight, call.gathered, call.autocast,
+        )  # fmt: skip
+        x_16 = x if call.grad_weight and not call.fp8[2] else None
+        if x_16 is not None and call.autocast is not None:
+            x_16 = x_16.to(call.autocast)
+        weight_16 = weight if call.grad_x and (call.gathered or not call.fp8[1]) else None
+        ctx.save_for_backward(x_t, x_scale_inv, weight_t, weight_scale_inv, x_16, weight_16)
         ctx.slots, ctx.main_grad, ctx.call = grad_slots, main_grad, call
-        ctx.x_size, ctx.x_dtype = x.shape, x.dtype
-        ctx.weight_size, ctx.weight_dtype = weight.shape, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        size = [*x.shape[:-1], weight.shape[0]]
-        bias = bias if bias is None else bias.to(call.dtype)
-        return torch.ops.torch_fp8.gemm(xq, wq, x_scale_inv, w_scale_inv, bias, size, call.dtype, call.fast_accum[0])
+        ctx.x_dtype, ctx.weight_dtype, ctx.in_features = x.dtype, weight.dtype, weight.shape[1]
+        ctx.bias_dtype = bias.dtype if call.grad_bias else None
+        return y
 
     @staticmethod
-    def backward(ctx, dy):
-        xt, x_scale_inv, wt, w_scale_inv = ctx.saved_tensors
-        call, gemm = ctx.call, torch.ops.torch_fp8.gemm
-        gq, gt, g_scale_inv, dbias = _quantize(
-            dy, ctx.slots, _GRAD_OUTPUT, call, call.grad_dtype,
-            rowwise=call.for_input, columnwise=call.for_weight, dbias=ctx.bias_dtype if call.for_bias else None,
+    def backward(ctx: Any, dy: Tensor):
+        call: Call = ctx.call
+        dx, dweight, dbias = torch.ops.torch_fp8.linear_backward(
+            dy, *ctx.saved_tensors, ctx.slots, ctx.main_grad, None, call.casts, call.history, call.fp8,
+            call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight, ctx.bias_dtype,
+            ctx.in_features, ctx.x_dtype, ctx.weight_dtype, call.dummy_grad,
         )  # fmt: skip
-        dx = dw = None
-        if call.for_input:
-            dx = gemm(gq, wt, g_scale_inv, w_scale_inv, None, ctx.x_size, ctx.x_dtype, call.fast_accum[1])
-        if call.for_weight and ctx.main_grad is not None:
-            torch.ops.torch_fp8.gemm_accumulate_(ctx.main_grad, gt, xt, g_scale_inv, x_scale_inv, call.fast_accum[2])
-            if call.dummy_grad:
-                dw = dy.new_empty(ctx.weight_size, dtype=ctx.weight_dtype)
-        elif call.for_weight:
-            dw = gemm(gt, xt, g_scale_inv, x_scale_inv, None, ctx.weight_size, ctx.weight_dtype, call.fast_accum[2])
-        return dx, dw, dbias if call.for_bias else None, None, None, None, None
+        has_dweight = call.grad_weight and (ctx.main_grad is None or call.dummy_grad)
+        return (
+            dx if call.grad_x else None, dweight if has_dweight else None, dbias if call.grad_bias else None,
+            None, None, None, None,
+        )  # fmt: skip

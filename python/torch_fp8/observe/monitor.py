@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..layers.dtensor import is_dtensor, make_state_local
-from ..layers.linear import ROLES, Linear, fp8_layers
+from .. import _C
+from ..layers.dtensor import is_dtensor
+from ..layers.linear import Linear, fp8_layers
 from ..layers.traced import traced_training
-from ..recipe import ConstantScaling, CurrentScaling
+from ..state import ROLES
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,6 @@ class Monitor:
     def _before_forward(self, name: str) -> Callable[..., None]:
         def hook(layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _records(layer):
-                make_state_local(layer)
                 self._count(name, layer, "input", args[0] if args else kwargs["input"])
                 if (self.step, name, "weight") not in self._pending:
                     self._count(name, layer, "weight", layer.weight)
@@ -137,17 +137,16 @@ class Monitor:
 
     def _count(self, name: str, layer: Linear, role: str, x: Tensor) -> None:
         x = x.to_local() if is_dtensor(x) else x.detach()
-        index, recipe = ROLES.index(role), layer.recipe
-        dtype = recipe.grad_dtype if role == "grad_output" else torch.float8_e4m3fn
-        constant = isinstance(recipe, ConstantScaling)
+        state, index = layer.fp8_state, ROLES.index(role)
+        cast = state.options.cast(index)
         with torch.no_grad():
             counts, values = torch.ops.torch_fp8.count_losses(
-                x, layer.fp8_slots, index, dtype,
-                own_amax=isinstance(recipe, CurrentScaling) or not (constant or layer.fp8_has_history[index]),
-                power_of_two=constant or recipe.power_of_two,
-                margin=0 if constant else recipe.margins[role == "grad_output"],
+                x, state.slots, index, cast.dtype,
+                own_amax=cast.scaling == _C.Scaling.current
+                or (cast.scaling == _C.Scaling.delayed and not state.has_history[index]),
+                power_of_two=cast.power_of_two, margin=cast.margin,
             )  # fmt: skip
-            pending = self._pending.setdefault((self.step, name, role), _Count(torch.finfo(dtype).max))
+            pending = self._pending.setdefault((self.step, name, role), _Count(torch.finfo(cast.dtype).max))
             pending.add(x.numel(), counts, values)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

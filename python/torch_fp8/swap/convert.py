@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from .. import _C, scaling
 from ..layers.linear import SUPPORTED_DTYPES, Linear, fp8_layers
+from ..layers.siblings import share_input
 from ..recipe import DelayedScaling, Recipe
 from .worth import speedup
 
@@ -79,21 +81,31 @@ def convert(
                 module._make_plain()
             module.__class__ = Linear
             module._make_fp8(recipe, auto_update, fuse_main_grad)
+            module.fp8_state.model = weakref.ref(model)
             module.__dict__.pop("_not_fp8", None)
         elif not isinstance(module, Linear):
             module._not_fp8 = left_out[name]
-    _keep_from_broadcasts(model)
+    _share_inputs(model)
     return model
 
 
-def _keep_from_broadcasts(model: nn.Module) -> None:
-    """DistributedDataParallel would copy rank 0's scaling state over the others' in every forward; it looks for this
-    attribute on the module that it wraps."""
-    state = ("fp8_slots", "fp8_history")
-    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    others = [name for name in ignored if name.rpartition(".")[2] not in state]
-    ours = [f"{name}.{key}".lstrip(".") for name in fp8_layers(model) for key in state]
-    model._ddp_params_and_buffers_to_ignore = others + ours
+# Names that layers which read one tensor have in the published GPT and Llama code bases, below one module.
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), ("to_q", "to_k", "to_v"),
+    ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
+    ("gate", "up"),
+)  # fmt: skip
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Put layers into groups that cast their input once. A name says nothing for certain, and need not: a layer that
+    meets another tensor than its siblings casts for itself."""
+    for module in model.modules():
+        for names in _SIBLINGS:
+            children = [child for name in names if isinstance(child := getattr(module, name, None), Linear)]
+            alike = {(child.in_features, child.recipe, child.weight.device) for child in children}
+            if len(children) > 1 and len(alike) == 1 and all(child.fp8_state.group is None for child in children):
+                share_input(children)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -101,7 +113,6 @@ def revert(model: nn.Module) -> nn.Module:
     for layer in fp8_layers(model).values():
         layer._make_plain()
         layer.__class__ = nn.Linear
-    _keep_from_broadcasts(model)
     return model
 
 

@@ -137,7 +137,7 @@ def _gemms(layer: Linear | FrozenLinear, tokens: int) -> Iterator[Problem]:
     recipe = layer.recipe
     weight_dtype = layer.weight.dtype
     y_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_dtype
-    e4m3, grad = torch.float8_e4m3fn, recipe.grad_dtype
+    e4m3, grad = torch.float8_e4m3fn, layer.fp8_state.options.cast(2).dtype
     rows, cols = layer.weight.shape
     if rows == 0 or cols == 0:
         return

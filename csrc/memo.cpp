@@ -1,0 +1,164 @@
+#include "memo.h"
+
+#include <unordered_map>
+
+#include <ATen/ATen.h>
+#include <ATen/record_function.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "check.h"
+#include "torch_fp8/linear.h"
+
+namespace torch_fp8 {
+namespace {
+
+// The memos that are alive, by number.
+struct Registry {
+  std::mutex mutex;
+  int64_t next = 1;
+  std::unordered_map<int64_t, std::weak_ptr<LayerMemo>> memos;
+};
+
+Registry& registry() {
+  static auto* const made = new Registry;  // never destroyed: layers may outlive the library's statics
+  return *made;
+}
+
+int64_t next_number() {
+  const std::lock_guard lock(registry().mutex);
+  return registry().next++;
+}
+
+constexpr const char* kRoleNames[] = {"input", "weight", "output gradient"};
+
+}  // namespace
+
+std::shared_ptr<LayerMemo> new_memo() {
+  auto memo = std::make_shared<LayerMemo>();
+  const std::lock_guard lock(registry().mutex);
+  registry().memos.emplace(memo->number(), memo);
+  return memo;
+}
+
+void end_step(LayerMemo& memo) { memo.end_step(); }
+int64_t used_roles(const LayerMemo& memo) { return memo.used_roles(); }
+
+LayerMemo::LayerMemo() : number_(next_number()) {}
+
+LayerMemo::~LayerMemo() {
+  const std::lock_guard lock(registry().mutex);
+  registry().memos.erase(number_);
+}
+
+std::shared_ptr<LayerMemo> LayerMemo::find(int64_t number) {
+  const std::lock_guard lock(registry().mutex);
+  const auto found = registry().memos.find(number);
+  return found == registry().memos.end() ? nullptr : found->second.lock();
+}
+
+cuda::StreamState stream_of(const at::Tensor& t) {
+  if (!t.is_cuda()) return {};
+  const c10::DeviceGuard guard(t.device());
+  return cuda::current_stream();
+}
+
+int64_t LayerMemo::history(const at::Tensor& slots, int64_t roles_asked) {
+  const std::lock_guard lock(mutex_);
+  const auto is_capturing = [&] { return slots.is_cuda() && stream_of(slots).capture != 0; };
+  if (!known_) {
+    if (!has_values(slots)) return ~int64_t{0};
+    check_slots(slots, kRoles);
+    TORCH_CHECK(!is_capturing(),
+                "torch_fp8: a CUDA graph is being captured before this layer's first scaling update, so its first "
+                "step, scaled by each tensor's own amax, would be replayed for ever; run at least two training steps "
+                "(forward, backward, optimizer.step()) before the capture");
+    const at::Tensor rows = slots.cpu();
+    history_ = 0;
+    for (int64_t role = 0; role < rows.size(0); ++role) {
+      if (is_sound(slots_of(rows)[role])) {
+        history_ |= int64_t{slots_of(rows)[role].cursor > 0} << role;
+      } else {  // somebody else wrote it: what is no state is no history
+        slots.select(0, role).copy_(at::tensor({1.0f, 1.0f, 0.0f, 0.0f}, at::kFloat));
+      }
+    }
+    known_ = true;
+  }
+  const int64_t missing = roles_asked & ~history_;
+  if (missing != 0 && is_capturing()) {
+    const int role = missing & 1 ? 0 : missing & 2 ? 1 : 2;
+    TORCH_CHECK(false, "torch_fp8: a CUDA graph is being captured while this layer's ", kRoleNames[role],
+                " has no amax history; run training steps until it has seen a value other than zero, then capture");
+  }
+  return history_;
+}
+
+void LayerMemo::set_history(int64_t history) {
+  const std::lock_guard lock(mutex_);
+  history_ = history, known_ = true;
+}
+
+void LayerMemo::forget() {
+  const std::lock_guard lock(mutex_);
+  used_ = 0, forwards_ = 0, several_ = false, updates_ = 0;
+  weight_ = {};
+  known_ = false;
+}
+
+void LayerMemo::end_step() {
+  const std::lock_guard lock(mutex_);
+  const int64_t used = used_.exchange(0, std::memory_order_relaxed);
+  several_ = forwards_.exchange(0) > 1;
+  weight_ = {};
+  ++updates_;
+  if (used & ~history_) known_ = false;  // a role may have a history now
+}
+
+void LayerMemo::note_forward(const cuda::StreamState& now) {
+  ++forwards_;
+  // A forward that is recomputed runs in a thread of the backward pass.
+  if (torch::autograd::get_current_graph_task_id() < 0) thread_ = at::RecordFunction::currentThreadId();
+  if (now.capture != 0) captured_ = true;
+}
+
+bool LayerMemo::Weight::is_of(const at::Tensor& weight, const cuda::StreamState& now) const {
+  return tensor == weight.unsafeGetTensorImpl() &&
+         storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && data == weight.const_data_ptr() &&
+         version == weight._version() && made_on == now;
+}
+
+bool LayerMemo::shall_keep(const at::Tensor& weight) {
+  return (several_ || forwards_ > 1) && !gathered_ && has_values(weight) && !weight.is_inference();
+}
+
+c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
+                                            bool has_main_grad) {
+  const std::lock_guard lock(mutex_);
+  if (weight_.tensor == nullptr || !has_values(weight) || weight.is_inference()) return c10::nullopt;
+  // A gradient that was made and is gone has been used: the weight may be another one, past any counter.
+  const bool used_up = grad_made_ && !has_main_grad && !(weight.is_leaf() && weight.grad().defined());
+  if (gathered_ || used_up || !weight_.is_of(weight, now)) {
+    weight_ = {};
+    return c10::nullopt;
+  }
+  if (transposed && weight_.codes.q_t.numel() == 0) return c10::nullopt;
+  return weight_.codes;
+}
+
+void LayerMemo::keep_weight(const at::Tensor& weight, const cuda::StreamState& now, const Codes& codes) {
+  const std::lock_guard lock(mutex_);
+  grad_made_ = false;
+  weight_ = {codes,
+             weight.storage().getWeakStorageImpl(),
+             weight.unsafeGetTensorImpl(),
+             weight.const_data_ptr(),
+             static_cast<uint32_t>(weight._version()),
+             now};
+}
+
+void LayerMemo::forget_weight() {
+  const std::lock_guard lock(mutex_);
+  weight_ = {};
+}
+
+}  // namespace torch_fp8

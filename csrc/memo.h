@@ -1,0 +1,92 @@
+// What the host remembers of one layer between calls. None of it is state: everything here can be thrown away at any
+// time and is found again from the layer's tensors, so it is neither saved nor copied with the layer.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <mutex>
+
+#include <ATen/core/Tensor.h>
+
+#include "kernels.h"
+#include "torch_fp8/cast.h"
+
+namespace torch_fp8 {
+
+class LayerMemo {
+ public:
+  LayerMemo();
+  ~LayerMemo();
+  LayerMemo(const LayerMemo&) = delete;
+
+  // A number that finds the memo again while it lives: what a graph of autograd can carry.
+  int64_t number() const { return number_; }
+  static std::shared_ptr<LayerMemo> find(int64_t number);
+
+  // Which roles have an amax history, one bit each. Read from the device when not known (once, and again after an
+  // update that may have begun one), which a stream capture does not allow: an error then.
+  int64_t history(const at::Tensor& slots, int64_t roles_asked);
+  // From who has read it already: spares this layer its own reading of the device.
+  void set_history(int64_t history);
+  // Everything is found again from the tensors; what has been recorded in a graph stays so.
+  void forget();
+
+  // The weight's codes, if they are kept and still those of this tensor, in both layouts if transposed; else none.
+  c10::optional<Codes> kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
+                                   bool has_main_grad);
+  // Whether the codes of a weight that is cast now are worth keeping, for other micro-batches of this step.
+  bool shall_keep(const at::Tensor& weight);
+  void keep_weight(const at::Tensor& weight, const cuda::StreamState& now, const Codes& codes);
+  // The kept codes are void: the weight changed in a way that cannot be seen.
+  void forget_weight();
+  // A gradient of the weight was made: from now on somebody may use it up.
+  void note_weight_grad() { grad_made_.store(true, std::memory_order_relaxed); }
+
+  // The weight is there for the time of a forward or backward only (FSDP2 gathers it, and frees it after): its FP8
+  // copies must not outlive that, so none is kept, and backward casts the weight that it finds.
+  void set_gathered(bool gathered) { gathered_ = gathered; }
+  bool gathered() const { return gathered_; }
+
+  // A forward in training: of which thread, and in which recorded graph.
+  void note_forward(const cuda::StreamState& now);
+  void note_used(int role) { used_.fetch_or(static_cast<uint16_t>(1 << role), std::memory_order_relaxed); }
+  // The roles that took part in training since the last update, or may have, one bit each. Replays of a graph tell the
+  // host nothing, so a layer that one was recorded of may always have.
+  int64_t used_roles() const { return captured_ ? 0xFFFF : used_.load(std::memory_order_relaxed); }
+  bool captured() const { return captured_; }
+  int64_t updates() const { return updates_; }  // how many end_step() has counted
+  uint64_t thread() const { return thread_; }   // of the last forward in training; 0: there was none
+  // To be called after every scaling update.
+  void end_step();
+
+ private:
+  struct Weight {
+    Codes codes;
+    // Which tensor, in which storage, at which address, in which version. The weak pointers keep the identity of
+    // what is gone from being given to something new.
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+    const void* tensor = nullptr;
+    const void* data = nullptr;
+    uint32_t version = 0;
+    cuda::StreamState made_on;  // other streams do not wait for it, and outside of its graph it does not exist
+    bool is_of(const at::Tensor& weight, const cuda::StreamState& now) const;
+  };
+  const int64_t number_;
+  std::mutex mutex_;  // of weight_, history_ and known_: forwards hold no lock of Python's
+  Weight weight_;
+  bool known_ = false;
+  int64_t history_ = 0;
+  std::atomic<uint16_t> used_{0};  // one bit a role; the backward thread writes it too
+  std::atomic<int> forwards_{0};   // in training, in this step
+  std::atomic<bool> several_{false}, grad_made_{false}, captured_{false}, gathered_{false};
+  std::atomic<int64_t> updates_{0};
+  std::atomic<uint64_t> thread_{0};
+};
+
+// The stream that is current on the tensor's device, and the graph that it records.
+cuda::StreamState stream_of(const at::Tensor& t);
+
+// Meta and fake tensors hold no values; what is traced with them is the steady path.
+inline bool has_values(const at::Tensor& t) { return !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python); }
+
+}  // namespace torch_fp8

@@ -1,0 +1,49 @@
+// The two ops of a linear layer as functions; schemas in register.cpp, rules in linear.cpp.
+#pragma once
+
+#include "torch_fp8/linear.h"
+
+namespace torch_fp8 {
+
+using Gemms = std::array<bool, 3>;  // fprop, dgrad, wgrad
+
+// How a role is cast now: casts packed, history one bit a role that has one.
+QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record);
+// What a layer asks of its tensors, before anything is read or changed.
+void check_layer(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                 const at::Tensor& slots, c10::optional<at::ScalarType> autocast);
+
+// -> y, and the codes made here that backward needs: x_t, x_scale_inv, weight_t, weight_scale_inv; 0 elements where
+// they were given or nobody needs them.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const at::Tensor& slots,
+    at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
+    Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
+    c10::optional<at::ScalarType> autocast);
+
+// -> dx, dweight, dbias; 0 elements where nobody asked for it, or it was added to main_grad or dx_sum.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
+    const at::Tensor& dy, const c10::optional<at::Tensor>& x_t, const c10::optional<at::Tensor>& x_scale_inv,
+    const c10::optional<at::Tensor>& weight_t, const c10::optional<at::Tensor>& weight_scale_inv,
+    const c10::optional<at::Tensor>& x, const c10::optional<at::Tensor>& weight, const at::Tensor& slots,
+    const c10::optional<at::Tensor>& main_grad, const c10::optional<at::Tensor>& dx_sum, at::IntArrayRef casts,
+    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
+    c10::optional<at::ScalarType> dbias, int64_t in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype,
+    bool dummy_grad);
+
+// The same for tracing: checks, shapes and dtypes, with symbolic sizes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward_meta(
+    const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const at::Tensor& slots,
+    at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
+    Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
+    c10::optional<at::ScalarType> autocast);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_meta(
+    const at::Tensor& dy, const c10::optional<at::Tensor>& x_t, const c10::optional<at::Tensor>& x_scale_inv,
+    const c10::optional<at::Tensor>& weight_t, const c10::optional<at::Tensor>& weight_scale_inv,
+    const c10::optional<at::Tensor>& x, const c10::optional<at::Tensor>& weight, const at::Tensor& slots,
+    const c10::optional<at::Tensor>& main_grad, const c10::optional<at::Tensor>& dx_sum, at::IntArrayRef casts,
+    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
+    c10::optional<at::ScalarType> dbias, c10::SymInt in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype,
+    bool dummy_grad);
+
+}  // namespace torch_fp8

@@ -1,0 +1,163 @@
+#include "siblings.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "check.h"
+
+namespace torch_fp8 {
+
+Siblings::Siblings(int members) : members_(static_cast<size_t>(members)) {
+  TORCH_CHECK_VALUE(members >= 2 && members <= 32, "torch_fp8: 2 to 32 layers can read one tensor together, got ",
+                    members);
+}
+
+namespace {
+
+bool can_be_told_apart(const at::Tensor& x) { return has_values(x) && !x.is_inference(); }
+
+}  // namespace
+
+c10::optional<Siblings::Shared> Siblings::take(const at::Tensor& x, int member, const Wanted& wanted) {
+  const std::lock_guard lock(mutex_);
+  Member& taker = members_[static_cast<size_t>(member)];
+  if (wanted.record) ++taker.forwards;
+  if (left_ == 0 || maker_ == member || !can_be_told_apart(x)) return c10::nullopt;
+  const bool same_tensor = tensor_._unsafe_get_target() == x.unsafeGetTensorImpl() && data_ == x.const_data_ptr() &&
+                           storage_._unsafe_get_target() == x.storage().unsafeGetStorageImpl() &&
+                           version_ == static_cast<uint32_t>(x._version());
+  if (!same_tensor || !(wanted == wanted_) || (wanted.by_history && taker.follows != maker_)) return c10::nullopt;
+  if (wanted.record) ++taker.taken, taker.taken_from |= 1u << maker_;
+  Shared shared = shared_;
+  if (--left_ == 0) withdraw();
+  return shared;
+}
+
+bool Siblings::has_takers(int member, const Wanted& wanted) const {
+  if (!wanted.by_history) return true;
+  const std::lock_guard lock(mutex_);
+  return std::any_of(members_.begin(), members_.end(), [&](const Member& other) { return other.follows == member; });
+}
+
+void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared) {
+  if (!can_be_told_apart(x)) return;
+  const std::lock_guard lock(mutex_);
+  tensor_ = decltype(tensor_)(x.getIntrusivePtr());
+  storage_ = x.storage().getWeakStorageImpl();
+  data_ = x.const_data_ptr();
+  version_ = static_cast<uint32_t>(x._version());
+  maker_ = member, wanted_ = wanted, shared_ = shared;
+  const auto takes = [&](const Member& other) { return !wanted.by_history || other.follows == member; };
+  left_ = static_cast<int>(std::count_if(members_.begin(), members_.end(), takes)) - !wanted.by_history;
+}
+
+void Siblings::withdraw() {
+  left_ = 0, maker_ = -1;
+  tensor_.reset(), storage_.reset();
+  shared_ = {};
+}
+
+void Siblings::note_cast(int member) {
+  const std::lock_guard lock(mutex_);
+  ++members_[static_cast<size_t>(member)].made;
+}
+
+void Siblings::set_follows(const std::vector<int>& follows) {
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < members_.size(); ++i) members_[i].follows = follows[i];
+  withdraw();
+}
+
+std::vector<int> Siblings::follows() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<int> follows;
+  for (const Member& member : members_) follows.push_back(member.follows);
+  return follows;
+}
+
+std::vector<std::pair<int, int>> Siblings::end_step() {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::pair<int, int>> pairs;
+  for (int i = 0; i < static_cast<int>(members_.size()); ++i) {
+    Member& member = members_[static_cast<size_t>(i)];
+    if (member.follows >= 0) member.taken_from |= 1u << member.follows;
+    for (int s = 0; s < static_cast<int>(members_.size()); ++s) {
+      if (member.taken_from >> s & 1) pairs.emplace_back(i, s);
+    }
+    // Who cast for itself, or saw less than the one it follows, has seen other values.
+    if (member.follows >= 0) {
+      const Member& maker = members_[static_cast<size_t>(member.follows)];
+      if (member.taken != member.forwards || member.taken != maker.made) member.follows = -1;
+    }
+  }
+  for (Member& member : members_) member = {member.follows};
+  withdraw();
+  return pairs;
+}
+
+// ---- sums of gradients ---------------------------------------------------------------------------------------------
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The sums that have begun in a backward that runs: each belongs to one forward and one backward.
+struct Sums {
+  struct Sum {
+    int backward;  // the number of the graph task
+    at::Tensor dx;
+  };
+  std::mutex mutex;
+  int64_t next = 1;
+  std::unordered_map<int64_t, Sum> begun;
+};
+
+Sums& sums() {
+  static auto* const made = new Sums;
+  return *made;
+}
+
+struct ForkGradient : torch::autograd::Function<ForkGradient> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, int64_t sum) {
+    ctx->saved_data["sum"] = sum;
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return at::alias(x);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const std::lock_guard lock(sums().mutex);
+    sums().begun.erase(ctx->saved_data["sum"].toInt());
+    return {grads[0], at::Tensor()};
+  }
+};
+
+}  // namespace
+
+int64_t new_sum() {
+  const std::lock_guard lock(sums().mutex);
+  return sums().next++;
+}
+
+at::Tensor fork_gradient(const at::Tensor& x, int64_t sum) { return ForkGradient::apply(x, sum); }
+
+at::Tensor sum_so_far(int64_t sum) {
+  const std::lock_guard lock(sums().mutex);
+  const auto found = sums().begun.find(sum);
+  const bool mine =
+      found != sums().begun.end() && found->second.backward == torch::autograd::get_current_graph_task_id();
+  return mine ? found->second.dx : at::Tensor();
+}
+
+void begin_sum(int64_t sum, const at::Tensor& dx) {
+  const int backward = torch::autograd::get_current_graph_task_id();
+  if (backward < 0) return;  // no engine runs this backward, so nobody would end the sum
+  const std::lock_guard lock(sums().mutex);
+  sums().begun.insert_or_assign(sum, Sums::Sum{backward, dx});
+}
+
+}  // namespace torch_fp8

@@ -1,0 +1,79 @@
+// Layers that read one tensor (q, k, v of an attention; gate and up of an MLP) share its codes: the first casts it, the
+// others take what it made, and one transpose is kept for all. Their gradients of that tensor are summed by the GEMMs.
+//
+// Codes are taken if the tensor is the same object in the same version, wanted in the same way, on the same stream, and
+// if the taker would have made the same codes: a layer by its own scales only while its row of the scaling state is
+// that of the maker (follows), which end_step sees to.
+#pragma once
+
+#include <mutex>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "memo.h"
+#include "torch_fp8/cast.h"
+
+namespace torch_fp8 {
+
+class Siblings {
+ public:
+  explicit Siblings(int members);
+
+  // What decides which codes a member makes of a tensor.
+  struct Wanted {
+    int64_t cast;  // packed
+    bool by_history, record, rowwise, columnwise;
+    int64_t step;  // updates of the scaling state
+    cuda::StreamState now;
+    bool operator==(const Wanted&) const = default;
+  };
+  struct Shared {
+    Codes codes;
+    at::Tensor x;     // behind the node that hands the sum of the gradients on; or the input itself
+    int64_t sum = 0;  // number of that sum; 0: each layer's gradient is its own
+  };
+
+  // The codes that another member has made of x, if this member may take them.
+  c10::optional<Shared> take(const at::Tensor& x, int member, const Wanted& wanted);
+  // Whether somebody would take what this member makes.
+  bool has_takers(int member, const Wanted& wanted) const;
+  void offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared);
+  // The member cast a tensor that no other member sees.
+  void note_cast(int member);
+
+  // follows[i]: whose row of the scaling state is equal to that of member i; -1: nobody's.
+  void set_follows(const std::vector<int>& follows);
+  std::vector<int> follows() const;
+  // The step has ended: pairs (i, s) of members whose recorded amax i must be raised to that of s before the update.
+  std::vector<std::pair<int, int>> end_step();
+
+ private:
+  struct Member {
+    int follows = -1;
+    int forwards = 0, taken = 0, made = 0;  // in this step: casts asked for, taken from others, made
+    uint32_t taken_from = 0;                // one bit a member
+  };
+  void withdraw();
+  mutable std::mutex mutex_;
+  std::vector<Member> members_;
+  // The last offer, of a tensor whose address the weak pointers keep from being given to another.
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor_{
+      c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage_{c10::intrusive_ptr<c10::StorageImpl>()};
+  const void* data_ = nullptr;
+  uint32_t version_ = 0;
+  int maker_ = -1, left_ = 0;  // how many may still take it; 0: there is no offer
+  Wanted wanted_{};
+  Shared shared_;
+};
+
+// x, behind a node of autograd whose backward ends the sum of that number.
+at::Tensor fork_gradient(const at::Tensor& x, int64_t sum);
+int64_t new_sum();
+// In a backward: the tensor that sum number has begun with in this backward, to be added to; or undefined. begin_sum
+// says that dx is that tensor.
+at::Tensor sum_so_far(int64_t sum);
+void begin_sum(int64_t sum, const at::Tensor& dx);
+
+}  // namespace torch_fp8
