@@ -74,6 +74,11 @@ TORCH_FP8_HOST_DEVICE constexpr int64_t scale_index(WeightScale kind, int64_t k,
   return row / kScaleBlock * ((k + kScaleBlock - 1) / kScaleBlock) + col / kScaleBlock;
 }
 
+// weight_stands: the kernel may read w, w_scale and bias while kernels in front of it still run
+// (cuda/common/block.cuh). The host says so only where every write to the three is older than all kernels that may
+// still run: never of what the same call wrote, nor of another tensor or version than it has seen. False is always
+// right: the kernel then waits for all kernels in front before it reads anything, and before it lets a kernel behind it
+// begin. x, its scale and all else are read after the wait in any case.
 struct SkinnyArgs {
   int64_t m, n, k;   // k a multiple of 16
   const void* x;     // contiguous and 16-byte aligned, as w
@@ -83,13 +88,18 @@ struct SkinnyArgs {
   const void* bias;  // or null
   void* out;
   Type type;  // of x, bias and out; not float32
+  // Whether w, w_scale and bias may be read before the kernel in front has finished; csrc/ops/standing.h says when.
+  bool weight_stands = false;
 };
+
+// An output with more columns than these is wide.
+constexpr int64_t kWideOutputs = 8192;
 
 // Whether skinny_ring.cu is made for a product, and faster: more than 6 rows of x are so much that each block had
 // better fetch them once for many outputs.
-constexpr int64_t kRingRows = 8, kRingCols = 8192, kWideOutputs = 8192;
+constexpr int64_t kRingRows = 8, kRingCols = 8192, kManyRingOutputs = 8192;
 constexpr bool is_for_ring(int64_t m, int64_t n, int64_t k) {
-  return m > 1 && m <= kRingRows && k <= kRingCols && (m <= 6 || n >= kWideOutputs) && n <= 1 << 30;
+  return m > 1 && m <= kRingRows && k <= kRingCols && (m <= 6 || n >= kManyRingOutputs) && n <= 1 << 30;
 }
 
 // The same with x in FP8 too: out (m, n) = (x (m, k) * x_scale) . (w (n, k) * w_scale)^T [+ bias (n)].
@@ -101,7 +111,8 @@ struct SkinnyFp8Args {
   bool one_x_scale, one_w_scale;  // for all rows, else one for each
   const void* bias;               // or null
   void* out;
-  Type type;  // of bias and out; not float32
+  Type type;                   // of bias and out; not float32
+  bool weight_stands = false;  // as in SkinnyArgs
 };
 
 // out (rows, cols) = sums (rows, stride) * row_scale * col_scale [+ bias (cols)], rounded once.

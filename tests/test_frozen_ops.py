@@ -110,6 +110,14 @@ def test_small_inputs_beside_a_large_one(device, m):
     assert (y.cpu() == torch.tensor(319 * 2.0**-15).bfloat16()).all()
 
 
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("m", [1, 2, 6, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize(("n", "k"), [(144, 320), (8192, 320), (144, 8208)])
+def test_sums_that_only_their_scale_keeps_finite(device, n, k, m, kind):
+    """A product of x and the codes is beyond float32, the output is not."""
+    check(device, m, n, k, kind, NONE, layout=lambda x: x * 1e36)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("m", [1, 4, 16, 40])
 def test_other_types(device, dtype, m):

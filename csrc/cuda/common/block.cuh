@@ -34,17 +34,34 @@ __device__ void store_whole(void* out, const Values& values) {
   for (size_t i = 0; i < sizeof values / sizeof(Word); ++i) __stcg(static_cast<Word*>(out) + i, words[i]);
 }
 
-// Programmatic dependent launch: the next kernel may be set up while this one runs, and this one was set up while the
-// previous ran; but nothing of memory is touched before that one has finished.
+// Programmatic dependent launch: a kernel may begin when all blocks of the kernel in front have triggered or ended.
+// Only the wait orders memory: it returns when the kernel in front has completed and its writes can be seen. Neither a
+// trigger nor the end of a block says that of any store.
+//
+// The kernel in front may have triggered before its own wait, and the one before that as well. So beside a kernel that
+// has not waited there may run any number of kernels in front of it, back to the last one that waited before it
+// triggered, or that was launched without this. What a kernel touches before its wait must be older than all of these.
+// After its wait everything in front of it is done: the kernel in front completed after its own wait, and so on back.
+// Therefore every kernel launched so waits in every block, whatever it reads.
+
+// For kernels that touch no memory before their wait. They may trigger first of all, though they have stored nothing
+// then: a kernel behind them that reads before its wait reads nothing that they write.
 __device__ inline void begin_dependent() {
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 }
 
-// The same in two steps, for a kernel that reads constants in between. Loads that must not cross the second are
-// volatile too: plain ones the compiler may move.
 __device__ inline void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// For kernels that read something before their wait where it stands: where the host knows it to be older than all
+// kernels that may still run. Where it does not stand they wait first, and only then trigger, so that everything in
+// front is done when a kernel behind them begins. Loads that must not cross a wait are volatile: plain ones the
+// compiler may move.
+__device__ inline void begin_reading_early(bool stands) {
+  if (!stands) wait_for_predecessor();
+  let_successor_start();
+}
 
 // magnitude() without its second step, which the maximum takes once: NaN of any payload is above Inf.
 __device__ inline uint32_t raw_magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
@@ -114,7 +131,7 @@ void allow_shared(Kernel kernel, int bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
 
-// A kernel that calls begin_dependent, or its two steps, first of all.
+// A kernel that calls begin_dependent or begin_reading_early first of all.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2]{};

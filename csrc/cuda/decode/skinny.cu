@@ -1,7 +1,6 @@
 // Few rows of x on a weight in FP8 that is read once: what decoding does. The time is that of streaming the weight, so
-// it is requested as early and as much at a time as can be: before the kernel in front has finished (programmatic
-// dependent launch), since weights are constants. Who writes one must do so from a kernel that does not let its
-// successors start early; freezing ends with a plain copy.
+// it is requested as early and as much at a time as can be: where it stands (SkinnyArgs) while the kernels in front
+// still run, else behind a wait.
 //
 // One row: gemv_kernel, on the CUDA cores. 2 to 8 rows: skinny_ring.cu, where it is made for the product. Else up to 16
 // rows: mma_kernel, on the tensor cores in x's own type, which holds every E4M3 value exactly. All add products in
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(kGemvWarps * 32, kGemvBlocks<kRows>) gemv_kern
   float sums[kRows] = {};
   Epilogue<T> epilogue;
 
-  let_successor_start();
+  begin_reading_early(args.weight_stands);
   const int first = static_cast<int>(threadIdx.x) / 32 * kSlice + lane * 16;
   for (int col = first; col - lane * 16 < k; col += step) {
     const bool inside = col < k;
@@ -108,10 +107,13 @@ __global__ void __launch_bounds__(kGemvWarps * 32, kGemvBlocks<kRows>) gemv_kern
   const float sum = sum_of_lanes(sums, lane, row);
   if (lane % (32 / kRows) == 0) sums_of_warp[warp][row] = sum;
   __syncthreads();
-  if (output_row >= args.n) return;
+  const bool stores = output_row < args.n;
   float total = 0;
-  for (int s = 0; s < slices; ++s) total += sums_of_warp[output / kRows * slices + s][output % kRows];
-  store_output<T>(args, 0, output_row, total, epilogue);
+  if (stores) {
+    for (int s = 0; s < slices; ++s) total += sums_of_warp[output / kRows * slices + s][output % kRows];
+  }
+  save_overflown<T>(args, stores, 0, output_row, total, epilogue);
+  if (stores) store_output<T>(args, 0, output_row, total, epilogue);
 }
 
 template <class T, int kRows>
@@ -166,12 +168,12 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) mma_kernel(SkinnyArgs 
     }
   };
 
-  let_successor_start();
+  begin_reading_early(args.weight_stands);
 #pragma unroll
   for (int slot = 0; slot < kDepth; ++slot) request_weight(slot, slot);
   const int output = static_cast<int>(threadIdx.x), token = output / kMmaRows;
   const int64_t output_row = first_row + output % kMmaRows;
-  const Epilogue<T> epilogue = load_epilogue<T>(args, output_row);
+  Epilogue<T> epilogue = load_epilogue<T>(args, output_row);
   wait_for_predecessor();
   request_x(0, 0);
 
@@ -207,11 +209,13 @@ __global__ void __launch_bounds__(kWarps * 32, kResident) mma_kernel(SkinnyArgs 
     sums_of_warp[warp][i / 4 * 8 + 2 * t + i % 2][g + i % 4 / 2 * 8] = sums[i / 4][i % 4];
   }
   __syncthreads();
-  if (token >= args.m || token >= kTokens * 8 || output_row >= args.n) return;
+  if (token >= kTokens * 8) return;  // whole warps
+  const bool stores = token < args.m && output_row < args.n;
   float sum = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += sums_of_warp[w][token][output % kMmaRows];
-  store_output<T>(args, token, output_row, sum, epilogue);
+  save_overflown<T>(args, stores, token, output_row, sum, epilogue);
+  if (stores) store_output<T>(args, token, output_row, sum, epilogue);
 }
 static_assert(kSkinnyRows * kMmaRows <= 8 * 32, "a thread for each output");
 static_assert(kScaleBlock % kMmaRows == 0 && kScaleBlock % kChunk == 0,

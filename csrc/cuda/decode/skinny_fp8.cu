@@ -1,6 +1,5 @@
 // 17 to 32 rows of x in FP8 on an FP8 weight that is read once: batched decoding, where cuBLASLt leaves the memory idle
-// between its launches. As in skinny.cu the weight is requested before the kernel in front has finished, here while x
-// is being quantised.
+// between its launches. As in skinny.cu the weight is requested early where it stands, here while x is being quantised.
 //
 // A block takes 64 rows of the weight and a part of k; the blocks of a cluster share the parts of k and add up their
 // sums. One thread fetches tiles of 128 columns by TMA into a ring, four warps multiply them (wgmma, which wants the
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int at_once = min(count, stages);
   const bool is_producer = thread == kConsumers;
 
-  let_successor_start();
+  begin_reading_early(args.weight_stands);
   if (is_producer) {
     for (int s = 0; s < stages; ++s) {
       init_barrier(full_of(s), 1);
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int i = 0; i < at_once; ++i) fetch_w(i);
     asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
   }
-  // Constants as the weight is: requested early, for the end would wait for them.
+  // Requested with the weight, for the end would wait for them.
   const int row = first_row + thread % kRows;
   float w_scale = 0, bias = 0;
   if (thread < kConsumers && row < args.n) {

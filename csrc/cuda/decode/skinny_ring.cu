@@ -1,7 +1,7 @@
 // 2 to 8 rows of x on an FP8 weight of up to 8192 columns that is read once. Where skinny.cu has as much of the weight
 // under way as fits the registers of its blocks, here a block stays on each multiprocessor, and a ring of 200 KB in
-// shared memory is refilled whatever the other warps do: over tiles of the weight, and before the kernel in front has
-// finished. x is fetched once a block and stays in registers.
+// shared memory is refilled whatever the other warps do: over tiles of the weight, and where that stands (SkinnyArgs)
+// while the kernels in front still run. x is fetched once a block and stays in registers.
 #include <algorithm>
 
 #include "cuda/common/barrier.cuh"
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) ring_kernel(SkinnyArgs args) {
     if (++stage == kStages) stage = 0, round ^= 1;
   };
 
-  let_successor_start();
+  begin_reading_early(args.weight_stands);
   if (thread == kConsumers) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(first_full + s * 8, 1);
@@ -185,9 +185,10 @@ __global__ void __launch_bounds__(kThreads, 1) ring_kernel(SkinnyArgs args) {
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        sum = fmaf(sums[buffer][w][token][thread % kMmaRows], factors[w][token], sum);
+        // The scale comes before what may make the sum too large for float32.
+        sum = fmaf(sums[buffer][w][token][thread % kMmaRows] * epilogue.scale, factors[w][token], sum);
       }
-      store_output<T>(args, token, output_row, sum, epilogue);
+      store_output<T>(args, token, output_row, sum, {1.0f, epilogue.bias});
     }
     buffer ^= 1;  // nobody waits until these have been read: the next barrier sees to it
   }
