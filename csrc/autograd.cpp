@@ -2,7 +2,6 @@
 // does is host work: which codes are there already, and what is kept for whom.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "check.h"
@@ -22,18 +21,6 @@ using torch::autograd::variable_list;
 template <class Schema>
 auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
-}
-
-Codes call_quantize(const at::Tensor& x, const at::Tensor& slots, int role, const Cast& cast,
-                    const QuantizeOptions& q) {
-  RECORD_FUNCTION(role == kWeight ? "torch_fp8::cast_weight" : "torch_fp8::cast_input", std::vector<c10::IValue>());
-  static const auto quantize_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, int64_t, at::ScalarType, bool, bool, int64_t, bool, bool, bool,
-      c10::optional<at::ScalarType>, bool)>("torch_fp8::quantize");
-  auto [codes, codes_t, scale_inv, dbias] =
-      quantize_op.call(x, slots, role, cast.dtype(), q.own_amax, q.power_of_two, q.margin, q.record, q.rowwise,
-                       q.columnwise, c10::nullopt, q.recast);
-  return {std::move(codes), std::move(codes_t), std::move(scale_inv)};
 }
 
 // What backward needs of one call besides the tensors that autograd saves. It travels as whole numbers, which compiled
@@ -68,6 +55,14 @@ std::array<bool, 3> bits(int64_t flags, int64_t first) {
 
 int64_t flags_of(const Gemms& gemms, int64_t first) {
   return (gemms[0] ? first : 0) | (gemms[1] ? first << 1 : 0) | (gemms[2] ? first << 2 : 0);
+}
+
+Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, bool columnwise) {
+  static const auto cast_op = op<decltype(cast)>("torch_fp8::cast");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto [q, q_t, scale_inv] =
+      cast_op.call(t, call.slots, role, call.casts, call.history, call.training, call.record, rowwise, columnwise);
+  return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 
 auto forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
@@ -198,17 +193,14 @@ void check_main_grad(const at::Tensor& main_grad, const at::Tensor& weight) {
 }
 
 // The weight's codes for all micro-batches of a step; nothing where each forward makes its own.
-std::vector<at::Tensor> weight_codes(const at::Tensor& weight, const LinearOptions& options, LayerMemo& memo,
-                                     const cuda::StreamState& now, const Call& call) {
+std::vector<at::Tensor> weight_codes(const at::Tensor& weight, LayerMemo& memo, const cuda::StreamState& now,
+                                     const Call& call) {
   const bool transposed = call.grad_x && call.fp8[1];
   if (const auto kept = memo.kept_weight(weight, now, transposed, call.main_grad.defined())) {
     return {kept->q, kept->q_t, kept->scale_inv};
   }
   if (!memo.shall_keep(weight) || !(call.fp8[0] || transposed)) return {};
-  QuantizeOptions q = how(call.casts, kWeight, call.history, call.training, call.record);
-  q.rowwise = call.fp8[0], q.columnwise = transposed;
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Codes codes = call_quantize(weight, call.slots, kWeight, options.cast(kWeight), q);
+  const Codes codes = cast_of(weight, kWeight, call, call.fp8[0], transposed);
   memo.keep_weight(weight, now, codes);
   return {codes.q, codes.q_t, codes.scale_inv};
 }
@@ -216,12 +208,10 @@ std::vector<at::Tensor> weight_codes(const at::Tensor& weight, const LinearOptio
 // The input's codes, where layers read one tensor together; x is then what stands for it in the graph.
 void share_input(at::Tensor& x, const LinearOptions& options, LayerMemo& memo, const Place& place,
                  const cuda::StreamState& now, Call& call) {
-  QuantizeOptions q = how(call.casts, kInput, call.history, call.training, call.record);
-  q.rowwise = call.fp8[0], q.columnwise = call.grad_weight && call.fp8[2];
-  if (!q.rowwise && !q.columnwise) return;
-  const bool by_history = options.scaling == Scaling::kDelayed && !q.own_amax;
-  const Siblings::Wanted wanted{call.casts[kInput], by_history,     call.record, q.rowwise,
-                                q.columnwise,       memo.updates(), now};
+  const bool rowwise = call.fp8[0], columnwise = call.grad_weight && call.fp8[2];
+  if (!rowwise && !columnwise) return;
+  const bool by_history = options.scaling == Scaling::kDelayed && (call.history >> kInput & 1);
+  const Siblings::Wanted wanted{call.casts[kInput], by_history, call.record, rowwise, columnwise, memo.updates(), now};
   Siblings& siblings = *place.siblings;
   if (auto shared = siblings.take(x, place.member, wanted)) {
     call.x_codes = {shared->codes.q, shared->codes.q_t, shared->codes.scale_inv};
@@ -231,12 +221,7 @@ void share_input(at::Tensor& x, const LinearOptions& options, LayerMemo& memo, c
   }
   if (call.record) siblings.note_cast(place.member);
   if (!siblings.has_takers(place.member, wanted)) return;
-  Siblings::Shared shared;
-  {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    shared.codes = call_quantize(x, call.slots, kInput, options.cast(kInput), q);
-  }
-  shared.x = x;
+  Siblings::Shared shared{cast_of(x, kInput, call, rowwise, columnwise), x};
   // A GEMM adds to float32 and bfloat16.
   if (call.grad_x && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16)) {
     shared.sum = new_sum();
@@ -283,7 +268,7 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
     memo->note_forward(now);
     memo->note_used(kInput);
     memo->note_used(kWeight);
-    call.weight_codes = weight_codes(weight, options, *memo, now, call);
+    call.weight_codes = weight_codes(weight, *memo, now, call);
   }
   if (place.siblings != nullptr) share_input(x, options, *memo, place, now, call);
   if (!differentiable) return std::get<0>(forward_of(x, weight, bias, call));

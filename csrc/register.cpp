@@ -40,6 +40,7 @@ void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
+  m.impl("cast", cast);
   m.impl("linear_forward", linear_forward);
   m.impl("linear_backward", linear_backward);
   m.impl("gemm", gemm);
@@ -88,6 +89,11 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool grad_weight, bool gathered, ScalarType? autocast=None) -> (Tensor y, Tensor x_t, Tensor x_scale_inv, "
       "Tensor weight_t, Tensor weight_scale_inv)");
 
+  // What linear_forward does with one of its tensors: the codes of x as the layer casts that role.
+  m.def(
+      "cast(Tensor x, Tensor(a!) slots, int role, int[] casts, int history, bool training, bool record, bool rowwise, "
+      "bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
+
   // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. x: the input, where wgrad runs
   // in 16 bits; weight: where dgrad does, or no codes of it were kept. main_grad (N, K) float32 or bfloat16: the
   // weight's gradient is added to it, and dweight is empty or, with dummy_grad, has no meaning. dx_sum (..., K)
@@ -122,8 +128,8 @@ TORCH_LIBRARY(torch_fp8, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "frozen_linear", "gemm", "gemm_accumulate_", "linear_forward",
-                           "linear_backward", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "frozen_linear", "gemm", "gemm_accumulate_", "cast",
+                           "linear_forward", "linear_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -134,6 +140,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
                       at::empty({2}, x.options().dtype(at::kFloat)));
   });
   m.impl("gemm", gemm_meta);
+  m.impl("cast", cast_meta);
   m.impl("linear_forward", linear_forward_meta);
   m.impl("linear_backward", linear_backward_meta);
   m.impl("frozen_linear",

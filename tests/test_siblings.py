@@ -278,3 +278,58 @@ def test_who_may_share(device):
     with count_casts() as casts:
         a(x), b(x)
     assert casts["cast_input"] == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled(device, recipe, backend, monkeypatch):
+    """The same numbers, one cast for three layers once they have a history, and few graphs."""
+    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
+    torch._dynamo.reset()
+    model, twin = twins(recipe, device)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (model, twin)]
+    for i in range(5):
+        x = torch.randn(2, 8, 32, device=device)
+        with count_casts() as casts:
+            grads = step(compiled, optimizers[0], x)
+        expected = step(twin, optimizers[1], x)
+        for a, b in zip(grads, expected, strict=True):
+            assert torch.equal(a, b), i
+        if "fprop" in recipe.fp8_gemms and i > 1:
+            assert casts["cast_input"] == 2, i
+        if not isinstance(recipe, fp8.CurrentScaling):
+            assert_same_state(model, twin)
+    assert len(graphs) <= 3
+
+
+def test_compiled_where_the_tensor_changes_or_is_recomputed(device, monkeypatch):
+    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
+    torch._dynamo.reset()
+    model, twin = twins(fp8.ConstantScaling(bias=2), device)
+
+    def changed(m, x):
+        h = m.norm(x)
+        q = m.q_proj(h)
+        h.mul_(2)
+        return q.sum() + m.k_proj(h).sum()
+
+    def recomputed(m, x):
+        return torch.utils.checkpoint.checkpoint(
+            lambda h: (m.q_proj(h) * m.q_proj(h)).sum() + m.k_proj(h).sum(), x * 2, use_reentrant=False
+        )
+
+    for function in (changed, recomputed):
+        grads = []
+        for m in (model, twin):
+            call = torch.compile(function, fullgraph=True, backend="aot_eager") if m is model else function
+            x = torch.linspace(-2, 2, 4 * 32, device=device).view(4, 32).requires_grad_()
+            call(m, x).backward()
+            grads.append(x.grad)
+        assert torch.equal(*grads), function

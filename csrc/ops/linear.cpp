@@ -19,6 +19,22 @@ using OptionalTensor = c10::optional<at::Tensor>;
 constexpr const char* kCastNames[kRoles] = {"torch_fp8::cast_input", "torch_fp8::cast_weight",
                                             "torch_fp8::cast_grad_output"};
 
+// How a role is cast now. In training a delayed scale is that of the role's history, once it has one. In evaluation the
+// weight and the gradient are scaled by their own amax: the one may have been exchanged, and the other belongs to
+// another loss than the history. recast: a weight that somebody wrote to since its scale was made is cast again.
+QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record) {
+  const Cast cast = Cast::unpacked(casts[role]);
+  const bool has_scale = (history >> role & 1) && (training || role == kInput);
+  QuantizeOptions q;
+  q.own_amax = cast.scaling == Scaling::kCurrent || (cast.scaling == Scaling::kDelayed && !has_scale);
+  q.power_of_two = cast.power_of_two;
+  q.margin = cast.margin;
+  q.record = record && cast.scaling != Scaling::kConstant;
+  q.recast = role == kWeight && cast.scaling == Scaling::kDelayed && !q.own_amax;
+  q.rowwise = false;
+  return q;
+}
+
 Quantized cast_role(const at::Tensor& t, const at::Tensor& slots, at::IntArrayRef casts, int role,
                     const QuantizeOptions& options) {
   RECORD_FUNCTION(kCastNames[role], std::vector<c10::IValue>());
@@ -77,22 +93,6 @@ at::Tensor multiply(Gemm which, const Codes& a, const Codes& b, at::IntArrayRef 
 
 }  // namespace
 
-// How a role is cast now. In training a delayed scale is that of the role's history, once it has one. In evaluation the
-// weight and the gradient are scaled by their own amax: the one may have been exchanged, and the other belongs to
-// another loss than the history. recast: a weight that somebody wrote to since its scale was made is cast again.
-QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record) {
-  const Cast cast = Cast::unpacked(casts[role]);
-  const bool has_scale = (history >> role & 1) && (training || role == kInput);
-  QuantizeOptions q;
-  q.own_amax = cast.scaling == Scaling::kCurrent || (cast.scaling == Scaling::kDelayed && !has_scale);
-  q.power_of_two = cast.power_of_two;
-  q.margin = cast.margin;
-  q.record = record && cast.scaling != Scaling::kConstant;
-  q.recast = role == kWeight && cast.scaling == Scaling::kDelayed && !q.own_amax;
-  q.rowwise = false;
-  return q;
-}
-
 void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
                  c10::optional<at::ScalarType> autocast) {
   type_of(x.scalar_type(), "the input");
@@ -108,6 +108,17 @@ void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTe
   check_bias(*bias, weight);
   TORCH_CHECK_TYPE(autocast || bias->scalar_type() == weight.scalar_type(), "torch_fp8: the bias is ",
                    bias->scalar_type(), " but the weight is ", weight.scalar_type(), "; cast one of them");
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,
+                                                    at::IntArrayRef casts, int64_t history, bool training, bool record,
+                                                    bool rowwise, bool columnwise) {
+  TORCH_CHECK_INDEX(role >= 0 && role < static_cast<int64_t>(casts.size()) && role < kRoles,
+                    "torch_fp8: role must be in [0, ", int(kRoles), "), got ", role);
+  QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
+  options.rowwise = rowwise, options.columnwise = columnwise;
+  Quantized q = cast_role(t, slots, casts, static_cast<int>(role), options);
+  return {std::move(q.q), std::move(q.q_t), std::move(q.scale_inv)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward(
@@ -219,6 +230,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
     dbias = matrix_in(dy, dy.scalar_type()).sum(0, /*keepdim=*/false, at::kFloat).to(*dbias_dtype);
   }
   return {dx, dw, dbias};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, const at::Tensor&, int64_t role,
+                                                         at::IntArrayRef casts, int64_t, bool, bool, bool rowwise,
+                                                         bool columnwise) {
+  const auto fp8 = t.options().dtype(Cast::unpacked(casts[role]).dtype());
+  const c10::SymInt rows = padded_symbolic(rows_of(t)), cols = padded_symbolic(t.sym_size(-1));
+  return {rowwise ? at::empty_symint({rows, cols}, fp8) : at::empty({0}, fp8),
+          columnwise ? at::empty_symint({cols, rows}, fp8) : at::empty({0}, fp8),
+          at::empty({1}, t.options().dtype(at::kFloat))};
 }
 
 // What tracing sees. It checks nothing: the op itself does when the graph runs, in the words and types of eager mode,

@@ -7,8 +7,13 @@ namespace torch_fp8 {
 
 using Gemms = std::array<bool, 3>;  // fprop, dgrad, wgrad
 
-// How a role is cast now: casts packed, history one bit a role that has one.
-QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record);
+// A tensor cast as the layer casts that role now: casts packed, history one bit a role that has one.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,
+                                                    at::IntArrayRef casts, int64_t history, bool training, bool record,
+                                                    bool rowwise, bool columnwise);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, const at::Tensor& slots, int64_t role,
+                                                         at::IntArrayRef casts, int64_t history, bool training,
+                                                         bool record, bool rowwise, bool columnwise);
 // What a layer asks of its tensors, before anything is read or changed.
 void check_layer(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                  const at::Tensor& slots, c10::optional<at::ScalarType> autocast);

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from ..recipe import ConstantScaling, DelayedScaling
+from ..state import ROLES
 
 if TYPE_CHECKING:
+    from ..state import LayerState
     from .linear import Linear
+
+
+_SLOTS = (len(ROLES), 4)
 
 
 class Call(NamedTuple):
@@ -45,9 +50,7 @@ def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad
     device = x.device.type
     grads = torch.is_grad_enabled()
     history = 0
-    if isinstance(
-        state.recipe, DelayedScaling
-    ):  # looked up for delayed scaling only: what is looked up becomes a guard
+    if isinstance(state.recipe, DelayedScaling):  # only there: what is looked up becomes a guard
         history = sum(known << role for role, known in enumerate(state.has_history))
     call = Call(
         casts=state.casts,
@@ -65,7 +68,51 @@ def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad
     )
     if grads and layer.training:
         _note_training()
-    return _Linear.apply(x, weight, bias, state.slots, state.grad_slots, main_grad, call)
+    codes = _shared_codes(state, x, call)
+    return _Linear.apply(x, weight, bias, state.slots, state.grad_slots, main_grad, *codes, call)
+
+
+def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """The codes of x where layers read it together, by the rules of csrc/siblings.h; what the first of them made lies on
+    the tensor itself. None where a layer casts for itself."""
+    group, nothing = state.group, (None, None, None)
+    delayed = isinstance(state.recipe, DelayedScaling)
+    by_history = delayed and call.history & 1
+    if group is None or (delayed and call.record and not by_history) or x.shape[-1] == _SLOTS[1]:
+        return nothing  # until it has a history, each layer records for itself
+    mutations = _mutations()
+    if mutations < 0:
+        return nothing
+    wanted = (call.record, call.training, call.fp8[0], call.grad_weight and call.fp8[2], mutations)
+    offer = getattr(x, "_fp8_codes", None)
+    if offer is not None:
+        of_group, maker, made, left, codes = offer
+        if of_group is group and made == wanted and (not by_history or group.follows[state.member] == maker):
+            x._fp8_codes = (of_group, maker, made, left - 1, codes) if left > 1 else None
+            return codes
+    left = sum(maker == state.member for maker in group.follows) if by_history else group.size - 1
+    if not left or not (wanted[2] or wanted[3]):
+        return nothing
+    with torch.no_grad():
+        codes = torch.ops.torch_fp8.cast(
+            x, state.slots, 0, call.casts, call.history, call.training, call.record, wanted[2], wanted[3]
+        )
+    x._fp8_codes = (group, state.member, wanted, left, codes)
+    return codes
+
+
+@torch.compiler.assume_constant_result
+def _mutations() -> int:
+    """How many tensors were written to so far in the trace that runs: an x._version that is known while tracing. -1
+    where nothing may be laid down on a tensor, within activation checkpointing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    if output.current_tracer.parent is not None:
+        return -1
+    values = [node.meta.get("example_value") for node in output.graph.nodes]
+    # What has the shape of slots is left out: the ops write to those, and no tensor of that width is shared.
+    return sum(value._version for value in values if isinstance(value, Tensor) and tuple(value.shape) != _SLOTS)
 
 
 _traced_training = False
@@ -88,11 +135,14 @@ def _note_training() -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, slots, grad_slots, main_grad, call: Call) -> Tensor:
+    def forward(ctx: Any, x, weight, bias, slots, grad_slots, main_grad, q, q_t, scale_inv, call: Call) -> Tensor:
+        given = [] if q is None else [q, q_t, scale_inv]
         y, x_t, x_scale_inv, weight_t, weight_scale_inv = torch.ops.torch_fp8.linear_forward(
-            x, weight, bias, slots, [], [], call.casts, call.history, call.fp8, call.fast_accum, call.training,
+            x, weight, bias, slots, given, [], call.casts, call.history, call.fp8, call.fast_accum, call.training,
             call.record, call.grad_x, call.grad_weight, call.gathered, call.autocast,
         )  # fmt: skip
+        if given:
+            x_t, x_scale_inv = q_t, scale_inv
         x_16 = x if call.grad_weight and not call.fp8[2] else None
         if x_16 is not None and call.autocast is not None:
             x_16 = x_16.to(call.autocast)
@@ -114,5 +164,5 @@ class _Linear(torch.autograd.Function):
         has_dweight = call.grad_weight and (ctx.main_grad is None or call.dummy_grad)
         return (
             dx if call.grad_x else None, dweight if has_dweight else None, dbias if call.grad_bias else None,
-            None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip
