@@ -188,15 +188,15 @@ struct TimedAlgorithm {
   std::vector<double> us;  // of each round
 };
 
-// The scaling state of one layer, and how its scales follow from the history (see update_scales).
-struct LayerState {
-  Slot* slots;     // kRoles
-  float* history;  // (kRoles, length): a ring of amaxes
+// The scaling state of one role of a layer, and how its scale follows from the history (see update_scales).
+struct RoleState {
+  Slot* slot;
+  float* history;  // length: a ring of amaxes
   int32_t length : 31;
   uint32_t power_of_two : 1;
-  float target[kRoles];  // fp8_max / 2^margin
+  float target;  // fp8_max / 2^margin
 };
-static_assert(sizeof(LayerState) == 32, "a thousand of them fit a kernel's arguments");
+static_assert(sizeof(RoleState) == 24, "over a thousand of them fit a kernel's arguments");
 
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.
 struct Kernels {
@@ -214,7 +214,7 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs& args);
   // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
   // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
-  void (*update_scales)(const LayerState* layers, int64_t count);
+  void (*update_scales)(const RoleState* roles, int64_t count);
 
   // From here on CUDA's alone.
   void (*skinny)(const SkinnyArgs& args);

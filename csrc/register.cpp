@@ -114,8 +114,9 @@ TORCH_LIBRARY(torch_fp8, m) {
       "gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, "
       "bool fast_accum=False) -> ()");
 
-  // One scaling update: for each layer slots (3, 4), history (3, length), three targets fp8_max / 2^margin and
-  // whether (1) or not (0) its scales are powers of two. At most two launches, whatever the number of layers.
+  // One scaling update: for each layer slots (R, 4) and history (R, length), for each role a target fp8_max / 2^margin,
+  // and for each role, or for each layer, whether (1) or not (0) scales are powers of two. A role that recorded nothing
+  // keeps its scale and history. At most two launches, whatever the number of layers.
   m.def("update_scales_(Tensor(a!)[] slots, Tensor(b!)[] histories, float[] targets, int[] power_of_two) -> ()");
 }
 

@@ -31,6 +31,9 @@ def samples(device):
     histories = [torch.zeros(3, n, device=device) for n in (1, 16)]
     yield ops.update_scales_, (states, histories, [448.0, 448.0, 57344.0] * 2, [0, 1]), {}
 
+    slots_of_ten = torch.ones(10, 4, device=device)
+    mixed = [slots_of_ten, torch_fp8._C.new_slots(device)], [torch.zeros(n, 2, device=device) for n in (10, 3)]
+    yield ops.update_scales_, (*mixed, [448.0] * 13, [0, 1] * 6 + [0]), {}
 
 def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)

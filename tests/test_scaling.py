@@ -299,7 +299,124 @@ def test_constant_scaling(device):
     assert layer.fp8_slots.tolist() == [[0.125, 8.0, 0, 0], [0.125, 8.0, 0, 0], [4.0, 0.25, 0, 0]]
 
 
-@pytest.mark.parametrize("count", [1, 999, 1001, 5000])
+@dataclass
+class LayerOfRoles:
+    """A layer's state for update_scales_, on a device, beside what the oracle has of it."""
+
+    slots: torch.Tensor
+    history: torch.Tensor
+    targets: list
+    power_of_two: list
+    roles: list
+
+
+def layer_of_roles(count: int, length: int, device: torch.device, power_of_two: bool | None = None) -> LayerOfRoles:
+    """Formats, margins and, where power_of_two is None, its values alternate over the roles."""
+    roles = []
+    for i in range(count):
+        exact = i % 3 != 1 if power_of_two is None else not power_of_two
+        recipe = fp8.DelayedScaling(amax_history_len=length, margin=i % 4, power_of_two=not exact)
+        roles.append(Role((E4M3, E5M2)[i % 2], recipe))
+    slots = torch.zeros(count, 4, device=device)
+    slots[:, :2] = 1.0
+    return LayerOfRoles(
+        slots,
+        torch.zeros(count, length, device=device),
+        [MAX[role.dtype] * 2.0**-role.recipe.margin for role in roles],
+        [int(role.recipe.power_of_two) for role in roles],
+        roles,
+    )
+
+
+def update_of(layers: list[LayerOfRoles], one_a_layer: bool = False) -> tuple:
+    return (
+        [layer.slots for layer in layers],
+        [layer.history for layer in layers],
+        [target for layer in layers for target in layer.targets],
+        [p for layer in layers for p in (layer.power_of_two[:1] if one_a_layer else layer.power_of_two)],
+    )
+
+
+def state_of(layer: LayerOfRoles) -> tuple:
+    return layer.slots.clone(), layer.history.clone()
+
+
+@pytest.mark.parametrize("counts", [[1], [3], [10], [16], [3, 10, 1, 16, 3], [3] * 5], ids=str)
+def test_update_of_any_number_of_roles(device, counts):
+    layers = [layer_of_roles(count, 1 + 4 * i, device) for i, count in enumerate(counts)]
+    generator = torch.Generator().manual_seed(2)
+    for step in range(14):
+        for layer in layers:
+            amaxes = torch.exp2(torch.randn(len(layer.roles), generator=generator) * 6)
+            for special in (0.0, INF, NAN):
+                amaxes[torch.rand(len(amaxes), generator=generator) < 0.1] = special
+            layer.slots[:, 2] = amaxes.to(device)
+            for role, seen in zip(layer.roles, amaxes.tolist()):
+                role.amax = seen
+                role.update()
+        torch.ops.torch_fp8.update_scales_(*update_of(layers))
+        for layer in layers:
+            for (scale_inv, scale, seen, cursor), ring, role in zip(
+                layer.slots.tolist(), layer.history.tolist(), layer.roles
+            ):
+                assert bits(scale, seen) == bits(role.scale, 0.0), step
+                assert bits(scale_inv) == bits(np.float32(1) / np.float32(role.scale)), step
+                length = len(ring)
+                assert cursor == ((len(role.history) - 1) % length + 1 if role.history else 0), step
+                kept = role.history[-length:]
+                assert sorted(bits(*ring)) == sorted(bits(*kept, *[0.0] * (length - len(kept)))), step
+
+
+def test_a_role_that_never_records_keeps_what_it_has(device):
+    """So that roles of constant and of current scaling can be in one call with others."""
+    layer = layer_of_roles(4, 3, device)
+    layer.slots[1] = torch.tensor([0.125, 8.0, 0.0, 0.0])
+    before = state_of(layer)
+    layer.slots[[0, 2], 2] = 5.0
+    torch.ops.torch_fp8.update_scales_(*update_of([layer]))
+    for now, then in zip((layer.slots, layer.history), before):
+        assert torch.equal(now[[1, 3]], then[[1, 3]])
+        assert not torch.equal(now[0], then[0]) and not torch.equal(now[2], then[2])
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_power_of_two_for_each_layer_or_for_each_role(device, power_of_two):
+    results = []
+    for one_a_layer in (True, False):
+        layers = [layer_of_roles(count, 4, device, power_of_two) for count in (3, 10, 1)]
+        for layer in layers:
+            layer.slots[:, 2] = torch.arange(1.0, len(layer.roles) + 1, device=device)
+        torch.ops.torch_fp8.update_scales_(*update_of(layers, one_a_layer))
+        results.append([t for layer in layers for t in state_of(layer)])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+    assert power_of_two == all(s == 2.0 ** round(np.log2(s)) for s in results[0][0][:, 1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"histories": []}, "2 layers need as many histories, got 0"),
+        ({"targets": [448.0] * 6}, "2 layers with 13 roles need a target for each role .* got 6 and 13"),
+        ({"power_of_two": [0] * 3}, "a power_of_two for each role or layer, got 13 and 3"),
+        ({"targets": [448.0] * 12 + [0.0]}, r"a target must be in \(0, 57344\], got 0"),
+    ],
+)
+def test_what_does_not_fit_the_roles_is_refused(device, change, message):
+    layers = [layer_of_roles(count, 2, device) for count in (3, 10)]
+    for layer in layers:
+        layer.slots[:, 2] = 7.0
+    before = [state_of(layer) for layer in layers]
+    names = ("slots", "histories", "targets", "power_of_two")
+    arguments = dict(zip(names, update_of(layers))) | change
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        torch.ops.torch_fp8.update_scales_(*arguments.values())
+    for layer, then in zip(layers, before):
+        assert all(map(torch.equal, state_of(layer), then))
+
+
+# A kernel's arguments hold 1364 roles: 454 of these layers and two roles of the next.
+@pytest.mark.parametrize("count", [1, 454, 455, 999, 5000])
 def test_update_of_any_number_of_layers(device, count):
     """In few launches: a kernel's arguments hold a thousand layers, more than that travel as one table."""
     amaxes = torch.rand(count, 3) + 0.5

@@ -53,7 +53,8 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
 void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                       const at::Tensor& b_scale_inv, bool fast_accum);
 
-// One scaling update of many layers: slots (3, 4), histories (3, length), three targets a layer.
+// One scaling update of many layers: slots (R, 4), histories (R, length), a target for each of a layer's R roles, and a
+// power_of_two for each role or each layer. Layers may differ in R: a linear layer has 3.
 void update_scales_(at::TensorList slots, at::TensorList histories, at::ArrayRef<double> targets,
                     at::IntArrayRef power_of_two);
 
