@@ -35,7 +35,8 @@ struct Matrix {  // (rows, cols), any strides, in elements
   int64_t row_stride, col_stride;
 };
 
-// q = saturate(round_to_nearest_even(x * slot->scale)), in one pass over x.
+// q = saturate(round_to_nearest_even(x * slot->scale)), in one pass over x. In all casts NaN is written for an x that
+// is not finite (encode in format.h).
 struct QuantizeArgs {
   Matrix x;
   Format format;
@@ -137,7 +138,7 @@ struct DequantizeArgs {
 };
 
 // What a cast of x with that slot loses.
-enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // beyond the largest number (Inf too), to zero, ...
+enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // finite but too large, to zero, ...
 struct LossArgs {
   Matrix x;
   Format format;

@@ -61,8 +61,8 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "
       "ScalarType? dbias=None, bool recast=False) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
 
-  // What that cast of x loses: counts (4) int64 of elements that saturate (Inf too), become zero, are Inf, are NaN; and
-  // values (2) float32: its scale, and the amax of x.
+  // What that cast of x loses: counts (4) int64 of finite elements that saturate, elements that become zero,
+  // are Inf, are NaN; and values (2) float32: its scale, and the amax of x.
   m.def(
       "count_losses(Tensor x, Tensor slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0) -> (Tensor counts, Tensor values)");

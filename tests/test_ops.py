@@ -30,16 +30,16 @@ def samples(device):
     states = [torch_fp8._C.new_slots(device) for _ in range(2)]
     histories = [torch.zeros(3, n, device=device) for n in (1, 16)]
     yield ops.update_scales_, (states, histories, [448.0, 448.0, 57344.0] * 2, [0, 1]), {}
-
     slots_of_ten = torch.ones(10, 4, device=device)
     mixed = [slots_of_ten, torch_fp8._C.new_slots(device)], [torch.zeros(n, 2, device=device) for n in (10, 3)]
     yield ops.update_scales_, (*mixed, [448.0] * 13, [0, 1] * 6 + [0]), {}
 
 def is_fp8(arg):
+
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -49,7 +49,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

@@ -418,7 +418,7 @@ def test_what_does_not_fit_the_roles_is_refused(device, change, message):
 # A kernel's arguments hold 1364 roles: 454 of these layers and two roles of the next.
 @pytest.mark.parametrize("count", [1, 454, 455, 999, 5000])
 def test_update_of_any_number_of_layers(device, count):
-    """In few launches: a kernel's arguments hold a thousand layers, more than that travel as one table."""
+    """In few launches: a kernel's arguments hold over a thousand roles, more than that travel as one table."""
     amaxes = torch.rand(count, 3) + 0.5
     slots = [fp8._C.new_slots(device) for _ in range(count)]
     for row, seen in zip(slots, amaxes.to(device)):
@@ -444,3 +444,101 @@ def test_capture_before_the_first_update_is_an_error(cuda):
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="before this layer's first scaling update"), torch.cuda.graph(graph):
         layer(x)
+
+
+# ---- what is not finite ----------------------------------------------------------------------------------------------
+
+OVERFLOW_RECIPES = [
+    fp8.DelayedScaling(amax_history_len=4),
+    fp8.DelayedScaling(fp8_format="E4M3", power_of_two=True),
+    fp8.CurrentScaling(),
+    fp8.CurrentScaling(fp8_format="E4M3", power_of_two=True, grad_margin=3),
+    fp8.ConstantScaling(),
+    fp8.ConstantScaling(fp8_format="E4M3", grad_margin=6),
+]
+
+
+class Overflow:
+    """Two layers without bias. The gradient between them is 4 times the sum of 16 output gradients of +-2^11: within
+    float16 where the signs alternate, 2^17 and so beyond it where they agree. No output gradient ever saturates."""
+
+    def __init__(self, device, recipe=None):
+        self.device = device
+        torch.manual_seed(3)
+        self.model = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 16, bias=False))
+        with torch.no_grad():
+            self.model[1].weight.fill_(4.0)
+        self.model.to(device)
+        if recipe is not None:
+            fp8.convert(self.model, recipe, tokens=None)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8, growth_interval=10**6)
+
+    def backward(self, overflow: bool) -> None:
+        x = torch.randn(24, 32, generator=torch.Generator().manual_seed(4)).to(self.device)
+        signs = torch.ones(16) if overflow else torch.tensor([1.0, -1.0] * 7 + [1.0, -0.75])
+        with torch.autocast(self.device.type, torch.float16):
+            y = self.model(x)
+        self.scaler.scale((y.float() * 8.0 * signs.to(self.device)).sum()).backward()
+
+    def step(self, overflow: bool) -> tuple:
+        """The scale that follows, and whether the optimizer stepped."""
+        before = self.model[0].weight.detach().clone()
+        self.backward(overflow)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return self.scaler.get_scale(), not torch.equal(self.model[0].weight, before)
+
+
+@pytest.mark.parametrize("recipe", OVERFLOW_RECIPES, ids=str)
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_grad_scaler_sees_an_inner_overflow(device, recipe, good_steps):
+    ours, theirs = Overflow(device, recipe), Overflow(device)
+    for _ in range(good_steps):
+        assert ours.step(False) == theirs.step(False) == (2.0**8, True)
+    assert ours.step(True) == theirs.step(True) == (2.0**7, False)
+    for _ in range(3):
+        assert ours.step(False) == theirs.step(False) == (2.0**7, True)
+    assert all(p.isfinite().all() for p in ours.model.parameters())
+
+
+@pytest.mark.parametrize("recipe", [None, *OVERFLOW_RECIPES], ids=str)
+def test_clipping_sees_an_inner_overflow(device, recipe):
+    model = Overflow(device, recipe)
+    model.backward(overflow=True)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("recipe", OVERFLOW_RECIPES, ids=str)
+@pytest.mark.parametrize("special", [INF, -INF, NAN])
+def test_where_nn_linear_is_not_finite_neither_is_ours(device, recipe, special):
+    """In every role, each alone, before the first update and after."""
+    for place in ("input", "weight", "grad_output"):
+        for steps in (0, 2):
+            theirs = torch.nn.Linear(32, 48, bias=False, device=device)
+            ours = fp8.convert(torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False, device=device)), recipe,
+                               tokens=None)[0]  # fmt: skip
+            ours.load_state_dict(theirs.state_dict())
+            optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+            for _ in range(steps):
+                ours(torch.randn(16, 32, device=device)).backward(torch.randn(16, 48, device=device))
+                optimizer.step()
+                optimizer.zero_grad()
+            x, dy = torch.randn(16, 32, device=device), torch.randn(16, 48, device=device)
+            if place == "input":
+                x[3, 5] = special
+            elif place == "grad_output":
+                dy[7, 9] = special
+            else:
+                with torch.no_grad():
+                    ours.weight[11, 13] = theirs.weight[11, 13] = special
+            results = []
+            for layer in (ours, theirs):
+                given = x.clone().requires_grad_()
+                y = layer(given)
+                y.backward(dy)
+                results.append((y.detach(), given.grad, layer.weight.grad))
+            for a, b in zip(*results):
+                assert torch.equal(a.isfinite(), b.isfinite()), (place, steps)
