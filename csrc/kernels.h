@@ -48,6 +48,14 @@ struct QuantizeArgs {
   float* column_sums;  // (ceil(rows / kBiasRows), padded(cols)): sums of x over kBiasRows rows, or null
 };
 
+// What quantize(cast) wrote to q, q_t and scale_inv is written again, scaled by cast.amax, where that shows the slot's
+// scale to be unfit (scale.h). Where it is not, nothing is written, and no word from the host is needed to find out.
+struct RecastArgs {
+  QuantizeArgs cast;  // as it ran; cast.amax, not null, covers x by now
+  float target;       // fp8_max / 2^margin
+  bool power_of_two;
+};
+
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
 struct QuantizeRowsArgs {
   Matrix x;
@@ -206,6 +214,7 @@ struct Kernels {
   // The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
   void (*scale_from_amax)(const float* parts, Slot* slot, float target, bool power_of_two);
   void (*quantize)(const QuantizeArgs& args);
+  void (*recast)(const RecastArgs& args);
   void (*quantize_rows)(const QuantizeRowsArgs& args);
   void (*quantize_groups)(const QuantizeGroupsArgs& args);
   void (*count_losses)(const LossArgs& args);

@@ -55,7 +55,8 @@ TORCH_LIBRARY(torch_fp8, m) {
   // -> q (pad16(M), pad16(K)), q_t its transpose, scale_inv (1) float32, dbias (K): the column sums of x.
   // What is not asked for comes with 0 elements. slots (roles, 4) float32 {scale_inv, scale, amax, cursor}: the role's
   // scale is read and, with record, its amax raised to max |x|. own_amax: scale by x's own amax, in two passes, to
-  // fp8_max / 2^margin.
+  // fp8_max / 2^margin. recast: where the amax that was recorded (without record, that of x) shows the slot's scale to
+  // be unfit, what was cast is cast again, by that amax; with own_amax it means nothing.
   m.def(
       "quantize(Tensor x, Tensor(a!) slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "

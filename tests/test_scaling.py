@@ -446,6 +446,32 @@ def test_capture_before_the_first_update_is_an_error(cuda):
         layer(x)
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("change", ["4", "1e3", "1e-3", "add", "other"])
+def test_a_weight_changed_behind_the_optimizer_is_cast_by_its_own_amax(device, change, power_of_two):
+    """By a write that nothing can see, after an update has made its scale; in training too."""
+    layer = fp8.Linear(128, 96, bias=False, device=device, recipe=fp8.DelayedScaling(power_of_two=power_of_two))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for _ in range(2):
+        layer(torch.randn(64, 128, device=device)).backward(torch.randn(64, 96, device=device))
+        optimizer.step()
+    weight = layer.weight.data
+    if change == "add":
+        weight.add_(torch.randn_like(weight))
+    elif change == "other":
+        weight.copy_(torch.randn_like(weight) * 20)
+    else:
+        weight.mul_(float(change))
+    x = torch.randn(64, 128, device=device, requires_grad=True)
+    y = layer(x)
+    exact = x.detach().double() @ weight.double().t()
+    assert (y.double() - exact).norm() < 0.045 * exact.norm()
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    exact = dy.double() @ weight.double()  # through the transpose
+    assert (x.grad.double() - exact).norm() < 0.1 * exact.norm()
+
+
 # ---- what is not finite ----------------------------------------------------------------------------------------------
 
 OVERFLOW_RECIPES = [

@@ -97,6 +97,15 @@ void quantize(const QuantizeArgs& args) {
   });
 }
 
+void recast(const RecastArgs& args) {
+  QuantizeArgs cast = args.cast;
+  if (!is_unfit(cast.slot->scale, *cast.amax, cast.format, args.target)) return;
+  const Slot own = own_slot(*cast.amax, args.target, args.power_of_two);
+  cast.slot = &own;
+  cast.amax = cast.column_sums = nullptr;
+  quantize(cast);
+}
+
 void quantize_rows(const QuantizeRowsArgs& args) {
   const Matrix& x = args.x;
   const int64_t cols = padded(x.cols);
@@ -207,6 +216,7 @@ void add_column_sums(const ColumnSums& sums) {
   table.amax = amax;
   table.scale_from_amax = scale_from_amax;
   table.quantize = quantize;
+  table.recast = recast;
   table.quantize_rows = quantize_rows;
   table.quantize_groups = quantize_groups;
   table.count_losses = count_losses;

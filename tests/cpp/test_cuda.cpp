@@ -66,6 +66,22 @@ TEST_F(Cuda, CodesOfFloatsOfEveryExponent) {
   }
 }
 
+TEST_F(Cuda, Recasts) {
+  for (const auto dtype : {at::kFloat, at::kHalf, at::kBFloat16}) {
+    for (const std::vector<int64_t>& size : {std::vector<int64_t>{16, 17}, {129, 400}, {2100, 2100}}) {
+      const at::Tensor x = at::randn(size).to(dtype);
+      for (const auto fp8 : {kE4M3Type, kE5M2Type}) {
+        for (const float factor : {1.0f, 1.0625f, 1.07f, 1 / 32.0f, 1 / 33.0f, 1e6f}) {
+          QuantizeOptions options;
+          options.recast = true;
+          options.record = factor != 1e6f;
+          expect_same(x, own_scale(x, fp8) * factor, fp8, options);
+        }
+      }
+    }
+  }
+}
+
 TEST_F(Cuda, ShapesStridesAndOwnAmax) {
   QuantizeOptions own, power_of_two;
   own.own_amax = power_of_two.own_amax = power_of_two.power_of_two = true;

@@ -207,6 +207,29 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_scalars(args, of_warp);
 }
 
+// In the ordinary case a block reads two numbers and ends, so there are few blocks, and where there is work each takes
+// many tiles.
+template <class T, Format kFormat>
+__global__ void __launch_bounds__(kThreads, 2)
+    recast_kernel(__grid_constant__ const RecastArgs args, bool vectorised, uint32_t tiles_across, uint32_t tiles) {
+  __shared__ uint32_t of_warp[kWarps];
+  const QuantizeArgs& cast = args.cast;
+  begin_dependent();
+  const float amax = *cast.amax;
+  if (!is_unfit(cast.slot->scale, amax, kFormat, args.target)) return;
+  const Slot own = own_slot(amax, args.target, args.power_of_two);
+  for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = tile_of(cast.x, index, tiles_across);
+    if (cast.q_t) {
+      cast_tile<T, kFormat, true, false>(cast, vectorised, tile, own.scale, of_warp);
+    } else {
+      cast_tile<T, kFormat, false, false>(cast, vectorised, tile, own.scale, of_warp);
+    }
+    __syncthreads();  // before the next tile is put in the place of this one
+  }
+  if (cast.scale_inv && blockIdx.x == 0 && threadIdx.x == 0) *cast.scale_inv = own.scale_inv;
+}
+
 // The row-major codes of a dense x that needs no padding.
 template <class T, Format kFormat>
 __global__ void __launch_bounds__(kDenseThreads)
@@ -272,7 +295,21 @@ void launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   });
 }
 
-[[maybe_unused]] const bool filled = fill<launch_quantize>(cuda_kernels().quantize);
+void launch_recast(const RecastArgs& args, cudaStream_t stream) {
+  const Matrix& x = args.cast.x;
+  const uint32_t tiles = tiles_of(x);
+  if (tiles == 0) return;
+  with_type(x.type, [&](auto t) {
+    using T = decltype(t);
+    const auto kernel =
+        args.cast.format == Format::kE4M3 ? recast_kernel<T, Format::kE4M3> : recast_kernel<T, Format::kE5M2>;
+    launch(kernel, std::min(tiles, 2 * kMultiprocessors), kThreads, stream, args, is_vectorised(x), tiles_across(x),
+           tiles);
+  });
+}
+
+[[maybe_unused]] const bool filled =
+    fill<launch_quantize>(cuda_kernels().quantize) && fill<launch_recast>(cuda_kernels().recast);
 
 }  // namespace
 }  // namespace torch_fp8::cuda
