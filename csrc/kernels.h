@@ -35,7 +35,8 @@ struct Matrix {  // (rows, cols), any strides, in elements
   int64_t row_stride, col_stride;
 };
 
-// q = saturate(round_to_nearest_even(x * slot->scale)), in one pass over x.
+// q = saturate(round_to_nearest_even(x * slot->scale)), in one pass over x. In all casts NaN is written for an x that
+// is not finite (encode in format.h).
 struct QuantizeArgs {
   Matrix x;
   Format format;
@@ -45,6 +46,14 @@ struct QuantizeArgs {
   float* scale_inv;    // 1: this tensor's own copy of slot->scale_inv, or null
   float* amax;         // 1: raised to max |x| where that is larger; NaN is larger than Inf; or null
   float* column_sums;  // (ceil(rows / kBiasRows), padded(cols)): sums of x over kBiasRows rows, or null
+};
+
+// What quantize(cast) wrote to q, q_t and scale_inv is written again, scaled by cast.amax, where that shows the slot's
+// scale to be unfit (scale.h). Where it is not, nothing is written, and no word from the host is needed to find out.
+struct RecastArgs {
+  QuantizeArgs cast;  // as it ran; cast.amax, not null, covers x by now
+  float target;       // fp8_max / 2^margin
+  bool power_of_two;
 };
 
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
@@ -137,7 +146,7 @@ struct DequantizeArgs {
 };
 
 // What a cast of x with that slot loses.
-enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // beyond the largest number (Inf too), to zero, ...
+enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // finite but too large, to zero, ...
 struct LossArgs {
   Matrix x;
   Format format;
@@ -188,15 +197,15 @@ struct TimedAlgorithm {
   std::vector<double> us;  // of each round
 };
 
-// The scaling state of one layer, and how its scales follow from the history (see update_scales).
-struct LayerState {
-  Slot* slots;     // kRoles
-  float* history;  // (kRoles, length): a ring of amaxes
+// The scaling state of one role of a layer, and how its scale follows from the history (see update_scales).
+struct RoleState {
+  Slot* slot;
+  float* history;  // length: a ring of amaxes
   int32_t length : 31;
   uint32_t power_of_two : 1;
-  float target[kRoles];  // fp8_max / 2^margin
+  float target;  // fp8_max / 2^margin
 };
-static_assert(sizeof(LayerState) == 32, "a thousand of them fit a kernel's arguments");
+static_assert(sizeof(RoleState) == 24, "over a thousand of them fit a kernel's arguments");
 
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.
 struct Kernels {
@@ -205,6 +214,7 @@ struct Kernels {
   // The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
   void (*scale_from_amax)(const float* parts, Slot* slot, float target, bool power_of_two);
   void (*quantize)(const QuantizeArgs& args);
+  void (*recast)(const RecastArgs& args);
   void (*quantize_rows)(const QuantizeRowsArgs& args);
   void (*quantize_groups)(const QuantizeGroupsArgs& args);
   void (*count_losses)(const LossArgs& args);
@@ -214,7 +224,7 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs& args);
   // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
   // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
-  void (*update_scales)(const LayerState* layers, int64_t count);
+  void (*update_scales)(const RoleState* roles, int64_t count);
 
   // From here on CUDA's alone.
   void (*skinny)(const SkinnyArgs& args);

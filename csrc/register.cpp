@@ -56,14 +56,15 @@ TORCH_LIBRARY(torch_fp8, m) {
   // -> q (pad16(M), pad16(K)), q_t its transpose, scale_inv (1) float32, dbias (K): the column sums of x.
   // What is not asked for comes with 0 elements. slots (roles, 4) float32 {scale_inv, scale, amax, cursor}: the role's
   // scale is read and, with record, its amax raised to max |x|. own_amax: scale by x's own amax, in two passes, to
-  // fp8_max / 2^margin.
+  // fp8_max / 2^margin. recast: where the amax that was recorded (without record, that of x) shows the slot's scale to
+  // be unfit, what was cast is cast again, by that amax; with own_amax it means nothing.
   m.def(
       "quantize(Tensor x, Tensor(a!) slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0, bool record=True, bool rowwise=True, bool columnwise=False, "
       "ScalarType? dbias=None, bool recast=False) -> (Tensor q, Tensor q_t, Tensor scale_inv, Tensor dbias)");
 
-  // What that cast of x loses: counts (4) int64 of elements that saturate (Inf too), become zero, are Inf, are NaN; and
-  // values (2) float32: its scale, and the amax of x.
+  // What that cast of x loses: counts (4) int64 of finite elements that saturate, elements that become zero,
+  // are Inf, are NaN; and values (2) float32: its scale, and the amax of x.
   m.def(
       "count_losses(Tensor x, Tensor slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0) -> (Tensor counts, Tensor values)");
@@ -120,8 +121,9 @@ TORCH_LIBRARY(torch_fp8, m) {
       "gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, "
       "bool fast_accum=False) -> ()");
 
-  // One scaling update: for each layer slots (3, 4), history (3, length), three targets fp8_max / 2^margin and
-  // whether (1) or not (0) its scales are powers of two. At most two launches, whatever the number of layers.
+  // One scaling update: for each layer slots (R, 4) and history (R, length), for each role a target fp8_max / 2^margin,
+  // and for each role, or for each layer, whether (1) or not (0) scales are powers of two. A role that recorded nothing
+  // keeps its scale and history. At most two launches, whatever the number of layers.
   m.def("update_scales_(Tensor(a!)[] slots, Tensor(b!)[] histories, float[] targets, int[] power_of_two) -> ()");
 }
 

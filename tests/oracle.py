@@ -16,10 +16,10 @@ OUTPUT_SUBNORMAL = {torch.bfloat16: 0.0, torch.float16: 2.0**-25, torch.float32:
 
 
 def codes(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """(x * scale) in FP8 as uint8: float32 product, saturated, rounded to nearest even by PyTorch; NaN is 0x7F."""
+    """(x * scale) in FP8 as uint8: float32 product, saturated, rounded to nearest even by PyTorch; 0x7F, a NaN, where x
+    is not finite."""
     scaled = (x.float() * torch.tensor(scale, dtype=torch.float32)).clamp(-MAX[dtype], MAX[dtype])
-    out = scaled.to(dtype).view(torch.uint8)
-    return torch.where(scaled.isnan(), torch.full_like(out, 0x7F), out)
+    return scaled.to(dtype).view(torch.uint8).masked_fill(~x.isfinite(), 0x7F)
 
 
 def exact_scale(amax: float, dtype: torch.dtype, margin: int = 0) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, codes, exact_scale
+from torch_fp8.observe.emulate import emulated_linear
 
 NONE, STATIC, TENSOR, TOKEN = range(4)
 FEW, WIDE = 16, 8192  # rows of x up to which x is not quantised; half as many with more outputs
@@ -169,15 +170,24 @@ def test_each_group_is_scaled_by_its_own_amax_before_blocks(device, dtype):
         torch.testing.assert_close(y[row, j].double(), expected[7], rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("m", [1, 6, 20])
-def test_nan_and_inf_are_seen(device, m):
-    weight = torch.randn(32, 64).to(E4M3)
-    weight.view(torch.uint8)[5, 7] = 0x7F
-    x = torch.randn(m, 64).bfloat16()
-    x[0, 3] = math.inf
-    y = frozen_linear(x.to(device), weight.to(device), torch.ones(32, 1, device=device), None, None, NONE)
-    assert y[:, 5].isnan().all() and not y[0].isfinite().any()
-    assert y[1:, :5].isfinite().all()
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("m", [1, 6, 16, 17, 33, 200])
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block"])
+@pytest.mark.parametrize("activations", [NONE, STATIC, TENSOR, TOKEN])
+def test_nan_and_inf_are_seen(device, activations, kind, m, special):
+    """In the row that has them, whatever the number of rows; and their emulation sees the same."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for k in (256, 80):
+            weight, scale, _ = weight_of(32, k, kind)
+            weight.view(torch.uint8)[5, 7] = 0x7F
+            x = torch.randn(m, k).to(dtype)
+            x[m // 2, 3] = special
+            slot = torch.tensor([[1 / 64, 64.0, 0.0, 0.0]])
+            arguments = [t.to(device) for t in (x, weight, scale)] + [None, slot.to(device), activations]
+            expected = torch.ones(m, 32, dtype=torch.bool)
+            expected[:, 5] = expected[m // 2] = False
+            for linear in (frozen_linear, emulated_linear):
+                assert torch.equal(linear(*arguments).isfinite().cpu(), expected), (dtype, k, linear)
 
 
 @pytest.mark.parametrize("m", [1, 20, 70])

@@ -66,6 +66,19 @@ def test_accumulate(device, dtype, n):
     assert_within(out, total, bound + OUTPUT[dtype] * (exact.abs() + total.abs()))
 
 
+def test_scales_whose_product_is_beyond_float32():
+    """A sum of zero stays zero, and what float32 holds comes out. Where cuBLASLt multiplies the scales itself, nothing
+    is promised (docs/design.md)."""
+    cpu = torch.device("cpu")
+    a, b = torch.zeros(16, 16), torch.eye(16)
+    a[0, 0], a[1, 1] = 2.0**-9, 448.0
+    big = 2.0**66
+    out = gemm(a.to(E4M3), b.to(E4M3), scale_inv(big, cpu), scale_inv(big, cpu), None, [16, 16], torch.float32)
+    expected = torch.zeros(16, 16)
+    expected[0, 0], expected[1, 1] = 2.0**123, float("inf")
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("size", [[0, 32], [3, 0], [0, 0]])
 def test_empty_output(device, size):
     one = scale_inv(1.0, device)

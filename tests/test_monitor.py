@@ -16,7 +16,7 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 1e-30, 448.0, 449.0, 57344.0, -6e4, 3e38, m
 
 def losses(x, scale, dtype):
     """saturated, flushed, Inf, NaN."""
-    scaled = (x.float() * torch.tensor(scale, dtype=torch.float32)).abs()
+    scaled = (x.float() * torch.tensor(scale, dtype=torch.float32)).abs().where(x.isfinite(), 0)
     flushed = (x != 0) & ((codes(x, scale, dtype) & 0x7F) == 0)
     return [t.sum().item() for t in (scaled > MAX[dtype], flushed, x.isinf(), x.isnan())]
 

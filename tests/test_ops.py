@@ -22,6 +22,7 @@ def samples(device):
     yield ops.quantize, (x, slots, 0, E4M3), {}
     yield ops.quantize, (x, slots, 2, E5M2), {"columnwise": True, "rowwise": False, "dbias": torch.float32}
     yield ops.quantize, (x.float(), slots, 1, E4M3), {"own_amax": True, "power_of_two": True, "record": False}
+    yield ops.quantize, (x * 1e6, slots, 1, E4M3), {"columnwise": True, "dbias": torch.bfloat16, "recast": True}
     yield ops.count_losses, (x, slots, 0, E4M3), {"own_amax": True}
     yield ops.frozen_linear, (x, fp8(24, 40, E4M3, device), torch.ones(24, 1, device=device), None, None, 3), {}
     yield ops.gemm, (a, b, one, one.clone(), None, [4, 5, 48], torch.bfloat16), {}
@@ -30,13 +31,16 @@ def samples(device):
     states = [torch_fp8._C.new_slots(device) for _ in range(2)]
     histories = [torch.zeros(3, n, device=device) for n in (1, 16)]
     yield ops.update_scales_, (states, histories, [448.0, 448.0, 57344.0] * 2, [0, 1]), {}
+    slots_of_ten = torch.ones(10, 4, device=device)
+    mixed = [slots_of_ten, torch_fp8._C.new_slots(device)], [torch.zeros(n, 2, device=device) for n in (10, 3)]
+    yield ops.update_scales_, (*mixed, [448.0] * 13, [0, 1] * 6 + [0]), {}
 
 
 def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -46,7 +50,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(11))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

@@ -111,8 +111,7 @@ def test_values_that_say_nothing_of_the_scale(device, special, x_dtype):
     slots = slots_with(7.0, device)
     q, _, scale_inv, _ = quantize(x, slots, 0, E4M3, own_amax=True)
     assert scale_inv.item() == 1.0
-    expected = {0.0: 0x00, INF: 0x7E, -INF: 0xFE}.get(special, 0x7F)
-    assert (q.view(torch.uint8)[:20, :30] == expected).all()
+    assert (q.view(torch.uint8)[:20, :30] == (0x7F if special else 0x00)).all()
     recorded = slots[0, 2].item()
     assert recorded != recorded if special != special else recorded == abs(special)
 
@@ -123,9 +122,154 @@ def test_one_nan_is_seen_beside_infinity_and_survives(device):
     slots = slots_with(1.0, device)
     q, q_t, _, _ = quantize(x, slots, 0, E5M2, columnwise=True)
     assert slots[0, 2].isnan()
-    assert q.float()[:300, :200].isnan().nonzero().tolist() == [[250, 199]]
-    assert q_t.float().isnan().nonzero().tolist() == [[199, 250]]
-    assert q.float()[17, 5] == MAX[E5M2]
+    assert q.float()[:300, :200].isnan().nonzero().tolist() == [[17, 5], [250, 199]]
+    assert q_t.float().isnan().nonzero().tolist() == [[5, 17], [199, 250]]
+
+
+# Alone in a row, a column, a patch of 4 x 8, at the end of x, and all over a tile; dense and padded.
+INFINITE = {
+    "one": [(30, 5)],
+    "first and last": [(0, 0), (-1, -1)],
+    "row": [(3, slice(None))],
+    "column": [(slice(None), 9)],
+    "tile": [(slice(0, 128), slice(0, 128))],
+    "all": [(slice(None), slice(None))],
+}
+
+
+@pytest.mark.parametrize("where", INFINITE)
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_what_is_not_finite_stays_so(device, where, dtype, x_dtype):
+    """Inf becomes NaN, and what is finite saturates as ever, whichever kernel casts and whatever is asked for."""
+    for shape in [(128, 256), (140, 250), (33, 16), (300, 131)]:
+        x = torch.randn(shape) * 1e3
+        for i, place in enumerate(INFINITE[where]):
+            x[place] = -INF if i % 2 else INF
+        x[-1, 0], x[0, -1] = 6e4, -6e4  # finite in every type
+        x = x.to(x_dtype)
+        for scale in (2.0**-126, 3.0, 2.0**126):
+            expected = codes(x, scale, dtype)
+            assert scale < 4 or x.float().mul(scale).isinf().sum() > x.isinf().sum()
+            assert expected.eq(0x7F).equal(~x.isfinite())
+            for rowwise, columnwise, dbias in [
+                (True, False, None), (True, True, None), (False, True, torch.float32), (True, False, torch.float32),
+            ]:  # fmt: skip
+                for role, options in enumerate([{}, {"record": False}, {}]):
+                    slots = slots_with(scale, device)
+                    q, q_t, _, sums = quantize(x.to(device), slots, role, dtype, rowwise=rowwise,
+                                               columnwise=columnwise, dbias=dbias, **options)  # fmt: skip
+                    if rowwise:
+                        assert torch.equal(q.cpu().view(torch.uint8)[: shape[0], : shape[1]], expected)
+                    if columnwise:
+                        assert torch.equal(q_t.cpu().view(torch.uint8)[: shape[1], : shape[0]], expected.t())
+                    if dbias:
+                        assert torch.equal(sums.isfinite().cpu(), x.isfinite().all(0))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_infinity_by_its_own_amax(device, dtype, power_of_two):
+    x = torch.randn(40, 70)
+    x[11, 13] = -INF
+    for view in (x, x.t(), x[:, ::3], x[5:25, 3:33].expand(2, 20, 30)):
+        q, q_t, scale_inv, _ = quantize(view.to(device), slots_with(5.0, device), 0, dtype, columnwise=True,
+                                        own_amax=True, power_of_two=power_of_two)  # fmt: skip
+        rows = view.reshape(-1, view.shape[-1])
+        scale = (power_of_two_scale if power_of_two else exact_scale)(amax(rows), dtype)
+        assert scale_inv.item() == (1 / torch.tensor(scale)).item()
+        expected = codes(rows, scale, dtype)
+        assert torch.equal(q.cpu().view(torch.uint8)[: rows.shape[0], : rows.shape[1]], expected)
+        assert torch.equal(q_t.cpu().view(torch.uint8)[: rows.shape[1], : rows.shape[0]], expected.t())
+
+
+def test_a_loaded_amax_of_minus_zero_is_raised(device):
+    for x in (torch.tensor([[1.5, -2.5]]), torch.zeros(3, 3), torch.full((2, 2), 1e-45)):
+        slots = slots_with(1.0, device)
+        slots[1, 2] = -0.0
+        quantize(x.to(device), slots, 1, E4M3)
+        assert same_bits(slots[1, 2:3], torch.tensor([amax(x)]))
+    torch.ops.torch_fp8.update_scales_([slots], [torch.zeros(3, 2, device=device)], [448.0] * 3, [0])
+    assert slots.view(torch.int32)[1, 2] == 0
+
+
+# ---- recast ----------------------------------------------------------------------------------------------------------
+
+
+def unfit(value: float, scale: float, dtype: torch.dtype, margin: int) -> bool:
+    """The documented rule, in float32."""
+    mapped = float(torch.tensor(value) * torch.tensor(scale))
+    usable = 0 < value < INF
+    return usable and (mapped > MAX[dtype] * 17 / 16 or mapped < MAX[dtype] * 2.0**-margin / 32)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_recast(device, dtype, power_of_two, margin, x_dtype):
+    """At both bounds, just beyond them, far beyond, and where the amax says nothing."""
+    high, low = MAX[dtype] * 17 / 16, MAX[dtype] * 2.0**-margin / 32
+    up, down = 1 + 2.0**-7, 1 - 2.0**-7  # neighbours of a 16-bit number
+    for peak in [high, high * up, low, low * down, 1e3 * high, 1e-3 * low, 1.0, 0.0, INF, NAN]:
+        for shape in [(33, 50), (160, 272)]:
+            x = torch.rand(shape) - 0.5
+            x = (x * peak).to(x_dtype)
+            x[1, 2] = -peak
+            if x_dtype is torch.float16 and x.isinf().any() and peak < INF:
+                continue  # beyond what it holds
+            for scale in (1.0, 2.0**-9, 0.3):
+                y = (x.float() / scale).to(x_dtype)
+                seen = amax(y)
+                again = unfit(seen, scale, dtype, margin)
+                if scale == 1.0:
+                    assert again == (peak in (high * up, low * down, 1e3 * high, 1e-3 * low)) or peak == 1.0
+                compute = power_of_two_scale if power_of_two else exact_scale
+                expected = compute(seen, dtype, margin) if again else scale
+                for record in (True, False):
+                    slots = slots_with(scale, device)
+                    q, q_t, scale_inv, dbias = quantize(
+                        y.to(device), slots, 1, dtype, columnwise=True, dbias=torch.float32, power_of_two=power_of_two,
+                        margin=margin, record=record, recast=True,
+                    )  # fmt: skip
+                    plain = quantize(y.to(device), slots_with(scale, device), 1, dtype, dbias=torch.float32)
+                    m, k = shape
+                    want = torch.zeros(q.shape, dtype=torch.uint8)
+                    want[:m, :k] = codes(y, expected, dtype)
+                    assert torch.equal(q.cpu().view(torch.uint8), want), (peak, scale)
+                    assert torch.equal(q_t.cpu().view(torch.uint8), want.t()), (peak, scale)
+                    assert scale_inv.item() == (1 / torch.tensor(expected)).item()
+                    assert same_bits(dbias, plain[3])
+                    assert slots[1, 1] == torch.tensor(scale)  # the slot's own scale changes only in an update
+                    recorded = torch.tensor(seen if record else 0.0)
+                    torch.testing.assert_close(slots[1, 2].cpu(), recorded, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 17), (128, 128), (129, 400), (0, 32), (3, 0), (2100, 2100)])
+def test_recast_of_any_layout(device, dtype, shape):
+    """Also of more tiles than the kernel has blocks; what is not asked for is not written."""
+    x = torch.randn(*shape, 2)[..., 0] * 1e4
+    for view in (x, x.t(), x.contiguous()):
+        expected = codes(view, exact_scale(amax(view), dtype), dtype)
+        for rowwise, columnwise in [(True, False), (False, True), (True, True)]:
+            q, q_t, _, _ = quantize(view.to(device), slots_with(3.0e5, device), 1, dtype, rowwise=rowwise,
+                                    columnwise=columnwise, recast=True)  # fmt: skip
+            m, k = view.shape
+            assert q.numel() > 0 or not rowwise or not view.numel()
+            if rowwise:
+                assert torch.equal(q.cpu().view(torch.uint8)[:m, :k], expected)
+            if columnwise:
+                assert torch.equal(q_t.cpu().view(torch.uint8)[:k, :m], expected.t())
+
+
+def test_recast_means_nothing_with_own_amax(device):
+    x = torch.randn(40, 60, device=device) * 1e6
+    slots = slots_with(1.0, device)
+    slots[0, 2] = 1e30  # what an earlier cast of the step has seen
+    with_recast, without = (quantize(x, slots, 0, E4M3, own_amax=True, recast=r) for r in (True, False))
+    for ours, theirs in zip(with_recast, without):
+        assert same_bits(ours, theirs)
 
 
 def test_amax_only_rises(device):

@@ -299,9 +299,126 @@ def test_constant_scaling(device):
     assert layer.fp8_slots.tolist() == [[0.125, 8.0, 0, 0], [0.125, 8.0, 0, 0], [4.0, 0.25, 0, 0]]
 
 
-@pytest.mark.parametrize("count", [1, 999, 1001, 5000])
+@dataclass
+class LayerOfRoles:
+    """A layer's state for update_scales_, on a device, beside what the oracle has of it."""
+
+    slots: torch.Tensor
+    history: torch.Tensor
+    targets: list
+    power_of_two: list
+    roles: list
+
+
+def layer_of_roles(count: int, length: int, device: torch.device, power_of_two: bool | None = None) -> LayerOfRoles:
+    """Formats, margins and, where power_of_two is None, its values alternate over the roles."""
+    roles = []
+    for i in range(count):
+        exact = i % 3 != 1 if power_of_two is None else not power_of_two
+        recipe = fp8.DelayedScaling(amax_history_len=length, margin=i % 4, power_of_two=not exact)
+        roles.append(Role((E4M3, E5M2)[i % 2], recipe))
+    slots = torch.zeros(count, 4, device=device)
+    slots[:, :2] = 1.0
+    return LayerOfRoles(
+        slots,
+        torch.zeros(count, length, device=device),
+        [MAX[role.dtype] * 2.0**-role.recipe.margin for role in roles],
+        [int(role.recipe.power_of_two) for role in roles],
+        roles,
+    )
+
+
+def update_of(layers: list[LayerOfRoles], one_a_layer: bool = False) -> tuple:
+    return (
+        [layer.slots for layer in layers],
+        [layer.history for layer in layers],
+        [target for layer in layers for target in layer.targets],
+        [p for layer in layers for p in (layer.power_of_two[:1] if one_a_layer else layer.power_of_two)],
+    )
+
+
+def state_of(layer: LayerOfRoles) -> tuple:
+    return layer.slots.clone(), layer.history.clone()
+
+
+@pytest.mark.parametrize("counts", [[1], [3], [10], [16], [3, 10, 1, 16, 3], [3] * 5], ids=str)
+def test_update_of_any_number_of_roles(device, counts):
+    layers = [layer_of_roles(count, 1 + 4 * i, device) for i, count in enumerate(counts)]
+    generator = torch.Generator().manual_seed(2)
+    for step in range(14):
+        for layer in layers:
+            amaxes = torch.exp2(torch.randn(len(layer.roles), generator=generator) * 6)
+            for special in (0.0, INF, NAN):
+                amaxes[torch.rand(len(amaxes), generator=generator) < 0.1] = special
+            layer.slots[:, 2] = amaxes.to(device)
+            for role, seen in zip(layer.roles, amaxes.tolist()):
+                role.amax = seen
+                role.update()
+        torch.ops.torch_fp8.update_scales_(*update_of(layers))
+        for layer in layers:
+            for (scale_inv, scale, seen, cursor), ring, role in zip(
+                layer.slots.tolist(), layer.history.tolist(), layer.roles
+            ):
+                assert bits(scale, seen) == bits(role.scale, 0.0), step
+                assert bits(scale_inv) == bits(np.float32(1) / np.float32(role.scale)), step
+                length = len(ring)
+                assert cursor == ((len(role.history) - 1) % length + 1 if role.history else 0), step
+                kept = role.history[-length:]
+                assert sorted(bits(*ring)) == sorted(bits(*kept, *[0.0] * (length - len(kept)))), step
+
+
+def test_a_role_that_never_records_keeps_what_it_has(device):
+    """So that roles of constant and of current scaling can be in one call with others."""
+    layer = layer_of_roles(4, 3, device)
+    layer.slots[1] = torch.tensor([0.125, 8.0, 0.0, 0.0])
+    before = state_of(layer)
+    layer.slots[[0, 2], 2] = 5.0
+    torch.ops.torch_fp8.update_scales_(*update_of([layer]))
+    for now, then in zip((layer.slots, layer.history), before):
+        assert torch.equal(now[[1, 3]], then[[1, 3]])
+        assert not torch.equal(now[0], then[0]) and not torch.equal(now[2], then[2])
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_power_of_two_for_each_layer_or_for_each_role(device, power_of_two):
+    results = []
+    for one_a_layer in (True, False):
+        layers = [layer_of_roles(count, 4, device, power_of_two) for count in (3, 10, 1)]
+        for layer in layers:
+            layer.slots[:, 2] = torch.arange(1.0, len(layer.roles) + 1, device=device)
+        torch.ops.torch_fp8.update_scales_(*update_of(layers, one_a_layer))
+        results.append([t for layer in layers for t in state_of(layer)])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+    assert power_of_two == all(s == 2.0 ** round(np.log2(s)) for s in results[0][0][:, 1].tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"histories": []}, "2 layers need as many histories, got 0"),
+        ({"targets": [448.0] * 6}, "2 layers with 13 roles need a target for each role .* got 6 and 13"),
+        ({"power_of_two": [0] * 3}, "a power_of_two for each role or layer, got 13 and 3"),
+        ({"targets": [448.0] * 12 + [0.0]}, r"a target must be in \(0, 57344\], got 0"),
+    ],
+)
+def test_what_does_not_fit_the_roles_is_refused(device, change, message):
+    layers = [layer_of_roles(count, 2, device) for count in (3, 10)]
+    for layer in layers:
+        layer.slots[:, 2] = 7.0
+    before = [state_of(layer) for layer in layers]
+    names = ("slots", "histories", "targets", "power_of_two")
+    arguments = dict(zip(names, update_of(layers))) | change
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        torch.ops.torch_fp8.update_scales_(*arguments.values())
+    for layer, then in zip(layers, before):
+        assert all(map(torch.equal, state_of(layer), then))
+
+
+# A kernel's arguments hold 1364 roles: 454 of these layers and two roles of the next.
+@pytest.mark.parametrize("count", [1, 454, 455, 999, 5000])
 def test_update_of_any_number_of_layers(device, count):
-    """In few launches: a kernel's arguments hold a thousand layers, more than that travel as one table."""
+    """In few launches: a kernel's arguments hold over a thousand roles, more than that travel as one table."""
     amaxes = torch.rand(count, 3) + 0.5
     slots = [fp8._C.new_slots(device) for _ in range(count)]
     for row, seen in zip(slots, amaxes.to(device)):
@@ -327,3 +444,127 @@ def test_capture_before_the_first_update_is_an_error(cuda):
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="before this layer's first scaling update"), torch.cuda.graph(graph):
         layer(x)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("change", ["4", "1e3", "1e-3", "add", "other"])
+def test_a_weight_changed_behind_the_optimizer_is_cast_by_its_own_amax(device, change, power_of_two):
+    """By a write that nothing can see, after an update has made its scale; in training too."""
+    layer = fp8.Linear(128, 96, bias=False, device=device, recipe=fp8.DelayedScaling(power_of_two=power_of_two))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for _ in range(2):
+        layer(torch.randn(64, 128, device=device)).backward(torch.randn(64, 96, device=device))
+        optimizer.step()
+    weight = layer.weight.data
+    if change == "add":
+        weight.add_(torch.randn_like(weight))
+    elif change == "other":
+        weight.copy_(torch.randn_like(weight) * 20)
+    else:
+        weight.mul_(float(change))
+    x = torch.randn(64, 128, device=device, requires_grad=True)
+    y = layer(x)
+    exact = x.detach().double() @ weight.double().t()
+    assert (y.double() - exact).norm() < 0.045 * exact.norm()
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    exact = dy.double() @ weight.double()  # through the transpose
+    assert (x.grad.double() - exact).norm() < 0.1 * exact.norm()
+
+
+# ---- what is not finite ----------------------------------------------------------------------------------------------
+
+OVERFLOW_RECIPES = [
+    fp8.DelayedScaling(amax_history_len=4),
+    fp8.DelayedScaling(fp8_format="E4M3", power_of_two=True),
+    fp8.CurrentScaling(),
+    fp8.CurrentScaling(fp8_format="E4M3", power_of_two=True, grad_margin=3),
+    fp8.ConstantScaling(),
+    fp8.ConstantScaling(fp8_format="E4M3", grad_margin=6),
+]
+
+
+class Overflow:
+    """Two layers without bias. The gradient between them is 4 times the sum of 16 output gradients of +-2^11: within
+    float16 where the signs alternate, 2^17 and so beyond it where they agree. No output gradient ever saturates."""
+
+    def __init__(self, device, recipe=None):
+        self.device = device
+        torch.manual_seed(3)
+        self.model = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 16, bias=False))
+        with torch.no_grad():
+            self.model[1].weight.fill_(4.0)
+        self.model.to(device)
+        if recipe is not None:
+            fp8.convert(self.model, recipe, tokens=None)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8, growth_interval=10**6)
+
+    def backward(self, overflow: bool) -> None:
+        x = torch.randn(24, 32, generator=torch.Generator().manual_seed(4)).to(self.device)
+        signs = torch.ones(16) if overflow else torch.tensor([1.0, -1.0] * 7 + [1.0, -0.75])
+        with torch.autocast(self.device.type, torch.float16):
+            y = self.model(x)
+        self.scaler.scale((y.float() * 8.0 * signs.to(self.device)).sum()).backward()
+
+    def step(self, overflow: bool) -> tuple:
+        """The scale that follows, and whether the optimizer stepped."""
+        before = self.model[0].weight.detach().clone()
+        self.backward(overflow)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return self.scaler.get_scale(), not torch.equal(self.model[0].weight, before)
+
+
+@pytest.mark.parametrize("recipe", OVERFLOW_RECIPES, ids=str)
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_grad_scaler_sees_an_inner_overflow(device, recipe, good_steps):
+    ours, theirs = Overflow(device, recipe), Overflow(device)
+    for _ in range(good_steps):
+        assert ours.step(False) == theirs.step(False) == (2.0**8, True)
+    assert ours.step(True) == theirs.step(True) == (2.0**7, False)
+    for _ in range(3):
+        assert ours.step(False) == theirs.step(False) == (2.0**7, True)
+    assert all(p.isfinite().all() for p in ours.model.parameters())
+
+
+@pytest.mark.parametrize("recipe", [None, *OVERFLOW_RECIPES], ids=str)
+def test_clipping_sees_an_inner_overflow(device, recipe):
+    model = Overflow(device, recipe)
+    model.backward(overflow=True)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        torch.nn.utils.clip_grad_norm_(model.model.parameters(), 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("recipe", OVERFLOW_RECIPES, ids=str)
+@pytest.mark.parametrize("special", [INF, -INF, NAN])
+def test_where_nn_linear_is_not_finite_neither_is_ours(device, recipe, special):
+    """In every role, each alone, before the first update and after."""
+    for place in ("input", "weight", "grad_output"):
+        for steps in (0, 2):
+            theirs = torch.nn.Linear(32, 48, bias=False, device=device)
+            ours = fp8.convert(torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False, device=device)), recipe,
+                               tokens=None)[0]  # fmt: skip
+            ours.load_state_dict(theirs.state_dict())
+            optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+            for _ in range(steps):
+                ours(torch.randn(16, 32, device=device)).backward(torch.randn(16, 48, device=device))
+                optimizer.step()
+                optimizer.zero_grad()
+            x, dy = torch.randn(16, 32, device=device), torch.randn(16, 48, device=device)
+            if place == "input":
+                x[3, 5] = special
+            elif place == "grad_output":
+                dy[7, 9] = special
+            else:
+                with torch.no_grad():
+                    ours.weight[11, 13] = theirs.weight[11, 13] = special
+            results = []
+            for layer in (ours, theirs):
+                given = x.clone().requires_grad_()
+                y = layer(given)
+                y.backward(dy)
+                results.append((y.detach(), given.grad, layer.weight.grad))
+            for a, b in zip(*results):
+                assert torch.equal(a.isfinite(), b.isfinite()), (place, steps)

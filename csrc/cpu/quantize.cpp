@@ -30,10 +30,12 @@ float element(const Matrix& x, int64_t row, int64_t col) {
   return static_cast<float>(static_cast<const T*>(x.data)[row * x.row_stride + col * x.col_stride]);
 }
 
+// As signed integers, since an amax that was loaded may be -0.0, which is then below everything.
 void raise(float* amax, uint32_t seen) {
-  auto* bits = reinterpret_cast<std::atomic<uint32_t>*>(amax);
-  uint32_t held = bits->load();
-  while (held < seen && !bits->compare_exchange_weak(held, seen)) {
+  auto* bits = reinterpret_cast<std::atomic<int32_t>*>(amax);
+  int32_t held = bits->load();
+  const auto magnitude = static_cast<int32_t>(seen);
+  while (held < magnitude && !bits->compare_exchange_weak(held, magnitude)) {
   }
 }
 
@@ -81,7 +83,7 @@ void quantize(const QuantizeArgs& args) {
             for (int64_t col = 0; col < cols; ++col) {
               const bool inside = row < x.rows && col < x.cols;
               const float value = inside ? element<decltype(t)>(x, row, col) : 0.0f;
-              const uint8_t code = encode<F>(value * scale);
+              const uint8_t code = encode<F>(value, scale);
               if (args.q) args.q[row * cols + col] = code;
               if (args.q_t) args.q_t[col * rows + row] = code;
               if (sums) sums[col] += value;
@@ -93,6 +95,15 @@ void quantize(const QuantizeArgs& args) {
       });
     });
   });
+}
+
+void recast(const RecastArgs& args) {
+  QuantizeArgs cast = args.cast;
+  if (!is_unfit(cast.slot->scale, *cast.amax, cast.format, args.target)) return;
+  const Slot own = own_slot(*cast.amax, args.target, args.power_of_two);
+  cast.slot = &own;
+  cast.amax = cast.column_sums = nullptr;
+  quantize(cast);
 }
 
 void quantize_rows(const QuantizeRowsArgs& args) {
@@ -107,7 +118,7 @@ void quantize_rows(const QuantizeRowsArgs& args) {
         args.scale_inv[row] = slot.scale_inv;
         for (int64_t col = 0; col < cols; ++col) {
           const float value = col < x.cols ? element<decltype(t)>(x, row, col) : 0.0f;
-          args.q[row * cols + col] = encode<E4M3>(value * slot.scale);
+          args.q[row * cols + col] = encode<E4M3>(value, slot.scale);
         }
       }
     });
@@ -126,7 +137,7 @@ void quantize_groups(const QuantizeGroupsArgs& args) {
           const Slot slot = own_slot(float_of(seen), E4M3::kMax, /*power_of_two=*/false);
           args.scale_inv[first / kScaleBlock * args.rows + row] = slot.scale_inv;
           for (int64_t col = first; col < first + kScaleBlock; ++col) {
-            args.q[row * x.cols + col] = encode<E4M3>(value(col) * slot.scale);
+            args.q[row * x.cols + col] = encode<E4M3>(value(col), slot.scale);
           }
         }
       }
@@ -139,8 +150,9 @@ void rescale(const RescaleArgs& args) {
     using T = decltype(t);
     for (int64_t row = 0; row < args.rows; ++row) {
       for (int64_t col = 0; col < args.cols; ++col) {
-        float y = args.sums[row * args.stride + col] *
-                  (args.row_scale[args.one_row_scale ? 0 : row] * args.col_scale[args.one_col_scale ? 0 : col]);
+        const float row_scale = args.row_scale[args.one_row_scale ? 0 : row];
+        const float col_scale = args.col_scale[args.one_col_scale ? 0 : col];
+        float y = rescaled(args.sums[row * args.stride + col], row_scale, col_scale);
         if (args.bias) y += static_cast<float>(static_cast<const T*>(args.bias)[col]);
         static_cast<T*>(args.out)[row * args.cols + col] = static_cast<T>(y);
       }
@@ -159,7 +171,7 @@ void count_losses(const LossArgs& args) {
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t col = 0; col < x.cols; ++col) {
           const float value = element<decltype(t)>(x, row, col), scaled = std::abs(value * scale);
-          counts[kSaturated] += scaled > most;
+          counts[kSaturated] += scaled > most && is_finite(value);
           counts[kFlushed] += value != 0 && scaled <= least;
           counts[kInf] += std::isinf(value);
           counts[kNaN] += std::isnan(value);
@@ -204,6 +216,7 @@ void add_column_sums(const ColumnSums& sums) {
   table.amax = amax;
   table.scale_from_amax = scale_from_amax;
   table.quantize = quantize;
+  table.recast = recast;
   table.quantize_rows = quantize_rows;
   table.quantize_groups = quantize_groups;
   table.count_losses = count_losses;

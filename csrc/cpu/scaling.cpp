@@ -5,21 +5,18 @@
 namespace torch_fp8::cpu {
 namespace {
 
-void update_scales(const LayerState* layers, int64_t count) {
-  for (const LayerState* layer = layers; layer != layers + count; ++layer) {
-    for (int role = 0; role < kRoles; ++role) {
-      Slot& slot = layer->slots[role];
-      float* history = layer->history + int64_t{role} * layer->length;
-      if (is_usable(slot.amax)) {
-        const int32_t index = static_cast<int32_t>(slot.cursor) % layer->length;
-        history[index] = slot.amax;
-        const float largest = *std::max_element(history, history + layer->length);
-        slot.cursor = static_cast<float>(index + 1);
-        slot.scale = scale_for(largest, layer->target[role], layer->power_of_two);
-        slot.scale_inv = 1.0f / slot.scale;
-      }
-      slot.amax = 0.0f;
+void update_scales(const RoleState* roles, int64_t count) {
+  for (const RoleState* role = roles; role != roles + count; ++role) {
+    Slot& slot = *role->slot;
+    if (is_usable(slot.amax)) {
+      const int32_t index = static_cast<int32_t>(slot.cursor) % role->length;
+      role->history[index] = slot.amax;
+      const float largest = *std::max_element(role->history, role->history + role->length);
+      slot.cursor = static_cast<float>(index + 1);
+      slot.scale = scale_for(largest, role->target, role->power_of_two);
+      slot.scale_inv = 1.0f / slot.scale;
     }
+    slot.amax = 0.0f;
   }
 }
 

@@ -29,11 +29,15 @@ void check_quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, 
                     margin);
 }
 
+float target_of(Format format, const QuantizeOptions& options) {
+  return std::ldexp(max_of(format), -static_cast<int>(options.margin));
+}
+
 // The slot of a tensor that is scaled by itself, and behind it the parts of its amax.
 at::Tensor own_slot_of(const Matrix& matrix, const at::Tensor& x, Format format, const QuantizeOptions& options) {
   const at::Tensor own = at::empty({4 + kAmaxParts}, x.options().dtype(at::kFloat));
   float* const parts = own.data_ptr<float>() + 4;
-  const float target = std::ldexp(max_of(format), -static_cast<int>(options.margin));
+  const float target = target_of(format, options);
   kernels_of(x).amax(matrix, parts);
   kernels_of(x).scale_from_amax(parts, slots_of(own), target, options.power_of_two);
   return own;
@@ -70,9 +74,17 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   QuantizeArgs args{matrix, format, source, nullptr, nullptr, out.scale_inv.data_ptr<float>(), nullptr, nullptr};
   if (options.rowwise) args.q = static_cast<uint8_t*>(out.q.data_ptr());
   if (options.columnwise) args.q_t = static_cast<uint8_t*>(out.q_t.data_ptr());
-  if (options.record) args.amax = &slot->amax;
+  at::Tensor scratch;
+  const bool recasts = options.recast && !options.own_amax;
+  if (options.record) {
+    args.amax = &slot->amax;
+  } else if (recasts) {
+    scratch = at::zeros({1}, fp32);
+    args.amax = scratch.data_ptr<float>();
+  }
   if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
   kernels(on_cuda).quantize(args);
+  if (recasts) kernels(on_cuda).recast({args, target_of(format, options), options.power_of_two});
 
   if (options.dbias) {
     out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));

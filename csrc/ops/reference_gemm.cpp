@@ -24,8 +24,11 @@ void reference_gemm(const GemmArgs& args, c10::Device device) {
   at::Tensor product = at::mm(a, b.t());
   if (args.a_scale_inv && args.scales != Scales::kBlocks) {
     const bool rows = args.scales == Scales::kRows;
-    product.mul_(tensor(args.a_scale_inv, {rows ? args.m : 1, 1}, at::kFloat) *
-                 tensor(args.b_scale_inv, {1, rows ? args.n : 1}, at::kFloat));
+    const at::Tensor a_scale = tensor(args.a_scale_inv, {rows ? args.m : 1, 1}, at::kFloat);
+    const at::Tensor b_scale = tensor(args.b_scale_inv, {1, rows ? args.n : 1}, at::kFloat);
+    // As rescaled() in scale.h.
+    const at::Tensor both = a_scale * b_scale, is_beyond = both.isinf();
+    product.mul_(at::where(is_beyond, a_scale, both)).mul_(at::where(is_beyond, b_scale, 1.0f));
   }
   if (args.bias) product.add_(tensor(args.bias, {args.n}, out.scalar_type()));
   if (args.accumulate) product.add_(out);

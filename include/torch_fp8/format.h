@@ -31,7 +31,9 @@ struct E5M2 {  // IEEE-like: exponent 31 holds Inf (mantissa 0) and NaN
   static constexpr uint8_t kMaxCode = 0x7B;
 };
 
-constexpr uint8_t kNaNCode = 0x7F;  // what the hardware writes for NaN in either format, whatever its sign
+// What the hardware writes for NaN in either format, whatever its sign. Inf is written so too, in E5M2 as well: E4M3
+// has no Inf, and one code for what is not finite needs one rule.
+constexpr uint8_t kNaNCode = 0x7F;
 
 TORCH_FP8_HOST_DEVICE constexpr float max_of(Format format) {
   return format == Format::kE4M3 ? E4M3::kMax : E5M2::kMax;
@@ -60,17 +62,21 @@ TORCH_FP8_HOST_DEVICE inline uint32_t magnitude(float x) {
   return bits > 0x7F800000 ? 0x7FC00000 : bits;
 }
 
-// Round to nearest even, saturate to +-max (Inf too), keep NaN.
+TORCH_FP8_HOST_DEVICE inline bool is_finite(float x) { return (bits_of(x) & 0x7FFFFFFF) < 0x7F800000; }
+
+// x * scale, a float32 product, rounded to nearest even. A finite x saturates to +-max, even where the product is
+// beyond float32. An x that is Inf or NaN becomes NaN: who looks for an overflow behind a layer must find it there.
 template <class F>
-uint8_t encode(float x) {
+uint8_t encode(float x, float scale = 1.0f) {
   constexpr int kShift = 23 - F::kMantissaBits;  // mantissa bits that do not fit
   constexpr uint32_t kRebias = (127 - F::kExponentBias) << F::kMantissaBits;
   const float min_normal = std::ldexp(1.0f, 1 - F::kExponentBias);
   const float min_subnormal = std::ldexp(min_normal, -F::kMantissaBits);
 
-  const uint8_t sign = static_cast<uint8_t>(bits_of(x) >> 31 << 7);
-  const uint32_t magnitude = bits_of(x) & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return kNaNCode;
+  if (!is_finite(x)) return kNaNCode;
+  const float scaled = x * scale;
+  const uint8_t sign = static_cast<uint8_t>(bits_of(scaled) >> 31 << 7);
+  const uint32_t magnitude = bits_of(scaled) & 0x7FFFFFFF;
   if (magnitude >= bits_of(F::kMax)) return sign | F::kMaxCode;
   if (magnitude < bits_of(min_normal)) {
     // A subnormal code counts min_subnormals; rounding up to the next binade gives the first normal code by itself.

@@ -11,13 +11,15 @@
 namespace torch_fp8 {
 
 struct QuantizeOptions {
-  bool own_amax = false;                // scale by x's own amax (two passes) instead of the slot's scale
-  bool power_of_two = false;            // with own_amax: round the scale down to a power of two
-  int64_t margin = 0;                   // with own_amax: binades left free above the amax
-  bool record = true;                   // raise the slot's amax to max |x|
-  bool rowwise = true;                  // give q
-  bool columnwise = false;              // give q_t
-  bool recast = false;                  // cast again by x's own amax where that left the range of the slot's scale
+  bool own_amax = false;      // scale by x's own amax (two passes) instead of the slot's scale
+  bool power_of_two = false;  // with own_amax or recast: round the scale down to a power of two
+  int64_t margin = 0;         // with own_amax or recast: binades left free above the amax
+  bool record = true;         // raise the slot's amax to max |x|
+  bool rowwise = true;        // give q
+  bool columnwise = false;    // give q_t
+  // Without own_amax: cast x again, as own_amax would, where its amax shows that the slot's scale is unfit (scale.h).
+  // With record that amax is the slot's, which others may have raised in the same step.
+  bool recast = false;
   c10::optional<at::ScalarType> dbias;  // give the column sums of x, in this dtype
 };
 
@@ -53,7 +55,8 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
 void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                       const at::Tensor& b_scale_inv, bool fast_accum);
 
-// One scaling update of many layers: slots (3, 4), histories (3, length), three targets a layer.
+// One scaling update of many layers: slots (R, 4), histories (R, length), a target for each of a layer's R roles, and a
+// power_of_two for each role or each layer. Layers may differ in R: a linear layer has 3.
 void update_scales_(at::TensorList slots, at::TensorList histories, at::ArrayRef<double> targets,
                     at::IntArrayRef power_of_two);
 

@@ -15,7 +15,7 @@ struct alignas(16) Slot {
 };
 static_assert(sizeof(Slot) == 16, "tensors of state are (roles, 4) float32");
 
-enum Role : int { kInput = 0, kWeight = 1, kGradOutput = 2, kRoles = 3 };
+enum Role : int { kInput = 0, kWeight = 1, kGradOutput = 2, kRoles = 3 };  // of a linear layer
 
 // Scales stay where both they and their reciprocals are normal numbers.
 constexpr float kMaxScale = 8.5070591730234616e37f;   // 2^126
@@ -52,6 +52,20 @@ inline bool is_sound(const Slot& slot) {
 TORCH_FP8_HOST_DEVICE inline Slot own_slot(float amax, float target, bool power_of_two) {
   const float scale = is_usable(amax) ? scale_for(amax, target, power_of_two) : 1.0f;
   return {1.0f / scale, scale, amax, 0.0f};
+}
+
+// sum * (a * b) of two scales. Where their product is beyond float32 both are above 1, and multiplying by one after the
+// other overflows only where the result does: a sum of 0 stays 0.
+TORCH_FP8_HOST_DEVICE inline float rescaled(float sum, float a, float b) {
+  const float both = a * b;
+  return bits_of(both) == 0x7F800000 ? sum * a * b : sum * both;
+}
+
+// A delayed scale is unfit for a tensor of this amax if it maps the amax far beyond the format's range, or so low that
+// it gives away more than 5 binades. What an optimizer's step adds to a weight, a sixteenth at most, may saturate.
+TORCH_FP8_HOST_DEVICE inline bool is_unfit(float scale, float amax, Format format, float target) {
+  const float mapped = amax * scale;
+  return is_usable(amax) && (mapped > max_of(format) * 17 / 16 || mapped < target / 32);
 }
 
 }  // namespace torch_fp8

@@ -11,5 +11,6 @@ BLOCK = 128  # rows and columns of a weight, or columns of an input, that share 
 
 
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """E4M3 codes of ``x * scale``, saturated; x and scale float32. PyTorch's cast makes NaN of what is too large."""
-    return (x * scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    """E4M3 codes of ``x * scale``, saturated where x is finite, else NaN; x and scale float32. Without the clamp
+    PyTorch's cast makes NaN of what is too large."""
+    return (x * scale).clamp(-E4M3_MAX, E4M3_MAX).masked_fill(~x.isfinite(), float("nan")).to(E4M3)

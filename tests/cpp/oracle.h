@@ -21,10 +21,11 @@ inline float max_of(at::ScalarType fp8) { return fp8 == kE4M3Type ? 448.0f : 573
 
 inline at::Tensor every_bfloat16() { return at::arange(1 << 16, at::kInt).to(at::kShort).view(at::kBFloat16); }
 
-// (x * scale) in FP8, as bytes: float32 product, saturated, rounded to nearest even by PyTorch; NaN is 0x7F.
+// (x * scale) in FP8, as bytes: float32 product, saturated, rounded to nearest even by PyTorch; 0x7F, a NaN, where x is
+// not finite.
 inline at::Tensor codes(const at::Tensor& x, float scale, at::ScalarType fp8) {
   const at::Tensor scaled = (x.to(at::kFloat) * scale).clamp(-max_of(fp8), max_of(fp8));
-  return scaled.to(fp8).view(at::kByte).masked_fill(scaled.isnan(), 0x7F);
+  return scaled.to(fp8).view(at::kByte).masked_fill(at::isfinite(x).logical_not(), 0x7F);
 }
 
 inline float amax_of(const at::Tensor& x) { return x.numel() ? x.abs().max().item<float>() : 0.0f; }

@@ -42,7 +42,7 @@ class Format : public testing::Test {
       for (int code = 0; std::isfinite(value(F{}, code)); ++code) finite.push_back(value(F{}, code));
       return finite;
     }();
-    if (std::isnan(x)) return 0x7F;
+    if (!std::isfinite(x)) return 0x7F;
     const double magnitude = std::min<double>(std::fabs(x), values.back());
     const auto above = std::lower_bound(values.begin(), values.end(), magnitude);
     int code = static_cast<int>(above - values.begin());
@@ -83,8 +83,7 @@ TYPED_TEST(Format, DecodesEveryCode) {
 TYPED_TEST(Format, EncodesWhatItDecodes) {
   for (int code = 0; code < 256; ++code) {
     const float x = torch_fp8::decode<TypeParam>(static_cast<uint8_t>(code));
-    const int saturated = (code & 0x80) | TypeParam::kMaxCode;
-    EXPECT_EQ(torch_fp8::encode<TypeParam>(x), std::isnan(x) ? 0x7F : std::isinf(x) ? saturated : code);
+    EXPECT_EQ(torch_fp8::encode<TypeParam>(x), std::isfinite(x) ? code : 0x7F);
   }
 }
 
@@ -112,11 +111,20 @@ TYPED_TEST(Format, EncodesTiesAndTheirNeighbours) {
 
 TYPED_TEST(Format, Saturates) {
   const float max = TypeParam::kMax, inf = std::numeric_limits<float>::infinity();
-  for (const float x : {max, std::nextafter(max, inf), 1.07f * max, 2 * max, std::numeric_limits<float>::max(), inf}) {
-    EXPECT_EQ(torch_fp8::encode<TypeParam>(x), TypeParam::kMaxCode) << x;
-    EXPECT_EQ(torch_fp8::encode<TypeParam>(-x), 0x80 | TypeParam::kMaxCode) << x;
+  for (const float x : {max, std::nextafter(max, inf), 1.07f * max, 2 * max, std::numeric_limits<float>::max()}) {
+    for (const float scale : {1.0f, 3.0f, 0x1p126f}) {  // the product may be beyond float32
+      EXPECT_EQ(torch_fp8::encode<TypeParam>(x, scale), TypeParam::kMaxCode) << x;
+      EXPECT_EQ(torch_fp8::encode<TypeParam>(-x, scale), 0x80 | TypeParam::kMaxCode) << x;
+    }
   }
   EXPECT_EQ(torch_fp8::decode<TypeParam>(TypeParam::kMaxCode), max);
+}
+
+TYPED_TEST(Format, MakesNaNOfWhatIsNotFinite) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  for (const float x : {inf, -inf, nan, -nan}) {
+    for (const float scale : {0x1p-126f, 1.0f, 0x1p126f}) EXPECT_EQ(torch_fp8::encode<TypeParam>(x, scale), 0x7F) << x;
+  }
 }
 
 TYPED_TEST(Format, KeepsNaNAndTheSignOfZero) {

@@ -81,7 +81,7 @@ TEST(Quantize, AnyStrides) {
   });
 }
 
-TEST(Quantize, SaturatesAndKeepsNaN) {
+TEST(Quantize, SaturatesWhatIsFinite) {
   for_each_type([](at::ScalarType dtype, at::ScalarType fp8) {
     at::Tensor x = at::randn({9, 21}).to(dtype);
     check(x, fp8, 1e6f);
@@ -128,6 +128,31 @@ TEST(Quantize, OwnAmaxThatSaysNothingGivesScaleOne) {
     EXPECT_EQ(q.scale_inv.item<float>(), 1.0f) << value;
     EXPECT_TRUE(same_bits(bytes(q.q), padded_codes(x, 1.0f, kE4M3Type))) << value;
   }
+}
+
+TEST(Quantize, RecastsWhatDoesNotFitItsScale) {
+  for_each_type([](at::ScalarType dtype, at::ScalarType fp8) {
+    const at::Tensor x = at::randn({33, 50}).to(dtype);
+    for (const bool record : {true, false}) {
+      QuantizeOptions options;
+      options.columnwise = options.recast = true;
+      options.record = record;
+      const float own = max_of(fp8) / amax_of(x);
+      for (const auto& [scale, expected] : {std::pair{own, own},
+                                            {own * 1.05f, own * 1.05f},
+                                            {own * 1.1f, own},
+                                            {own / 31, own / 31},
+                                            {own / 33, own}}) {
+        const at::Tensor slots = slots_with(scale);
+        const Quantized q = quantize(x, slots, kRole, fp8, options);
+        EXPECT_TRUE(same_bits(bytes(q.q), padded_codes(x, expected, fp8))) << scale / own;
+        EXPECT_TRUE(same_bits(bytes(q.q_t), padded_codes(x, expected, fp8).t())) << scale / own;
+        EXPECT_EQ(q.scale_inv.item<float>(), 1.0f / expected);
+        EXPECT_EQ(slots[kRole][1].item<float>(), scale) << "the slot's own scale is the update's to change";
+        EXPECT_EQ(amax_in(slots, kRole), record ? amax_of(x) : 0.0f);
+      }
+    }
+  });
 }
 
 TEST(Quantize, AmaxIsTheLargestSinceTheUpdate) {

@@ -81,6 +81,32 @@ TEST(Scale, PowerOfTwoAtItsBoundaries) {
   EXPECT_EQ(scale_for(kMaxFloat, 448.0f, true), std::ldexp(1.0f, -31));
 }
 
+TEST(Scale, IsUnfitBeyondItsBounds) {
+  using torch_fp8::Format, torch_fp8::is_unfit;
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  for (const auto& [format, max] : {std::pair{Format::kE4M3, 448.0f}, {Format::kE5M2, 57344.0f}}) {
+    for (const int margin : {0, 3, 31}) {
+      const float target = std::ldexp(max, -margin), high = max * 1.0625f, low = target / 32;
+      for (const float scale : {1.0f, 0x1p-20f, 0x1p20f}) {
+        for (const float fit : {high, low, target, max}) EXPECT_FALSE(is_unfit(scale, fit / scale, format, target));
+        for (const float unfit : {std::nextafter(high, inf), std::nextafter(low, 0.0f)}) {
+          EXPECT_TRUE(is_unfit(scale, unfit / scale, format, target)) << unfit;
+        }
+      }
+      EXPECT_TRUE(is_unfit(0x1p126f, 0x1p10f, format, target)) << "the product is beyond float32";
+      for (const float amax : {0.0f, -0.0f, -1e30f, inf, -inf, nan}) EXPECT_FALSE(is_unfit(1.0f, amax, format, target));
+    }
+  }
+}
+
+TEST(Scale, ProductsOfScalesBeyondFloat32) {
+  using torch_fp8::rescaled;
+  EXPECT_EQ(rescaled(0.0f, 1e30f, 1e30f), 0.0f);
+  EXPECT_EQ(rescaled(0x1p-18f, 0x1p70f, 0x1p70f), 0x1p122f);
+  EXPECT_EQ(rescaled(1.0f, 0x1p70f, 0x1p70f), std::numeric_limits<float>::infinity());
+  EXPECT_EQ(rescaled(3.0f, 0.1f, 0.7f), 3.0f * (0.1f * 0.7f));
+}
+
 TEST(Scale, UsableAmaxesArePositiveAndFinite) {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   for (const float amax : {kMinSubnormal, std::numeric_limits<float>::min(), 1.0f, kMaxFloat}) {

@@ -79,6 +79,40 @@ TEST(UpdateScales, FollowsTheHistory) {
   }
 }
 
+TEST(UpdateScales, LayersOfAnyRoles) {
+  const std::vector<int64_t> counts = {1, 10, 3, 16};
+  std::vector<at::Tensor> slots, histories;
+  std::vector<double> targets;
+  std::vector<int64_t> power_of_two;
+  std::vector<Role> roles;
+  for (const int64_t count : counts) {
+    slots.push_back(at::ones({count, 4}));
+    slots.back().narrow(1, 2, 2).zero_();
+    histories.push_back(at::zeros({count, 2}));
+    for (int64_t role = 0; role < count; ++role) {
+      targets.push_back(role % 2 ? 57344.0 : 448.0);
+      power_of_two.push_back(role % 3 == 0);
+      roles.push_back({2, static_cast<float>(targets.back()), power_of_two.back() != 0});
+    }
+  }
+  for (int step = 0; step < 4; ++step) {
+    float amax = 1.0f;
+    auto role = roles.begin();
+    for (const at::Tensor& layer : slots) {
+      for (int64_t i = 0; i < layer.size(0); ++i, ++role) {
+        amax = (step + i) % 5 == 4 ? 0.0f : 3.0f + static_cast<float>((7 * step + 3 * i) % 11);
+        layer[i][2] = amax;
+        role->update(amax);
+      }
+    }
+    update_scales_(slots, histories, targets, power_of_two);
+    role = roles.begin();
+    for (size_t layer = 0; layer < slots.size(); ++layer) {
+      for (int64_t i = 0; i < counts[layer]; ++i, ++role) role->expect(slots[layer][i], histories[layer][i]);
+    }
+  }
+}
+
 TEST(UpdateScales, NoLayers) { update_scales_({}, {}, {}, {}); }
 
 TEST(UpdateScales, Errors) {
@@ -87,9 +121,12 @@ TEST(UpdateScales, Errors) {
     return [=] { update_scales_({slots}, {history}, {448.0, target, 448.0}, {0}); };
   };
   EXPECT_TRUE(throws([&] { update_scales_({slots, slots}, {history}, {448.0}, {}); },
-                     "2 layers need as many histories, 3 targets each and one power_of_two, got 1, 1 and 0"));
-  EXPECT_TRUE(
-      throws(call(slots.narrow(0, 0, 2), history), "slots must be a contiguous float32 tensor of shape (3, 4)"));
+                     "2 layers need as many histories, got 1"));
+  EXPECT_TRUE(throws([&] { update_scales_({slots}, {history}, {448.0}, {0}); },
+                     "1 layers with 3 roles need a target for each role and a power_of_two for each role or layer, "
+                     "got 1 and 1"));
+  EXPECT_TRUE(throws([&] { update_scales_({slots}, {history}, {448.0, 448.0, 448.0}, {0, 0}); }, "got 3 and 2"));
+  EXPECT_TRUE(throws(call(at::ones({3, 3}), history), "slots must be a contiguous float32 tensor of shape (roles, 4)"));
   EXPECT_TRUE(throws(call(slots, history.narrow(0, 0, 2)), "a history must be a contiguous float32 tensor of shape"));
   EXPECT_TRUE(throws(call(slots, at::zeros({kRoles, 0})), "(3, length), got Float [3, 0]"));
   EXPECT_TRUE(throws(call(slots, history.to(at::kHalf)), "got Half [3, 4]"));

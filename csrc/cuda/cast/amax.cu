@@ -15,14 +15,6 @@ __device__ void store_part(float* parts, uint32_t seen) {
 }
 
 template <class T>
-__device__ uint32_t max_of_pack(const Pack<T>& pack) {
-  uint32_t seen = 0;
-#pragma unroll
-  for (int j = 0; j < kPackSize; ++j) seen = max(seen, raw_magnitude(to_float(pack.values[j])));
-  return seen;
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads) amax_dense_kernel(const T* data, int64_t packs, float* parts) {
   const auto* const x = reinterpret_cast<const Pack<T>*>(data);
   constexpr int64_t kStep = kThreads * kPacks;

@@ -21,10 +21,10 @@ __global__ void __launch_bounds__(kThreads) count_losses_kernel(LossArgs args) {
     for (int64_t col = threadIdx.x; col < x.cols; col += kThreads) {
       const float value = to_float(values[col * x.col_stride]), scaled = fabsf(value * scale);
       const uint32_t magnitude = raw_magnitude(value);
-      counts[kSaturated] += scaled > most;
+      counts[kSaturated] += scaled > most && magnitude < kInfinity;
       counts[kFlushed] += magnitude != 0 && scaled <= least;
-      counts[kInf] += magnitude == 0x7F800000;
-      counts[kNaN] += magnitude > 0x7F800000;
+      counts[kInf] += magnitude == kInfinity;
+      counts[kNaN] += magnitude > kInfinity;
       seen = max(seen, magnitude);
     }
   }

@@ -8,6 +8,8 @@
 //
 // Where only row-major codes are asked for and nothing is padded, the matrix is one dense array and no tiles are
 // needed.
+#include <algorithm>
+
 #include "cuda/common/block.cuh"
 #include "cuda/common/encode.cuh"
 
@@ -41,8 +43,8 @@ struct Tile {
   bool whole;                // no element of the tile lies outside of x
 };
 
-__device__ Tile my_tile(const Matrix& x, uint32_t tiles_across) {
-  const int64_t row = int64_t{blockIdx.x / tiles_across} * kTile, col = int64_t{blockIdx.x % tiles_across} * kTile;
+__device__ Tile tile_of(const Matrix& x, uint32_t index, uint32_t tiles_across) {
+  const int64_t row = int64_t{index / tiles_across} * kTile, col = int64_t{index % tiles_across} * kTile;
   const int thread = static_cast<int>(threadIdx.x);
   return {row, col, thread / kAcross, thread % kAcross, row + kTile <= x.rows && col + kTile <= x.cols};
 }
@@ -74,8 +76,10 @@ __device__ void load_patch(const Matrix& x, bool vectorised, const Tile& tile, P
 // own, and every four words that make 16 bytes stay together.
 using Columns = uint32_t[kTile][kDown];
 
+__device__ int place_of(const Tile& tile) { return tile.patch_row ^ 2 * tile.patch_col; }
+
 __device__ void stage_transposed(Columns& columns, const uint2 (&codes)[kPatchRows], const Tile& tile) {
-  const int place = tile.patch_row ^ 2 * tile.patch_col;
+  const int place = place_of(tile);
   uint32_t words[4];
   transpose4x4({codes[0].x, codes[1].x, codes[2].x, codes[3].x}, words);
 #pragma unroll
@@ -83,6 +87,24 @@ __device__ void stage_transposed(Columns& columns, const uint2 (&codes)[kPatchRo
   transpose4x4({codes[0].y, codes[1].y, codes[2].y, codes[3].y}, words);
 #pragma unroll
   for (int j = 0; j < 4; ++j) columns[tile.patch_col * kPackSize + 4 + j][place] = words[j];
+}
+
+// mark_infinities for a patch: in q, and in columns where there are any, before others read them.
+template <class T>
+__device__ void mark_patch(const QuantizeArgs& args, const Tile& tile, Columns* columns) {
+  const Matrix& x = args.x;
+  const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
+#pragma unroll 1
+  for (int element = 0; element < kPatchRows * kPackSize; ++element) {
+    const int i = element / kPackSize, j = element % kPackSize;
+    if (row + i >= x.rows || col + j >= x.cols) continue;
+    if (!is_infinite(static_cast<const T*>(x.data)[(row + i) * x.row_stride + (col + j) * x.col_stride])) continue;
+    if (args.q) args.q[(row + i) * padded(x.cols) + col + j] = kNaNCode;
+    if (columns) {
+      uint32_t& word = (*columns)[tile.patch_col * kPackSize + j][place_of(tile)];
+      word = (word & ~(0xFFu << 8 * i)) | uint32_t{kNaNCode} << 8 * i;
+    }
+  }
 }
 
 __device__ void store_transposed(const Columns& columns, const Tile& tile, uint8_t* q_t, int64_t padded_rows,
@@ -133,15 +155,11 @@ __device__ void store_scalars(const QuantizeArgs& args, const uint32_t (&of_warp
   if (args.scale_inv && blockIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
 }
 
+// The maxima of the tile's warps are in of_warp at the end.
 template <class T, Format kFormat, bool kTransposed, bool kSums>
-__global__ void __launch_bounds__(kThreads, 2)
-    quantize_kernel(__grid_constant__ const QuantizeArgs args, bool vectorised, uint32_t tiles_across) {
-  __shared__ uint32_t of_warp[kWarps];
+__device__ __forceinline__ void cast_tile(const QuantizeArgs& args, bool vectorised, const Tile& tile, float scale,
+                                          uint32_t (&of_warp)[kWarps]) {
   const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
-  const Tile tile = my_tile(args.x, tiles_across);
-  begin_dependent();
-  const float scale = args.slot->scale;
-
   Pack<T> rows[kPatchRows];
   load_patch(args.x, vectorised, tile, rows);
 
@@ -170,12 +188,46 @@ __global__ void __launch_bounds__(kThreads, 2)
   stage_max(of_warp, seen);
   __shared__ alignas(16) Columns columns;
   if constexpr (kTransposed) stage_transposed(columns, codes, tile);
+  if (seen >= kInfinity) [[unlikely]]
+    mark_patch<T>(args, tile, kTransposed ? &columns : nullptr);
   __shared__ alignas(16) WarpSums warp_sums;
   if constexpr (kSums) stage_sums(warp_sums, sums, tile);
   __syncthreads();
   if constexpr (kTransposed) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
   if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
+}
+
+template <class T, Format kFormat, bool kTransposed, bool kSums>
+__global__ void __launch_bounds__(kThreads, 2)
+    quantize_kernel(__grid_constant__ const QuantizeArgs args, bool vectorised, uint32_t tiles_across) {
+  __shared__ uint32_t of_warp[kWarps];
+  const Tile tile = tile_of(args.x, blockIdx.x, tiles_across);
+  begin_dependent();
+  cast_tile<T, kFormat, kTransposed, kSums>(args, vectorised, tile, args.slot->scale, of_warp);
   store_scalars(args, of_warp);
+}
+
+// In the ordinary case a block reads two numbers and ends, so there are few blocks, and where there is work each takes
+// many tiles.
+template <class T, Format kFormat>
+__global__ void __launch_bounds__(kThreads, 2)
+    recast_kernel(__grid_constant__ const RecastArgs args, bool vectorised, uint32_t tiles_across, uint32_t tiles) {
+  __shared__ uint32_t of_warp[kWarps];
+  const QuantizeArgs& cast = args.cast;
+  begin_dependent();
+  const float amax = *cast.amax;
+  if (!is_unfit(cast.slot->scale, amax, kFormat, args.target)) return;
+  const Slot own = own_slot(amax, args.target, args.power_of_two);
+  for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = tile_of(cast.x, index, tiles_across);
+    if (cast.q_t) {
+      cast_tile<T, kFormat, true, false>(cast, vectorised, tile, own.scale, of_warp);
+    } else {
+      cast_tile<T, kFormat, false, false>(cast, vectorised, tile, own.scale, of_warp);
+    }
+    __syncthreads();  // before the next tile is put in the place of this one
+  }
+  if (cast.scale_inv && blockIdx.x == 0 && threadIdx.x == 0) *cast.scale_inv = own.scale_inv;
 }
 
 // The row-major codes of a dense x that needs no padding.
@@ -197,17 +249,23 @@ __global__ void __launch_bounds__(kDenseThreads)
   for (int i = 0; i < kDensePacks; ++i) {
     const int64_t pack = first + i * kDenseThreads;
     if (pack >= packs) continue;
-    float x[kPackSize];
-#pragma unroll
-    for (int j = 0; j < kPackSize; ++j) {
-      x[j] = to_float(loaded[i].values[j]);
-      seen = max(seen, raw_magnitude(x[j]));
+    seen = max_of_pack(loaded[i], seen);
+    store_codes<kFormat>(args.q + pack * kPackSize, loaded[i], scale);
+  }
+  if (seen >= kInfinity) [[unlikely]] {
+    for (int64_t pack = first; pack < min(first + kDensePacks * kDenseThreads, packs); pack += kDenseThreads) {
+      const int64_t element = pack * kPackSize;
+      mark_infinities(args.q + element, static_cast<const T*>(args.x.data) + element, 1, kPackSize);
     }
-    reinterpret_cast<uint2*>(args.q)[pack] = encode8<kFormat>(x, scale);
   }
   stage_max(of_warp, seen);
   __syncthreads();
   store_scalars(args, of_warp);
+}
+
+uint32_t tiles_across(const Matrix& x) { return blocks_for(padded(x.cols), kTile); }
+uint32_t tiles_of(const Matrix& x) {
+  return blocks_for(int64_t{tiles_across(x)} * blocks_for(padded(x.rows), kTile), 1);
 }
 
 template <class T, Format kFormat>
@@ -225,8 +283,7 @@ void launch_quantize_as(const QuantizeArgs& args, cudaStream_t stream) {
                           ? sums ? quantize_kernel<T, kFormat, true, true> : quantize_kernel<T, kFormat, true, false>
                       : sums ? quantize_kernel<T, kFormat, false, true>
                              : quantize_kernel<T, kFormat, false, false>;
-  const int64_t across = (padded(x.cols) + kTile - 1) / kTile, down = (padded(x.rows) + kTile - 1) / kTile;
-  launch(kernel, blocks_for(across * down, 1), kThreads, stream, args, is_vectorised(x), static_cast<uint32_t>(across));
+  launch(kernel, tiles_of(x), kThreads, stream, args, is_vectorised(x), tiles_across(x));
 }
 
 void launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
@@ -238,7 +295,21 @@ void launch_quantize(const QuantizeArgs& args, cudaStream_t stream) {
   });
 }
 
-[[maybe_unused]] const bool filled = fill<launch_quantize>(cuda_kernels().quantize);
+void launch_recast(const RecastArgs& args, cudaStream_t stream) {
+  const Matrix& x = args.cast.x;
+  const uint32_t tiles = tiles_of(x);
+  if (tiles == 0) return;
+  with_type(x.type, [&](auto t) {
+    using T = decltype(t);
+    const auto kernel =
+        args.cast.format == Format::kE4M3 ? recast_kernel<T, Format::kE4M3> : recast_kernel<T, Format::kE5M2>;
+    launch(kernel, std::min(tiles, 2 * kMultiprocessors), kThreads, stream, args, is_vectorised(x), tiles_across(x),
+           tiles);
+  });
+}
+
+[[maybe_unused]] const bool filled =
+    fill<launch_quantize>(cuda_kernels().quantize) && fill<launch_recast>(cuda_kernels().recast);
 
 }  // namespace
 }  // namespace torch_fp8::cuda

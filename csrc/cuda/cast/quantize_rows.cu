@@ -19,21 +19,6 @@ __device__ Pack<T> load_pack(const Matrix& x, bool vectorised, int64_t row, int6
   return pack;
 }
 
-template <class T>
-__device__ uint32_t max_of(const Pack<T>& pack, uint32_t seen) {
-#pragma unroll
-  for (int j = 0; j < kPackSize; ++j) seen = max(seen, raw_magnitude(to_float(pack.values[j])));
-  return seen;
-}
-
-template <class T>
-__device__ void store_codes(uint8_t* q, const Pack<T>& pack, float scale) {
-  float values[kPackSize];
-#pragma unroll
-  for (int j = 0; j < kPackSize; ++j) values[j] = to_float(pack.values[j]);
-  *reinterpret_cast<uint2*>(q) = encode8<Format::kE4M3>(values, scale);
-}
-
 // kPacks: how many packs of a row a thread holds; 0: the row is longer, and is read twice.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArgs args, bool vectorised) {
@@ -50,27 +35,37 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArg
       held[i] = load_pack<T>(args.x, vectorised, row, (int64_t{i} * kThreads + threadIdx.x) * kPackSize);
     }
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) seen = max_of(held[i], seen);
+    for (int i = 0; i < kPacks; ++i) seen = max_of_pack(held[i], seen);
   } else {
     for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
-      seen = max_of(load_pack<T>(args.x, vectorised, row, pack * kPackSize), seen);
+      seen = max_of_pack(load_pack<T>(args.x, vectorised, row, pack * kPackSize), seen);
     }
   }
   stage_max(of_warp, seen);
   __syncthreads();
-  const Slot slot = own_slot(__uint_as_float(max_of_warps(of_warp)), E4M3::kMax, /*power_of_two=*/false);
+  seen = max_of_warps(of_warp);
+  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
   if (threadIdx.x == 0) args.scale_inv[row] = slot.scale_inv;
 
   if constexpr (kPacks > 0) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int64_t pack = int64_t{i} * kThreads + threadIdx.x;
-      if (pack < packs) store_codes(q + pack * kPackSize, held[i], slot.scale);
+      if (pack < packs) store_codes<Format::kE4M3>(q + pack * kPackSize, held[i], slot.scale);
     }
   } else {
     for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
-      store_codes(q + pack * kPackSize, load_pack<T>(args.x, vectorised, row, pack * kPackSize), slot.scale);
+      store_codes<Format::kE4M3>(q + pack * kPackSize, load_pack<T>(args.x, vectorised, row, pack * kPackSize),
+                                 slot.scale);
     }
+  }
+  if (seen < kInfinity) [[likely]]
+    return;
+  const T* const x = static_cast<const T*>(args.x.data) + row * args.x.row_stride;
+  for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
+    const int64_t col = pack * kPackSize;
+    mark_infinities(q + col, x + col * args.x.col_stride, args.x.col_stride,
+                    min(int64_t{kPackSize}, args.x.cols - col));
   }
 }
 
@@ -86,7 +81,7 @@ __global__ void __launch_bounds__(kGroupThreads)
   begin_dependent();
 
   const Pack<T> pack = inside ? load_pack<T>(args.x, vectorised, row, col) : Pack<T>{};
-  uint32_t seen = max_of(pack, 0);
+  uint32_t seen = max_of_pack(pack);
 #pragma unroll
   for (int distance = kGroupLanes / 2; distance > 0; distance /= 2) {
     seen = max(seen, __shfl_xor_sync(0xFFFFFFFF, seen, distance));
@@ -94,7 +89,12 @@ __global__ void __launch_bounds__(kGroupThreads)
   if (col >= args.x.cols) return;
   const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
   if (threadIdx.x % kGroupLanes == 0) args.scale_inv[col / kScaleBlock * args.rows + row] = slot.scale_inv;
-  store_codes(args.q + row * args.x.cols + col, pack, slot.scale);
+  uint8_t* const q = args.q + row * args.x.cols + col;
+  store_codes<Format::kE4M3>(q, pack, slot.scale);
+  if (seen >= kInfinity) [[unlikely]] {
+    const T* const x = static_cast<const T*>(args.x.data) + row * args.x.row_stride + col * args.x.col_stride;
+    mark_infinities(q, x, args.x.col_stride, kPackSize);
+  }
 }
 
 void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {

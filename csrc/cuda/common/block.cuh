@@ -65,6 +65,14 @@ __device__ inline void begin_reading_early(bool stands) {
 
 // magnitude() without its second step, which the maximum takes once: NaN of any payload is above Inf.
 __device__ inline uint32_t raw_magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+constexpr uint32_t kInfinity = 0x7F800000;  // the magnitude of Inf
+
+template <class T>
+__device__ uint32_t max_of_pack(const Pack<T>& pack, uint32_t seen = 0) {
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) seen = max(seen, raw_magnitude(to_float(pack.values[j])));
+  return seen;
+}
 
 template <int kWarps>
 __device__ void stage_max(uint32_t (&of_warp)[kWarps], uint32_t seen) {
@@ -81,10 +89,12 @@ __device__ uint32_t max_of_warps(const uint32_t (&of_warp)[kWarps]) {
   return seen;
 }
 
-// Most blocks see no new maximum and are spared the atomic.
+// Most blocks see no new maximum and are spared the atomic. As signed integers, since an amax that was loaded may be
+// -0.0, which is then below everything.
 __device__ inline void raise_amax(float* amax, uint32_t seen) {
-  auto* const bits = reinterpret_cast<uint32_t*>(amax);
-  if (seen > *static_cast<volatile uint32_t*>(bits)) atomicMax(bits, seen);
+  auto* const bits = reinterpret_cast<int*>(amax);
+  const int magnitude = static_cast<int>(seen);
+  if (magnitude > *static_cast<volatile int*>(bits)) atomicMax(bits, magnitude);
 }
 
 // Rows can be loaded in packs.

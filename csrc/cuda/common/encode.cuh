@@ -1,4 +1,5 @@
-// Codes from floats, by the hardware's own conversion: round to nearest even, saturate, NaN stays NaN.
+// Codes from floats, by the hardware's own conversion: round to nearest even, saturate, NaN stays NaN. It saturates Inf
+// too, which must become NaN: a kernel learns from its maximum whether it has met one, and writes those codes again.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -22,6 +23,29 @@ template <Format kFormat>
 __device__ uint2 encode8(const float (&x)[kPackSize], float scale) {
   return make_uint2(encode4<kFormat>(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale),
                     encode4<kFormat>(x[4] * scale, x[5] * scale, x[6] * scale, x[7] * scale));
+}
+
+template <Format kFormat, class T>
+__device__ void store_codes(uint8_t* q, const Pack<T>& pack, float scale) {
+  float x[kPackSize];
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) x[j] = to_float(pack.values[j]);
+  *reinterpret_cast<uint2*>(q) = encode8<kFormat>(x, scale);
+}
+
+template <class T>
+__device__ bool is_infinite(T x) {
+  return raw_magnitude(to_float(x)) == kInfinity;
+}
+
+// In codes that this thread has stored. Few threads ever meet an Inf, so x is read again, in a loop that is not
+// unrolled: what was loaded, kept until here, would take registers from all.
+template <class T>
+__device__ void mark_infinities(uint8_t* q, const T* x, int64_t stride, int64_t count) {
+#pragma unroll 1
+  for (int64_t j = 0; j < count; ++j) {
+    if (is_infinite(x[j * stride])) q[j] = kNaNCode;
+  }
 }
 
 }  // namespace torch_fp8::cuda

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) rescale_kernel(RescaleArgs args, uin
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t col = min(first + i, args.cols - 1);
-    values[i] *= row_scale * args.col_scale[args.one_col_scale ? 0 : col];
+    values[i] = rescaled(values[i], row_scale, args.col_scale[args.one_col_scale ? 0 : col]);
     if (args.bias) values[i] += to_float(static_cast<const T*>(args.bias)[col]);
   }
   if (vectorised) {

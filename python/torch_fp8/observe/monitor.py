@@ -32,7 +32,7 @@ class Sample:
     amax: float  # of |x|
     fp8_max: float
     elements: int
-    saturated: int  # |x * scale| > fp8_max, Inf included
+    saturated: int  # |x * scale| > fp8_max, Inf not included
     flushed: int  # not zero before the cast, and zero after it
     inf: int
     nan: int
