@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from gpt.files import UserError
+from gpt.errors import UserError
+
+from models.llama import SIZES
 
 from .gguf import GGUF, load_model, load_tokenizer
 
@@ -18,18 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA_3_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass
@@ -77,11 +67,24 @@ def _folder(path: Path, device: torch.device) -> Source:
 def _random_8b(device: torch.device) -> Source:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape, layers, vocabulary = SIZES["8B"]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=False,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            model = LlamaForCausalLM(LlamaConfig(**LLAMA_3_8B))
+            model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
     return Source("Llama-3-8B's shape, random weights", model.eval(), *_bytes())
