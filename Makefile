@@ -39,6 +39,8 @@ bench: build
 lint: $(VENV)/ready
 	ruff check .
 	ruff format --check .
+	PYTHONPATH=python lint-imports --no-cache
+	python tools/private_names.py python benchmarks examples models
 	clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/ready

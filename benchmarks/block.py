@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 import torch_fp8 as fp8
-from common import gpu_ms, loop_ms, options, randn, scaled, start
-from llama import FFN, DecoderLayer, Shape
-from report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
-from steps import converted, step_of
+from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
+from lib.steps import converted, llama, step_of
+
+from models.llama import FFN, DecoderLayer
 
 TOKENS = 8192
 CASES = [  # name, module, sequences, targets over BF16: GPU, loop
@@ -25,7 +26,7 @@ CASES = [  # name, module, sequences, targets over BF16: GPU, loop
 def measure(kind: type, sequences: int) -> tuple[dict[str, float], dict[str, float], str]:
     """ms of both arms in the two regimes, and how many layers are in FP8."""
     (tokens,) = scaled(TOKENS)
-    shape = Shape(hidden=64, ffn=112, heads=4, kv_heads=2) if options.dry else Shape()
+    shape, *_ = llama()
     size = (sequences, tokens // sequences, shape.hidden)
     x, dy = randn(*size, requires_grad=True), randn(*size)
     with torch.device(options.device):

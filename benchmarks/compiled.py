@@ -8,11 +8,12 @@ the linear layers; the casts to FP8 are kernels of their own there too.
 from __future__ import annotations
 
 import torch
-from common import gpu_ms, loop_ms, options, randn, scaled, start
-from llama import DecoderLayer, Shape
-from report import header, pair, table, write
-from steps import converted, step_of
+from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.report import header, pair, table, write
+from lib.steps import converted, llama, step_of
 from torch import nn
+
+from models.llama import DecoderLayer
 
 TOKENS = 8192
 SEQUENCES = (4, 1)
@@ -27,7 +28,7 @@ def compiled(module: nn.Module) -> nn.Module:
 def measure(sequences: int) -> tuple[dict[str, float], dict[str, float]]:
     """ms of the four arms in the two regimes."""
     (tokens,) = scaled(TOKENS)
-    shape = Shape(hidden=64, ffn=112, heads=4, kv_heads=2) if options.dry else Shape()
+    shape, *_ = llama()
     x, dy = (randn(sequences, tokens // sequences, shape.hidden, requires_grad=grad) for grad in (True, False))
     with torch.device(options.device):
         bf16 = DecoderLayer(shape).bfloat16()

@@ -13,11 +13,12 @@ import time
 
 import torch
 import torch_fp8 as fp8
-from common import gpu_ms, loop_ms, options, scaled, start
-from decoder import Decoder, best
-from llama import Shape
-from report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
+from lib.common import gpu_ms, loop_ms, options, scaled, start
+from lib.report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
+from lib.steps import llama
 from torch_fp8.observe.evaluation import shared_copy
+
+from models.decoder import Decoder, best
 
 PROMPT, NEW, ROUNDS = 512, 128, 5
 PREFILLS = (2048, 8192)
@@ -29,14 +30,11 @@ ARMS = {  # what fp8.freeze is told
 
 
 def build() -> Decoder:
-    shape, layers, vocabulary = Shape(), 32, 128_256
-    if options.dry:
-        shape, layers, vocabulary = Shape(hidden=64, ffn=112, heads=4, kv_heads=2), 2, 64
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(options.device):
-            return Decoder(shape, layers, vocabulary).eval()
+            return Decoder(*llama()).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -97,6 +95,8 @@ def linear_bytes(model: Decoder) -> int:
 def main() -> None:
     start(__doc__)
     torch._inductor.config.triton.enable_pdl = True
+    if options.dry:
+        torch.compiler.set_stance("force_eager")  # to compile would take longer than all else
     prompt, new, rounds = (16, 4, 1) if options.dry else (PROMPT, NEW, (ROUNDS + 1) // 2 if options.quick else ROUNDS)
     models = {"BF16": build()}
     for name, how in ARMS.items():

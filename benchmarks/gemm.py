@@ -11,9 +11,9 @@ import os
 os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "32768")  # KiB: _scaled_mm gets what torch_fp8 takes
 import torch
 import torch_fp8 as fp8
-from common import SHAPES, gpu_ms, options, scaled, start
-from report import BF16, FOURTH, FP8, OTHER, bars, header, legend, plot, table, write
-from steps import Call, Layer
+from lib.common import SHAPES, gpu_ms, options, scaled, start
+from lib.report import BF16, FOURTH, FP8, OTHER, bars, header, legend, plot, table, write
+from lib.steps import Call, Layer
 
 KINDS = ("fprop", "dgrad", "wgrad", "wgrad +=")
 ARMS = {"heuristic": FP8, "tuned": FOURTH, "torch._scaled_mm": OTHER, "BF16": BF16}

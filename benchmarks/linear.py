@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch_fp8 as fp8
-from common import SHAPES, gpu_ms, loop_ms, randn, scaled, start
-from costs import host_table, kernel_tables, memory_table
-from peers import ADAPTERS, peer_steps
-from report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
-from steps import Layer, converted, forward_of, linear, step_of
+from lib.common import SHAPES, gpu_ms, loop_ms, randn, scaled, start
+from lib.costs import host_table, kernel_tables, memory_table
+from lib.peers import ADAPTERS, peer_steps
+from lib.report import BF16, FP8, OTHER, bars, header, legend, pair, plot, table, write
+from lib.steps import Layer, converted, forward_of, linear, step_of
 from torch import nn
 
 TARGETS = {  # forward + backward over BF16: GPU, loop

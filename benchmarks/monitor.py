@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 import torch_fp8 as fp8
-from common import gpu_ms, loop_ms, options, randn, scaled, start
-from llama import DecoderLayer, Shape
-from report import header, pair, table, write
-from steps import converted
+from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.report import header, pair, table, write
+from lib.steps import converted, llama
+
+from models.llama import DecoderLayer
 
 TOKENS, SEQUENCES, EVERY = 8192, 4, 100
 
@@ -20,7 +21,7 @@ TOKENS, SEQUENCES, EVERY = 8192, 4, 100
 def main() -> None:
     start(__doc__)
     (tokens,) = scaled(TOKENS)
-    shape = Shape(hidden=64, ffn=112, heads=4, kv_heads=2) if options.dry else Shape()
+    shape, *_ = llama()
     x, dy = (randn(SEQUENCES, tokens // SEQUENCES, shape.hidden, requires_grad=grad) for grad in (True, False))
     with torch.device(options.device):
         layer = converted(DecoderLayer(shape).bfloat16(), tokens)

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 import torch
 import torch_fp8 as fp8
-from common import gpu_ms, loop_ms, options, randn, scaled, start
-from report import header, pair, table, write
-from steps import E4M3, quantize
+from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.report import header, pair, table, write
+from lib.steps import E4M3, quantize
 from torch import nn
 from torch.nn import functional as F
 

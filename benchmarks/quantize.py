@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from common import graph_us, options, randn, scaled, start
-from report import BF16, FP8, OTHER, bars, header, legend, plot, table, write
-from steps import E4M3, quantize
+from lib.common import graph_us, options, randn, scaled, start
+from lib.report import BF16, FP8, OTHER, bars, header, legend, plot, table, write
+from lib.steps import E4M3, quantize
 
 SHAPES = [(2048, 2048), (4096, 4096), (8192, 4096), (14336, 4096), (8192, 14336)]
 BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import header, table, write
+from lib.report import header, table, write
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "seeds"

@@ -14,9 +14,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from common import graph_us, options, randn, scaled, start
-from report import header, table, write
-from steps import E4M3, gemm, quantize
+from lib.common import graph_us, options, randn, scaled, start
+from lib.report import header, table, write
+from lib.steps import E4M3, gemm, quantize
 from torch.nn import functional as F
 
 SHAPES = [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)]  # K, N

@@ -7,9 +7,9 @@ no bias. The prediction is that of torch_fp8.swap.worth, and knows loops alone.
 from __future__ import annotations
 
 import torch_fp8 as fp8
-from common import gpu_ms, loop_ms, randn, scaled, start
-from report import BF16, FP8, OTHER, header, pair, plot, table, write
-from steps import linear, step_of
+from lib.common import gpu_ms, loop_ms, randn, scaled, start
+from lib.report import BF16, FP8, OTHER, header, pair, plot, table, write
+from lib.steps import linear, step_of
 from torch import nn
 from torch_fp8.swap.worth import speedup
 

@@ -25,15 +25,17 @@ from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
-from gpt.files import UserError
+from gpt.errors import UserError
 from gpt.settings import device_name, find_device
-from llm import models, text
+from llm import sources, text
 from llm.arms import ARMS, build, emulated, full
 from llm.text import CONTEXT, Text
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_fp8.files import replacing
 from torch_fp8.layers.frozen import frozen_layers
 from torch_fp8.observe.evaluation import Flips, Pairs, Report, compare, layer_sqnr
+from torch_fp8.table import markdown
 
 ALLOWANCE = 1.1  # times the twin's mean KLD
 ITEMS_AT_ONCE = 8  # multiple-choice items: 32 sequences
@@ -47,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    models.add_arguments(parser)
+    sources.add_arguments(parser)
     add = parser.add_argument
     add("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text; .xz files are read too")
     add("--calibration", type=Path, metavar="FILE", help="other text, for the static scales; without it no static arm")
@@ -113,8 +115,7 @@ def table(reports: dict[str, Report], flips: dict[str, Flips], sqnr: dict[str, t
             *sqnr.get(name, ("–", "–")),
             {True: "holds", False: "**BROKEN**", None: "–"}[holds(reports, name)],
         ])  # fmt: skip
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(head, rows)
 
 
 def holds(reports: dict[str, Report], name: str) -> bool | None:
@@ -141,7 +142,8 @@ def draw(path: Path, results: list[tuple[str, dict[str, Report]]]) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -149,7 +151,7 @@ def main(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     if args.calibration and args.calibration.resolve() in {path.resolve() for path in args.text}:
         raise UserError("--calibration must be another text than --text: the scales would know what is measured")
-    source = models.load(args, device)
+    source = sources.load(args, device)
     held_out = [text.load(path, source.encode, args.tokens, args.window) for path in args.text]
     batches = []
     if args.calibration:
@@ -202,7 +204,8 @@ def main(args: argparse.Namespace) -> int:
         # After each text, so that a run that is cut off leaves what it has measured.
         spent = f"* {datetime.date.today()}, {time.perf_counter() - began:.0f} s"
         report = "\n".join([*page, *notes, spent, "", "![mean KLD](report.png)"]) + "\n"
-        (args.out / "report.md").write_text(report, encoding="utf-8")
+        with replacing(args.out / "report.md") as temporary:
+            temporary.write_text(report, encoding="utf-8")
         draw(args.out / "report.png", results)
     broken = [(one, name) for one, reports in results for name in reports if holds(reports, name) is False]
     for one, name in broken:

@@ -25,37 +25,13 @@ import torch_fp8 as fp8
 from gpt.text import read_documents
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch_fp8.files import replacing
+from torch_fp8.table import markdown
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from llama import DecoderLayer, Shape, rms_norm
-from report import table, write
+from models.llama import SIZES, Llama
 
-SIZES = {  # of the published models: layers' shape, number of layers, vocabulary
-    "tiny": (Shape(64, 128, 4, 2), 2, 256),
-    "1B": (Shape(2048, 8192, 32, 8), 16, 128_256),
-    "3B": (Shape(3072, 8192, 24, 8), 28, 128_256),
-    "8B": (Shape(), 32, 128_256),
-}
+PAGE = Path(__file__).parents[1] / "benchmarks" / "results" / "fsdp.md"
 WARM_UP = 3  # steps that the speed does not count
-
-
-class Llama(nn.Module):
-    """Tokens (batch, length) -> logits (batch, length, vocabulary)."""
-
-    def __init__(self, shape: Shape, layers: int, vocabulary: int, recompute: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, shape.hidden)
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
-        self.norm = nn.Parameter(torch.ones(shape.hidden))
-        self.head = nn.Linear(shape.hidden, vocabulary, bias=False)
-        self.recompute = recompute
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
-        return self.head(rms_norm(x, self.norm))
 
 
 @dataclass
@@ -139,7 +115,7 @@ def results_table(results: dict[str, Result], steps: int) -> str:
         ]
         for arm, r in results.items()
     ]
-    return table(head, rows)
+    return markdown(head, rows) + "\n"
 
 
 def header(args: argparse.Namespace, parameters: int) -> str:
@@ -198,9 +174,10 @@ def main() -> None:
     if dist.get_rank() == 0:
         shown = results_table(results, args.steps)
         if args.write:
-            write("fsdp", header(args, next(iter(results.values())).parameters), shown)
-        else:
-            print(shown, flush=True)
+            shown = f"{header(args, next(iter(results.values())).parameters)}\n{shown}"
+            with replacing(PAGE) as temporary:
+                temporary.write_text(shown)
+        print(shown, flush=True)
     dist.destroy_process_group()
 
 

@@ -15,9 +15,9 @@ import sys
 
 import torch
 import torch_fp8 as fp8
-from gpt.files import UserError
+from gpt.errors import UserError
 from gpt.settings import device_name, find_device
-from llm import models
+from llm import sources
 from llm.generate import generate, prefill_seconds
 from torch import nn
 from torch_fp8.layers.frozen import frozen_layers
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    models.add_arguments(parser)
+    sources.add_arguments(parser)
     add = parser.add_argument
     add("--prompt", default="The capital of France is")
     add("--new-tokens", type=int, metavar="N", help="default: 128 on a GPU, 12 on a CPU")
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     device = find_device(args.device)
     new = args.new_tokens or (128 if device.type == "cuda" else 12)
     timed = args.prefill_tokens or (2048 if device.type == "cuda" else 32)
-    source = models.load(args, device)
+    source = sources.load(args, device)
     model, ids = source.model, source.encode(args.prompt)
     if not ids:
         raise UserError("--prompt must hold a token")

@@ -23,7 +23,7 @@ from types import FrameType
 import torch
 from gpt import checkpoint
 from gpt.arm import Arm
-from gpt.files import UserError
+from gpt.errors import UserError
 from gpt.plot import draw
 from gpt.report import Result, make_result, table, write_summary
 from gpt.settings import SIZES, Settings, device_name, find_device, fitting_micro_batch, make_recipe

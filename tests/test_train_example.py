@@ -117,8 +117,9 @@ def test_both_arms_run_and_learn(text, tmp_path):
 def test_only_layers_that_fp8_makes_faster_are_converted_unless_that_is_none(monkeypatch, capsys):
     monkeypatch.syspath_prepend(TRAIN.parent)
     from gpt.arm import to_fp8
-    from gpt.model import GPT
     from gpt.settings import SIZES
+
+    from models.gpt import GPT
 
     for size, tokens, converted in (("124M", 49 * 1024, 48), ("124M", 32 * 1024, 36), ("small", 64 * 256, 24)):
         with torch.device("meta"):

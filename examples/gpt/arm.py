@@ -12,9 +12,10 @@ import torch_fp8 as fp8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.gpt import GPT
+
 from . import checkpoint
 from .journal import Journal
-from .model import GPT
 from .settings import SIZES, Settings
 from .tokens import Corpus, even_starts, random_starts, windows
 

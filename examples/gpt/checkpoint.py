@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch_fp8.files import replacing
 
-from .files import UserError, replacing
+from .errors import UserError
 
 State = dict[str, Any]
 

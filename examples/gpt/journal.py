@@ -14,7 +14,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, replacing
+from torch_fp8.files import replacing
+
+from .errors import UserError
 
 Record = dict[str, Any]
 

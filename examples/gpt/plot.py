@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch_fp8.files import replacing
 
-from .files import replacing
 from .journal import Record
 from .report import Result
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
+from torch_fp8.files import replacing
+from torch_fp8.table import markdown
 
 from .arm import Arm, Progress
-from .files import replacing
 from .journal import Record
 
 _LAST = 20  # steps that the final training loss is the mean of
@@ -41,10 +42,7 @@ def make_result(arm: Arm) -> Result:
 
 def table(results: list[Result]) -> str:
     """In Markdown, aligned, with a line below that compares the arms where there are two."""
-    rows = [_HEADER, *map(_row, results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = [markdown(_HEADER, map(_row, results), aligned=True)]
     by_name = {result.name: result for result in results}
     if len(by_name) == 2:
         lines += ["", _comparison(by_name["bf16"], by_name["fp8"])]

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import torch_fp8 as fp8
 
-from .files import UserError
-from .model import Shape
+from models.gpt import Shape
+
+from .errors import UserError
 
 
 @dataclass(frozen=True)

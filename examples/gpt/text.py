@@ -8,7 +8,7 @@ import re
 import sysconfig
 from pathlib import Path
 
-from .files import UserError
+from .errors import UserError
 
 _SEPARATOR = re.compile(r"^<\|endoftext\|>\r?$\n?", re.MULTILINE)
 _STDLIB_BYTES = 16_000_000

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .files import UserError
+from .errors import UserError
 
 _VAL_SHARE = 0.02
 _END_OF_TEXT = "<|endoftext|>"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpt.files import UserError
+from gpt.errors import UserError
 from gpt.text import read_documents
 from torch import Tensor
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import StrPath, new_folder
 from .config import read as read_json
 from .errors import CheckpointError
 from .scheme import Scheme
@@ -30,7 +29,7 @@ class Folder:
     """A checkpoint that was opened: ``config``, the object in config.json, and ``entries``, its tensors by name. All
     headers have been checked, no tensor has been read. Raises CheckpointError."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(self.path, "is no folder")
@@ -95,7 +94,7 @@ class Folder:
 
 
 def write(
-    path: str | os.PathLike[str],
+    path: StrPath,
     config: dict[str, Any],
     groups: Sequence[Sequence[Item]],
     others: Sequence[Path] = (),
@@ -116,7 +115,7 @@ def write(
     names = [SINGLE]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    with _complete(Path(path)) as folder:
+    with new_folder(path) as folder:
         for other in others:
             shutil.copyfile(other, folder / other.name)
         for name, text in (texts or {}).items():
@@ -142,43 +141,3 @@ def _shards(groups: Sequence[Sequence[Item]], max_shard_size: int) -> list[list[
         shards[-1] += group
         size += nbytes
     return shards
-
-
-@contextlib.contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name once everything in it is on the disk."""
-    check_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
-        os.rename(folder, path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def check_free(path: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError where something would be overwritten."""
-    path = Path(path)
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"torch_fp8: {path} exists already; choose another name, or delete it")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

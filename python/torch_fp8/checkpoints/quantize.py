@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import check_free
 from ..swap.freeze import calibrate, layers_to_freeze, quantize_weight, static_scale
 from ..swap.select import Filter
 from . import folder, scheme
@@ -44,7 +45,7 @@ def quantize_checkpoint(
         raise ValueError(f"torch_fp8: format {format!r} " + (
             "needs inputs to calibrate by" if batches is None else "takes no calibration: its activations are dynamic"
         ))  # fmt: skip
-    folder.check_free(target)
+    check_free(target)
     opened = Folder(source)
     path = opened.path / folder.CONFIG
     if "quantization_config" in opened.config or any(e.dtype.itemsize == 1 for e in opened.entries.values()):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..files import check_free
 from ..format import BLOCK, E4M3
 from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
 from ..swap.freeze import is_conv1d
@@ -50,7 +51,7 @@ def save_pretrained(
         if hasattr(layer, "nf"):
             raise ValueError(f"torch_fp8: {name} was a Conv1D, whose transposed weight no FP8 format holds")
         check_sizes(format, weight, name, layer.out_features, layer.in_features)
-    folder.check_free(path)
+    check_free(path)
 
     groups: list[list[Item]] = []
     for name, layer in layers.items():

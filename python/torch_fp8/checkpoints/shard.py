@@ -141,7 +141,7 @@ class Item:
 
 
 def write(path: Path, items: Iterable[Item], done: Callable[[int], Any] = lambda nbytes: None) -> None:
-    """Write a file and wait until it is on the disk; one tensor is in memory at a time. done: is told of each."""
+    """Write a file; one tensor is in memory at a time. done: is told of each."""
     items = list(items)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -159,5 +159,3 @@ def write(path: Path, items: Iterable[Item], done: Callable[[int], Any] = lambda
                 raise RuntimeError(f"torch_fp8: {item.name} became {tensor.dtype} {tuple(tensor.shape)}")
             file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
             done(item.nbytes)
-        file.flush()
-        os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from ..layers.dtensor import is_dtensor
 from ..layers.linear import Linear, fp8_layers
 from ..layers.traced import traced_training
 from ..state import ROLES
+from ..table import plain
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,7 @@ class Monitor:
              f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
             for s in latest
         ]  # fmt: skip
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
-        return "\n".join([f"step {latest[0].step}", *lines])
+        return f"step {latest[0].step}\n{plain(head, rows)}"
 
     def write(self, writer: Any) -> None:
         """Give the latest sample to what has ``add_scalar(tag, value, step)``. Tags: ``fp8/QUANTITY/ROLE/LAYER``."""

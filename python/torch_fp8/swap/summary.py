@@ -9,6 +9,7 @@ from torch import nn
 from ..layers.frozen import FrozenLinear
 from ..layers.linear import Linear
 from ..scaling import scales
+from ..table import plain
 from .select import why_not
 
 
@@ -37,11 +38,8 @@ class Summary(list[LayerSummary]):
             )
             for row in self
         ]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                 for row in [header, *rows]]  # fmt: skip
         count = sum(row.fp8 for row in self)
-        return "\n".join([*lines, f"{count} of {len(self)} linear layers in FP8"])
+        return f"{plain(header, rows)}\n{count} of {len(self)} linear layers in FP8"
 
 
 def summary(model: nn.Module) -> Summary:

@@ -14,14 +14,12 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checks import is_int
-
-StrPath = str | os.PathLike[str]
+from ..files import StrPath, replacing
 
 _HEAD = {"format": "torch_fp8 tuning", "version": 2}
 _OPERANDS = ("float8_e4m3fn", "float8_e5m2")
@@ -33,13 +31,8 @@ _ALGORITHM_BYTES = 72
 def write(path: StrPath, place: dict[str, Any], entries: list[dict[str, Any]]) -> None:
     body = {**_HEAD, **place, "entries": entries}
     text = json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n"
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a rename is atomic only within a folder
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: StrPath, place: dict[str, Any]) -> list[dict[str, Any]]:

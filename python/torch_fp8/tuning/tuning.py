@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
+from ..files import StrPath
+from ..table import plain
 from . import file as tuning_file
 
 
@@ -68,17 +70,22 @@ class Tuning:
     gemms: tuple[TunedGemm, ...]
 
     def __str__(self) -> str:
-        width = max((len(str(gemm.problem)) for gemm in self.gemms), default=0)
-        rows = [f"{'m x n x k':{width}}  default us  chosen us    gain  which"]
-        for gemm in self.gemms:
-            which = f"candidate {gemm.candidate}" if gemm.candidate else "default"
-            times = f"{gemm.default_us:10.1f}  {gemm.chosen_us:9.1f}  {gemm.gain:6.1%}"
-            rows.append(f"{gemm.problem!s:{width}}  {times}  {which}")
+        rows = [
+            (
+                str(gemm.problem),
+                f"{gemm.default_us:.1f}",
+                f"{gemm.chosen_us:.1f}",
+                f"{gemm.gain:6.1%}",
+                f"candidate {gemm.candidate}" if gemm.candidate else "default",
+            )
+            for gemm in self.gemms
+        ]
+        table = plain(("m x n x k", "default us", "chosen us", "  gain", "which"), rows, right=(1, 2, 3))
         changed = sum(gemm.candidate > 0 for gemm in self.gemms)
         where = f"cuBLASLt {self.cublaslt} on {self.gpu}"
-        return "\n".join([*rows, f"{changed} of {len(self.gemms)} GEMMs leave the default of {where}"])
+        return "\n".join([table, f"{changed} of {len(self.gemms)} GEMMs leave the default of {where}"])
 
-    def save(self, path: tuning_file.StrPath) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the tuning to a JSON file for ``load_tuning``. The file is there whole or not at all.
 
         Raises OSError where it cannot be written; a file that stood there before is then as it was.
@@ -90,7 +97,7 @@ class Tuning:
         _C.use_algorithms([(gemm.problem.native(), gemm.algorithm) for gemm in self.gemms])
 
 
-def load_tuning(path: tuning_file.StrPath) -> Tuning:
+def load_tuning(path: StrPath) -> Tuning:
     """Run FP8 GEMMs on the current GPU with the algorithms of a file that ``Tuning.save`` wrote. Times nothing.
 
     Problems that the file does not name keep the algorithms they have. Everything is checked first: on an error all of

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch_fp8 as fp8
-from common import loop_ms, options, randn, scaled
-from report import table
-from steps import linear, step_of
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from .common import loop_ms, options, randn, scaled
+from .report import table
+from .steps import linear, step_of
 
 KINDS = {"nn.Linear": nn.Linear, "fp8.Linear": fp8.Linear}
 HOST_SHAPE = (16, 256, 256)

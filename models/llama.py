@@ -1,4 +1,4 @@
-"""The parts of a Llama decoder layer in plain PyTorch: what block.py converts and times."""
+"""Llama in plain PyTorch: rotary positions, pre-RMSNorm layers, grouped queries, SwiGLU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Shape:
     @property
     def head(self) -> int:
         return self.hidden // self.heads
+
+
+SIZES = {  # of the published models: layers' shape, number of layers, vocabulary
+    "tiny": (Shape(64, 128, 4, 2), 2, 256),
+    "1B": (Shape(2048, 8192, 32, 8), 16, 128_256),
+    "3B": (Shape(3072, 8192, 24, 8), 28, 128_256),
+    "8B": (Shape(), 32, 128_256),
+}
 
 
 class FFN(nn.Module):
@@ -68,6 +77,24 @@ class DecoderLayer(nn.Module):
             self.rotation[tokens] = rotation_of(tokens, self.attention.shape.head, x)
         x = x + self.attention(rms_norm(x, self.attention_norm), self.rotation[tokens])
         return x + self.ffn(rms_norm(x, self.ffn_norm))
+
+
+class Llama(nn.Module):
+    """Tokens (batch, length) -> logits (batch, length, vocabulary)."""
+
+    def __init__(self, shape: Shape, layers: int, vocabulary: int, recompute: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, shape.hidden)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
+        self.norm = nn.Parameter(torch.ones(shape.hidden))
+        self.head = nn.Linear(shape.hidden, vocabulary, bias=False)
+        self.recompute = recompute
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+        return self.head(rms_norm(x, self.norm))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from common import options
-from llama import Shape, rms_norm, rotation_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .llama import Shape, rms_norm, rotation_of
 
 
 class Layer(nn.Module):
@@ -91,18 +91,13 @@ class Decoder(nn.Module):
         return self.lm_head(y[:, -1:])
 
 
-def _fused(function):
-    compiled = torch.compile(function, dynamic=False)
-    return lambda *args: (function if options.dry else compiled)(*args)
-
-
-@_fused
+@torch.compile(dynamic=False)
 def add_and_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     x = x + y
     return x, rms_norm(x, weight)
 
 
-@_fused
+@torch.compile(dynamic=False)
 def best(logits: Tensor) -> Tensor:
     """Which of the vocabulary (..., vocabulary) is largest. In two steps: in one, a single block reads all of it."""
     parts = logits.unflatten(-1, (64, -1))
@@ -111,13 +106,13 @@ def best(logits: Tensor) -> Tensor:
     return (place.gather(-1, part) + part * parts.shape[-1]).squeeze(-1)
 
 
-@_fused
+@torch.compile(dynamic=False)
 def swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-@_fused
+@torch.compile(dynamic=False)
 def rotate_and_store(
     qkv: Tensor, angles: tuple[Tensor, Tensor], positions: Tensor, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:

@@ -6,9 +6,10 @@ import copy
 import functools
 
 import torch
-from common import options
-from steps import Call, step_of
 from torch import Tensor, nn
+
+from .common import options
+from .steps import Call, step_of
 
 
 def torchao(linear: nn.Linear) -> nn.Module:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch_fp8 as fp8
-from common import clocks, options
+from torch_fp8.files import replacing
+from torch_fp8.table import markdown
+
+from .common import clocks, options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +59,7 @@ def _gpu() -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+    return markdown(head, rows) + "\n"
 
 
 def pair(gpu: float, loop: float, digits: int = 2) -> str:
@@ -67,7 +69,8 @@ def pair(gpu: float, loop: float, digits: int = 2) -> str:
 
 def write(name: str, *parts: str) -> None:
     text = "\n".join(parts).rstrip() + "\n"
-    (_folder() / f"{name}.md").write_text(text)
+    with replacing(_folder() / f"{name}.md") as temporary:
+        temporary.write_text(text)
     print(text, flush=True)
 
 
@@ -79,7 +82,8 @@ def plot(name: str, draw: Callable[[Figure], None], height: float = 4.5) -> str:
         return "(No picture: matplotlib is missing.)\n"
     figure = Figure(figsize=(11, height), layout="constrained")  # without pyplot, so without a display
     draw(figure)
-    figure.savefig(_folder() / f"{name}.png", dpi=120)
+    with replacing(_folder() / f"{name}.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return f"![{name}]({name}.png)\n"
 
 
@@ -109,7 +113,7 @@ def legend(figure: Figure) -> None:
 
 
 def _folder() -> Path:
-    here = Path(__file__).parent
-    folder = here.parent / "runs" / "dry-run" if options.dry else here / "results"
+    root = Path(__file__).parents[2]
+    folder = root / "runs" / "dry-run" if options.dry else root / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

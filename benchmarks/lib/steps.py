@@ -8,12 +8,20 @@ from dataclasses import dataclass, field
 
 import torch
 import torch_fp8 as fp8
-from common import options, randn
 from torch import Tensor, nn
+
+from models.llama import SIZES, Shape
+
+from .common import options, randn
 
 Call = Callable[[], object]
 quantize, gemm = torch.ops.torch_fp8.quantize, torch.ops.torch_fp8.gemm
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def llama() -> tuple[Shape, int, int]:
+    """What is timed of Llama-3-8B: a layer's shape, the number of layers, the vocabulary. Tiny in a dry run."""
+    return SIZES["tiny" if options.dry else "8B"]
 
 
 def linear(kind: type[nn.Linear], k: int, n: int, bias: bool = False) -> nn.Linear:

@@ -10,26 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from gpt.files import UserError
+from gpt.errors import UserError
 
-from .gguf import GGUF, load_model, load_tokenizer
+from models.llama import SIZES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA_3_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass
@@ -70,18 +58,30 @@ def _folder(path: Path, device: torch.device) -> Source:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
     if not any(path.glob("tokenizer*")):
         return Source(path.name, model, *_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return Source(path.name, model, lambda text: tokenizer(text, add_special_tokens=False).input_ids, tokenizer.decode)
+    return Source(path.name, model, *_tokens(AutoTokenizer.from_pretrained(path)))
 
 
 def _random_8b(device: torch.device) -> Source:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape, layers, vocabulary = SIZES["8B"]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=False,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            model = LlamaForCausalLM(LlamaConfig(**LLAMA_3_8B))
+            model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
     return Source("Llama-3-8B's shape, random weights", model.eval(), *_bytes())
@@ -97,17 +97,20 @@ def _smollm_of_package() -> Path:
 
 
 def _smollm(path: Path, device: torch.device) -> Source:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     if not path.is_file():
         raise UserError(f"--smollm must be a GGUF file, {path} is none")
-    gguf = GGUF(path)
-    tokenizer = load_tokenizer(gguf)
+    folder, file = path.parent, {"gguf_file": path.name}
+    as_linear = GgufConfig(dequantize=True)  # the file's own blocks would need layers that are no nn.Linear
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=as_linear, **file)
     # Its BF16 weights lie on the 4-bit grid of the file: whoever reports figures has to say so.
-    return Source(
-        "SmolLM2-135M-Instruct, dequantised from Q4_1",
-        load_model(gguf, torch.bfloat16, device),
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        tokenizer.decode,
-    )
+    name = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+    return Source(name, model.to(device).eval(), *_tokens(AutoTokenizer.from_pretrained(folder, **file)))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    return lambda text: tokenizer(text, add_special_tokens=False).input_ids, tokenizer.decode
 
 
 def _bytes() -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:

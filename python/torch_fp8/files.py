@@ -1,0 +1,72 @@
+"""Files and folders that are there whole or not at all, whatever a kill or a power cut interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+StrPath = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def replacing(path: StrPath) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to. It takes the place of ``path`` at the end of the block, once it is
+    on the disk, in one step. An error in the block leaves ``path`` as it was."""
+    path = Path(path)
+    # A name of its own for each writer, since several may write one file at once.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)  # the new name is in the folder, which is a file of its own
+
+
+@contextlib.contextmanager
+def new_folder(path: StrPath) -> Iterator[Path]:
+    """A temporary folder beside ``path`` to fill. It takes the name ``path`` at the end of the block, once all of its
+    files are on the disk, in one step. An error in the block leaves nothing. Raises FileExistsError."""
+    path = Path(path)
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        for file in folder.iterdir():
+            _sync(file)
+        _sync(folder)
+        os.rename(folder, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_free(path: StrPath) -> None:
+    """Raise FileExistsError where something would be overwritten."""
+    path = Path(path)
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"torch_fp8: {path} exists already; choose another name, or delete it")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

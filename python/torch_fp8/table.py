@@ -1,0 +1,34 @@
+"""Rows of cells as text: for a terminal, and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def plain(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns that line up, two spaces apart. right: the columns whose cells end and not begin together."""
+    lines = [head, *rows]
+    widths = _widths(lines)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], *, aligned: bool = False) -> str:
+    """A table of Markdown. aligned: with columns that line up, to be read in a terminal too."""
+    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    if aligned:
+        widths = _widths(lines)
+        lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    else:
+        rule = "| " + " | ".join("---" for _ in head) + " |"
+    first, *others = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([first, rule, *others])
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines)]
