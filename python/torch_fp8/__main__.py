@@ -8,11 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import build_info
+
 WINDOW, WINDOWS = 512, 128  # tokens that one calibration batch has, and how many are read of a text
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m torch_fp8", description=__doc__.split(": ", 1)[1])
+    built = build_info()
+    backends = f"CUDA {built['cuda']}" if built["cuda"] else "the CPU alone"
+    version = f"torch_fp8 {built['version']} for PyTorch {built['torch']}, {backends}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True)
 
     quantize = commands.add_parser("quantize", help="write a 16-bit checkpoint in FP8")

@@ -125,12 +125,15 @@ def traced_training() -> bool:
     return _traced_training
 
 
-@torch.compiler.assume_constant_result
 def _note_training() -> bool:
     """Runs when a step is traced, and leaves nothing in the graph."""
     global _traced_training
     _traced_training = True
     return True
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which takes as long as PyTorch.
+_note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Linear(torch.autograd.Function):

@@ -1,0 +1,40 @@
+"""What ``import torch_fp8`` and the command line load, and what type checkers are told."""
+
+import subprocess
+import sys
+
+import pytest
+import torch_fp8 as fp8
+
+# What torch has not loaded already must be ours or Python's: torch._dynamo, sympy, transformers, matplotlib and
+# torch.distributed.tensor each take about as long as torch itself.
+FOREIGN = """
+import sys, torch
+before = set(sys.modules)
+try:
+    {code}
+finally:
+    loaded = {{name for name in set(sys.modules) - before if name.split(".")[0] not in sys.stdlib_module_names}}
+    print(*sorted(name for name in loaded if name.split(".")[0] != "torch_fp8"), file=sys.stderr, end="")
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch_fp8",
+        "from torch_fp8.__main__ import main; main(['--help'])",
+        "from torch_fp8.__main__ import main; main(['quantize', '--help'])",
+        "import torch_fp8; torch_fp8.convert(torch.nn.Linear(16, 16), tokens=None)(torch.ones(2, 16)).sum().backward()",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_used(code):
+    run = subprocess.run([sys.executable, "-c", FOREIGN.format(code=code)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_version_on_the_command_line():
+    run = subprocess.run([sys.executable, "-m", "torch_fp8", "--version"], capture_output=True, text=True, check=True)
+    info = fp8.build_info()
+    backends = f"CUDA {info['cuda']}" if info["cuda"] else "the CPU alone"
+    assert run.stdout == f"torch_fp8 {fp8.__version__} for PyTorch {info['torch']}, {backends}\n"
