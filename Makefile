@@ -3,6 +3,7 @@
 # make test   builds everything and runs all tests
 # make bench  all benchmarks, on a Hopper GPU: tables and plots in benchmarks/results
 # make lint   formatters and linters; make format mends what they can
+# make docs   docs/api.md, from the docstrings
 # make help   prints this
 #
 # Each does its own set-up: Python packages in .venv, and by apt-get, where that is allowed, what else is missing
@@ -16,7 +17,7 @@ INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-is
 
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo demo-inference test build bench lint format clean help
+.PHONY: demo demo-inference test build bench lint format docs clean help
 
 demo: build
 	tools/on_this_cpu.sh python examples/train.py --out runs/demo --overwrite
@@ -50,6 +51,9 @@ format: $(VENV)/ready
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP)
+
+docs: build
+	python tools/api.py
 
 # nvcc comes from the machine; where there is none, from PyPI in the CUDA version of torch.
 $(VENV)/ready: requirements.txt
