@@ -34,6 +34,12 @@ def torch_requirement() -> str:
     return f"torch=={version}.*"
 
 
+def requirements() -> dict[str, str]:
+    """The lines of requirements.txt by name: the one place where versions stand. An extra is some of them."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return {re.match(r"[\w-]+", line)[0]: line for line in lines if line}
+
+
 class CMakeBuild(build_ext):
     """Configure, build and install into the package's folder. TORCH_FP8_CMAKE_ARGS adds arguments."""
 
@@ -67,9 +73,14 @@ setup(
     version=re.search(r"project\(torch_fp8 VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1],
     packages=find_packages("python"),
     package_dir={"": "python"},
-    package_data={"torch_fp8": ["py.typed"]},
+    package_data={"torch_fp8": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("torch_fp8._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=[] if find_torch() else [DEFAULT_TORCH],
-    install_requires=[torch_requirement()],
+    install_requires=[torch_requirement(), requirements()["numpy"]],
+    extras_require={
+        "transformers": [requirements()["transformers"]],  # checkpoints, and all of python -m torch_fp8
+        "monitor": [requirements()[name] for name in ("matplotlib", "tensorboard")],  # its pictures and its writer
+        "dev": list(requirements().values()),
+    },
 )

@@ -3,8 +3,12 @@
 import os
 import pickle
 import pickletools
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -41,14 +45,37 @@ print(fp8.__file__)
 """
 
 
-def test_pip_install_of_a_cpu_only_wheel(tmp_path):
+def test_pip_install_of_the_sdist(tmp_path):
+    """sdist -> CPU-only wheel -> a folder of its own, from which it is imported."""
+    large = shutil.ignore_patterns(".*", "build*", "runs", "benchmarks")
+    source = shutil.copytree(
+        ROOT, tmp_path / "source",
+        ignore=lambda folder, names: large(folder, names) if Path(folder) == ROOT else [n for n in names if "egg" in n],
+    )  # fmt: skip
+    make = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')"]
+    subprocess.run(make, check=True, cwd=source, capture_output=True)
+    (sdist,) = (source / "dist").iterdir()
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "python/torch_fp8/py.typed", "include/torch_fp8/torch_fp8.h"} <= names
+    built = [name for name in names if name.endswith((".so", "/_build.py")) or name.startswith("python/torch_fp8/lib")]
+    assert not built, built
+
     environment = os.environ | {"TORCH_FP8_CMAKE_ARGS": "-DTORCH_FP8_CUDA=OFF"}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*pip, "--target", tmp_path, ROOT], check=True, env=environment)
-    run = subprocess.run([sys.executable, "-c", CPU_ONLY], cwd=tmp_path, capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    target = tmp_path / "target"
+    subprocess.run([*pip, "--target", target, sdist], check=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", CPU_ONLY], cwd=target, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(target)})  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()).parent == tmp_path / "torch_fp8"
+    assert Path(run.stdout.strip()).parent == target / "torch_fp8"
+
+    (metadata,) = target.glob("torch_fp8-*.dist-info")
+    installed = Distribution.at(metadata)
+    assert installed.version == fp8.__version__
+    needed = {re.match(r"[\w-]+", line)[0] for line in installed.requires if "extra ==" not in line}
+    assert needed == {"torch", "numpy"}
+    assert {"transformers", "monitor", "dev"} == set(installed.metadata.get_all("Provides-Extra"))
 
 
 def test_build_info():

@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch_fp8 as fp8
+from torch_fp8 import progress
 
 # What torch has not loaded already must be ours or Python's: torch._dynamo, sympy, transformers, matplotlib and
 # torch.distributed.tensor each take about as long as torch itself.
@@ -38,3 +40,13 @@ def test_version_on_the_command_line():
     info = fp8.build_info()
     backends = f"CUDA {info['cuda']}" if info["cuda"] else "the CPU alone"
     assert run.stdout == f"torch_fp8 {fp8.__version__} for PyTorch {info['torch']}, {backends}\n"
+
+
+def test_progress_bars_do_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # an ImportError
+    assert list(progress.bar([1, 2], desc="numbers")) == [1, 2]
+    with progress.bar(total=3, unit="B") as bar:
+        bar.update(3)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    fp8.calibrate(model, [torch.ones(2, 16)])
+    fp8.freeze(model, activations="static")

@@ -78,8 +78,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     import torch
-    from tqdm.auto import tqdm
 
+    from . import progress
     from .checkpoints import load_pretrained
     from .observe.evaluation import Report, compare
 
@@ -89,7 +89,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     models = [load_pretrained(path, options.device) for path in (options.baseline, options.folder)]
     pairs = []
     with torch.inference_mode():
-        for ids in tqdm(windows, desc="evaluate", unit="window"):
+        for ids in progress.bar(windows, desc="evaluate", unit="window"):
             logits = [model(ids.to(options.device)).logits[0] for model in models]
             pairs.append(compare(*logits, ids[0].to(options.device)))
     report = Report.of(pairs, range(len(pairs)))  # every window counts as a document

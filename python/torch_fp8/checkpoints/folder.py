@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import progress
 from ..files import StrPath, new_folder
 from .config import read as read_json
 from .errors import CheckpointError
@@ -106,8 +107,6 @@ def write(
     groups: of tensors that must stand in one file, the first of a group made first. others: files to copy. texts: files
     to write. Raises FileExistsError.
     """
-    from tqdm.auto import tqdm
-
     if max_shard_size < 1:
         raise ValueError(f"torch_fp8: max_shard_size must be a positive number of bytes, got {max_shard_size}")
     shards = _shards(groups, max_shard_size)
@@ -121,7 +120,7 @@ def write(
         for name, text in (texts or {}).items():
             (folder / name).write_text(text)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        with tqdm(total=total, desc=f"write {Path(path).name}", unit="B", unit_scale=True) as bar:
+        with progress.bar(total=total, desc=f"write {Path(path).name}", unit="B", unit_scale=True) as bar:
             for name, shard in zip(names, shards):
                 write_shard(folder / name, shard, bar.update)
         if len(shards) > 1:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .. import progress
 from ..format import E4M3
 from ..layers.frozen import new_slot, scale_shape
 from ..swap.freeze import become_frozen
@@ -45,15 +46,15 @@ def load_pretrained(
     AutoFP8's ``fp8``, compressed-tensors ``float-quantized``, transformers' fine-grained ``fp8`` with blocks or one
     scale, FBGEMM and ModelOpt.
 
-    dtype: of everything but the FP8 weights; the config's unless given. activations: instead of the checkpoint's.
+    dtype: of everything but the FP8 weights; the config's unless given.
+    activations: instead of the checkpoint's.
+
     Tensors without a place in the model, KV-cache scales among them, are kept aside for :func:`save_pretrained`; where
     weights are among them, a warning says so.
 
     Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell;
     RuntimeError for a GPU that FP8 layers cannot run on.
     """
-    from tqdm.auto import tqdm
-
     folder = Folder(path)
     scheme = folder.scheme()
     model = empty_model(folder, dtype)
@@ -63,7 +64,7 @@ def load_pretrained(
         check_device(device)
     _fill_computed_buffers(model, device)
 
-    for layer in tqdm(plan.layers, desc="FP8 layers", unit="layer", disable=not plan.layers):
+    for layer in progress.bar(plan.layers, desc="FP8 layers", unit="layer"):
         become_frozen(layer.module, *layer.read(device))
     for name, entry in plan.others.items():
         _assign(model, name, entry.read().to(device))

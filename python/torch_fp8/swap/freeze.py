@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import progress
 from ..format import BLOCK, E4M3_MAX, quantize
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot, scale_shape
 from ..layers.linear import SUPPORTED_DTYPES, Linear
@@ -74,8 +75,6 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Raises ValueError where the model has no linear layer, there was no batch, or a layer saw Inf or NaN.
     """
-    from tqdm.auto import tqdm
-
     layers = _linears(model)
     if not layers:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no linear layer to calibrate")
@@ -99,7 +98,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
         model.eval()
         with torch.no_grad():
-            for batch in tqdm(batches, desc="calibrate", unit="batch"):
+            for batch in progress.bar(batches, desc="calibrate", unit="batch"):
                 args, kwargs = _arguments(batch, device)
                 model(*args, **kwargs)
                 count += 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _C
+from .. import _C, progress
 from ..checks import check as _check
 from ..checks import is_int as _is_int
 from ..layers.frozen import FrozenLinear, frozen_layers
@@ -63,7 +63,7 @@ def tune(
     _check_devices({layer.weight.device for layer, _ in layers})
 
     gemms = []
-    for problem in _with_bar(problems_of(layers)):
+    for problem in progress.bar(problems_of(layers), desc="tuning", unit="GEMM"):
         candidates = _C.time_algorithms(problem.native(), rounds)
         if candidates:  # there are none for some deep and narrow products, which run without cuBLASLt
             best = choose(candidates, margin)
@@ -188,12 +188,3 @@ def _check_devices(devices: set[torch.device]) -> None:
                 f"torch_fp8: tuning is for the current device, {current}, but the model has FP8 layers on {device}; "
                 f"tune within torch.cuda.device({device.index}), and a model on several GPUs by its shapes on each"
             )
-
-
-def _with_bar(problems: list[Problem]) -> Iterable[Problem]:
-    # A bar is good manners, not a reason to ask every user for tqdm; it keeps silent where nobody watches.
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return problems
-    return tqdm(problems, desc="tuning", unit="GEMM", disable=None)

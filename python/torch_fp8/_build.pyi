@@ -1,0 +1,3 @@
+# What cmake/_build.py.in becomes.
+version: str
+torch_version: str
