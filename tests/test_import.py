@@ -1,7 +1,9 @@
 """What ``import torch_fp8`` and the command line load, and what type checkers are told."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +52,23 @@ def test_progress_bars_do_without_tqdm(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Linear(16, 16))
     fp8.calibrate(model, [torch.ones(2, 16)])
     fp8.freeze(model, activations="static")
+
+
+def test_the_stub_names_what_the_module_has():
+    """python/torch_fp8/_C.pyi beside csrc/bindings.cpp: functions, classes and their members."""
+    stub = ast.parse((Path(__file__).parent.parent / "python" / "torch_fp8" / "_C.pyi").read_text())
+    declared = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert declared.keys() == {name for name in dir(fp8._C) if not name.startswith("_")}
+    for name, node in declared.items():
+        assert isinstance(node, ast.ClassDef) == isinstance(getattr(fp8._C, name), type), name
+        if isinstance(node, ast.ClassDef):
+            assert _members(node) == {member for member in dir(getattr(fp8._C, name)) if not member.startswith("_")}
+
+
+def _members(node: ast.ClassDef) -> set[str]:
+    names = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    names |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+    names |= {item.targets[0].id for item in node.body if isinstance(item, ast.Assign)}
+    if [base.id for base in node.bases] == ["Enum"]:
+        names |= {"name", "value"}
+    return {name for name in names if not name.startswith("_")}

@@ -101,7 +101,8 @@ def _member(name: str, member: Any) -> str:
 def _signature(name: str, thing: Any, skip_self: bool = False) -> str:
     signature = inspect.signature(thing)
     parameters = list(signature.parameters.values())[skip_self:]
-    shown, named_only = [], False
+    shown: list[str] = []
+    named_only = False
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not named_only:
             shown, named_only = [*shown, "*"], True

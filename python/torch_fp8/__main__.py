@@ -90,8 +90,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     pairs = []
     with torch.inference_mode():
         for ids in progress.bar(windows, desc="evaluate", unit="window"):
-            logits = [model(ids.to(options.device)).logits[0] for model in models]
-            pairs.append(compare(*logits, ids[0].to(options.device)))
+            baseline, other = (model(ids.to(options.device)).logits[0] for model in models)
+            pairs.append(compare(baseline, other, ids[0].to(options.device)))
     report = Report.of(pairs, range(len(pairs)))  # every window counts as a document
     for field in dataclasses.fields(report):
         print(f"{field.name:24} {getattr(report, field.name):.6g}")

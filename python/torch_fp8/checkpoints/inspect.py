@@ -14,7 +14,8 @@ def describe(path: str | os.PathLike[str]) -> str:
     """A table of a checkpoint's tensors and scales, for people. Raises CheckpointError for a damaged one."""
     folder = Folder(path)
     found = folder.scheme()
-    lines, sizes = [], Counter()
+    lines: list[str] = []
+    sizes: Counter[str] = Counter()
     for name, entry in sorted(folder.entries.items()):
         sizes[str(entry.dtype).removeprefix("torch.")] += entry.nbytes
         kind = str(entry.dtype).removeprefix("torch.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,7 @@ class _Layer:
         scale = read_scale(self.scale).view(self.shape).to(device)
         slot = None
         if self.activations == "static":
+            assert self.input_scale is not None, "_Plan has seen to it"
             slot = new_slot(read_scale(self.input_scale).item(), device)
         return self.weight.read().to(device), scale, slot, self.activations
 
@@ -144,6 +146,7 @@ class _Plan:
 
     def _layer(self, name: str, module: nn.Linear, activations: str | None) -> _Layer:
         weight = self._take(f"{name}.weight")
+        assert weight is not None, "_is_fp8 has found it"
         if self.scheme is None:
             raise CheckpointError(weight.path, f"{weight.name} is FP8, but {CONFIG} has no quantization_config")
         if weight.shape != tuple(module.weight.shape):
@@ -163,7 +166,7 @@ class _Plan:
                     input_scale.path, f"{input_scale.name} has shape {list(input_scale.shape)}, expected one element"
                 )
         self._take(f"{name}.weight_zero_point")  # of symmetric weights: zeros
-        shape = self._scale_shape(scale, *weight.shape)
+        shape = _shape_in_layer(scale, self.scheme.weights, *weight.shape)
         return _Layer(module, weight, scale, shape, input_scale, activations)
 
     def _scale(self, name: str, names: tuple[str, ...]) -> Entry | None:
@@ -173,18 +176,6 @@ class _Plan:
         if found and found[0].dtype not in _SCALE_DTYPES:
             raise CheckpointError(found[0].path, f"{found[0].name} is {found[0].dtype}, which no scale is")
         return found[0] if found else None
-
-    def _scale_shape(self, scale: Entry, n: int, k: int) -> tuple[int, ...]:
-        """The shape of FrozenLinear's weight_scale. A vector is a column of channels or a row or column of blocks that
-        somebody squeezed: the config decides which, and then its length must fit."""
-        for kind in self.scheme.weights:
-            shape = scale_shape(kind, n, k)
-            squeezed = tuple(size for size in shape if size != 1)
-            same = tuple(size for size in scale.shape if size != 1) == squeezed
-            if scale.shape == shape or (same and (len(scale.shape) <= 1 or not squeezed)):
-                return shape
-        expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in self.scheme.weights)
-        raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
 
     def _check(self, entry: Entry, tensor: Tensor) -> None:
         if entry.shape != tuple(tensor.shape):
@@ -196,6 +187,19 @@ class _Plan:
             raise CheckpointError(
                 entry.path, f"{entry.name} is {entry.dtype}; FP8 is read as E4M3 weights of linear layers only"
             )
+
+
+def _shape_in_layer(scale: Entry, kinds: Sequence[str], n: int, k: int) -> tuple[int, ...]:
+    """The shape of FrozenLinear's weight_scale. A vector is a column of channels or a row or column of blocks that
+    somebody squeezed: the config decides which (kinds), and then its length must fit."""
+    for kind in kinds:
+        shape = scale_shape(kind, n, k)
+        squeezed = tuple(size for size in shape if size != 1)
+        same = tuple(size for size in scale.shape if size != 1) == squeezed
+        if scale.shape == shape or (same and (len(scale.shape) <= 1 or not squeezed)):
+            return shape
+    expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in kinds)
+    raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
 
 
 def read_scale(entry: Entry) -> Tensor:
@@ -252,7 +256,8 @@ def _fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None
     the meta device still, where initialising does nothing."""
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
-            if module._buffers[name] is not None:
-                module._buffers[name] = torch.zeros_like(module._buffers[name], device=device)
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
         if module._non_persistent_buffers_set:
             model._init_weights(module)

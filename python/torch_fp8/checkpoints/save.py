@@ -80,7 +80,7 @@ def save_pretrained(
 def layer_items(
     format: str,
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     weight: str,
     make: Callable[[], tuple[Tensor, Tensor]],
     input_scale: float | None,

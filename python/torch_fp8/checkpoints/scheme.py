@@ -153,12 +153,10 @@ def written(form: str, weight: str, activations: str, ignored: Iterable[str]) ->
     weights = {**args, "strategy": weight, "dynamic": False}
     if weight == "block":
         weights["block_structure"] = _BLOCKS
-    inputs: dict[str, Any] | None = {**args, "strategy": "tensor", "dynamic": activations != "static"}
-    if activations == "none":
-        inputs = None
-    elif activations == "token":
+    inputs = {**args, "strategy": "tensor", "dynamic": activations != "static"}
+    if activations == "token":
         inputs |= {"strategy": "group", "group_size": BLOCK} if weight == "block" else {"strategy": "token"}
-    group = {"targets": ["Linear"], "format": "float-quantized", "weights": weights, "input_activations": inputs,
-             "output_activations": None}  # fmt: skip
+    group = {"targets": ["Linear"], "format": "float-quantized", "weights": weights,
+             "input_activations": None if activations == "none" else inputs, "output_activations": None}  # fmt: skip
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
             "config_groups": {"group_0": group}, "ignore": ignored, "kv_cache_scheme": None}  # fmt: skip

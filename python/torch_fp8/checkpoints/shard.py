@@ -59,7 +59,7 @@ class Entry:
         data = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self.begin)
-            if file.readinto(memoryview(data.numpy())) != self.nbytes:
+            if file.readinto(data.numpy().data) != self.nbytes:
                 raise CheckpointError(self.path, f"{self.name} ends early: the file is truncated")
         return data.view(self.dtype).view(self.shape)
 
@@ -157,5 +157,5 @@ def write(path: Path, items: Iterable[Item], done: Callable[[int], Any] = lambda
             tensor = item.make()
             if (tensor.dtype, tuple(tensor.shape)) != (item.dtype, item.shape):
                 raise RuntimeError(f"torch_fp8: {item.name} became {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             done(item.nbytes)

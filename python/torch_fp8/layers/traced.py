@@ -132,7 +132,7 @@ def _note_training() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, which takes as long as PyTorch.
+# What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo, which takes as long as torch.
 _note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

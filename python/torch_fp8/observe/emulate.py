@@ -61,6 +61,8 @@ def emulated_linear(
     blocks = weight_scale.numel() > 1 and weight_scale.shape != (n, 1)
     if is_quantized(rows, n, k, "block" if blocks else "channel", how):
         if how == "static":
+            if input_slot is None:
+                raise RuntimeError("torch_fp8: static activations need an input_slot, got None")
             x = quantize(x, input_slot[0, 1]).float() * input_slot[0, 0]
         else:
             groups = x.unflatten(-1, (-1, BLOCK)) if blocks else x

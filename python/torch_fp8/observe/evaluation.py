@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,9 @@ class Report:
                 f"torch_fp8: Report.of takes windows and one document number for each, got {len(windows)} and "
                 f"{len(documents)}"
             )
-        all_, delta, counts = Pairs.cat(windows), {}, {}
+        all_ = Pairs.cat(windows)
+        delta: dict[int, float] = {}
+        counts: dict[int, int] = {}
         for pairs, document in zip(windows, documents):
             delta[document] = delta.get(document, 0.0) + float((pairs.other_nll - pairs.nll).sum())
             counts[document] = counts.get(document, 0) + len(pairs.nll)
@@ -120,11 +123,11 @@ def bootstrap(delta: Sequence[float], counts: Sequence[int], draws: int = 10_000
         return math.nan, math.nan
     sums, tokens = torch.tensor(delta, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    means = []
+    parts = []
     for start in range(0, draws, 1000):
         drawn = torch.randint(len(delta), (min(1000, draws - start), len(delta)), generator=generator)
-        means.append(sums[drawn].sum(1) / tokens[drawn].sum(1))
-    means = torch.cat(means).sort().values
+        parts.append(sums[drawn].sum(1) / tokens[drawn].sum(1))
+    means = torch.cat(parts).sort().values
     return math.exp(_quantile(means, 0.025)), math.exp(_quantile(means, 0.975))
 
 
@@ -175,10 +178,10 @@ def layer_sqnr(
     that the layer of model sees during run(): what a layer does by itself, not what reaches it from those before."""
     found: dict[str, float] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         twin = reference.get_submodule(name)
 
-        def compare_outputs(_: nn.Module, args: tuple, y: Tensor) -> None:
+        def compare_outputs(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
             found[name] = sqnr(twin(*args), y)
 
         return compare_outputs
