@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,7 +96,6 @@ class _Layer:
         scale = read_scale(self.scale).view(self.shape).to(device)
         slot = None
         if self.activations == "static":
-            assert self.input_scale is not None, "_Plan has seen to it"
             slot = new_slot(read_scale(self.input_scale).item(), device)
         return self.weight.read().to(device), scale, slot, self.activations
 
@@ -146,7 +144,6 @@ class _Plan:
 
     def _layer(self, name: str, module: nn.Linear, activations: str | None) -> _Layer:
         weight = self._take(f"{name}.weight")
-        assert weight is not None, "_is_fp8 has found it"
         if self.scheme is None:
             raise CheckpointError(weight.path, f"{weight.name} is FP8, but {CONFIG} has no quantization_config")
         if weight.shape != tuple(module.weight.shape):
@@ -166,7 +163,7 @@ class _Plan:
                     input_scale.path, f"{input_scale.name} has shape {list(input_scale.shape)}, expected one element"
                 )
         self._take(f"{name}.weight_zero_point")  # of symmetric weights: zeros
-        shape = _shape_in_layer(scale, self.scheme.weights, *weight.shape)
+        shape = self._scale_shape(scale, *weight.shape)
         return _Layer(module, weight, scale, shape, input_scale, activations)
 
     def _scale(self, name: str, names: tuple[str, ...]) -> Entry | None:
@@ -176,6 +173,18 @@ class _Plan:
         if found and found[0].dtype not in _SCALE_DTYPES:
             raise CheckpointError(found[0].path, f"{found[0].name} is {found[0].dtype}, which no scale is")
         return found[0] if found else None
+
+    def _scale_shape(self, scale: Entry, n: int, k: int) -> tuple[int, ...]:
+        """The shape of FrozenLinear's weight_scale. A vector is a column of channels or a row or column of blocks that
+        somebody squeezed: the config decides which, and then its length must fit."""
+        for kind in self.scheme.weights:
+            shape = scale_shape(kind, n, k)
+            squeezed = tuple(size for size in shape if size != 1)
+            same = tuple(size for size in scale.shape if size != 1) == squeezed
+            if scale.shape == shape or (same and (len(scale.shape) <= 1 or not squeezed)):
+                return shape
+        expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in self.scheme.weights)
+        raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
 
     def _check(self, entry: Entry, tensor: Tensor) -> None:
         if entry.shape != tuple(tensor.shape):
@@ -187,19 +196,6 @@ class _Plan:
             raise CheckpointError(
                 entry.path, f"{entry.name} is {entry.dtype}; FP8 is read as E4M3 weights of linear layers only"
             )
-
-
-def _shape_in_layer(scale: Entry, kinds: Sequence[str], n: int, k: int) -> tuple[int, ...]:
-    """The shape of FrozenLinear's weight_scale. A vector is a column of channels or a row or column of blocks that
-    somebody squeezed: the config decides which (kinds), and then its length must fit."""
-    for kind in kinds:
-        shape = scale_shape(kind, n, k)
-        squeezed = tuple(size for size in shape if size != 1)
-        same = tuple(size for size in scale.shape if size != 1) == squeezed
-        if scale.shape == shape or (same and (len(scale.shape) <= 1 or not squeezed)):
-            return shape
-    expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in kinds)
-    raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
 
 
 def read_scale(entry: Entry) -> Tensor:
