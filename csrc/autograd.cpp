@@ -264,6 +264,8 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   if (options.scaling == Scaling::kDelayed) {
     call.history = memo->history(slots, forward_roles | (differentiable && training ? 1 << kGradOutput : 0));
   }
+  // A weight that somebody else has changed is one without a history, until the next update.
+  if (training && memo->weight_was_changed(weight)) call.history &= ~(int64_t{1} << kWeight);
   if (training && grad_mode) {
     memo->note_forward(now);
     memo->note_used(kInput);

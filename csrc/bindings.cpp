@@ -59,7 +59,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<LayerMemo, std::shared_ptr<LayerMemo>>(m, "LayerMemo")
       .def(py::init(&new_memo))
       .def_property_readonly("used_roles", &LayerMemo::used_roles)
-      .def("end_step", &LayerMemo::end_step)
+      .def(
+          "end_step",
+          [](LayerMemo& memo, const c10::optional<at::Tensor>& weight) { memo.end_step(weight ? &*weight : nullptr); },
+          py::arg("weight") = py::none())
       .def_property_readonly("thread", &LayerMemo::thread)
       .def_property_readonly("captured", &LayerMemo::captured)
       .def_property_readonly("updates", &LayerMemo::updates)

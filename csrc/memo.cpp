@@ -30,6 +30,11 @@ int64_t next_number() {
   return registry().next++;
 }
 
+// A plain tensor whose writes are counted.
+bool has_identity(const at::Tensor& weight) {
+  return has_values(weight) && weight.has_storage() && !weight.is_inference();
+}
+
 constexpr const char* kRoleNames[] = {"input", "weight", "output gradient"};
 
 }  // namespace
@@ -41,7 +46,7 @@ std::shared_ptr<LayerMemo> new_memo() {
   return memo;
 }
 
-void end_step(LayerMemo& memo) { memo.end_step(); }
+void end_step(LayerMemo& memo, const at::Tensor& weight) { memo.end_step(&weight); }
 int64_t used_roles(const LayerMemo& memo) { return memo.used_roles(); }
 
 LayerMemo::LayerMemo() : number_(next_number()) {}
@@ -101,17 +106,25 @@ void LayerMemo::set_history(int64_t history) {
 void LayerMemo::forget() {
   const std::lock_guard lock(mutex_);
   used_ = 0, forwards_ = 0, several_ = false, updates_ = 0;
-  weight_ = {};
+  weight_ = {}, updated_ = {};
   known_ = false;
 }
 
-void LayerMemo::end_step() {
+void LayerMemo::end_step(const at::Tensor* weight) {
   const std::lock_guard lock(mutex_);
   const int64_t used = used_.exchange(0, std::memory_order_relaxed);
   several_ = forwards_.exchange(0) > 1;
   weight_ = {};
+  updated_ = weight != nullptr && has_identity(*weight) ? Identity::of(*weight) : Identity{};
   ++updates_;
   if (used & ~history_) known_ = false;  // a role may have a history now
+}
+
+bool LayerMemo::weight_was_changed(const at::Tensor& weight) {
+  const std::lock_guard lock(mutex_);
+  // What is made anew for each forward (a gathered weight, a view, a parametrization) has no past.
+  if (updated_.tensor == nullptr || gathered_ || !weight.is_leaf() || !has_identity(weight)) return false;
+  return !(updated_ == Identity::of(weight));
 }
 
 void LayerMemo::note_forward(const cuda::StreamState& now) {
@@ -121,23 +134,27 @@ void LayerMemo::note_forward(const cuda::StreamState& now) {
   if (now.capture != 0) captured_ = true;
 }
 
-bool LayerMemo::Weight::is_of(const at::Tensor& weight, const cuda::StreamState& now) const {
-  return tensor == weight.unsafeGetTensorImpl() &&
-         storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl() && data == weight.const_data_ptr() &&
-         version == weight._version() && made_on == now;
+LayerMemo::Identity LayerMemo::Identity::of(const at::Tensor& weight) {
+  return {weight.unsafeGetTensorImpl(), weight.storage().getWeakStorageImpl(), weight.const_data_ptr(),
+          static_cast<uint32_t>(weight._version())};
+}
+
+bool LayerMemo::Identity::operator==(const Identity& other) const {
+  return tensor == other.tensor && storage._unsafe_get_target() == other.storage._unsafe_get_target() &&
+         data == other.data && version == other.version;
 }
 
 bool LayerMemo::shall_keep(const at::Tensor& weight) {
-  return (several_ || forwards_ > 1) && !gathered_ && has_values(weight) && !weight.is_inference();
+  return (several_ || forwards_ > 1) && !gathered_ && has_identity(weight);
 }
 
 c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
                                             bool has_main_grad) {
   const std::lock_guard lock(mutex_);
-  if (weight_.tensor == nullptr || !has_values(weight) || weight.is_inference()) return c10::nullopt;
+  if (weight_.identity.tensor == nullptr || !has_identity(weight)) return c10::nullopt;
   // A gradient that was made and is gone has been used: the weight may be another one, past any counter.
   const bool used_up = grad_made_ && !has_main_grad && !(weight.is_leaf() && weight.grad().defined());
-  if (gathered_ || used_up || !weight_.is_of(weight, now)) {
+  if (gathered_ || used_up || weight_.made_on != now || !(weight_.identity == Identity::of(weight))) {
     weight_ = {};
     return c10::nullopt;
   }
@@ -148,12 +165,7 @@ c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda
 void LayerMemo::keep_weight(const at::Tensor& weight, const cuda::StreamState& now, const Codes& codes) {
   const std::lock_guard lock(mutex_);
   grad_made_ = false;
-  weight_ = {codes,
-             weight.storage().getWeakStorageImpl(),
-             weight.unsafeGetTensorImpl(),
-             weight.const_data_ptr(),
-             static_cast<uint32_t>(weight._version()),
-             now};
+  weight_ = {Identity::of(weight), codes, now};
 }
 
 void LayerMemo::forget_weight() {

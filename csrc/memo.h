@@ -56,24 +56,32 @@ class LayerMemo {
   bool captured() const { return captured_; }
   int64_t updates() const { return updates_; }  // how many end_step() has counted
   uint64_t thread() const { return thread_; }   // of the last forward in training; 0: there was none
-  // To be called after every scaling update.
-  void end_step();
+  // To be called after every scaling update, with the weight as it is now, if that is known.
+  void end_step(const at::Tensor* weight);
+  // Whether somebody else than the optimizer has changed the weight since the last update, as far as can be seen: its
+  // scale says nothing of it then.
+  bool weight_was_changed(const at::Tensor& weight);
 
  private:
-  struct Weight {
-    Codes codes;
-    // Which tensor, in which storage, at which address, in which version. The weak pointers keep the identity of
-    // what is gone from being given to something new.
-    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+  // Which tensor, in which storage, at which address, in which version. The weak pointer keeps the storage's identity
+  // from being given to something new.
+  struct Identity {
     const void* tensor = nullptr;
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
     const void* data = nullptr;
     uint32_t version = 0;
+    static Identity of(const at::Tensor& weight);
+    bool operator==(const Identity& other) const;
+  };
+  struct Weight {
+    Identity identity;
+    Codes codes;
     cuda::StreamState made_on;  // other streams do not wait for it, and outside of its graph it does not exist
-    bool is_of(const at::Tensor& weight, const cuda::StreamState& now) const;
   };
   const int64_t number_;
-  std::mutex mutex_;  // of weight_, history_ and known_: forwards hold no lock of Python's
+  std::mutex mutex_;  // of weight_, updated_, history_ and known_: forwards hold no lock of Python's
   Weight weight_;
+  Identity updated_;  // the weight when its scale was last updated
   bool known_ = false;
   int64_t history_ = 0;
   std::atomic<uint16_t> used_{0};  // one bit a role; the backward thread writes it too

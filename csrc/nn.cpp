@@ -1,7 +1,7 @@
 #include "torch_fp8/nn.h"
 
 #include <cmath>
-#include <unordered_set>
+#include <unordered_map>
 
 #include <ATen/ATen.h>
 #include <torch/nn/init.h>
@@ -81,12 +81,12 @@ void LinearImpl::to(torch::Device device, bool non_blocking) {
 void update_scales(const torch::nn::Module& module) {
   std::vector<at::Tensor> slots, histories;
   std::vector<double> targets;
-  std::unordered_set<LayerMemo*> memos;
+  std::unordered_map<LayerMemo*, at::Tensor> memos;
   std::vector<int64_t> power_of_two;
   for (const auto& child : module.modules()) {
     const auto* layer = child->as<LinearImpl>();
     if (layer == nullptr) continue;
-    const bool seen = !memos.insert(layer->memo.get()).second;  // a layer may stand in two places
+    const bool seen = !memos.emplace(layer->memo.get(), layer->weight).second;  // a layer may stand in two places
     if (seen || layer->options.recipe().scaling == Scaling::kConstant) continue;
     slots.push_back(layer->slots);
     histories.push_back(layer->history);
@@ -94,7 +94,7 @@ void update_scales(const torch::nn::Module& module) {
     power_of_two.push_back(layer->options.recipe().power_of_two);
   }
   update_scales_(slots, histories, targets, power_of_two);
-  for (LayerMemo* memo : memos) end_step(*memo);
+  for (const auto& [memo, weight] : memos) end_step(*memo, weight);
 }
 
 }  // namespace torch_fp8::nn

@@ -26,10 +26,10 @@ WIDTH = 100  # of a signature in one line
 def page() -> str:
     sections: dict[str, list[str]] = defaultdict(list)
     for name in fp8.__all__:
-        sections[_room(getattr(fp8, name))].append(name)
+        sections[_place(name)[0].partition(".")[0]].append(name)
     contents, parts = "", ""
     for room in sorted(sections, key=lambda room: ROOMS.index(room) if room in ROOMS else len(ROOMS)):
-        names = sorted(sections[room], key=lambda name: _place(getattr(fp8, name)))
+        names = sorted(sections[room], key=_place)
         items = (f"* {_link(name)}: {_first_sentence(name)}\n" for name in names)
         contents += f"\n**{_title(room)}**\n\n" + "".join(items)
         parts += f"\n## {_title(room)}\n" + "".join(_entry(name) for name in names)
@@ -42,11 +42,6 @@ def _link(name: str) -> str:
     return f"[`{name}`](#{anchor + '-1' if name != anchor and anchor in fp8.__all__ else anchor})"
 
 
-def _room(thing: Any) -> str:
-    """The file or folder of the package that a name comes from; "" is the package itself."""
-    return getattr(thing, "__module__", "torch_fp8").partition(".")[2].partition(".")[0]
-
-
 def _title(room: str) -> str:
     if not room:
         return "This installation"
@@ -54,9 +49,14 @@ def _title(room: str) -> str:
     return _markdown(doc.split("\n")[0].split(". ")[0].rstrip("."))
 
 
-def _place(thing: Any) -> tuple[str, int]:
-    """By file and line, so that what belongs together stands together."""
-    return (thing.__module__, inspect.getsourcelines(thing)[1]) if callable(thing) else ("", 0)
+def _place(name: str) -> tuple[str, int]:
+    """The module below torch_fp8 that defines a name, and the line there: what belongs together stands together. "" is
+    the package itself."""
+    for module in [name for name in sys.modules if name.startswith("torch_fp8.") and not name.endswith("._C")]:
+        source = inspect.getsource(sys.modules[module]) if hasattr(sys.modules[module], name) else ""
+        if found := re.search(rf"^(class|def) {name}\b", source, re.MULTILINE):
+            return module.partition(".")[2], source.count("\n", 0, found.start())
+    return "", 0
 
 
 def _doc(name: str) -> str:

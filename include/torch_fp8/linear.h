@@ -55,8 +55,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const c10::opti
                   bool training, const c10::optional<at::Tensor>& main_grad = c10::nullopt, bool dummy_grad = false,
                   const Place& place = {});
 
-// To be called after every scaling update: the layer's step has ended.
-void end_step(LayerMemo& memo);
+// To be called after every scaling update: the layer's step has ended, and this is its weight now.
+void end_step(LayerMemo& memo, const at::Tensor& weight);
 
 // The roles that took part in training since the last update, or may have, one bit each.
 int64_t used_roles(const LayerMemo& memo);

@@ -61,11 +61,12 @@ TORCH_FP8_HOST_DEVICE inline float rescaled(float sum, float a, float b) {
   return bits_of(both) == 0x7F800000 ? sum * a * b : sum * both;
 }
 
-// A delayed scale is unfit for a tensor of this amax if it maps the amax far beyond the format's range, or so low that
-// it gives away more than 5 binades. What an optimizer's step adds to a weight, a sixteenth at most, may saturate.
+// A delayed scale is unfit for a tensor of this amax if it maps the amax more than a binade beyond the format's range,
+// or so low that it gives away more than 5. Within that a tensor that grows from step to step saturates, as it always
+// has.
 TORCH_FP8_HOST_DEVICE inline bool is_unfit(float scale, float amax, Format format, float target) {
   const float mapped = amax * scale;
-  return is_usable(amax) && (mapped > max_of(format) * 17 / 16 || mapped < target / 32);
+  return is_usable(amax) && (mapped > max_of(format) * 2 || mapped < target / 32);
 }
 
 }  // namespace torch_fp8

@@ -30,7 +30,7 @@ def update_scales(model: nn.Module) -> None:
     layers = fp8_layers(model).values()
     if not layers:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer to update; torch_fp8.convert it first")
-    _update(layer.fp8_state for layer in layers)
+    _update(layers)
 
 
 class _AmaxReduction:
@@ -74,8 +74,9 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
         state.reduction = reduction
 
 
-def _update(states: Iterable[LayerState]) -> None:
-    states = dict.fromkeys(states)
+def _update(layers: Iterable[Linear]) -> None:
+    weights = {layer.fp8_state: layer.weight for layer in layers}
+    states = dict.fromkeys(weights)
     # A layer that this rank did not use may have been used on another: all enter the collective. Several models' take
     # the order in which they were set up.
     reductions = {state.reduction for state in states} - {None}
@@ -99,7 +100,7 @@ def _update(states: Iterable[LayerState]) -> None:
         )
     begun = [[state for state in together if _may_have_begun(state)] for together in by_device.values()]
     for state in states:
-        state.memo.end_step()
+        state.memo.end_step(weights.get(state))
     for together in begun:
         _read_history(together)
 
@@ -162,7 +163,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         if ours[model] if model is not None and not is_stranger else in_thread:
             ended.append(layer)
     if ended:
-        _update(layer.fp8_state for layer in ended)
+        _update(ended)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -29,7 +29,7 @@ struct Layer {
   void update() {
     update_scales_({slots}, {history}, {options.cast(0).target(), options.cast(1).target(), options.cast(2).target()},
                    {0});
-    end_step(*memo);
+    end_step(*memo, weight);
   }
 
   void zero_grad() {

@@ -80,7 +80,7 @@ TEST_F(Module, TrainsAsAHandWrittenLoopDoes) {
     loss.backward();
     by_hand.step();
     update_scales_({slots}, {history}, {224.0, 224.0, 57344.0}, {1});
-    end_step(*memo);
+    end_step(*memo, weight);
 
     ASSERT_EQ(loss.item<float>(), last) << i;
     ASSERT_TRUE(same_bits(layer->weight, weight)) << i;

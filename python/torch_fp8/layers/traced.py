@@ -73,8 +73,8 @@ def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad
 
 
 def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """The codes of x where layers read it together, by the rules of csrc/siblings.h; what the first of them made lies on
-    the tensor itself. None where a layer casts for itself."""
+    """The codes of x where layers read it together, by the rules of csrc/siblings.h; what the first of them made lies
+    on the tensor itself. None where a layer casts for itself."""
     group, nothing = state.group, (None, None, None)
     delayed = isinstance(state.recipe, DelayedScaling)
     by_history = delayed and call.history & 1
@@ -101,7 +101,6 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
     return codes
 
 
-@torch.compiler.assume_constant_result
 def _mutations() -> int:
     """How many tensors were written to so far in the trace that runs: an x._version that is known while tracing. -1
     where nothing may be laid down on a tensor, within activation checkpointing."""
@@ -134,6 +133,7 @@ def _note_training() -> bool:
 
 # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo, which takes as long as torch.
 _note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_mutations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Linear(torch.autograd.Function):
