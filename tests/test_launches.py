@@ -41,8 +41,8 @@ def device_work(call):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_kernels_of_a_micro_batch(cuda, bias, first):
-    """Forward: cast, GEMM. Backward: cast, two GEMMs, and one kernel for the bias gradient. The first of a step casts the
-    weight, too, and sees whether it has left the range of its scale."""
+    """Forward: cast, GEMM. Backward: cast, two GEMMs, and one kernel for the bias gradient. The first of a step casts
+    the weight, too, and sees whether it has left the range of its scale."""
     layer, x, dy = trained(2048, 1024, 2048, cuda, bias=bias)
     for _ in range(2):
         layer(x).backward(dy)
@@ -77,8 +77,8 @@ def test_own_amax_costs_two_kernels_more(cuda):
 
 
 def test_memory_of_forward_and_backward(cuda):
-    """After forward: y, and one byte an element of x and of the weight. In backward at most one gradient beside dy's two
-    FP8 copies."""
+    """After forward: y, and one byte an element of x and of the weight. In backward at most one gradient beside dy's
+    two FP8 copies."""
     m, k, n = 4096, 1024, 4096
     layer, x, dy = trained(m, k, n, cuda, bias=False)
     torch.cuda.reset_peak_memory_stats()

@@ -160,7 +160,7 @@ def test_views_of_one_storage_are_other_tensors(device):
 def test_a_gradient_from_elsewhere_between_those_of_siblings(device):
     """The sum is the siblings' own: whoever else reads the tensor adds to it after."""
     model, twin = twins(RECIPES[0], device)
-    for i in range(3):
+    for _ in range(3):
         x = torch.randn(4, 32, device=device)
         grads = []
         for m in (model, twin):
@@ -236,7 +236,7 @@ def test_evaluation_shares_too_and_an_exception_leaves_nothing_wrong(device):
 
 
 def test_copies_and_pickles_share_among_themselves(device):
-    model, twin = twins(RECIPES[0], device)
+    model, _ = twins(RECIPES[0], device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x = torch.randn(2, 8, 32, device=device)
     step(model, optimizer, x)

@@ -16,7 +16,7 @@ def private_names(path: Path) -> list[str]:
     found, imported = [], set()
     nodes = list(ast.walk(ast.parse(path.read_text(), path)))
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and (node.level or node.module.partition(".")[0] in OURS):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] in OURS):
             found += [(node.lineno, alias.name) for alias in node.names if is_private(alias.name)]
             imported |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Import):

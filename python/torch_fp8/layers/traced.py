@@ -73,8 +73,8 @@ def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad
 
 
 def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """The codes of x where layers read it together, by the rules of csrc/siblings.h; what the first of them made lies on
-    the tensor itself. None where a layer casts for itself."""
+    """The codes of x where layers read it together, by the rules of csrc/siblings.h; what the first of them made lies
+    on the tensor itself. None where a layer casts for itself."""
     group, nothing = state.group, (None, None, None)
     delayed = isinstance(state.recipe, DelayedScaling)
     by_history = delayed and call.history & 1
