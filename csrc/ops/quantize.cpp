@@ -45,7 +45,6 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
                    const QuantizeOptions& options) {
   const Format format = format_of(dtype, "dtype");
   check_quantize(x, slots, role, options.margin);
-  const bool on_cuda = x.is_cuda();
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
 
@@ -72,12 +71,12 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.columnwise) args.q_t = static_cast<uint8_t*>(out.q_t.data_ptr());
   if (options.record) args.amax = &slot->amax;
   if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
-  kernels(on_cuda).quantize(args);
+  kernels_of(x).quantize(args);
 
   if (options.dbias) {
     out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));
-    kernels(on_cuda).add_column_sums({column_sums.const_data_ptr<float>(), column_sums.size(0), matrix.cols, cols,
-                                      out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
+    kernels_of(x).add_column_sums({column_sums.const_data_ptr<float>(), column_sums.size(0), matrix.cols, cols,
+                                   out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
   } else {
     out.dbias = at::empty({0}, fp32);
   }

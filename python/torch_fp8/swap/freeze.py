@@ -59,7 +59,7 @@ def freeze(
         parameter = layer.weight
         if id(parameter) not in shared:
             shared[id(parameter)] = quantize_weight(weights[name], weight)
-        become_frozen(layer, *shared[id(parameter)], slot, activations)
+        become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
     return model.requires_grad_(False)
 
@@ -152,8 +152,9 @@ def _bfloat16_above(x: Tensor) -> Tensor:
 
 
 def become_frozen(
-    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str
-) -> None:
+    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
+    granularity: str,
+) -> None:  # fmt: skip
     """Change the class of a linear layer in place, as convert does: the object, its name and its hooks stay."""
     if isinstance(layer, Linear):
         layer._make_plain()
@@ -162,7 +163,9 @@ def become_frozen(
     for name in (_AMAX, "_not_fp8"):
         layer.__dict__.pop(name, None)
     layer.__class__ = FrozenLinear
-    layer._make_frozen(weight, weight_scale, None if bias is None else bias.detach(), input_slot, activations)
+    layer._make_frozen(
+        weight, weight_scale, None if bias is None else bias.detach(), input_slot, activations, granularity
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -18,15 +18,13 @@ from torch import nn
 from .. import _C
 from ..checks import check as _check
 from ..checks import is_int as _is_int
-from ..layers.frozen import FrozenLinear, frozen_layers
+from ..layers.frozen import ACTIVATIONS, FrozenLinear, frozen_layers
 from ..layers.linear import Linear, fp8_layers
-from ..observe.emulate import WIDE, is_quantized
 from .tuning import Problem, TunedGemm, Tuning, here
 
 _MIN_ROUNDS = 20
 _MAX_SIZE = 2**30
 _FASTER_ROUNDS = 0.9
-_STREAMED_ROWS = 32  # of a frozen layer's input; cuBLASLt has the rest
 # For normally distributed values: 1.4826 median absolute deviations are a standard deviation, and the median of n of
 # them is off by sqrt(pi / 2 / n) standard deviations.
 _MEDIAN_ERROR = 1.4826 * math.sqrt(math.pi / 2)
@@ -112,22 +110,17 @@ def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Pro
 
 
 def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
-    # Mirrors frozen.cpp.
-    (rows, cols), granularity, bias = layer.weight.shape, layer.granularity, layer.bias
-    if rows == 0 or cols == 0 or not is_quantized(tokens, rows, cols, granularity, layer.activations):
-        return
+    """What the op asks for on such tensors of the meta device, where it runs no kernel and holds no memory."""
+    weight, scale, bias, slot = (
+        None if tensor is None else torch.empty_like(tensor, device="meta")
+        for tensor in (layer.weight, layer.weight_scale, layer.bias, layer.input_slot)
+    )
     dtype = torch.bfloat16 if bias is None else bias.dtype
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
-    one_each = granularity == "tensor" and layer.activations != "token"
-    scales = "blocks" if granularity == "block" else "one" if one_each else "rows"
-    streams = scales == "rows" or (scales == "one" and rows <= WIDE)
-    if tokens <= _STREAMED_ROWS and streams and cols % 16 == 0 and dtype != torch.float32:
-        return  # a kernel of ours
-    m, n = -(-tokens // 4) * 4 if scales == "blocks" else tokens, _padded(rows)
-    if scales == "rows" and (m <= 32 or -(-m // 128) * -(-n // 128) < 96 or dtype == torch.float32):
-        dtype, bias, scales = torch.float32, None, "one"  # scaled by a kernel of ours
-    yield Problem(m, n, _padded(cols), torch.float8_e4m3fn, torch.float8_e4m3fn, dtype,
-                  bias is not None and dtype != torch.float32, False, scales != "blocks", scales)  # fmt: skip
+    x = torch.empty(tokens, layer.in_features, dtype=dtype, device="meta")
+    op, how = torch.ops.torch_fp8.frozen_linear, ACTIVATIONS.index(layer.activations)
+    for gemm in _C.recorded_gemms(lambda: op(x, weight, scale, bias, slot, how, dtype)):
+        yield Problem(*(getattr(gemm, field) for field in Problem._fields))
 
 
 def _gemms(layer: Linear | FrozenLinear, tokens: int) -> Iterator[Problem]:
