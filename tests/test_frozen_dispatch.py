@@ -51,7 +51,7 @@ def test_jit_trace(layer, device):
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(layer, device, mode):
-    graph = make_fx(layer, tracing_mode=mode)(inputs(17, device))
+    graph = make_fx(layer, tracing_mode=mode, _allow_non_fake_inputs=True)(inputs(17, device))
     assert targets(graph) == [OP.default]
     for rows in ROWS:
         x = inputs(rows, device)
@@ -269,14 +269,14 @@ def call_compiled(layer, x):
 
 
 def call_make_fx(layer, x):
-    return make_fx(layer, tracing_mode="symbolic")(x)
+    return make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
 
 
 @pytest.mark.parametrize("call", [call_eager, call_meta, call_fake, call_compiled, call_make_fx])
 @pytest.mark.parametrize(
     ("size", "dtype", "match"),
     [
-        ((17, K - 1), torch.bfloat16, rf"last dimension must be in_features = {K}, got an input of shape \[17, 255\]"),
+        ((17, K - 1), torch.bfloat16, f"last dimension must be in_features = {K}, got an input of shape"),
         ((), torch.bfloat16, "last dimension must be in_features"),
         ((17, K), torch.float64, "x must be bfloat16, float16 or float32, got [dD]ouble"),
     ],

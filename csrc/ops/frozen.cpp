@@ -64,7 +64,7 @@ struct Product {
 
   bool has_one_weight_scale() const { return route.weight_scale == WeightScale::kTensor; }
   const uint8_t* codes() const { return static_cast<const uint8_t*>(weight.const_data_ptr()); }
-  const float* scales() const { return weight_scale.const_data_ptr<float>(); }
+  const float* scales() const { return static_cast<const float*>(weight_scale.const_data_ptr()); }
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
   at::Tensor new_output() const { return at::empty(size, x.options().dtype(dtype)); }
   bool stands() const { return x.is_cuda() && weight_stands(weight, weight_scale, bias, cuda::current_stream()); }
@@ -233,8 +233,8 @@ at::Tensor scaled(const Product& p) {
   const at::Tensor w_scale = gemm_scales(p, scales, args.n);
   const at::Tensor bias = in_epilogue ? padded_with(*p.bias, args.n) : at::Tensor();
   const at::Tensor target = is_padded ? at::empty({args.m, args.n}, out.options()) : out;
-  args.a_scale_inv = x_scale.defined() ? x_scale.const_data_ptr<float>() : x.scale;
-  args.b_scale_inv = w_scale.const_data_ptr<float>();
+  args.a_scale_inv = x_scale.defined() ? static_cast<const float*>(x_scale.const_data_ptr()) : x.scale;
+  args.b_scale_inv = static_cast<const float*>(w_scale.const_data_ptr());
   args.scales = scales, args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
   args.bias = in_epilogue ? address_of(bias) : nullptr;
   args.out = target.data_ptr(), args.out_type = p.route.y;

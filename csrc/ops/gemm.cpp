@@ -43,8 +43,8 @@ GemmArgs check_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
   args.m = m, args.n = padded(n), args.k = a.size(1);
   args.a = static_cast<const uint8_t*>(a.const_data_ptr());
   args.b = static_cast<const uint8_t*>(b.const_data_ptr());
-  args.a_scale_inv = a_scale_inv.const_data_ptr<float>();
-  args.b_scale_inv = b_scale_inv.const_data_ptr<float>();
+  args.a_scale_inv = static_cast<const float*>(a_scale_inv.const_data_ptr());
+  args.b_scale_inv = static_cast<const float*>(b_scale_inv.const_data_ptr());
   args.fast_accum = fast_accum;
   return args;
 }

@@ -57,9 +57,8 @@ TEST(Standing, NotWithOthersInItsPlace) {
     tensor = at::ones(tensor.sizes());
     EXPECT_FALSE(layer.stands(kGraph));
     tensor = before;
-    EXPECT_FALSE(layer.stands(kGraph));  // its last call was made in this graph
   }
-  EXPECT_FALSE(weight_stands(layer.weight, layer.scale, {}, kOtherGraph));
+  EXPECT_FALSE(weight_stands(layer.weight, layer.scale, {}, kGraph));
 }
 
 // A tensor of one call, as the cast of a bias is, mostly gets the memory of the one before it.
