@@ -5,6 +5,7 @@ import copy
 import io
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_subclass_that_takes_functions(layer, device):
 class Wrapped(torch.Tensor):
     """A tensor that only holds another one, and nothing where its memory should be."""
 
-    seen = []
+    seen: ClassVar[list] = []
 
     @staticmethod
     def __new__(cls, inner):

@@ -66,7 +66,8 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.own_amax) own = own_slot_of(matrix, x, format, options);
   const Slot* const source = own.defined() ? slots_of(own) : slot;
 
-  QuantizeArgs args{matrix, format, source, nullptr, nullptr, static_cast<float*>(out.scale_inv.data_ptr()), nullptr, nullptr};
+  QuantizeArgs args{matrix,  format, source, nullptr, nullptr, static_cast<float*>(out.scale_inv.data_ptr()),
+                    nullptr, nullptr};
   if (options.rowwise) args.q = static_cast<uint8_t*>(out.q.data_ptr());
   if (options.columnwise) args.q_t = static_cast<uint8_t*>(out.q_t.data_ptr());
   if (options.record) args.amax = &slot->amax;
@@ -75,8 +76,8 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
 
   if (options.dbias) {
     out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));
-    kernels_of(x).add_column_sums({static_cast<const float*>(column_sums.const_data_ptr()), column_sums.size(0), matrix.cols, cols,
-                                   out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
+    kernels_of(x).add_column_sums({static_cast<const float*>(column_sums.const_data_ptr()), column_sums.size(0),
+                                   matrix.cols, cols, out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
   } else {
     out.dbias = at::empty({0}, fp32);
   }

@@ -174,8 +174,8 @@ class _Plan:
         return found[0] if found else None
 
     def _granularity(self, scale: Entry, n: int, k: int) -> str:
-        """What FrozenLinear's weight_scale belongs to. A vector is a column of channels or a row or column of blocks that
-        somebody squeezed: the config decides which, and then its length must fit."""
+        """What shares a scale in FrozenLinear's weight_scale. A vector is a column of channels or a row or column of
+        blocks that somebody squeezed: the config decides which, and then its length must fit."""
         for kind in self.scheme.weights:
             shape = scale_shape(kind, n, k)
             squeezed = tuple(size for size in shape if size != 1)

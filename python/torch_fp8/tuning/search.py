@@ -8,12 +8,12 @@ rules: candidates take turns within each round, and only a gain that luck cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _C
 from ..checks import check as _check
@@ -106,52 +106,54 @@ def choose(candidates: Sequence[tuple[bytes, Sequence[float]]], margin: float) -
 
 def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Problem]:
     """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
-    return list(dict.fromkeys(problem for layer, tokens in layers for problem in _gemms(layer, tokens)))
+    problems: dict[Problem, None] = {}
+    for layer, tokens in layers:
+        run = _run_frozen if isinstance(layer, FrozenLinear) else _run_linear
+        for gemm in _C.recorded_gemms(lambda run=run, layer=layer, tokens=tokens: run(layer, tokens)):
+            problems[Problem(*(getattr(gemm, field) for field in Problem._fields))] = None
+    return list(problems)
 
 
-def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
-    """What the op asks for on such tensors of the meta device, where it runs no kernel and holds no memory."""
-    weight, scale, bias, slot = (
-        None if tensor is None else torch.empty_like(tensor, device="meta")
-        for tensor in (layer.weight, layer.weight_scale, layer.bias, layer.input_slot)
-    )
-    dtype = torch.bfloat16 if bias is None else bias.dtype
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+# While GEMMs are recorded, an op on tensors of the meta device goes the way that it goes on a GPU, without memory and
+# without a kernel. The layers themselves are only looked at.
+
+
+def _on_meta(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def _run_frozen(layer: FrozenLinear, tokens: int) -> None:
+    state = [_on_meta(t) for t in (layer.weight, layer.weight_scale, layer.bias, layer.input_slot)]
+    dtype = _autocast() or (torch.bfloat16 if layer.bias is None else layer.bias.dtype)
     x = torch.empty(tokens, layer.in_features, dtype=dtype, device="meta")
-    op, how = torch.ops.torch_fp8.frozen_linear, ACTIVATIONS.index(layer.activations)
-    for gemm in _C.recorded_gemms(lambda: op(x, weight, scale, bias, slot, how, dtype)):
-        yield Problem(*(getattr(gemm, field) for field in Problem._fields))
+    torch.ops.torch_fp8.frozen_linear(x, *state, ACTIVATIONS.index(layer.activations), dtype)
 
 
-def _gemms(layer: Linear | FrozenLinear, tokens: int) -> Iterator[Problem]:
-    if isinstance(layer, FrozenLinear):
-        yield from _frozen_gemms(layer, tokens)
-        return
-    # Mirrors linear.cpp and gemm.cpp: what these ask cuBLASLt for is what must be tuned.
-    recipe = layer.recipe
-    weight_dtype = layer.weight.dtype
-    y_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_dtype
-    e4m3, grad = torch.float8_e4m3fn, layer.fp8_state.options.cast(2).dtype
-    rows, cols = layer.weight.shape
-    if rows == 0 or cols == 0:
-        return
-
-    # A float32 bias has no epilogue: the GEMM adds to an output that begins as the bias.
-    has_bias, in_epilogue = layer.bias is not None, y_dtype != torch.float32
-    yield Problem(tokens, _padded(rows), _padded(cols), e4m3, e4m3, y_dtype,
-                  has_bias and in_epilogue, has_bias and not in_epilogue, "fprop" in recipe.fast_accum)  # fmt: skip
+@torch.no_grad()
+def _run_linear(layer: Linear, tokens: int) -> None:
+    state = layer.fp8_state
+    weight, bias, slots = _on_meta(layer.weight), _on_meta(layer.bias), _on_meta(state.slots)
+    main_grad = None
+    if layer.fuse_main_grad:
+        kept = getattr(layer.weight, "main_grad", None)
+        main_grad = torch.empty_like(weight, dtype=torch.float32 if kept is None else kept.dtype)
+    autocast = _autocast()
+    casts, how = state.casts, (state.fp8_gemms, state.fast_accum, True, False, True, True)
     # The input's gradient has the input's dtype: under autocast that of a layer before it or that of the parameters.
-    for x_dtype in dict.fromkeys([y_dtype, weight_dtype]):
-        yield Problem(tokens, _padded(cols), _padded(rows), grad, e4m3, x_dtype,
-                      False, False, "dgrad" in recipe.fast_accum)  # fmt: skip
-    # Added to a float32 main_grad in place, except where columns are padded: then it goes by way of scratch.
-    fused = layer.fuse_main_grad
-    yield Problem(rows, _padded(cols), _padded(tokens), grad, e4m3, torch.float32 if fused else weight_dtype,
-                  False, fused and cols % 16 == 0, "wgrad" in recipe.fast_accum)  # fmt: skip
-
-
-def _padded(size: int) -> int:
-    return -(-size // 16) * 16
+    for x_dtype in dict.fromkeys([autocast or weight.dtype, weight.dtype]):
+        x = torch.empty(tokens, layer.in_features, dtype=x_dtype, device="meta")
+        y, *codes = torch.ops.torch_fp8.linear_forward(x, weight, bias, slots, [], [], casts, 0, *how, False, autocast)
+        # Of layers that read one tensor all but the first add to the gradient that the first made.
+        sums = [None] if state.group is None or x_dtype == torch.float16 else [None, torch.empty_like(x)]
+        for dx_sum in sums:
+            torch.ops.torch_fp8.linear_backward(
+                y, *codes, x, weight, slots, main_grad, dx_sum, casts, 0, *how, None, layer.in_features, x_dtype,
+                weight.dtype,
+            )  # fmt: skip
 
 
 def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]]:
