@@ -120,6 +120,11 @@ void LayerMemo::end_step(const at::Tensor* weight) {
   if (used & ~history_) known_ = false;  // a role may have a history now
 }
 
+void LayerMemo::see_weight(const at::Tensor& weight) {
+  const std::lock_guard lock(mutex_);
+  if (updated_.tensor != nullptr && has_identity(weight)) updated_ = Identity::of(weight);
+}
+
 bool LayerMemo::weight_was_changed(const at::Tensor& weight) {
   const std::lock_guard lock(mutex_);
   // What is made anew for each forward (a gathered weight, a view, a parametrization) has no past.

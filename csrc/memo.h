@@ -59,6 +59,8 @@ class LayerMemo {
   uint64_t thread() const { return thread_; }   // of the last forward in training; 0: there was none
   // To be called after every scaling update, with the weight as it is now, if that is known.
   void end_step(const at::Tensor* weight);
+  // The weight was changed by its optimizer, without a scaling update.
+  void see_weight(const at::Tensor& weight);
   // Whether somebody else than the optimizer has changed the weight since the last update, as far as can be seen: its
   // scale says nothing of it then.
   bool weight_was_changed(const at::Tensor& weight);

@@ -364,12 +364,16 @@ def test_other_threads_run_during_a_forward():
         thread.start()
         while not ticks:
             pass
-        before = ticks
-        layer(x)  # tens of milliseconds in plain loops
-        during = ticks - before
+        during = 0
+        for _ in range(
+            50
+        ):  # tens of milliseconds each in plain loops; a busy machine may not run the other thread in one
+            before = ticks
+            layer(x)
+            during = max(during, ticks - before)
     running.set()
     thread.join()
-    assert during > 1000
+    assert during > 1000  # a thread that only gets its turn between two calls of C++ has none within
 
 
 def test_a_monitor_goes_with_its_model(device):
