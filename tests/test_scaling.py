@@ -383,7 +383,8 @@ def test_a_role_that_never_records_keeps_what_it_has(device):
 def test_power_of_two_for_each_layer_or_for_each_role(device, power_of_two):
     results = []
     for one_a_layer in (True, False):
-        layers = [layer_of_roles(count, 4, device, power_of_two) for count in (3, 10, 1)]
+        kinds = ((3, power_of_two), (10, not power_of_two), (1, power_of_two))
+        layers = [layer_of_roles(count, 4, device, kind) for count, kind in kinds]
         for layer in layers:
             layer.slots[:, 2] = torch.arange(1.0, len(layer.roles) + 1, device=device)
         torch.ops.torch_fp8.update_scales_(*update_of(layers, one_a_layer))
