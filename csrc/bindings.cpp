@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +12,8 @@
 #include "check.h"
 #include "kernels.h"
 #include "memo.h"
+#include "ops/frozen_route.h"
+#include "ops/record.h"
 #include "siblings.h"
 #include "torch_fp8/linear.h"
 #include "torch_fp8/ops.h"
@@ -20,12 +23,25 @@ using namespace torch_fp8;
 
 namespace {
 
-constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};  // by the number of Scales
+// Words for enums, by their numbers.
+constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};
+constexpr std::array<const char*, 3> kWeightScales = {"tensor", "channel", "block"};
+constexpr std::array<const char*, 4> kActivations = {"none", "static", "tensor", "token"};
+constexpr std::array<const char*, 6> kWays = {"zeros", "few_rows", "dequantized", "streamed", "rescaled", "scaled"};
 
-Scales scales_of(const std::string& name) {
-  const auto found = std::find(kScales.begin(), kScales.end(), name);
-  TORCH_CHECK_VALUE(found != kScales.end(), "torch_fp8: scales must be one, rows or blocks, got ", name);
-  return static_cast<Scales>(found - kScales.begin());
+template <class Enum, size_t kCount>
+Enum from_word(const std::array<const char*, kCount>& words, const char* what, const std::string& word) {
+  const auto found = std::find(words.begin(), words.end(), word);
+  TORCH_CHECK_VALUE(found != words.end(), "torch_fp8: ", what, " must be one of ", c10::Join(", ", words), ", got ",
+                    word);
+  return static_cast<Enum>(found - words.begin());
+}
+
+// The GEMMs that a Python function asks for, in order.
+std::vector<GemmProblem> recorded_gemms(const py::function& call) {
+  const GemmRecord record;
+  call();
+  return record.problems();
 }
 
 }  // namespace
@@ -63,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
           "end_step",
           [](LayerMemo& memo, const c10::optional<at::Tensor>& weight) { memo.end_step(weight ? &*weight : nullptr); },
           py::arg("weight") = py::none())
+      .def("see_weight", &LayerMemo::see_weight)
       .def_property_readonly("thread", &LayerMemo::thread)
       .def_property_readonly("captured", &LayerMemo::captured)
       .def_property_readonly("updates", &LayerMemo::updates)
@@ -84,7 +101,31 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear, py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("slots"), py::arg("options"), py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(),
         py::arg("dummy_grad") = false, py::arg("place") = Place{});
-  m.def("frozen_linear", &frozen_linear);
+  // Through the dispatcher, so that tracers, modes and subclasses see the op, but not through Python's wrapper of it.
+  m.def("frozen_linear", [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                            const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                            int64_t activations, c10::optional<at::ScalarType> dtype) {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
+    const py::gil_scoped_release no_gil;
+    return op.call(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  });
+  m.def("is_input_quantized",
+        [](int64_t m, int64_t n, int64_t k, const std::string& weight, const std::string& activations) {
+          return is_input_quantized(m, n, k, from_word<WeightScale>(kWeightScales, "weight", weight),
+                                    from_word<Activations>(kActivations, "activations", activations));
+        });
+  m.def(
+      "frozen_way",
+      [](int64_t rows, int64_t n, int64_t k, const std::string& weight, const std::string& activations,
+         at::ScalarType x, at::ScalarType y, bool is_aligned, bool on_cuda) {
+        const Way way = way_of({rows, n, k, from_word<WeightScale>(kWeightScales, "weight", weight),
+                                from_word<Activations>(kActivations, "activations", activations), type_of(x, "x"),
+                                type_of(y, "y"), is_aligned, on_cuda});
+        return kWays[static_cast<size_t>(way)];
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(), py::arg("weight"), py::arg("activations"),
+      py::arg("x_dtype"), py::arg("dtype"), py::arg("is_aligned") = true, py::arg("on_cuda") = true);
   m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0);
 
   py::class_<GemmProblem>(m, "GemmProblem")
@@ -99,7 +140,7 @@ PYBIND11_MODULE(_C, m) {
                                 bias,
                                 accumulate,
                                 fast_accum,
-                                scales_of(scales)};
+                                from_word<Scales>(kScales, "scales", scales)};
            }),
            py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("a_dtype"), py::arg("b_dtype"),
            py::arg("out_dtype"), py::arg("bias"), py::arg("accumulate"), py::arg("fast_accum"), py::arg("scales"))
@@ -113,6 +154,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("accumulate", &GemmProblem::accumulate)
       .def_readonly("fast_accum", &GemmProblem::fast_accum)
       .def_property_readonly("scales", [](const GemmProblem& p) { return kScales[static_cast<size_t>(p.scales)]; });
+  m.def("recorded_gemms", &recorded_gemms);
   m.def("time_algorithms", [](const GemmProblem& problem, int rounds) {
     std::vector<std::pair<py::bytes, std::vector<double>>> timed;
     for (TimedAlgorithm& t : kernels(/*on_cuda=*/true).time_algorithms(problem, rounds))

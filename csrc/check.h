@@ -52,11 +52,12 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 
 // (rows, 4) float32 slots; `rows` 0 takes any number.
 inline void check_slots(const at::Tensor& slots, int64_t rows) {
-  TORCH_CHECK(slots.scalar_type() == at::kFloat && slots.dim() == 2 && slots.size(1) == 4 && slots.is_contiguous() &&
-                  (rows == 0 ? slots.size(0) > 0 : slots.size(0) == rows),
+  TORCH_CHECK(slots.scalar_type() == at::kFloat && slots.dim() == 2 && slots.sym_size(1) == 4 &&
+                  slots.is_contiguous() && (rows == 0 ? slots.sym_size(0) > 0 : slots.sym_size(0) == rows),
               "torch_fp8: slots must be a contiguous float32 tensor of shape (", rows ? std::to_string(rows) : "roles",
-              ", 4), got ", slots.scalar_type(), " ", slots.sizes(), " with strides ", slots.strides(),
+              ", 4), got ", slots.scalar_type(), " ", slots.sym_sizes(), " with strides ", slots.sym_strides(),
               "; a layer's fp8_slots is of that form");
+  if (slots.is_meta()) return;
   TORCH_CHECK(is_aligned(slots.const_data_ptr()), "torch_fp8: slots must start at a 16-byte boundary, got address ",
               slots.const_data_ptr(), "; use slots.clone()");
 }

@@ -15,6 +15,26 @@ void check_built() {
               "version are found, or move the model to the CPU");
 }
 
+// On the meta device an op goes the way that it would go on a GPU, and nothing is computed.
+const Kernels& meta_kernels() {
+  static const Kernels table = [] {
+    Kernels none{};
+    none.amax = [](const Matrix&, float*) {};
+    none.scale_from_amax = [](const float*, Slot*, float, bool) {};
+    none.quantize = [](const QuantizeArgs&) {};
+    none.quantize_rows = [](const QuantizeRowsArgs&) {};
+    none.quantize_groups = [](const QuantizeGroupsArgs&) {};
+    none.add_column_sums = [](const ColumnSums&) {};
+    none.gemm = [](const GemmArgs&) {};
+    none.rescale = [](const RescaleArgs&) {};
+    none.dequantize = [](const DequantizeArgs&) {};
+    none.skinny = [](const SkinnyArgs&) {};
+    none.skinny_fp8 = [](const SkinnyFp8Args&) {};
+    return none;
+  }();
+  return table;
+}
+
 }  // namespace
 
 Kernels& cpu_kernels() {
@@ -33,7 +53,9 @@ const Kernels& kernels(bool on_cuda) {
   return cuda_kernels();
 }
 
-const Kernels& kernels_of(const at::Tensor& tensor) { return kernels(tensor.is_cuda()); }
+const Kernels& kernels_of(const at::Tensor& tensor) {
+  return tensor.is_meta() ? meta_kernels() : kernels(tensor.is_cuda());
+}
 
 namespace cuda {
 

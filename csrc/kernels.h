@@ -243,8 +243,8 @@ struct Kernels {
   void (*forget_algorithms)();
 };
 
-// The kernels of a backend, or of the one that a tensor lies on. A library built without CUDA throws where it is asked
-// for CUDA's.
+// The kernels of a backend, or of the one that a tensor lies on; those of the meta device do nothing. A library built
+// without CUDA throws where it is asked for CUDA's.
 const Kernels& kernels(bool on_cuda);
 const Kernels& kernels_of(const at::Tensor& tensor);
 

@@ -105,7 +105,7 @@ void LayerMemo::set_history(int64_t history) {
 
 void LayerMemo::forget() {
   const std::lock_guard lock(mutex_);
-  used_ = 0, forwards_ = 0, several_ = false, updates_ = 0;
+  used_ = 0, forwards_ = 0, last_forwards_ = 0, updates_ = 0;
   weight_ = {}, updated_ = {};
   known_ = false;
 }
@@ -113,11 +113,16 @@ void LayerMemo::forget() {
 void LayerMemo::end_step(const at::Tensor* weight) {
   const std::lock_guard lock(mutex_);
   const int64_t used = used_.exchange(0, std::memory_order_relaxed);
-  several_ = forwards_.exchange(0) > 1;
+  last_forwards_ = forwards_.exchange(0);
   weight_ = {};
   updated_ = weight != nullptr && has_identity(*weight) ? Identity::of(*weight) : Identity{};
   ++updates_;
   if (used & ~history_) known_ = false;  // a role may have a history now
+}
+
+void LayerMemo::see_weight(const at::Tensor& weight) {
+  const std::lock_guard lock(mutex_);
+  if (updated_.tensor != nullptr && has_identity(weight)) updated_ = Identity::of(weight);
 }
 
 bool LayerMemo::weight_was_changed(const at::Tensor& weight) {
@@ -145,7 +150,7 @@ bool LayerMemo::Identity::operator==(const Identity& other) const {
 }
 
 bool LayerMemo::shall_keep(const at::Tensor& weight) {
-  return (several_ || forwards_ > 1) && !gathered_ && has_identity(weight);
+  return forwards_ < last_forwards_ && !gathered_ && has_identity(weight);
 }
 
 c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
@@ -154,7 +159,8 @@ c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda
   if (weight_.identity.tensor == nullptr || !has_identity(weight)) return c10::nullopt;
   // A gradient that was made and is gone has been used: the weight may be another one, past any counter.
   const bool used_up = grad_made_ && !has_main_grad && !(weight.is_leaf() && weight.grad().defined());
-  if (gathered_ || used_up || weight_.made_on != now || !(weight_.identity == Identity::of(weight))) {
+  if (gathered_ || used_up || forwards_ > last_forwards_ || weight_.made_on != now ||
+      !(weight_.identity == Identity::of(weight))) {
     weight_ = {};
     return c10::nullopt;
   }

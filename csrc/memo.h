@@ -34,7 +34,8 @@ class LayerMemo {
   // The weight's codes, if they are kept and still those of this tensor, in both layouts if transposed; else none.
   c10::optional<Codes> kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
                                    bool has_main_grad);
-  // Whether the codes of a weight that is cast now are worth keeping, for other micro-batches of this step.
+  // Whether the codes of a weight that is cast now are worth keeping: the last step had several micro-batches, and this
+  // one has had fewer. So a loop that never ends a step keeps nothing.
   bool shall_keep(const at::Tensor& weight);
   void keep_weight(const at::Tensor& weight, const cuda::StreamState& now, const Codes& codes);
   // The kept codes are void: the weight changed in a way that cannot be seen.
@@ -58,6 +59,8 @@ class LayerMemo {
   uint64_t thread() const { return thread_; }   // of the last forward in training; 0: there was none
   // To be called after every scaling update, with the weight as it is now, if that is known.
   void end_step(const at::Tensor* weight);
+  // The weight was changed by its optimizer, without a scaling update.
+  void see_weight(const at::Tensor& weight);
   // Whether somebody else than the optimizer has changed the weight since the last update, as far as can be seen: its
   // scale says nothing of it then.
   bool weight_was_changed(const at::Tensor& weight);
@@ -84,9 +87,9 @@ class LayerMemo {
   Identity updated_;  // the weight when its scale was last updated
   bool known_ = false;
   int64_t history_ = 0;
-  std::atomic<uint16_t> used_{0};  // one bit a role; the backward thread writes it too
-  std::atomic<int> forwards_{0};   // in training, in this step
-  std::atomic<bool> several_{false}, grad_made_{false}, captured_{false}, gathered_{false};
+  std::atomic<uint16_t> used_{0};                    // one bit a role; the backward thread writes it too
+  std::atomic<int> forwards_{0}, last_forwards_{0};  // in training, in this step and in the last that ended
+  std::atomic<bool> grad_made_{false}, captured_{false}, gathered_{false};
   std::atomic<int64_t> updates_{0};
   std::atomic<uint64_t> thread_{0};
 };

@@ -1,6 +1,7 @@
 // The table of contents: every op's schema, and where it runs.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -16,6 +17,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(
 at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                      const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
                      at::ScalarType dtype, bool fast_accum);
+void gemm_accumulate_meta(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                          const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv, bool fast_accum);
+// csrc/ops/frozen.cpp: the same, and all that can be checked of them.
+at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                              const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                              int64_t activations, c10::optional<at::ScalarType> dtype);
 
 namespace {
 
@@ -33,6 +40,22 @@ std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at
   QuantizeOptions options;
   options.own_amax = own_amax, options.power_of_two = power_of_two, options.margin = margin;
   return count_losses(x, slots, role, dtype, options);
+}
+
+// Not the boxed fallback of the other ops, since the host's time decides in decoding.
+at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
+                                  const c10::optional<at::Tensor>& input_slot, int64_t activations,
+                                  c10::optional<at::ScalarType> dtype) {
+  using torch::autograd::compute_requires_grad, torch::autograd::isFwGradDefined;
+  TORCH_CHECK(!compute_requires_grad(x, weight, weight_scale, bias, input_slot) && !isFwGradDefined(x),
+              "torch_fp8: a FrozenLinear computes no gradient, but its input requires one; run inference under "
+              "torch.no_grad() or torch.inference_mode(), and train with fp8.Linear (torch_fp8.convert)");
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weight, weight_scale, bias, input_slot, activations,
+                       dtype);
 }
 
 // One function serves both backends: it checks, allocates, and runs kernels of the tensors' device.
@@ -130,10 +153,11 @@ TORCH_LIBRARY(torch_fp8, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "frozen_linear", "gemm", "gemm_accumulate_", "cast",
-                           "linear_forward", "linear_backward", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
+                           "linear_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
+  m.impl("frozen_linear", frozen_linear_autograd);
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
@@ -145,15 +169,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("cast", cast_meta);
   m.impl("linear_forward", linear_forward_meta);
   m.impl("linear_backward", linear_backward_meta);
-  m.impl("frozen_linear",
-         [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor&, const c10::optional<at::Tensor>&,
-            const c10::optional<at::Tensor>&, int64_t, c10::optional<at::ScalarType> dtype) {
-           auto size = x.sym_sizes().vec();
-           size.back() = weight.sym_size(0);
-           return at::empty_symint(size, x.options().dtype(dtype.value_or(x.scalar_type())));
-         });
-  m.impl("gemm_accumulate_",
-         [](const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool) {});
+  m.impl("frozen_linear", frozen_linear_meta);
+  m.impl("gemm_accumulate_", gemm_accumulate_meta);
   m.impl("update_scales_", [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});
 }
 

@@ -168,12 +168,15 @@ class TestUpdate:
     @pytest.mark.parametrize(
         "changes, match",
         [
-            ({"targets": [448.0]}, "1 layers need as many histories, 3 targets each .* got 1, 1 and 1"),
+            (
+                {"targets": [448.0]},
+                "1 layers with 3 roles need a target for each role and a power_of_two for each .*, got 1 and 1",
+            ),
             ({"targets": [448.0, 0.0, 1.0]}, r"a target must be in \(0, 57344\], got 0"),
             ({"targets": [448.0, float("nan"), 1.0]}, "a target must be"),
             ({"histories": [torch.zeros(2, 4)]}, r"a history must be .* shape \(3, length\), got Float \[2, 4\]"),
             ({"histories": [torch.zeros(3, 0)]}, "a history must be"),
-            ({"slots": [torch.zeros(2, 4)]}, r"slots must be .* shape \(3, 4\)"),
+            ({"slots": [torch.zeros(2, 4)]}, r"a history must be .* shape \(2, length\), got Float \[3, 4\]"),
         ],
     )
     def test_arguments(self, device, changes, match):

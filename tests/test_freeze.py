@@ -192,6 +192,41 @@ class TestState:
             assert other.weight.data_ptr() != layer.weight.data_ptr()
             assert other.state_dict().keys() == layer.state_dict().keys()
 
+    @pytest.mark.parametrize("weight", WEIGHTS)
+    @pytest.mark.parametrize(("n", "k"), [(144, 272), (128, 128), (48, 32), (1, 64)])
+    def test_granularity_is_what_was_asked_for(self, weight, n, k):
+        """Also where a block, or a channel, is all of the weight."""
+        layer = fp8.freeze(nn.Linear(k, n).bfloat16(), weight=weight)
+        new = fp8.FrozenLinear(k, n, dtype=torch.bfloat16, weight=weight)
+        new.load_state_dict(layer.state_dict())
+        for other in (layer, new, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert other.granularity == weight and f"weight={weight}" in repr(other)
+        assert list(layer.state_dict()) == ["weight", "weight_scale", "bias"]
+
+    @pytest.mark.parametrize("weight", WEIGHTS)
+    @pytest.mark.parametrize(("n", "k"), [(144, 272), (48, 32)])
+    def test_pickles_of_older_versions(self, weight, n, k):
+        """They had no word for it; the scale's shape tells."""
+        layer = fp8.freeze(nn.Linear(k, n).bfloat16(), weight=weight)
+        state = layer.__getstate__()
+        del state["granularity"]
+        old = fp8.FrozenLinear.__new__(fp8.FrozenLinear)
+        old.__setstate__(state)
+        assert old.granularity == weight
+
+    @pytest.mark.parametrize("weight", WEIGHTS)
+    def test_a_model_of_single_blocks_is_saved_as_what_it_is(self, weight, tmp_path):
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=99, num_hidden_layers=1, **sizes)
+        model = fp8.freeze(transformers.LlamaForCausalLM(config).bfloat16().eval(), weight=weight)
+        format = "block" if weight == "block" else "compressed-tensors"
+        fp8.save_pretrained(model, tmp_path / "out", format)
+        loaded = fp8.load_pretrained(tmp_path / "out")
+        layers = [m for m in loaded.modules() if isinstance(m, fp8.FrozenLinear)]
+        assert {layer.granularity for layer in layers} == {weight} and len(layers) == 7
+        for name, tensor in model.state_dict().items():
+            assert same(loaded.state_dict()[name], tensor)
+
     def test_state_that_does_not_fit(self):
         layer = frozen()
         before = layer.weight.clone()
@@ -267,6 +302,21 @@ class TestFreeze:
 
 
 class TestStatic:
+    @pytest.mark.parametrize("weight", WEIGHTS)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_whatever_the_defaults_are(self, weight, dtype):
+        layer, x = linear(), torch.randn(8, K).bfloat16()
+        twin = copy.deepcopy(layer)
+        fp8.freeze(fp8.calibrate(layer, [x]), "static", weight)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                fp8.freeze(fp8.calibrate(twin, [x]), "static", weight)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for name, tensor in layer.state_dict().items():
+            assert same(twin.state_dict()[name], tensor)
+
     def scale(self, amax):
         return 2.0 ** torch.tensor(2 * amax / 448).log2().ceil()
 

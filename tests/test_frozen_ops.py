@@ -68,6 +68,63 @@ def test_against_float64(device, kind, m, activations):
     check(device, m, 144, 320, kind, activations)
 
 
+@pytest.mark.parametrize("n", [1536, 1530])
+@pytest.mark.parametrize("activations", [STATIC, TENSOR, TOKEN])
+@pytest.mark.parametrize("kind", ["tensor", "channel"])
+def test_vectors_of_scales(device, kind, activations, n):
+    """So many tiles of output that cuBLASLt applies the scales: a vector on each side, unless there is one on each."""
+    m, k = 1000, 96
+    words = {"weight": kind, "activations": ("none", "static", "tensor", "token")[activations]}
+    for dtype in (torch.bfloat16, torch.float16):
+        assert fp8._C.frozen_way(m, n, k, **words, x_dtype=dtype, dtype=dtype) == "scaled"
+        check(device, m, n, k, kind, activations, dtype)
+    check(device, m, n, k, kind, activations, bias=False)
+    check(device, m, n, k, kind, activations, torch.float32)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("way", "size", "change"),
+    [
+        ("zeros", (0, 64, 64), {}),
+        ("zeros", (4, 0, 64), {}),
+        ("zeros", (4, 64, 0), {}),
+        ("few_rows", (16, 8192, 64), {}),
+        ("few_rows", (8, 8193, 64), {}),
+        ("few_rows", (32, 64, 64), {"activations": "none"}),
+        ("few_rows", (32, 64, 64), {"weight": "block", "activations": "static"}),
+        ("few_rows", (32, 64, 64), {"weight": "block"}),  # of 64 columns
+        ("dequantized", (33, 64, 64), {"activations": "none"}),
+        ("dequantized", (16, 64, 72), {}),
+        ("dequantized", (16, 64, 64), {"is_aligned": False}),
+        ("dequantized", (16, 64, 64), {"on_cuda": False}),
+        ("dequantized", (16, 64, 64), {"x_dtype": FP32}),
+        ("dequantized", (16, 64, 64), {"dtype": FP32}),
+        ("streamed", (17, 64, 64), {}),
+        ("streamed", (9, 8193, 64), {}),
+        ("streamed", (32, 64, 64), {"x_dtype": FP32}),
+        ("streamed", (32, 8192, 64), {"weight": "tensor", "activations": "static"}),
+        ("scaled", (32, 8193, 64), {"weight": "tensor", "activations": "static"}),
+        ("scaled", (32, 64, 128), {"weight": "block"}),
+        ("rescaled", (32, 64, 72), {}),
+        ("rescaled", (32, 64, 64), {"is_aligned": False}),
+        ("rescaled", (32, 64, 64), {"on_cuda": False}),
+        ("rescaled", (32, 64, 64), {"dtype": FP32}),
+        ("rescaled", (33, 64, 64), {}),
+        ("rescaled", (896, 1536, 64), {"weight": "tensor"}),
+        ("rescaled", (4096, 4096, 64), {"dtype": FP32}),
+        ("scaled", (1024, 1521, 64), {}),
+        ("scaled", (33, 64, 64), {"weight": "tensor", "activations": "tensor"}),
+        ("scaled", (33, 64, 64), {"weight": "tensor", "activations": "static", "dtype": FP32}),
+    ],
+)
+def test_which_way(way, size, change):
+    words = {"weight": "channel", "activations": "token", "x_dtype": BF16, "dtype": BF16} | change
+    assert fp8._C.frozen_way(*size, **words) == way
+
+
 SIZES = [(16, 16), (129, 64), (40, 1040), (130, 4096), (33, 17408), (7, 33), (250, 250), (250, 640), (8208, 128)]
 
 
@@ -249,6 +306,136 @@ def test_bad_arguments_are_named(change, error, match):
     }  # fmt: skip
     with pytest.raises(error, match=match):
         fp8._C.frozen_linear(*(arguments | change).values(), None)
+
+    def on_meta(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    with pytest.raises(error, match=match):
+        frozen_linear(*map(on_meta, (arguments | change).values()))
+
+
+WRITTEN = ["weight", "weight_scale", "bias"]
+
+
+@pytest.mark.parametrize("how", ["copy", "multiply", "data"])
+@pytest.mark.parametrize("activations", [NONE, TOKEN])
+@pytest.mark.parametrize("m", [1, 2, 6, 7, 8, 12, 16, 17, 24, 32])
+def test_writes_in_a_graph_are_seen(cuda, m, activations, how):
+    """Each kernel for few rows, in a CUDA graph that changes the weight, its scale or the bias between calls, against
+    the same calls with the device waited for. A weight that nobody wrote is read before its turn."""
+    n, k = 4096, 4096
+    state = {"weight": weight_of(n, k, "channel")[0], "weight_scale": torch.rand(n, 1) * 2.0**-7 + 2.0**-9,
+             "bias": torch.randn(n).bfloat16()}  # fmt: skip
+    state = {name: tensor.to(cuda) for name, tensor in state.items()}
+    first = {name: tensor.clone() for name, tensor in state.items()}
+    others = {name: (tensor.float() * 2 + 1).clamp(-448, 448).to(tensor.dtype) for name, tensor in state.items()}
+    x = torch.randn(m, k, device=cuda).bfloat16()
+
+    def call():
+        return frozen_linear(x, *state.values(), None, activations)
+
+    def write(name, i):
+        tensor, source = state[name], (others if i % 2 else first)[name]
+        if how == "multiply" and tensor.dtype != E4M3:
+            tensor.mul_(1.5)
+        elif how == "data":
+            tensor.data.copy_(source)
+        else:
+            tensor.copy_(source)
+
+    def run():
+        out = [call(), call()]
+        for i in range(12):
+            write(WRITTEN[i % 3], i // 3 + 1)
+            out += [call(), call()]
+        return out
+
+    def restore():
+        for name, tensor in first.items():
+            state[name].copy_(tensor)
+        torch.cuda.synchronize()
+
+    expected = []
+    with torch.no_grad():
+        expected = [call()]
+        for i in range(12):
+            write(WRITTEN[i % 3], i // 3 + 1)
+            torch.cuda.synchronize()
+            expected.append(call())
+            torch.cuda.synchronize()
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for _ in range(20):
+        restore()
+        graph.replay()
+        torch.cuda.synchronize()
+        for i, y in enumerate(out):
+            assert torch.equal(y, expected[i // 2]), i
+
+
+@pytest.mark.parametrize("m", [1, 6, 12, 24])
+def test_codes_of_the_kernel_in_front(cuda, m):
+    """quantize lets its successors start before it has stored anything; its codes are the weight of the next call."""
+    n = k = 4096
+    slots = fp8._C.new_slots(cuda)
+    x, scale = torch.randn(m, k, device=cuda).bfloat16(), torch.ones(1, device=cuda)
+    weights = [torch.randn(n, k, device=cuda).bfloat16() * 8 for _ in range(8)]
+
+    def codes_of(w):
+        return torch.ops.torch_fp8.quantize(w, slots, 1, E4M3, own_amax=True, record=False)[0]
+
+    expected = []
+    for w in weights:
+        codes = codes_of(w)
+        torch.cuda.synchronize()
+        expected.append(frozen_linear(x, codes, scale, None, None, TOKEN))
+        torch.cuda.synchronize()
+        del codes
+    for _ in range(5):
+        for w, y in zip(weights, expected, strict=True):
+            assert torch.equal(frozen_linear(x, codes_of(w), scale, None, None, TOKEN), y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = [frozen_linear(x, codes_of(w), scale, None, None, TOKEN) for w in weights]
+    for _ in range(5):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, z) for y, z in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("m", [1, 6, 12, 24])
+def test_a_bias_cast_by_the_call(cuda, m):
+    """Under autocast a float32 bias is cast in front of the product."""
+    layer = fp8.freeze(torch.nn.Linear(4096, 4096, device=cuda))
+    x = torch.randn(m, 4096, device=cuda)
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = [layer(x) for _ in range(8)]
+        for _ in range(5):
+            layer.bias.normal_()
+            torch.cuda.synchronize()
+            expected = layer(x)
+            torch.cuda.synchronize()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(y, expected) for y in out)
+
+
+@pytest.mark.parametrize("m", [2, 12, 24, 70])
+def test_another_stream_than_the_current_device_s(cuda, m):
+    """Kernels run on the tensors' device, on its current stream."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    weight, scale, _ = weight_of(144, 256, "channel")
+    x = torch.randn(m, 256).bfloat16()
+    here, there = (frozen_linear(*(t.to(f"cuda:{i}") for t in (x, weight, scale)), None, None, TOKEN) for i in range(2))
+    assert there.device.index == 1 and torch.equal(here.cpu(), there.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

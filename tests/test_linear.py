@@ -198,7 +198,7 @@ def test_the_weight_is_quantised_once_for_the_micro_batches_of_a_step(device):
             layer(x).sum().backward()
         return counts["cast_weight"]
 
-    assert [casts() for _ in range(4)] == [1, 1, 0, 0]  # that there are several is seen at the second
+    assert [casts() for _ in range(20)] == [1] * 20  # how many there will be is seen in the step before
     optimizer.step()
     assert [casts() for _ in range(3)] == [1, 0, 0]
     with torch.no_grad():

@@ -10,7 +10,6 @@ from fake_cublaslt import SHAPES
 from oracle import E4M3, E5M2
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fp8.tuning.search import choose, problems_of
 from torch_fp8.tuning.tuning import Problem
 
@@ -115,7 +114,7 @@ class TestProblems:
 
     def test_autocast(self, autocast):
         autocast(FP16)
-        fprop, dgrad, dgrad_of_parameters_dtype, wgrad = self.problems(layer(bias=True, dtype=FP32))
+        fprop, dgrad, wgrad, dgrad_of_parameters_dtype = self.problems(layer(bias=True, dtype=FP32))
         assert (fprop.out_dtype, fprop.bias, fprop.accumulate) == (FP16, True, False)
         assert (dgrad.out_dtype, dgrad_of_parameters_dtype.out_dtype, wgrad.out_dtype) == (FP16, FP32, FP32)
         assert dgrad_of_parameters_dtype == dgrad._replace(out_dtype=FP32)
@@ -161,25 +160,65 @@ class TestProblems:
         ]  # fmt: skip
         assert self.problems(layer(0, 64)) == []
 
-    def test_what_the_layer_asks_for(self, monkeypatch):
-        """The sizes, dtypes and flags that a training step really brings to the gemm op."""
-        seen = []
-        ops = torch.ops.torch_fp8
+    def test_siblings_add_to_one_gradient(self):
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, 128, bias=False, dtype=BF16) for _ in range(3))
 
-        class Watch(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                if func is ops.gemm.default:
-                    a, b, _, _, bias, size, dtype, fast = [*args, *[False] * (8 - len(args))]
-                    m, n = torch.Size(size[:-1]).numel(), -(-size[-1] // 16) * 16
-                    in_epilogue = bias is not None and dtype != FP32
-                    seen.append(Problem(m, n, a.shape[1], a.dtype, b.dtype, dtype, in_epilogue,
-                                        bias is not None and not in_epilogue, fast))  # fmt: skip
-                return func(*args, **(kwargs or {}))
+        model = fp8.convert(Pair(), tokens=None)
+        assert model.q_proj.fp8_state.group is not None
+        fprop, dgrad, wgrad, added = self.problems(model.q_proj, tokens=256)
+        assert (fprop.k, dgrad.n, wgrad.n, dgrad.accumulate) == (64, 64, 64, False)
+        assert added == dgrad._replace(accumulate=True)
 
-        real = fp8.Linear(50, 70, dtype=BF16)
-        with Watch():
-            real(torch.randn(5, 20, 50, dtype=BF16, requires_grad=True)).sum().backward()
-        assert seen == self.problems(real, tokens=100)
+    def test_gemms_in_16_bits_are_not_tuned(self):
+        assert [p.out_dtype for p in self.problems(layer(fp8_gemms=("fprop",)))] == [BF16]
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("dtype", [BF16, FP32])
+    def test_what_a_layer_asks_for(self, device, bias, dtype):
+        """The sizes, dtypes and flags that a training step really brings to the backend."""
+        real = fp8.Linear(50, 70, bias, device, dtype)
+        x = torch.randn(5, 20, 50, device=device, dtype=dtype, requires_grad=True)
+
+        def step():
+            with torch.autograd.set_multithreading_enabled(False):  # a GPU's backward has a thread of its own
+                real(x).sum().backward()
+
+        assert problems_from(fp8._C.recorded_gemms(step)) == self.problems(real, tokens=100)
+
+    @pytest.mark.parametrize("activations", ["none", "static", "tensor", "token"])
+    @pytest.mark.parametrize("weight", ["channel", "tensor", "block"])
+    @pytest.mark.parametrize("tokens", [1, 17, 40, 1030])
+    def test_what_a_frozen_layer_asks_for(self, device, activations, weight, tokens):
+        frozen = fp8.FrozenLinear(256, 1530, device=device, dtype=BF16, activations=activations, weight=weight)
+        x = torch.ones(tokens, 256, device=device, dtype=BF16)
+        seen = problems_from(fp8._C.recorded_gemms(lambda: frozen(x)))
+        if device.type == "cpu" and tokens == 17:  # where a GPU streams the weight
+            assert not self.problems(frozen, tokens=tokens) or weight == "block"
+            return
+        assert seen == self.problems(frozen, tokens=tokens)
+
+    def test_nothing_is_changed_and_little_is_needed(self):
+        """The layers are looked at, not called; of other tensors than theirs none has memory."""
+        model = fp8.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), tokens=None)
+        fp8.freeze(model, filter=["1"])
+        for module in model:
+            module.forward = None
+        before = {name: (t._version, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+        slots = model[0].fp8_slots.clone()
+        problems = self.problems(*model, tokens=2**30)  # x alone would be 128 GiB
+        assert len(problems) == 4
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            version, value = before[name]
+            assert tensor._version == version and torch.equal(tensor.view(torch.uint8), value.view(torch.uint8))
+        assert torch.equal(model[0].fp8_slots, slots) and model[0].fp8_state.memo.used_roles == 0
+        assert all(p.grad is None for p in model.parameters())
+
+
+def problems_from(gemms):
+    return list(dict.fromkeys(Problem(*(getattr(gemm, field) for field in Problem._fields)) for gemm in gemms))
 
 
 class TestTune:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 OURS = {"torch_fp8", "models", "lib", "gpt", "llm"}
-SHARED = {"_C", "_build"}  # modules that are private to the package, not to a file
+SHARED = {"_C", "_build", "_fields"}  # private to the package and not to a file; and public, of named tuples
 
 
 def is_private(name: str) -> bool:

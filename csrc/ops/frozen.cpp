@@ -1,46 +1,42 @@
-// frozen_linear: a linear layer whose weight is stored in FP8. Checks, and which of five ways a product goes.
+// frozen_linear: a linear layer whose weight is stored in FP8. Checks, and each way that frozen_route.h knows.
 #include <algorithm>
 
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
+#include "ops/frozen_route.h"
+#include "ops/record.h"
+#include "ops/standing.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
 namespace {
 
-// cuBLASLt has no algorithm with vectors of scales that splits k. Where the output has so few rows, or so few tiles of
-// 128 x 128 that they leave multiprocessors idle, its product without scales and our rescaling are faster.
-bool is_rescaled(int64_t m, int64_t n) { return m <= 32 || (m + 127) / 128 * ((n + 127) / 128) < 96; }
-
-// Rows of x that the kernel for few rows takes where x is not quantised, kSkinnyRows at a time: after the first time
-// the weight comes from the L2 cache, which is cheaper than to write it in 16 bits and read it again.
-constexpr int64_t kStreamedRows = 32;
-
-int64_t blocks(int64_t n) { return (n + kScaleBlock - 1) / kScaleBlock; }
-
-WeightScale kind_of(const at::Tensor& scale, int64_t n, int64_t k) {
+WeightScale kind_of(const at::Tensor& scale, const c10::SymInt& n, const c10::SymInt& k) {
   TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, "torch_fp8: weight_scale must be float32, got ",
                    scale.scalar_type());
-  if (scale.numel() == 1) return WeightScale::kTensor;
+  if (scale.sym_numel() == 1) return WeightScale::kTensor;
   TORCH_CHECK(scale.is_contiguous(), "torch_fp8: weight_scale must be contiguous; use .contiguous()");
-  if (scale.dim() == 2 && scale.size(0) == n && scale.size(1) == 1) return WeightScale::kChannel;
-  TORCH_CHECK(scale.dim() == 2 && scale.size(0) == blocks(n) && scale.size(1) == blocks(k),
+  const auto size = scale.sym_sizes();
+  const auto blocks = [](const c10::SymInt& length) { return (length + (kScaleBlock - 1)) / kScaleBlock; };
+  if (size.size() == 2 && size[0] == n && size[1] == 1) return WeightScale::kChannel;
+  TORCH_CHECK(size.size() == 2 && size[0] == blocks(n) && size[1] == blocks(k),
               "torch_fp8: weight_scale of a weight of shape [", n, ", ", k, "] must have one element or shape [", n,
-              ", 1] or [", blocks(n), ", ", blocks(k), "], got ", scale.sizes());
+              ", 1] or [", blocks(n), ", ", blocks(k), "], got ", size);
   return WeightScale::kBlock;
 }
 
-void check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                  const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                  int64_t activations) {
+// All that shapes, dtypes and devices tell; sizes may be symbols. Returns the kind of the weight's scales.
+WeightScale check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                         int64_t activations, c10::optional<at::ScalarType> dtype) {
   type_of(x.scalar_type(), "x");
   check_strided(x, "x");
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "torch_fp8: a frozen weight must be float8_e4m3fn, got ",
                    weight.scalar_type());
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
               "torch_fp8: a frozen weight must be a contiguous matrix (out_features, in_features), got ",
-              weight.sizes(), " with strides ", weight.strides());
+              weight.sym_sizes(), " with strides ", weight.sym_strides());
   check_input(x, weight);
   check_same_device(weight, "the weight", weight_scale, "weight_scale");
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "torch_fp8: activations must be 0, 1, 2 or 3, got ",
@@ -51,40 +47,81 @@ void check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
     check_same_device(weight, "the weight", *input_slot, "input_slot");
   }
   if (bias) check_bias(*bias, weight);
+  if (dtype) type_of(*dtype, "dtype");
+  return kind_of(weight_scale, weight.sym_size(0), weight.sym_size(1));
 }
 
-// The weight in float32 (CPU, float32 inputs) or in x's 16 bits.
-at::Tensor dequantized(const at::Tensor& weight, const at::Tensor& scale, WeightScale kind, at::ScalarType dtype) {
-  at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(dtype));
-  kernels_of(weight).dequantize({weight.size(0), weight.size(1), static_cast<const uint8_t*>(weight.const_data_ptr()),
-                                 scale.const_data_ptr<float>(), kind, out.data_ptr(), type_of(dtype, "x")});
+// A call that was checked, seen as y (m, n) = x (m, k) . weight^T.
+struct Product {
+  FrozenProduct route;
+  const Kernels& kernels;
+  at::Tensor x;
+  const at::Tensor &weight, &weight_scale;
+  c10::optional<at::Tensor> bias;  // of y's dtype, contiguous
+  const c10::optional<at::Tensor>& input_slot;
+  std::vector<int64_t> size;  // of y as the caller sees it
+  at::ScalarType dtype;       // of y
+
+  bool has_one_weight_scale() const { return route.weight_scale == WeightScale::kTensor; }
+  const uint8_t* codes() const { return static_cast<const uint8_t*>(weight.const_data_ptr()); }
+  const float* scales() const { return static_cast<const float*>(weight_scale.const_data_ptr()); }
+  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
+  at::Tensor new_output() const { return at::empty(size, x.options().dtype(dtype)); }
+  bool stands() const { return x.is_cuda() && weight_stands(weight, weight_scale, bias, cuda::current_stream()); }
+};
+
+// ---- x is not quantised ---------------------------------------------------------------------------------------------
+
+at::Tensor few_rows(const Product& p) {
+  at::Tensor x = p.x.to(p.dtype).contiguous();
+  if (!is_aligned(x.const_data_ptr())) x = x.clone();
+  at::Tensor out = p.new_output();
+  const auto* const x_bytes = static_cast<const uint8_t*>(x.const_data_ptr());
+  auto* const out_bytes = static_cast<uint8_t*>(out.data_ptr());
+  SkinnyArgs args{};
+  args.n = p.route.n, args.k = p.route.k;
+  args.w = p.codes(), args.w_scale = p.scales(), args.scale_kind = p.route.weight_scale;
+  args.bias = p.bias_data(), args.type = p.route.y;
+  args.weight_stands = p.stands();
+  for (int64_t row = 0; row < p.route.m; row += kSkinnyRows) {
+    args.m = std::min(kSkinnyRows, p.route.m - row);
+    args.x = x_bytes + row * p.route.k * x.element_size();
+    args.out = out_bytes + row * p.route.n * x.element_size();
+    p.kernels.skinny(args);
+  }
   return out;
 }
 
-// As many columns more as FP8 GEMMs need, zero.
-at::Tensor padded_codes(const at::Tensor& codes, int64_t rows, int64_t cols) {
-  if (codes.size(0) == rows && codes.size(1) == cols) return codes;
-  at::Tensor out = at::zeros({rows, cols}, codes.options().dtype(at::kByte));
-  out.narrow(0, 0, codes.size(0)).narrow(1, 0, codes.size(1)).copy_(codes.view(at::kByte));
-  return out.view(codes.scalar_type());
+// In float32 (CPU, float32 inputs) or in x's 16 bits.
+at::Tensor dequantized(const Product& p) {
+  const bool in_float = p.x.is_cpu() || p.route.x == Type::kFloat32 || p.route.y == Type::kFloat32;
+  const at::ScalarType compute = in_float ? at::kFloat : p.x.scalar_type();
+  const at::Tensor weight = at::empty(p.weight.sizes(), p.weight.options().dtype(compute));
+  p.kernels.dequantize(
+      {p.route.n, p.route.k, p.codes(), p.scales(), p.route.weight_scale, weight.data_ptr(), type_of(compute, "x")});
+  at::Tensor y = at::mm(p.x.to(compute), weight.t());
+  if (p.bias) y = y.add(p.bias->to(compute));
+  return y.to(p.dtype).reshape(p.size);
 }
 
-// FP8 on both sides, with as many scales on the one as on the other: cuBLASLt mixes no modes but those of blocks.
-// Everything between x and y lies in one allocation: for small products the time is the host's.
-at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                             const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                             WeightScale kind, Activations activations, at::IntArrayRef size, at::ScalarType dtype) {
-  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1), wide = padded(n), cols = padded(k);
-  const bool on_cuda = x.is_cuda(), own_amax = activations == Activations::kTensor;
-  const bool one_each = kind == WeightScale::kTensor && activations != Activations::kToken;
-  const Scales scales = kind == WeightScale::kBlock ? Scales::kBlocks : one_each ? Scales::kOne : Scales::kRows;
-  const int64_t rows = scales == Scales::kBlocks ? (m + 3) / 4 * 4 : m;
-  // With one scale on each side cuBLASLt needs no kernel behind it, and wide outputs keep it busy.
-  const bool streams = scales == Scales::kRows || (scales == Scales::kOne && n <= kWideOutputs);
-  const bool streamed = on_cuda && m <= kSkinnyFp8Rows && streams && k == cols && dtype != at::kFloat &&
-                        is_aligned(weight.const_data_ptr());
-  // float32 adds its bias in rescaling, too: the epilogue has none of that type.
-  const bool rescaled = !streamed && scales == Scales::kRows && (is_rescaled(m, wide) || dtype == at::kFloat);
+// ---- x is quantised -------------------------------------------------------------------------------------------------
+
+struct QuantizedInput {
+  at::Tensor scratch;  // everything between x and y in one allocation: for small products the time is the host's
+  uint8_t* q;          // (rows, padded(k))
+  int64_t rows;        // m, or more of them
+  const float* scale;  // one, or as many as scales_of says
+  bool has_one_scale;
+  float* sums;  // (m, padded(n)), if asked for
+};
+
+QuantizedInput quantized_input(const Product& p, bool with_sums) {
+  const int64_t m = p.route.m, n = p.route.n, k = p.route.k;
+  const bool by_blocks = p.route.weight_scale == WeightScale::kBlock;
+  const bool by_rows = !by_blocks && p.route.activations == Activations::kToken;
+  const bool own_amax = p.route.activations == Activations::kTensor;
+  const int64_t rows = by_blocks ? (m + 3) / 4 * 4 : m;
+  const int64_t scales = by_blocks ? rows * k / kScaleBlock : std::max<int64_t>(m, sizeof(Slot) / sizeof(float));
 
   int64_t bytes = 0;
   const auto reserve = [&bytes](int64_t size) {
@@ -92,146 +129,168 @@ at::Tensor quantized_product(const at::Tensor& x, const at::Tensor& weight, cons
     bytes += (size + 255) / 256 * 256;  // as aligned as algorithms can wish
     return place;
   };
-  const int64_t q_place = reserve(padded(rows) * cols);
-  const int64_t scale_place =
-      reserve(4 * (kind == WeightScale::kBlock ? rows * k / kScaleBlock : std::max<int64_t>(m, 4)));
+  const int64_t scale_place = reserve(4 * scales), q_place = reserve(padded(rows) * padded(k));
   const int64_t parts_place = reserve(own_amax ? 4 * kAmaxParts : 0);
-  const int64_t sums_place = reserve(rescaled ? 4 * m * wide : 0);
-  const at::Tensor scratch = at::empty({bytes}, x.options().dtype(at::kByte));
+  const int64_t sums_place = reserve(with_sums ? 4 * m * padded(n) : 0);
+  const at::Tensor scratch = at::empty({bytes}, p.x.options().dtype(at::kByte));
   uint8_t* const base = static_cast<uint8_t*>(scratch.data_ptr());
-  uint8_t* const q = base + q_place;
-  float* const own_scale = reinterpret_cast<float*>(base + scale_place);
-  const float* x_scale = own_scale;
+  float* const scale = reinterpret_cast<float*>(base + scale_place);
+  QuantizedInput out{scratch, base + q_place,         rows,
+                     scale,   !by_blocks && !by_rows, reinterpret_cast<float*>(base + sums_place)};
 
-  const Matrix matrix{x.const_data_ptr(), type_of(x.scalar_type(), "x"), m, k, x.stride(0), x.stride(1)};
-  if (scales == Scales::kBlocks) {
-    kernels(on_cuda).quantize_groups({matrix, rows, q, own_scale});
-  } else if (activations == Activations::kToken) {
-    kernels(on_cuda).quantize_rows({matrix, q, own_scale});
+  const Matrix matrix{p.x.const_data_ptr(), p.route.x, m, k, p.x.stride(0), p.x.stride(1)};
+  if (by_blocks) {
+    p.kernels.quantize_groups({matrix, rows, out.q, scale});
+    return out;
+  }
+  if (by_rows) {
+    p.kernels.quantize_rows({matrix, out.q, scale});
+    return out;
+  }
+  const Slot* slot = reinterpret_cast<const Slot*>(scale);
+  if (own_amax) {
+    float* const parts = reinterpret_cast<float*>(base + parts_place);
+    p.kernels.amax(matrix, parts);
+    p.kernels.scale_from_amax(parts, reinterpret_cast<Slot*>(scale), E4M3::kMax, /*power_of_two=*/false);
   } else {
-    Slot* const own = reinterpret_cast<Slot*>(own_scale);
-    if (own_amax) {
-      float* const parts = reinterpret_cast<float*>(base + parts_place);
-      kernels(on_cuda).amax(matrix, parts);
-      kernels(on_cuda).scale_from_amax(parts, own, E4M3::kMax, /*power_of_two=*/false);
-    }
-    const Slot* const slot = own_amax ? own : slots_of(*input_slot);
-    kernels(on_cuda).quantize({matrix, Format::kE4M3, slot, q, nullptr, nullptr, nullptr, nullptr});
-    x_scale = &slot->scale_inv;
+    slot = slots_of(*p.input_slot);
   }
-  const bool one_x_scale = scales != Scales::kBlocks && activations != Activations::kToken;
-
-  at::Tensor out = at::empty(size, x.options().dtype(dtype));
-  if (streamed) {
-    kernels(on_cuda).skinny_fp8({m, n, k, q, static_cast<const uint8_t*>(weight.const_data_ptr()), x_scale,
-                                 weight_scale.const_data_ptr<float>(), one_x_scale, kind == WeightScale::kTensor,
-                                 bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
-                                 type_of(dtype, "the output")});
-    return out;
-  }
-  const at::Tensor w = padded_codes(weight, wide, cols);
-  GemmArgs args{};
-  args.m = rows, args.n = wide, args.k = cols;
-  args.a = q, args.b = static_cast<const uint8_t*>(w.const_data_ptr());
-  args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
-  const auto gemm = kernels(on_cuda).gemm;
-  if (rescaled) {
-    float* const sums = reinterpret_cast<float*>(base + sums_place);
-    args.out = sums, args.out_type = Type::kFloat32;
-    gemm(args);
-    kernels(on_cuda).rescale({sums, m, n, wide, x_scale, weight_scale.const_data_ptr<float>(), one_x_scale,
-                              kind == WeightScale::kTensor, bias ? bias->const_data_ptr() : nullptr, out.data_ptr(),
-                              type_of(dtype, "the output")});
-    return out;
-  }
-
-  at::Tensor w_scale = weight_scale, x_scales;
-  if (scales == Scales::kRows) {
-    if (one_x_scale) {
-      x_scales = (own_amax ? scratch.narrow(0, scale_place, 4).view(at::kFloat) : input_slot->view(-1).narrow(0, 0, 1))
-                     .expand({m})
-                     .contiguous();
-      x_scale = x_scales.const_data_ptr<float>();
-    }
-    if (kind == WeightScale::kTensor) w_scale = w_scale.reshape({1}).expand({wide}).contiguous();
-    if (w_scale.numel() != wide) w_scale = at::constant_pad_nd(w_scale.view(-1), {0, wide - n});
-  } else if (scales == Scales::kBlocks && w_scale.size(1) != scale_stride(k)) {
-    w_scale = at::constant_pad_nd(w_scale, {0, scale_stride(k) - w_scale.size(1)});
-  }
-  if (!is_aligned(w_scale.const_data_ptr())) w_scale = w_scale.clone();
-  args.a_scale_inv = x_scale, args.b_scale_inv = w_scale.const_data_ptr<float>();
-  args.scales = scales;
-  at::Tensor epilogue;
-  if (bias && dtype != at::kFloat) {
-    epilogue = wide == n ? *bias : at::constant_pad_nd(*bias, {0, wide - n});
-    if (!is_aligned(epilogue.const_data_ptr())) epilogue = epilogue.clone();
-    args.bias = epilogue.const_data_ptr();
-  }
-  const bool is_padded = rows != m || wide != n;
-  const at::Tensor product = is_padded ? at::empty({rows, wide}, out.options()) : out;
-  args.out = product.data_ptr(), args.out_type = type_of(dtype, "the output");
-  gemm(args);
-  if (is_padded) out.view({m, n}).copy_(product.narrow(0, 0, m).narrow(1, 0, n));
-  if (bias && dtype == at::kFloat) out.add_(*bias);
+  p.kernels.quantize({matrix, Format::kE4M3, slot, out.q, nullptr, nullptr, nullptr, nullptr});
+  out.scale = reinterpret_cast<const float*>(slot);  // scale_inv comes first
   return out;
 }
 
-// Whether x is quantised: few rows are not, since the time there is that of reading the weight, and wide outputs, which
-// read much of it, have fewer such rows. To scales of blocks x brings groups of as many columns, or stays in 16 bits.
-bool is_quantized(int64_t m, int64_t n, int64_t k, WeightScale kind, Activations activations) {
-  if (m <= (n > kWideOutputs ? kSkinnyRows / 2 : kSkinnyRows)) return false;
-  if (kind == WeightScale::kBlock) return activations == Activations::kToken && k % kScaleBlock == 0;
-  return activations != Activations::kNone;
+at::Tensor streamed(const Product& p) {
+  const QuantizedInput x = quantized_input(p, /*with_sums=*/false);
+  at::Tensor out = p.new_output();
+  SkinnyFp8Args args{};
+  args.m = p.route.m, args.n = p.route.n, args.k = p.route.k;
+  args.x = x.q, args.w = p.codes();
+  args.x_scale = x.scale, args.one_x_scale = x.has_one_scale;
+  args.w_scale = p.scales(), args.one_w_scale = p.has_one_weight_scale();
+  args.bias = p.bias_data(), args.out = out.data_ptr(), args.type = p.route.y;
+  args.weight_stands = p.stands();
+  p.kernels.skinny_fp8(args);
+  return out;
+}
+
+// The weight with as many rows and columns more as FP8 GEMMs need, zero.
+at::Tensor padded_codes(const at::Tensor& codes, int64_t rows, int64_t cols) {
+  if (codes.size(0) == rows && codes.size(1) == cols) return codes;
+  at::Tensor out = at::zeros({rows, cols}, codes.options().dtype(at::kByte));
+  out.narrow(0, 0, codes.size(0)).narrow(1, 0, codes.size(1)).copy_(codes.view(at::kByte));
+  return out.view(codes.scalar_type());
+}
+
+GemmArgs gemm_args(const Product& p, const QuantizedInput& x, const at::Tensor& codes) {
+  GemmArgs args{};
+  args.m = x.rows, args.n = padded(p.route.n), args.k = padded(p.route.k);
+  args.a = x.q, args.b = static_cast<const uint8_t*>(codes.const_data_ptr());
+  return args;
+}
+
+at::Tensor rescaled(const Product& p) {
+  const QuantizedInput x = quantized_input(p, /*with_sums=*/true);
+  const at::Tensor codes = padded_codes(p.weight, padded(p.route.n), padded(p.route.k));
+  at::Tensor out = p.new_output();
+  GemmArgs args = gemm_args(p, x, codes);
+  args.out = x.sums, args.out_type = Type::kFloat32, args.fast_accum = true;
+  GemmRecord::run(p.kernels, args);
+  p.kernels.rescale({x.sums, p.route.m, p.route.n, args.n, x.scale, p.scales(), x.has_one_scale,
+                     p.has_one_weight_scale(), p.bias_data(), out.data_ptr(), p.route.y});
+  return out;
+}
+
+at::Tensor aligned(const at::Tensor& tensor) { return is_aligned(tensor.const_data_ptr()) ? tensor : tensor.clone(); }
+
+at::Tensor padded_with(const at::Tensor& vector, int64_t size) {
+  return aligned(vector.size(-1) == size ? vector : at::constant_pad_nd(vector, {0, size - vector.size(-1)}));
+}
+
+// The weight's scales as the GEMM reads them.
+at::Tensor gemm_scales(const Product& p, Scales scales, int64_t n) {
+  if (scales == Scales::kOne) return aligned(p.weight_scale);
+  if (scales == Scales::kBlocks) return padded_with(p.weight_scale, scale_stride(p.route.k));
+  if (p.has_one_weight_scale()) return p.weight_scale.reshape({1}).expand({n}).contiguous();
+  return padded_with(p.weight_scale.view(-1), n);
+}
+
+at::Tensor scaled(const Product& p) {
+  const Scales scales = scales_of(p.route.weight_scale, p.route.activations);
+  const QuantizedInput x = quantized_input(p, /*with_sums=*/false);
+  const at::Tensor codes = padded_codes(p.weight, padded(p.route.n), padded(p.route.k));
+  at::Tensor out = p.new_output();
+  GemmArgs args = gemm_args(p, x, codes);
+  const bool in_epilogue = p.bias && p.route.y != Type::kFloat32;  // which has no float32
+  const bool is_padded = args.m != p.route.m || args.n != p.route.n;
+
+  at::Tensor x_scale;
+  if (scales == Scales::kRows && x.has_one_scale) {
+    const bool is_static = p.route.activations == Activations::kStatic;
+    const at::Tensor slot = is_static ? p.input_slot->view(-1) : x.scratch.narrow(0, 0, sizeof(Slot)).view(at::kFloat);
+    x_scale = slot.narrow(0, 0, 1).expand({args.m}).contiguous();
+  }
+  const at::Tensor w_scale = gemm_scales(p, scales, args.n);
+  const at::Tensor bias = in_epilogue ? padded_with(*p.bias, args.n) : at::Tensor();
+  const at::Tensor target = is_padded ? at::empty({args.m, args.n}, out.options()) : out;
+  args.a_scale_inv = x_scale.defined() ? static_cast<const float*>(x_scale.const_data_ptr()) : x.scale;
+  args.b_scale_inv = static_cast<const float*>(w_scale.const_data_ptr());
+  args.scales = scales, args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
+  args.bias = in_epilogue ? address_of(bias) : nullptr;
+  args.out = target.data_ptr(), args.out_type = p.route.y;
+  GemmRecord::run(p.kernels, args);
+  if (is_padded) out.view({p.route.m, p.route.n}).copy_(target.narrow(0, 0, p.route.m).narrow(1, 0, p.route.n));
+  if (p.bias && !in_epilogue) out.add_(*p.bias);
+  return out;
 }
 
 }  // namespace
 
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                         const c10::optional<at::Tensor>& bias_given, const c10::optional<at::Tensor>& input_slot,
+                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                          int64_t activations, c10::optional<at::ScalarType> dtype_given) {
-  check_frozen(x, weight, weight_scale, bias_given, input_slot, activations);
-  const int64_t n = weight.size(0), k = weight.size(1), m = leading_size(x.sizes());
-  const WeightScale kind = kind_of(weight_scale, n, k);
-  const at::ScalarType dtype = dtype_given.value_or(x.scalar_type());
-  type_of(dtype, "dtype");
+  const WeightScale kind = check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype_given);
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
+  const at::ScalarType dtype = dtype_given.value_or(x.scalar_type());
+  const int64_t m = leading_size(x.sizes()), n = weight.size(0), k = weight.size(1);
+  Product p{.route = {m, n, k, kind, static_cast<Activations>(activations), type_of(x.scalar_type(), "x"),
+                      type_of(dtype, "dtype"), is_aligned(weight.const_data_ptr()), !x.is_cpu()},
+            .kernels = kernels_of(x),
+            .x = x,
+            .weight = weight,
+            .weight_scale = weight_scale,
+            .bias = bias,
+            .input_slot = input_slot,
+            .size = x.sizes().vec(),
+            .dtype = dtype};
+  p.size.back() = n;
+  if (bias) p.bias = bias->to(dtype).contiguous();
 
-  std::vector<int64_t> size = x.sizes().vec();
-  size.back() = n;
-  c10::optional<at::Tensor> bias = bias_given;
-  if (bias) bias = bias->to(dtype).contiguous();
-  if (m == 0 || n == 0 || k == 0) {
-    at::Tensor out = at::zeros(size, x.options().dtype(dtype));
-    return bias ? out.add_(*bias) : out;
-  }
-  at::Tensor x2 = x.dim() == 2 ? x : x.reshape({m, k});
-  const auto how = static_cast<Activations>(activations);
-  if (is_quantized(m, n, k, kind, how)) {
-    return quantized_product(x2, weight, weight_scale, bias, input_slot, kind, how, size, dtype);
-  }
-
-  const bool is_skinny = x.is_cuda() && m <= kStreamedRows && k % kAlignment == 0 && k < (1 << 30) &&
-                         dtype != at::kFloat && x.scalar_type() != at::kFloat && is_aligned(weight.const_data_ptr());
-  if (is_skinny) {
-    x2 = x2.to(dtype).contiguous();
-    if (!is_aligned(x2.const_data_ptr())) x2 = x2.clone();
-    at::Tensor out = at::empty(size, x2.options());
-    const auto* const x_bytes = static_cast<const uint8_t*>(x2.const_data_ptr());
-    auto* const out_bytes = static_cast<uint8_t*>(out.data_ptr());
-    for (int64_t row = 0; row < m; row += kSkinnyRows) {
-      kernels_of(x).skinny({std::min(kSkinnyRows, m - row), n, k, x_bytes + row * k * x2.element_size(),
-                            static_cast<const uint8_t*>(weight.const_data_ptr()), weight_scale.const_data_ptr<float>(),
-                            kind, bias ? bias->const_data_ptr() : nullptr, out_bytes + row * n * x2.element_size(),
-                            type_of(dtype, "dtype")});
+  const Way way = way_of(p.route);
+  if (way != Way::kZeros && x.dim() != 2) p.x = x.reshape({m, k});
+  switch (way) {
+    case Way::kZeros: {
+      at::Tensor out = at::zeros(p.size, x.options().dtype(dtype));
+      return p.bias ? out.add_(*p.bias) : out;
     }
-    return out;
+    case Way::kFewRows: return few_rows(p);
+    case Way::kDequantized: return dequantized(p);
+    case Way::kStreamed: return streamed(p);
+    case Way::kRescaled: return rescaled(p);
+    case Way::kScaled: return scaled(p);
   }
-  const bool in_float = !x.is_cuda() || x.scalar_type() == at::kFloat || dtype == at::kFloat;
-  const at::ScalarType compute = in_float ? at::kFloat : x.scalar_type();
-  at::Tensor y = at::mm(x2.to(compute), dequantized(weight, weight_scale, kind, compute).t());
-  if (bias) y = y.add(bias->to(compute));
-  return y.to(dtype).reshape(size);
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                              const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                              int64_t activations, c10::optional<at::ScalarType> dtype) {
+  if (GemmRecord::is_open()) return frozen_linear(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  auto size = x.sym_sizes().vec();
+  size.back() = weight.sym_size(0);
+  return at::empty_symint(size, x.options().dtype(dtype.value_or(x.scalar_type())));
 }
 
 }  // namespace torch_fp8

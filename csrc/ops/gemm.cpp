@@ -2,6 +2,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
+#include "ops/record.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -42,13 +43,13 @@ GemmArgs check_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& 
   args.m = m, args.n = padded(n), args.k = a.size(1);
   args.a = static_cast<const uint8_t*>(a.const_data_ptr());
   args.b = static_cast<const uint8_t*>(b.const_data_ptr());
-  args.a_scale_inv = a_scale_inv.const_data_ptr<float>();
-  args.b_scale_inv = b_scale_inv.const_data_ptr<float>();
+  args.a_scale_inv = static_cast<const float*>(a_scale_inv.const_data_ptr());
+  args.b_scale_inv = static_cast<const float*>(b_scale_inv.const_data_ptr());
   args.fast_accum = fast_accum;
   return args;
 }
 
-void run(const GemmArgs& args, bool on_cuda) { kernels(on_cuda).gemm(args); }
+void run(const GemmArgs& args, const at::Tensor& a) { GemmRecord::run(kernels_of(a), args); }
 
 }  // namespace
 
@@ -79,14 +80,14 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
       target.copy_(padded_bias.expand_as(target));
       args.accumulate = true;
     } else {
-      args.bias = padded_bias.const_data_ptr();
+      args.bias = address_of(padded_bias);
     }
   }
   args.out = target.data_ptr();
   if (args.k == 0) {  // an empty sum
     if (!args.accumulate) target.zero_();
   } else {
-    run(args, a.is_cuda());
+    run(args, a);
   }
   if (is_padded) out.view({m, n}).copy_(target.narrow(1, 0, n));
   return out;
@@ -111,7 +112,7 @@ void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tens
   }
   args.out = out.data_ptr();
   args.accumulate = true;
-  run(args, a.is_cuda());
+  run(args, a);
 }
 
 }  // namespace torch_fp8

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "ops/linear.h"
+#include "ops/record.h"
 
 namespace torch_fp8 {
 namespace {
@@ -245,9 +246,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, co
 // What tracing sees. It checks nothing: the op itself does when the graph runs, in the words and types of eager mode,
 // which a tracer would wrap into its own.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward_meta(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor&, const at::Tensor&, at::TensorList x_codes,
-    at::TensorList weight_codes, at::IntArrayRef casts, int64_t, Gemms fp8, Gemms, bool, bool, bool grad_x,
-    bool grad_weight, bool gathered, c10::optional<at::ScalarType> autocast) {
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
+    at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
+    Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
+    c10::optional<at::ScalarType> autocast) {
+  if (GemmRecord::is_open()) {
+    return linear_forward(x, weight, bias, slots, x_codes, weight_codes, casts, history, fp8, fast_accum, training,
+                          record, grad_x, grad_weight, gathered, autocast);
+  }
   const bool x_t = grad_weight && fp8[kWgrad], weight_t = grad_x && fp8[kDgrad] && !gathered;
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2,
               "torch_fp8: the input must have at least one dimension and the weight two");
@@ -267,11 +273,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_meta(
-    const at::Tensor& dy, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const OptionalTensor& main_grad,
-    const OptionalTensor& dx_sum, at::IntArrayRef, int64_t, Gemms, Gemms, bool, bool, bool grad_x, bool grad_weight,
+    const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv, const OptionalTensor& weight_t,
+    const OptionalTensor& weight_scale_inv, const OptionalTensor& x, const OptionalTensor& weight,
+    const at::Tensor& slots, const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
+    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
     c10::optional<at::ScalarType> dbias_dtype, c10::SymInt in_features, at::ScalarType x_dtype,
     at::ScalarType weight_dtype, bool dummy_grad) {
+  if (GemmRecord::is_open()) {
+    return linear_backward(dy, x_t, x_scale_inv, weight_t, weight_scale_inv, x, weight, slots, main_grad, dx_sum, casts,
+                           history, fp8, fast_accum, training, record, grad_x, grad_weight, dbias_dtype,
+                           in_features.expect_int(), x_dtype, weight_dtype, dummy_grad);
+  }
   const auto empty = [&](bool wanted, c10::SymIntArrayRef size, at::ScalarType dtype) {
     return wanted ? at::empty_symint(size, dy.options().dtype(dtype)) : nothing(dy);
   };

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 
 #include "check.h"
+#include "ops/record.h"
+#include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(const at::Tensor& x, const at::Tensor&,
@@ -23,9 +25,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(const a
           dbias ? empty({cols}, *dbias) : empty({0}, at::kFloat)};
 }
 
-at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                     const c10::optional<at::Tensor>&, c10::SymIntArrayRef size, at::ScalarType dtype, bool) {
+at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
+                     const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
+                     at::ScalarType dtype, bool fast_accum) {
+  if (GemmRecord::is_open()) {
+    return gemm(a, b, a_scale_inv, b_scale_inv, bias, C10_AS_INTARRAYREF_SLOW(size), dtype, fast_accum);
+  }
   return at::empty_symint(size, a.options().dtype(dtype));
+}
+
+void gemm_accumulate_meta(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
+                          const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv, bool fast_accum) {
+  if (GemmRecord::is_open()) gemm_accumulate_(out, a, b, a_scale_inv, b_scale_inv, fast_accum);
 }
 
 }  // namespace torch_fp8

@@ -36,7 +36,7 @@ float target_of(Format format, const QuantizeOptions& options) {
 // The slot of a tensor that is scaled by itself, and behind it the parts of its amax.
 at::Tensor own_slot_of(const Matrix& matrix, const at::Tensor& x, Format format, const QuantizeOptions& options) {
   const at::Tensor own = at::empty({4 + kAmaxParts}, x.options().dtype(at::kFloat));
-  float* const parts = own.data_ptr<float>() + 4;
+  float* const parts = static_cast<float*>(own.data_ptr()) + 4;
   const float target = target_of(format, options);
   kernels_of(x).amax(matrix, parts);
   kernels_of(x).scale_from_amax(parts, slots_of(own), target, options.power_of_two);
@@ -49,7 +49,6 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
                    const QuantizeOptions& options) {
   const Format format = format_of(dtype, "dtype");
   check_quantize(x, slots, role, options.margin);
-  const bool on_cuda = x.is_cuda();
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
 
@@ -71,7 +70,8 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   if (options.own_amax) own = own_slot_of(matrix, x, format, options);
   const Slot* const source = own.defined() ? slots_of(own) : slot;
 
-  QuantizeArgs args{matrix, format, source, nullptr, nullptr, out.scale_inv.data_ptr<float>(), nullptr, nullptr};
+  QuantizeArgs args{matrix,  format, source, nullptr, nullptr, static_cast<float*>(out.scale_inv.data_ptr()),
+                    nullptr, nullptr};
   if (options.rowwise) args.q = static_cast<uint8_t*>(out.q.data_ptr());
   if (options.columnwise) args.q_t = static_cast<uint8_t*>(out.q_t.data_ptr());
   at::Tensor scratch;
@@ -80,16 +80,16 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
     args.amax = &slot->amax;
   } else if (recasts) {
     scratch = at::zeros({1}, fp32);
-    args.amax = scratch.data_ptr<float>();
+    args.amax = static_cast<float*>(scratch.data_ptr());
   }
-  if (options.dbias) args.column_sums = column_sums.data_ptr<float>();
-  kernels(on_cuda).quantize(args);
-  if (recasts) kernels(on_cuda).recast({args, target_of(format, options), options.power_of_two});
+  if (options.dbias) args.column_sums = static_cast<float*>(column_sums.data_ptr());
+  kernels_of(x).quantize(args);
+  if (recasts) kernels_of(x).recast({args, target_of(format, options), options.power_of_two});
 
   if (options.dbias) {
     out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));
-    kernels(on_cuda).add_column_sums({column_sums.const_data_ptr<float>(), column_sums.size(0), matrix.cols, cols,
-                                      out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
+    kernels_of(x).add_column_sums({static_cast<const float*>(column_sums.const_data_ptr()), column_sums.size(0),
+                                   matrix.cols, cols, out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
   } else {
     out.dbias = at::empty({0}, fp32);
   }

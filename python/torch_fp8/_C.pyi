@@ -1,5 +1,5 @@
 # What csrc/bindings.cpp gives, for type checkers. tests/test_import.py holds the names to those of the module.
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import overload
 
@@ -47,7 +47,8 @@ class LayerMemo:
     def __init__(self) -> None: ...
     @property
     def used_roles(self) -> int: ...
-    def end_step(self) -> None: ...
+    def end_step(self, weight: Tensor | None = None) -> None: ...
+    def see_weight(self, weight: Tensor) -> None: ...
     @property
     def thread(self) -> int: ...
     @property
@@ -93,6 +94,20 @@ def frozen_linear(
     dtype: torch.dtype | None,
     /,
 ) -> Tensor: ...
+def is_input_quantized(m: int, n: int, k: int, weight: str, activations: str) -> bool: ...
+def frozen_way(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    weight: str,
+    activations: str,
+    x_dtype: torch.dtype,
+    dtype: torch.dtype,
+    is_aligned: bool = True,
+    on_cuda: bool = True,
+) -> str: ...
+def recorded_gemms(call: Callable[[], object]) -> list[GemmProblem]: ...
 def new_slots(device: torch.device, bias: int = 0, grad_bias: int = 0) -> Tensor: ...
 
 class GemmProblem:

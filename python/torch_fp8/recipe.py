@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from . import _C
-from .checks import check as _check
-from .checks import is_int as _is_int
+from .checks import check, is_int
 
 _GEMMS = ("fprop", "dgrad", "wgrad")
 _MAX_MARGIN = 31
@@ -36,13 +35,13 @@ class Recipe(ABC):
     fp8_gemms: tuple[str, ...] = _GEMMS
 
     def __post_init__(self) -> None:
-        _check(self.fp8_format in ("HYBRID", "E4M3"), "fp8_format", "'HYBRID' or 'E4M3'", self.fp8_format)
+        check(self.fp8_format in ("HYBRID", "E4M3"), "fp8_format", "'HYBRID' or 'E4M3'", self.fp8_format)
         for name in ("fast_accum", "fp8_gemms"):
             value = getattr(self, name)
             is_list = isinstance(value, Iterable) and not isinstance(value, str)
-            _check(is_list and set(value) <= set(_GEMMS), name, f"names out of {_GEMMS}", value)
+            check(is_list and set(value) <= set(_GEMMS), name, f"names out of {_GEMMS}", value)
             object.__setattr__(self, name, tuple(gemm for gemm in _GEMMS if gemm in value))
-        _check(len(self.fp8_gemms) > 0, "fp8_gemms", "at least one GEMM (use nn.Linear for 16 bits)", self.fp8_gemms)
+        check(len(self.fp8_gemms) > 0, "fp8_gemms", "at least one GEMM (use nn.Linear for 16 bits)", self.fp8_gemms)
 
     def __repr__(self) -> str:
         """Only what differs from the defaults, so that a model's layers print in a line each."""
@@ -96,20 +95,20 @@ class DelayedScaling(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            _is_int(self.amax_history_len, 1, 2**20),
+        check(
+            is_int(self.amax_history_len, 1, 2**20),
             "amax_history_len",
             "an integer from 1 to 2**20",
             self.amax_history_len,
         )
-        _check(
+        check(
             self.amax_compute_algo in ("max", "most_recent"),
             "amax_compute_algo",
             "'max' or 'most_recent'",
             self.amax_compute_algo,
         )
-        _check(_is_int(self.margin, 0, _MAX_MARGIN), "margin", f"an integer from 0 to {_MAX_MARGIN}", self.margin)
-        _check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
+        check(is_int(self.margin, 0, _MAX_MARGIN), "margin", f"an integer from 0 to {_MAX_MARGIN}", self.margin)
+        check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
 
     @property
     def history_length(self) -> int:
@@ -137,9 +136,9 @@ class CurrentScaling(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
-        _check(
-            _is_int(self.grad_margin, 0, _MAX_MARGIN),
+        check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
+        check(
+            is_int(self.grad_margin, 0, _MAX_MARGIN),
             "grad_margin",
             f"an integer from 0 to {_MAX_MARGIN}",
             self.grad_margin,
@@ -167,9 +166,9 @@ class ConstantScaling(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(_is_int(self.bias, -31, 31), "bias", "an integer from -31 to 31", self.bias)
-        _check(
-            _is_int(self.grad_margin, 0, _MAX_MARGIN),
+        check(is_int(self.bias, -31, 31), "bias", "an integer from -31 to 31", self.bias)
+        check(
+            is_int(self.grad_margin, 0, _MAX_MARGIN),
             "grad_margin",
             f"an integer from 0 to {_MAX_MARGIN}",
             self.grad_margin,

@@ -132,35 +132,40 @@ def _read_history(states: list[LayerState]) -> None:
         group.compare()
 
 
+def _alive(ref: weakref.ref[Any] | None) -> bool:
+    return ref is not None and ref() is not None
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """An optimizer's step ends the step of the layers whose weight or bias it holds, and of those that no optimizer is
     known to hold: an FP8 base under adapters, the flat parameter of FSDP1, a model whose optimizer has float32 masters.
-    Such a layer goes with its model, which is what ``convert`` was given; and where that has no parameters in the
-    optimizer either, or there is none, with the thread of its last forward."""
-    candidates = [
-        layer
-        for layer in alive_layers()
-        if layer.auto_update and not layer.fp8_state.slots.is_meta and _used_roles(layer.fp8_state)
-    ]
-    if not candidates:
-        return
+    Such a layer goes with its model, which is what ``convert`` was given. Where there is none, or the optimizer holds
+    nothing of any FP8 model, it goes with the thread of its last forward."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     ended, unowned = [], []
-    for layer in candidates:
-        owner = layer.fp8_state.optimizer
+    for layer in alive_layers():
+        state = layer.fp8_state
+        used = layer.auto_update and not state.slots.is_meta and _used_roles(state)
         if id(layer.weight) in held or id(layer.bias) in held:
-            layer.fp8_state.optimizer = weakref.ref(optimizer)
-            ended.append(layer)
-        elif not (layer.weight.requires_grad and owner is not None and owner() is not None):
+            state.optimizer = weakref.ref(optimizer)
+            if used:
+                ended.append(layer)
+            else:
+                state.memo.see_weight(layer.weight)  # the change is the optimizer's
+        elif used and not (layer.weight.requires_grad and _alive(state.optimizer)):
             unowned.append(layer)
-    models = {layer: None if (ref := layer.fp8_state.model) is None else ref() for layer in unowned}
+    models = {layer: ref() if (ref := layer.fp8_state.model) is not None else None for layer in unowned}
     ours = {
         model: any(id(parameter) in held for parameter in model.parameters()) for model in set(models.values()) - {None}
     }
     is_stranger = not ended and not any(ours.values())  # it holds parameters that nobody here knows
     for layer, model in models.items():
         in_thread = layer.fp8_state.memo.thread in (0, _C.this_thread())
-        if ours[model] if model is not None and not is_stranger else in_thread:
+        if is_stranger or (model is None and not layer.weight.requires_grad):
+            goes_along = in_thread
+        else:
+            goes_along = model is not None and ours[model]
+        if goes_along:
             ended.append(layer)
     if ended:
         _update(ended)

@@ -199,42 +199,33 @@ TEST_F(Linear, QuantisesTheWeightOnceForTheMicroBatchesOfAStep) {
   Layer layer(16, 16);
   const at::Tensor x = input({4, 16});
   Calls casts({"torch_fp8::cast_input", "torch_fp8::cast_weight"});
-  layer(x);
-  EXPECT_EQ(casts.since(), 2);
+  const auto forwards = [&](int count) {
+    casts.since();
+    for (int i = 0; i < count; ++i) layer(x);
+    return casts.since() - count;
+  };
+  EXPECT_EQ(forwards(9), 9) << "how many there will be is seen in the step before";
   layer.update();
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "the step before had one micro-batch: nothing is kept";
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "this one has several";
-  layer(x);
-  EXPECT_EQ(casts.since(), 1) << "only the input";
-  layer.update();
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "another scale";
-  layer(x);
-  EXPECT_EQ(casts.since(), 1) << "the step before had several";
-  layer(x, /*training=*/false);
-  EXPECT_EQ(casts.since(), 2) << "evaluation keeps nothing and uses nothing that was kept";
-
+  EXPECT_EQ(forwards(3), 1);
   {
     const at::NoGradGuard no_grad;
     layer.weight.mul_(2);
   }
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "changed in place";
-  layer(x).sum().backward();
-  EXPECT_EQ(casts.since(), 1);
-  layer(x);
-  EXPECT_EQ(casts.since(), 1) << "the gradient is still there";
-  layer.zero_grad();
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "the gradient has been used: the weight may be another";
+  EXPECT_EQ(forwards(2), 1) << "changed in place";
   layer.weight = at::randn({16, 16}).requires_grad_();
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "another tensor";
+  EXPECT_EQ(forwards(2), 1) << "another tensor";
   layer.weight.set_data(at::randn({16, 16}));
-  layer(x);
-  EXPECT_EQ(casts.since(), 2) << "the same tensor with other data";
+  EXPECT_EQ(forwards(1), 1) << "the same tensor with other data";
+  layer(x, /*training=*/false);
+  EXPECT_EQ(casts.since(), 2) << "evaluation keeps nothing and uses nothing that was kept";
+  EXPECT_EQ(forwards(3), 2) << "the step before had 9 micro-batches: beyond those nothing is kept";
+  layer.update();
+  layer(x).sum().backward();
+  EXPECT_EQ(forwards(1), 0) << "the gradient is still there";
+  layer.zero_grad();
+  EXPECT_EQ(forwards(1), 1) << "the gradient has been used: the weight may be another";
+  layer.update();
+  EXPECT_EQ(forwards(1), 1) << "another scale";
 }
 
 TEST_F(Linear, EvaluationRecordsNothing) {

@@ -12,7 +12,8 @@ namespace torch_fp8::cuda {
 namespace {
 
 constexpr int kCandidates = 16;
-constexpr size_t kMaxPlans = 4096;  // per thread; about 1 KB each
+constexpr int64_t kLargeProduct = 1 << 30;  // multiplications: in float32 some 40 us
+constexpr size_t kMaxPlans = 4096;          // per thread; about 1 KB each
 
 struct Solution {
   Plan plan;
@@ -46,7 +47,15 @@ void gemm(const GemmArgs& args) {
     found = solutions.try_emplace(problem, problem, args).first;
   }
   Solution& solution = found->second;
-  if (!solution.has_algorithm) return reference_gemm(args, {at::kCUDA, c10::cuda::current_device()});
+  if (!solution.has_algorithm) {
+    if (args.m * args.n * args.k >= kLargeProduct) {
+      TORCH_WARN_ONCE("torch_fp8: cuBLASLt has no right algorithm for the FP8 GEMM of m, n, k = ", args.m, ", ", args.n,
+                      ", ", args.k,
+                      ", so it is multiplied in float32, slower and in more memory; keep such a layer in "
+                      "16 bits by the filter. This is said once, of the first such GEMM");
+    }
+    return reference_gemm(args, {at::kCUDA, c10::cuda::current_device()});
+  }
   solution.plan.run(args, solution.algorithm);
 }
 

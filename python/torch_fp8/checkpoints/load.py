@@ -88,16 +88,16 @@ class _Layer:
     module: nn.Module
     weight: Entry
     scale: Entry
-    shape: tuple[int, ...]  # that the scale is to have
+    granularity: str
     input_scale: Entry | None
     activations: str
 
-    def read(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, str]:
-        scale = read_scale(self.scale).view(self.shape).to(device)
+    def read(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, str, str]:
+        scale = read_scale(self.scale).view(scale_shape(self.granularity, *self.weight.shape)).to(device)
         slot = None
         if self.activations == "static":
             slot = new_slot(read_scale(self.input_scale).item(), device)
-        return self.weight.read().to(device), scale, slot, self.activations
+        return self.weight.read().to(device), scale, slot, self.activations, self.granularity
 
 
 class _Plan:
@@ -163,8 +163,8 @@ class _Plan:
                     input_scale.path, f"{input_scale.name} has shape {list(input_scale.shape)}, expected one element"
                 )
         self._take(f"{name}.weight_zero_point")  # of symmetric weights: zeros
-        shape = self._scale_shape(scale, *weight.shape)
-        return _Layer(module, weight, scale, shape, input_scale, activations)
+        granularity = self._granularity(scale, *weight.shape)
+        return _Layer(module, weight, scale, granularity, input_scale, activations)
 
     def _scale(self, name: str, names: tuple[str, ...]) -> Entry | None:
         found = [entry for entry in (self._take(f"{name}.{suffix}") for suffix in names) if entry is not None]
@@ -174,15 +174,15 @@ class _Plan:
             raise CheckpointError(found[0].path, f"{found[0].name} is {found[0].dtype}, which no scale is")
         return found[0] if found else None
 
-    def _scale_shape(self, scale: Entry, n: int, k: int) -> tuple[int, ...]:
-        """The shape of FrozenLinear's weight_scale. A vector is a column of channels or a row or column of blocks that
-        somebody squeezed: the config decides which, and then its length must fit."""
+    def _granularity(self, scale: Entry, n: int, k: int) -> str:
+        """What shares a scale in FrozenLinear's weight_scale. A vector is a column of channels or a row or column of
+        blocks that somebody squeezed: the config decides which, and then its length must fit."""
         for kind in self.scheme.weights:
             shape = scale_shape(kind, n, k)
             squeezed = tuple(size for size in shape if size != 1)
             same = tuple(size for size in scale.shape if size != 1) == squeezed
             if scale.shape == shape or (same and (len(scale.shape) <= 1 or not squeezed)):
-                return shape
+                return kind
         expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in self.scheme.weights)
         raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
 

@@ -127,9 +127,11 @@ def check_sizes(format: str, weight: str, name: str, n: int, k: int) -> None:
 
 
 def _kind(layers: dict[str, FrozenLinear]) -> tuple[str, str]:
-    """weight and activations of all layers. A small layer's only block is one scale for its tensor too."""
+    """weight and activations of all layers. Of small layers one word may stand for another: an only block is a whole
+    tensor, and an only channel too."""
     activations = {layer.activations for layer in layers.values()}
-    weights = [
+    words = {layer.granularity for layer in layers.values()}
+    weights = list(words) if len(words) == 1 else [
         kind
         for kind in WEIGHTS
         if all(math.prod(scale_shape(kind, m.out_features, m.in_features)) == m.weight_scale.numel()
@@ -138,7 +140,7 @@ def _kind(layers: dict[str, FrozenLinear]) -> tuple[str, str]:
     if len(activations) > 1 or not weights:
         raise ValueError(
             "torch_fp8: a checkpoint holds FP8 layers of one kind, but these were frozen with activations "
-            f"{sorted(activations)} and weights by {sorted({layer.granularity for layer in layers.values()})}"
+            f"{sorted(activations)} and weights by {sorted(words)}"
         )
     return weights[0], activations.pop()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from .. import _C
 from ..format import BLOCK, E4M3
@@ -32,6 +33,7 @@ class FrozenLinear(nn.Module):
 
     Weight and scales keep their dtype when the module is cast, and move with it; the bias is cast.
 
+    granularity: how many elements of the weight share a scale: "tensor", "channel" or "block".
     activations: how the input is quantised. "token": by each row's own amax or, where the weight has block scales, by
     that of each 128 columns of a row; "tensor": by the whole input's; "static": by ``input_slot``; "none": not at all,
     the weight alone is FP8 (W8A16).
@@ -57,40 +59,41 @@ class FrozenLinear(nn.Module):
         super().__init__()
         check_choices(activations, weight)
         codes = torch.zeros(out_features, in_features, device=device, dtype=E4M3)
-        scale = torch.ones(scale_shape(weight, out_features, in_features), device=device)
+        scale = torch.ones(scale_shape(weight, out_features, in_features), device=device, dtype=torch.float32)
         slot = new_slot(1.0, codes.device) if activations == "static" else None
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self._make_frozen(codes, scale, zeros, slot, activations)
+        self._make_frozen(codes, scale, zeros, slot, activations, weight)
 
     def _make_frozen(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None, activations: str
-    ) -> None:
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None, activations: str,
+        granularity: str,
+    ) -> None:  # fmt: skip
         self.out_features, self.in_features = weight.shape
         self.activations = activations
+        self.granularity = granularity
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_slot", input_slot)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "torch_fp8: a FrozenLinear computes no gradient, but its input requires one; run inference under "
-                "torch.no_grad() or torch.inference_mode(), and train with fp8.Linear (torch_fp8.convert)"
-            )
         device = input.device.type
-        op = torch.ops.torch_fp8.frozen_linear if torch.compiler.is_compiling() else _C.frozen_linear
-        return op(
-            input, self.weight, self.weight_scale, self.bias, self.input_slot, ACTIVATIONS.index(self.activations),
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-        )  # fmt: skip
+        has_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if has_autocast else None
+        state = self._state()
+        arguments = (input, *state, ACTIVATIONS.index(self.activations), dtype)
+        # What takes part in Python (the compiler, a mode, a subclass) is shown Python's op; all others go through the
+        # dispatcher too, past half of the host's time.
+        if torch.compiler.is_compiling() or has_torch_function((input, *state)):
+            return torch.ops.torch_fp8.frozen_linear(*arguments)
+        return _C.frozen_linear(*arguments)
 
-    @property
-    def granularity(self) -> str:
-        """How many elements of the weight share a scale: "tensor", "channel" or "block"."""
-        if self.weight_scale.numel() == 1:
-            return "tensor"
-        return "channel" if self.weight_scale.shape == (self.out_features, 1) else "block"
+    def _state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        buffers = self._buffers  # not by nn.Module.__getattr__, which would cost a third of the call
+        try:
+            return buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
+        except KeyError:  # one of them was parametrised, or made a Parameter
+            return self.weight, self.weight_scale, self.bias, self.input_slot
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
         # Seen as integers weight and scales are moved by .cuda() and left alone by .bfloat16(), to the bit.
@@ -116,6 +119,8 @@ class FrozenLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buffers["weight"] = self._buffers["weight"].view(E4M3)
+        if "granularity" not in self.__dict__:  # of an older version
+            self.granularity = _granularity_of(self.weight_scale, self.out_features)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -142,6 +147,13 @@ class FrozenLinear(nn.Module):
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
     """The frozen layers of a model by name; a layer that occurs twice has its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def _granularity_of(weight_scale: Tensor, out_features: int) -> str:
+    """What the scale's shape tells; of one output, a channel's is a block's too."""
+    if weight_scale.dim() < 2:
+        return "tensor"
+    return "channel" if weight_scale.shape == (out_features, 1) else "block"
 
 
 def scale_shape(weight: str, out_features: int, in_features: int) -> tuple[int, ...]:

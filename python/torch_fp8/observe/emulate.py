@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _C
 from ..format import BLOCK, E4M3_MAX, quantize
 from ..layers.frozen import ACTIVATIONS
-
-FEW_ROWS = 16  # of x: there the weight decides the time, and x needs no quantising
-WIDE = 8192  # outputs beyond which such rows are half as many
-
-
-def is_quantized(rows: int, n: int, k: int, granularity: str, activations: str) -> bool:
-    """Whether an (N, K) layer quantises an input of so many rows: :class:`torch_fp8.FrozenLinear` says when."""
-    if rows <= (FEW_ROWS // 2 if n > WIDE else FEW_ROWS):
-        return False
-    return activations == "token" and k % BLOCK == 0 if granularity == "block" else activations != "none"
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -59,7 +50,7 @@ def emulated_linear(
     x = x.float()
     (n, k), rows, how = weight.shape, x.shape[:-1].numel(), ACTIVATIONS[activations]
     blocks = weight_scale.numel() > 1 and weight_scale.shape != (n, 1)
-    if is_quantized(rows, n, k, "block" if blocks else "channel", how):
+    if _C.is_input_quantized(rows, n, k, "block" if blocks else "channel", how):
         if how == "static":
             if input_slot is None:
                 raise RuntimeError("torch_fp8: static activations need an input_slot, got None")

@@ -71,11 +71,26 @@ def monitor(model: nn.Module, every: int = 100, writer: Any = None) -> Monitor:
     return Monitor(model, every, writer)
 
 
+# A monitor lives as long as its model, also where nobody else holds it; it holds the model by weak references only.
+_monitors: weakref.WeakKeyDictionary[nn.Module, list[Monitor]] = weakref.WeakKeyDictionary()
+
+
+def _weak_hook(monitor: Monitor) -> Callable[..., None]:
+    """For a list of the process, which lives for ever."""
+    ref = weakref.ref(monitor)
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (monitor := ref()) is not None:
+            monitor._after_optimizer_step(optimizer, args, kwargs)
+
+    return hook
+
+
 class Monitor:
     """What :func:`monitor` gives. ``samples`` grows by three records a layer with each sample."""
 
     def __init__(self, model: nn.Module, every: int = 100, writer: Any = None) -> None:
-        self._layers = fp8_layers(model)
+        self._layers = {name: weakref.ref(layer) for name, layer in fp8_layers(model).items()}
         if not self._layers:
             raise ValueError(
                 f"torch_fp8: {type(model).__name__} has no FP8 layer to monitor; torch_fp8.convert it first"
@@ -85,17 +100,20 @@ class Monitor:
         self.every, self.writer, self.step = every, writer, 0
         self._samples: list[Sample] = []
         self._pending: dict[tuple[int, str, str], _Count] = {}  # still on the device
-        self._model = model
+        self._model = weakref.ref(model)
         self._optimizer: weakref.ref | None = None  # the one whose steps count
         self._hooks: list[Any] = []
         self._stance = None
-        self._on_step = register_optimizer_step_post_hook(self._after_optimizer_step)
+        _monitors.setdefault(model, []).append(self)
+        self._on_step = register_optimizer_step_post_hook(_weak_hook(self))
         self._begin()
 
     def close(self) -> None:
         """Sample no more."""
         self._end()
         self._on_step.remove()
+        if (model := self._model()) is not None and self in _monitors.get(model, ()):
+            _monitors[model].remove(self)
 
     def __enter__(self) -> Monitor:
         return self
@@ -106,7 +124,10 @@ class Monitor:
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        for name, layer in self._layers.items():
+        layers = {name: ref() for name, ref in self._layers.items()}
+        for name, layer in layers.items():
+            if layer is None:
+                continue
             self._hooks.append(layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True))
             self._hooks.append(layer.register_forward_hook(self._after_forward(name)))
         if traced_training():  # compiled code does not look for hooks
@@ -163,7 +184,8 @@ class Monitor:
     def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
         """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count."""
         if self._optimizer is None or self._optimizer() is None:
-            ours = {id(p) for p in self._model.parameters()}
+            model = self._model()
+            ours = {id(p) for p in model.parameters()} if model is not None else set()
             if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
                 return False
             self._optimizer = weakref.ref(optimizer)

@@ -9,6 +9,7 @@ fp8.freeze(model, activations="static", weight="tensor")
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def freeze(
         parameter = layer.weight
         if id(parameter) not in shared:
             shared[id(parameter)] = quantize_weight(weights[name], weight)
-        become_frozen(layer, *shared[id(parameter)], slot, activations)
+        become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
     return model.requires_grad_(False)
 
@@ -106,7 +107,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         raise ValueError("torch_fp8: calibrate got no batch; give it some inputs of the model")
     amaxes = {name: amax.item() for name, amax in seen.items()}
     for name, amax in amaxes.items():
-        if not torch.tensor(amax).isfinite():
+        if not math.isfinite(amax):
             raise ValueError(f"torch_fp8: the input of {name or '(root)'} has Inf or NaN: nothing to calibrate by")
     for name, layer in layers.items():
         layer.__dict__.pop(_AMAX, None)
@@ -151,8 +152,9 @@ def _bfloat16_above(x: Tensor) -> Tensor:
 
 
 def become_frozen(
-    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str
-) -> None:
+    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
+    granularity: str,
+) -> None:  # fmt: skip
     """Change the class of a linear layer in place, as convert does: the object, its name and its hooks stay."""
     if isinstance(layer, Linear):
         layer._make_plain()
@@ -161,7 +163,9 @@ def become_frozen(
     for name in (_AMAX, "_not_fp8"):
         layer.__dict__.pop(name, None)
     layer.__class__ = FrozenLinear
-    layer._make_frozen(weight, weight_scale, None if bias is None else bias.detach(), input_slot, activations)
+    layer._make_frozen(
+        weight, weight_scale, None if bias is None else bias.detach(), input_slot, activations, granularity
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -219,12 +223,13 @@ def static_scale(name: str, layer: nn.Module) -> float:
     if amax is None and isinstance(layer, Linear) and not layer.fp8_slots.is_meta:
         amax = max(layer.fp8_history[0].max().item(), layer.fp8_slots[0, 2].item())
         amax = amax if amax > 0 else None
-    if amax is None or not torch.tensor(amax).isfinite():
+    if amax is None or not math.isfinite(amax):
         raise ValueError(
             f"torch_fp8: no input of {name or '(root)'} was seen, so it has no static scale; run torch_fp8.calibrate "
             'on typical inputs first, or freeze with activations="token"'
         )
-    return _power_of_two_above(torch.tensor(2 * amax / E4M3_MAX)).clamp(min=2.0**-126).item() if amax > 0 else 1.0
+    scale = torch.tensor(2 * amax / E4M3_MAX, dtype=torch.float32, device="cpu")
+    return _power_of_two_above(scale).clamp(min=2.0**-126).item() if amax > 0 else 1.0
 
 
 def _arguments(batch: Any, device: torch.device) -> tuple[list[Any], dict[str, Any]]:

@@ -8,25 +8,22 @@ rules: candidates take turns within each round, and only a gain that luck cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _C, progress
-from ..checks import check as _check
-from ..checks import is_int as _is_int
-from ..layers.frozen import FrozenLinear, frozen_layers
+from ..checks import check, is_int
+from ..layers.frozen import ACTIVATIONS, FrozenLinear, frozen_layers
 from ..layers.linear import Linear, fp8_layers
-from ..observe.emulate import WIDE, is_quantized
 from .tuning import Problem, TunedGemm, Tuning, here
 
 _MIN_ROUNDS = 20
 _MAX_SIZE = 2**30
 _FASTER_ROUNDS = 0.9
-_STREAMED_ROWS = 32  # of a frozen layer's input; cuBLASLt has the rest
 # For normally distributed values: 1.4826 median absolute deviations are a standard deviation, and the median of n of
 # them is off by sqrt(pi / 2 / n) standard deviations.
 _MEDIAN_ERROR = 1.4826 * math.sqrt(math.pi / 2)
@@ -54,10 +51,10 @@ def tune(
     Raises ValueError for other arguments and for a model without FP8 layers or on another GPU than the current one;
     RuntimeError where there is no Hopper GPU, or in a CPU-only build. The algorithms in use are then what they were.
     """
-    _check(_is_int(tokens, 1, _MAX_SIZE), "tokens", "an integer from 1 to 2**30", tokens)
-    _check(_is_int(rounds, _MIN_ROUNDS, 10_000), "rounds", f"an integer from {_MIN_ROUNDS} to 10000", rounds)
+    check(is_int(tokens, 1, _MAX_SIZE), "tokens", "an integer from 1 to 2**30", tokens)
+    check(is_int(rounds, _MIN_ROUNDS, 10_000), "rounds", f"an integer from {_MIN_ROUNDS} to 10000", rounds)
     is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
-    _check(is_number and 0 <= margin < 1, "margin", "a number from 0 to below 1", margin)
+    check(is_number and 0 <= margin < 1, "margin", "a number from 0 to below 1", margin)
     layers = _layers_of(what, tokens)
     place = here()
     _check_devices({layer.weight.device for layer, _ in layers})
@@ -108,57 +105,54 @@ def choose(candidates: Sequence[tuple[bytes, Sequence[float]]], margin: float) -
 
 def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Problem]:
     """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
-    return list(dict.fromkeys(problem for layer, tokens in layers for problem in _gemms(layer, tokens)))
+    problems: dict[Problem, None] = {}
+    for layer, tokens in layers:
+        run = _run_frozen if isinstance(layer, FrozenLinear) else _run_linear
+        for gemm in _C.recorded_gemms(lambda run=run, layer=layer, tokens=tokens: run(layer, tokens)):
+            problems[Problem(*(getattr(gemm, field) for field in Problem._fields))] = None
+    return list(problems)
 
 
-def _frozen_gemms(layer: FrozenLinear, tokens: int) -> Iterator[Problem]:
-    # Mirrors frozen.cpp.
-    (rows, cols), granularity, bias = layer.weight.shape, layer.granularity, layer.bias
-    if rows == 0 or cols == 0 or not is_quantized(tokens, rows, cols, granularity, layer.activations):
-        return
-    dtype = torch.bfloat16 if bias is None else bias.dtype
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
-    one_each = granularity == "tensor" and layer.activations != "token"
-    scales = "blocks" if granularity == "block" else "one" if one_each else "rows"
-    streams = scales == "rows" or (scales == "one" and rows <= WIDE)
-    if tokens <= _STREAMED_ROWS and streams and cols % 16 == 0 and dtype != torch.float32:
-        return  # a kernel of ours
-    m, n = -(-tokens // 4) * 4 if scales == "blocks" else tokens, _padded(rows)
-    if scales == "rows" and (m <= 32 or -(-m // 128) * -(-n // 128) < 96 or dtype == torch.float32):
-        dtype, bias, scales = torch.float32, None, "one"  # scaled by a kernel of ours
-    yield Problem(m, n, _padded(cols), torch.float8_e4m3fn, torch.float8_e4m3fn, dtype,
-                  bias is not None and dtype != torch.float32, False, scales != "blocks", scales)  # fmt: skip
+# While GEMMs are recorded, an op on tensors of the meta device goes the way that it goes on a GPU, without memory and
+# without a kernel. The layers themselves are only looked at.
 
 
-def _gemms(layer: Linear | FrozenLinear, tokens: int) -> Iterator[Problem]:
-    if isinstance(layer, FrozenLinear):
-        yield from _frozen_gemms(layer, tokens)
-        return
-    # Mirrors linear.cpp and gemm.cpp: what these ask cuBLASLt for is what must be tuned.
-    recipe = layer.recipe
-    weight_dtype = layer.weight.dtype
-    y_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight_dtype
-    e4m3, grad = torch.float8_e4m3fn, layer.fp8_state.options.cast(2).dtype
-    rows, cols = layer.weight.shape
-    if rows == 0 or cols == 0:
-        return
+def _on_meta(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    # A float32 bias has no epilogue: the GEMM adds to an output that begins as the bias.
-    has_bias, in_epilogue = layer.bias is not None, y_dtype != torch.float32
-    yield Problem(tokens, _padded(rows), _padded(cols), e4m3, e4m3, y_dtype,
-                  has_bias and in_epilogue, has_bias and not in_epilogue, "fprop" in recipe.fast_accum)  # fmt: skip
+
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def _run_frozen(layer: FrozenLinear, tokens: int) -> None:
+    state = [_on_meta(t) for t in (layer.weight, layer.weight_scale, layer.bias, layer.input_slot)]
+    dtype = _autocast() or (torch.bfloat16 if layer.bias is None else layer.bias.dtype)
+    x = torch.empty(tokens, layer.in_features, dtype=dtype, device="meta")
+    torch.ops.torch_fp8.frozen_linear(x, *state, ACTIVATIONS.index(layer.activations), dtype)
+
+
+@torch.no_grad()
+def _run_linear(layer: Linear, tokens: int) -> None:
+    state = layer.fp8_state
+    weight, bias, slots = _on_meta(layer.weight), _on_meta(layer.bias), _on_meta(state.slots)
+    main_grad = None
+    if layer.fuse_main_grad:
+        kept = getattr(layer.weight, "main_grad", None)
+        main_grad = torch.empty_like(weight, dtype=torch.float32 if kept is None else kept.dtype)
+    autocast = _autocast()
+    casts, how = state.casts, (state.fp8_gemms, state.fast_accum, True, False, True, True)
     # The input's gradient has the input's dtype: under autocast that of a layer before it or that of the parameters.
-    for x_dtype in dict.fromkeys([y_dtype, weight_dtype]):
-        yield Problem(tokens, _padded(cols), _padded(rows), grad, e4m3, x_dtype,
-                      False, False, "dgrad" in recipe.fast_accum)  # fmt: skip
-    # Added to a float32 main_grad in place, except where columns are padded: then it goes by way of scratch.
-    fused = layer.fuse_main_grad
-    yield Problem(rows, _padded(cols), _padded(tokens), grad, e4m3, torch.float32 if fused else weight_dtype,
-                  False, fused and cols % 16 == 0, "wgrad" in recipe.fast_accum)  # fmt: skip
-
-
-def _padded(size: int) -> int:
-    return -(-size // 16) * 16
+    for x_dtype in dict.fromkeys([autocast or weight.dtype, weight.dtype]):
+        x = torch.empty(tokens, layer.in_features, dtype=x_dtype, device="meta")
+        y, *codes = torch.ops.torch_fp8.linear_forward(x, weight, bias, slots, [], [], casts, 0, *how, False, autocast)
+        # Of layers that read one tensor all but the first add to the gradient that the first made.
+        sums = [None] if state.group is None or x_dtype == torch.float16 else [None, torch.empty_like(x)]
+        for dx_sum in sums:
+            torch.ops.torch_fp8.linear_backward(
+                y, *codes, x, weight, slots, main_grad, dx_sum, casts, 0, *how, None, layer.in_features, x_dtype,
+                weight.dtype,
+            )  # fmt: skip
 
 
 def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]]:
@@ -169,12 +163,12 @@ def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]
             raise ValueError(f"torch_fp8: {type(what).__name__} has no FP8 layer to tune; torch_fp8.convert it first")
         return layers
     expected = "a model or a list of (tokens, in_features, out_features), integers from 1 to 2**30"
-    _check(isinstance(what, Iterable), "what", expected, what)
+    check(isinstance(what, Iterable), "what", expected, what)
     shapes = list(what)
-    _check(len(shapes) > 0, "what", expected, shapes)
+    check(len(shapes) > 0, "what", expected, shapes)
     for shape in shapes:
         is_shape = isinstance(shape, Sequence) and len(shape) == 3
-        _check(is_shape and all(_is_int(size, 1, _MAX_SIZE) for size in shape), "what", expected, shape)
+        check(is_shape and all(is_int(size, 1, _MAX_SIZE) for size in shape), "what", expected, shape)
     return [
         (Linear(cols, rows, bias=False, device="meta", dtype=torch.bfloat16), tokens) for tokens, cols, rows in shapes
     ]
