@@ -176,6 +176,18 @@ def test_sums_that_only_their_scale_keeps_finite(device, n, k, m, kind):
     check(device, m, n, k, kind, NONE, layout=lambda x: x * 1e36)
 
 
+@pytest.mark.parametrize("m", [1, 4, 12, 20, 40])
+def test_scales_whose_product_is_beyond_float32(device, m):
+    """The large input meets a weight of 0. Where x is quantised, the others are 0 beside it."""
+    x = torch.ones(m, 320)
+    x[:, 7] = 3e38
+    weight = torch.ones(144, 320)
+    weight[:, 7] = 0
+    scale = torch.full((144, 1), 2048.0)
+    y = frozen_linear(x.bfloat16().to(device), weight.to(E4M3).to(device), scale.to(device), None, None, TOKEN)
+    assert (y.cpu() == torch.tensor(319 * 2048.0 if m <= FEW else 0.0).bfloat16()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("m", [1, 4, 16, 40])
 def test_other_types(device, dtype, m):

@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int other = 0; other < parts; ++other) {
         sum += load_from(other, ring + (token * kPitch + thread % kRows) * 4);
       }
-      static_cast<T*>(args.out)[token * args.n + row] = static_cast<T>(fmaf(sum, x_scale * w_scale, bias));
+      static_cast<T*>(args.out)[token * args.n + row] = static_cast<T>(rescaled(sum, x_scale, w_scale) + bias);
     }
   }
   synchronize_cluster();  // no block's sums go while another reads them
