@@ -25,6 +25,7 @@ const Kernels& meta_kernels() {
     none.quantize_rows = [](const QuantizeRowsArgs&) {};
     none.quantize_groups = [](const QuantizeGroupsArgs&) {};
     none.add_column_sums = [](const ColumnSums&) {};
+    none.recast = [](const RecastArgs&) {};
     none.gemm = [](const GemmArgs&) {};
     none.rescale = [](const RescaleArgs&) {};
     none.dequantize = [](const DequantizeArgs&) {};
