@@ -23,39 +23,35 @@ auto op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
 }
 
-// What backward needs of one call besides the tensors that autograd saves. It travels as whole numbers, which compiled
-// autograd can carry.
-struct Call {
-  enum Number : size_t {
-    kCasts,
-    kHistory = kCasts + kRoles,
-    kFlags,
-    kXDtype,
-    kWeightDtype,
-    kBiasDtype,
-    kMemo,
-    kNumbers
-  };
-  enum Flag : int64_t { kTraining = 1, kRecord = 2, kDummyGrad = 4, kFp8 = 8, kFast = 64 };  // kFp8, kFast: three each
+// Tensors that the dispatcher would hand straight to the op of their backend: no subclass, mode, trace or transform
+// sees them, and autocast has nothing to say.
+bool is_plain(const at::Tensor& a, const at::Tensor& b) {
+  const auto keys =
+      c10::impl::computeDispatchKeySet(a.key_set() | b.key_set(), c10::DispatchKeySet(c10::DispatchKeySet::FULL)) -
+      (c10::autocast_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::BackendSelect));
+  const auto first = keys.highestPriorityTypeId();
+  return first == c10::DispatchKey::CPU || first == c10::DispatchKey::CUDA;
+}
 
+// What backward needs of one call besides tensors: as text, which compiled autograd can carry.
+struct Numbers {
+  std::array<int64_t, kRoles> casts;
+  int64_t history = 0, memo = 0, in_features = 0;
+  Gemms fp8, fast_accum;
+  bool training = false, record = false, dummy_grad = false, has_bias = false;
+  at::ScalarType x_dtype, weight_dtype, bias_dtype;
+};
+static_assert(std::is_trivially_copyable_v<Numbers>);
+
+struct Call : Numbers {
   // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
   // scales that the saved codes need travel with those.
   at::Tensor slots, main_grad;
-  std::vector<int64_t> casts;
-  int64_t history = 0, memo = 0, sum = 0;
-  Gemms fp8, fast_accum;
-  bool training, record, gathered, dummy_grad, grad_x, grad_weight;
+  int64_t sum = 0;
+  bool gathered, grad_x, grad_weight;
   c10::optional<at::ScalarType> autocast;
-  std::vector<at::Tensor> x_codes, weight_codes;  // given, or empty
+  c10::SmallVector<at::Tensor, 3> x_codes, weight_codes;  // given, or empty
 };
-
-std::array<bool, 3> bits(int64_t flags, int64_t first) {
-  return {(flags & first) != 0, (flags & first << 1) != 0, (flags & first << 2) != 0};
-}
-
-int64_t flags_of(const Gemms& gemms, int64_t first) {
-  return (gemms[0] ? first : 0) | (gemms[1] ? first << 1 : 0) | (gemms[2] ? first << 2 : 0);
-}
 
 Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, bool columnwise) {
   static const auto cast_op = op<decltype(cast)>("torch_fp8::cast");
@@ -65,13 +61,17 @@ Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, boo
   return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 
-auto forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
-                const Call& call) {
+ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                         const Call& call) {
   static const auto forward_op = op<decltype(linear_forward)>("torch_fp8::linear_forward");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return forward_op.call(x, weight, bias, call.slots, call.x_codes, call.weight_codes, call.casts, call.history,
-                         call.fp8, call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight,
-                         call.gathered, call.autocast);
+  const auto run = [&](const auto& forward) {
+    return forward(x, weight, bias, call.slots, call.x_codes, call.weight_codes, call.casts, call.history, call.fp8,
+                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight, call.gathered,
+                   call.autocast);
+  };
+  if (is_plain(x, weight)) return run(forward_only);
+  return run([&](auto&&... arguments) { return forward_op.call(arguments...); });
 }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
@@ -90,22 +90,15 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                             kept(weight_t, fp8_x && !call.gathered), kept(weight_scale_inv, fp8_x && !call.gathered),
                             x_16, kept(weight, needs_weight)});
 
-    c10::List<int64_t> numbers;
-    numbers.resize(Call::kNumbers);
-    for (size_t role = 0; role < kRoles; ++role) numbers[Call::kCasts + role] = call.casts[role];
-    numbers[Call::kHistory] = call.history;
-    const auto flag = [](bool set, int64_t bit) { return set ? bit : 0; };
-    numbers[Call::kFlags] = flag(call.training, Call::kTraining) | flag(call.record, Call::kRecord) |
-                            flag(call.dummy_grad, Call::kDummyGrad) | flags_of(call.fp8, Call::kFp8) |
-                            flags_of(call.fast_accum, Call::kFast);
-    numbers[Call::kXDtype] = static_cast<int64_t>(x.scalar_type());
-    numbers[Call::kWeightDtype] = static_cast<int64_t>(weight.scalar_type());
-    numbers[Call::kBiasDtype] = bias ? static_cast<int64_t>(bias->scalar_type()) : -1;
-    numbers[Call::kMemo] = call.memo;
     auto& saved = ctx->saved_data;
-    saved["numbers"] = std::move(numbers);
+    const Numbers& numbers = call;
+    std::string text(2 * sizeof numbers, '\0');  // in letters: a string of Python's is no string of bytes
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(&numbers);
+    for (size_t i = 0; i < sizeof numbers; ++i)
+      text[2 * i] = 'a' + (bytes[i] >> 4), text[2 * i + 1] = 'a' + (bytes[i] & 15);
+    saved["numbers"] = std::move(text);
     saved["slots"] = call.slots;
-    saved["in_features"] = weight.sym_size(1);
+    if (weight.sym_size(1).is_symbolic()) saved["in_features"] = weight.sym_size(1);
     if (call.main_grad.defined()) saved["main_grad"] = call.main_grad;
     if (call.sum != 0) saved["sum"] = call.sum;
     return y;
@@ -119,14 +112,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                 "torch_fp8: the backward of an FP8 linear layer cannot be differentiated again (create_graph=True); "
                 "run the layer in 16 bits for that: with torch_fp8.disabled(model)");
     auto& data = ctx->saved_data;
-    const std::vector<int64_t> numbers = data["numbers"].toIntVector();
-    const int64_t flags = numbers[Call::kFlags];
-    const Gemms fp8 = bits(flags, Call::kFp8);
+    Numbers n;
+    const std::string& text = data["numbers"].toStringRef();
+    auto* const bytes = reinterpret_cast<unsigned char*>(&n);
+    for (size_t i = 0; i < sizeof n; ++i)
+      bytes[i] = static_cast<unsigned char>((text[2 * i] - 'a') << 4 | (text[2 * i + 1] - 'a'));
     const bool grad_x = ctx->needs_input_grad(0), grad_weight = ctx->needs_input_grad(1);
     c10::optional<at::ScalarType> dbias;
-    if (numbers[Call::kBiasDtype] >= 0 && ctx->needs_input_grad(2)) {
-      dbias = static_cast<at::ScalarType>(numbers[Call::kBiasDtype]);
-    }
+    if (n.has_bias && ctx->needs_input_grad(2)) dbias = n.bias_dtype;
     const auto held = [&](const char* name) {
       const auto found = data.find(name);
       return found == data.end() ? at::Tensor() : found->second.toTensor();
@@ -145,22 +138,27 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         c10::optional<at::ScalarType>, c10::SymInt, at::ScalarType, at::ScalarType, bool)>(
         "torch_fp8::linear_backward");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [dx, dw, db] = backward_op.call(
-        dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]), optional(saved[4]),
-        optional(saved[5]), held("slots"), optional(main_grad), optional(dx_sum),
-        at::IntArrayRef(numbers.data() + Call::kCasts, kRoles), numbers[Call::kHistory], fp8, bits(flags, Call::kFast),
-        (flags & Call::kTraining) != 0, (flags & Call::kRecord) != 0, grad_x, grad_weight, dbias,
-        data["in_features"].toSymInt(), static_cast<at::ScalarType>(numbers[Call::kXDtype]),
-        static_cast<at::ScalarType>(numbers[Call::kWeightDtype]), (flags & Call::kDummyGrad) != 0);
-    if (const auto memo = LayerMemo::find(numbers[Call::kMemo])) {
-      if ((flags & Call::kTraining) && ((grad_x && fp8[1]) || (grad_weight && fp8[2]))) memo->note_used(kGradOutput);
+    const auto run = [&](const auto& backward, auto in_features) {
+      return backward(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                      optional(saved[4]), optional(saved[5]), held("slots"), optional(main_grad), optional(dx_sum),
+                      n.casts, n.history, n.fp8, n.fast_accum, n.training, n.record, grad_x, grad_weight, dbias,
+                      in_features, n.x_dtype, n.weight_dtype, n.dummy_grad);
+    };
+    const auto through_the_dispatcher = [&](auto&&... arguments) { return backward_op.call(arguments...); };
+    const auto symbolic = data.find("in_features");
+    auto [dx, dw, db] = is_plain(dy, held("slots"))
+                            ? run(backward_only, n.in_features)
+                            : run(through_the_dispatcher,
+                                  symbolic == data.end() ? c10::SymInt(n.in_features) : symbolic->second.toSymInt());
+    if (const auto memo = LayerMemo::find(n.memo)) {
+      if (n.training && ((grad_x && n.fp8[1]) || (grad_weight && n.fp8[2]))) memo->note_used(kGradOutput);
       if (grad_weight) memo->note_weight_grad();
     }
     if (grad_x && !dx_sum.defined()) {
       if (sum) begin_sum(sum, dx);
       result[0] = std::move(dx);
     }
-    if (grad_weight && (!main_grad.defined() || (flags & Call::kDummyGrad))) result[1] = std::move(dw);
+    if (grad_weight && (!main_grad.defined() || n.dummy_grad)) result[1] = std::move(dw);
     if (dbias) result[2] = std::move(db);
     return result;
   }
@@ -193,8 +191,8 @@ void check_main_grad(const at::Tensor& main_grad, const at::Tensor& weight) {
 }
 
 // The weight's codes for all micro-batches of a step; nothing where each forward makes its own.
-std::vector<at::Tensor> weight_codes(const at::Tensor& weight, LayerMemo& memo, const cuda::StreamState& now,
-                                     const Call& call) {
+c10::SmallVector<at::Tensor, 3> weight_codes(const at::Tensor& weight, LayerMemo& memo, const cuda::StreamState& now,
+                                             const Call& call) {
   const bool transposed = call.grad_x && call.fp8[1];
   if (const auto kept = memo.kept_weight(weight, now, transposed, call.main_grad.defined())) {
     return {kept->q, kept->q_t, kept->scale_inv};
@@ -251,7 +249,7 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   const bool grad_mode = at::GradMode::is_enabled();
   const cuda::StreamState now = stream_of(weight);
   call.slots = slots;
-  call.casts = options.casts();
+  for (int role = 0; role < kRoles; ++role) call.casts[static_cast<size_t>(role)] = options.cast(role).packed();
   call.fp8 = options.fp8_gemms(), call.fast_accum = options.fast_accum();
   call.training = training;
   call.record = training && grad_mode && options.scaling != Scaling::kConstant;
@@ -259,6 +257,11 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   call.gathered = memo->gathered();
   call.dummy_grad = dummy_grad;
   call.memo = memo->number();
+  call.x_dtype = x.scalar_type(), call.weight_dtype = weight.scalar_type();
+  call.has_bias = bias.has_value();
+  if (bias) call.bias_dtype = bias->scalar_type();
+  const c10::SymInt in_features = weight.sym_size(1);
+  if (!in_features.is_symbolic()) call.in_features = in_features.as_int_unchecked();
   const bool differentiable = call.grad_x || call.grad_weight || (grad_mode && wants_grad(bias));
   const int64_t forward_roles = 1 << kInput | (training ? 1 << kWeight : 0);
   if (options.scaling == Scaling::kDelayed) {

@@ -86,6 +86,9 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
+// What an op gives in place of a result that nobody asked for.
+inline at::Tensor nothing(const at::Tensor& like) { return at::empty({0}, like.options().dtype(at::kFloat)); }
+
 // padded() of a size that may be symbolic.
 inline c10::SymInt padded_symbolic(const c10::SymInt& n) { return (n + (kAlignment - 1)) / kAlignment * kAlignment; }
 

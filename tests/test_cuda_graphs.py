@@ -78,7 +78,7 @@ def test_micro_batches_in_one_graph_cast_the_weight_once(cuda):
     (captured,), (optimizer,) = twins(cuda, 1, capturable=True)
     x = batch(3, cuda)
     optimizer.zero_grad()
-    for _ in range(2):  # that a step has several is known from the step before
+    for _ in range(3):  # how many a step has is known from the step before
         captured(x).float().sum().backward()
     optimizer.step()
     with count_casts() as counts, torch.cuda.graph(torch.cuda.CUDAGraph()):

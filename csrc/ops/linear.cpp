@@ -39,7 +39,7 @@ QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool train
 Quantized cast_role(const at::Tensor& t, const at::Tensor& slots, at::IntArrayRef casts, int role,
                     const QuantizeOptions& options) {
   RECORD_FUNCTION(kCastNames[role], std::vector<c10::IValue>());
-  return quantize(t, slots, role, Cast::unpacked(casts[role]).dtype(), options);
+  return quantize_only(t, slots, role, Cast::unpacked(casts[role]).dtype(), options);
 }
 
 void check_recipe(at::IntArrayRef casts, const Gemms& fp8) {
@@ -80,8 +80,6 @@ at::Tensor matrix_in(const at::Tensor& t, at::ScalarType dtype) {
   return t.reshape({leading_size(t.sizes()), t.size(-1)}).to(dtype);
 }
 
-at::Tensor nothing(const at::Tensor& like) { return at::empty({0}, like.options().dtype(at::kFloat)); }
-
 // One of the three products out (size) = a . b^T; added to sum, where there is one, and then without elements.
 at::Tensor multiply(Gemm which, const Codes& a, const Codes& b, at::IntArrayRef size, at::ScalarType dtype,
                     const Gemms& fast_accum, const OptionalTensor& bias, const OptionalTensor& sum) {
@@ -89,8 +87,10 @@ at::Tensor multiply(Gemm which, const Codes& a, const Codes& b, at::IntArrayRef 
   RECORD_FUNCTION(kNames[which], std::vector<c10::IValue>());
   if (!sum) return gemm(a.q, b.q, a.scale_inv, b.scale_inv, bias, size, dtype, fast_accum[which]);
   gemm_accumulate_(*sum, a.q, b.q, a.scale_inv, b.scale_inv, fast_accum[which]);
-  return nothing(*sum);
+  return {};
 }
+
+at::Tensor filled(const at::Tensor& t, const at::Tensor& like) { return t.defined() ? t : nothing(like); }
 
 }  // namespace
 
@@ -119,19 +119,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const a
   QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
   options.rowwise = rowwise, options.columnwise = columnwise;
   Quantized q = cast_role(t, slots, casts, static_cast<int>(role), options);
-  return {std::move(q.q), std::move(q.q_t), std::move(q.scale_inv)};
+  return {filled(q.q, t), filled(q.q_t, t), q.scale_inv};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
-    at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
-    Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
-    c10::optional<at::ScalarType> autocast) {
+ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& slots, at::TensorList x_codes, at::TensorList weight_codes,
+                           at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
+                           bool record, bool grad_x, bool grad_weight, bool gathered,
+                           c10::optional<at::ScalarType> autocast) {
   const bool x_t = grad_weight && fp8[kWgrad], weight_t = grad_x && fp8[kDgrad] && !gathered;
-  check_recipe(casts, fp8);
-  check_layer(x, weight, bias, slots, autocast);
-  check_given(x_codes, "x_codes", x, fp8[kFprop], x_t);
-  check_given(weight_codes, "weight_codes", weight, fp8[kFprop], weight_t);
   const NoAutocast no_autocast;
   const at::ScalarType dtype = autocast.value_or(x.scalar_type());
 
@@ -139,10 +135,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     if (!given.empty()) return {given[0], given[1], given[2]};
     QuantizeOptions options = how(casts, role, history, training, record);
     options.rowwise = fp8[kFprop], options.columnwise = columnwise;
-    if (!options.rowwise && !columnwise) return {nothing(t), nothing(t), nothing(t)};
+    if (!options.rowwise && !columnwise) return {};
     return cast_role(t, slots, casts, role, options);
   };
-  const Codes xq = cast(x, kInput, x_codes, x_t), wq = cast(weight, kWeight, weight_codes, weight_t);
+  // The weight comes first: whether it must be cast again is found out while the input is being cast.
+  const Codes wq = cast(weight, kWeight, weight_codes, weight_t), xq = cast(x, kInput, x_codes, x_t);
 
   const OptionalTensor y_bias = bias ? OptionalTensor(bias->to(dtype)) : c10::nullopt;
   at::Tensor y;
@@ -154,19 +151,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     y = at::linear(x.to(dtype), weight.to(dtype), y_bias);
   }
   const auto made = [&](const at::Tensor& t, at::TensorList given, bool wanted) {
-    return wanted && given.empty() ? t : nothing(x);
+    return wanted && given.empty() ? t : at::Tensor();
   };
   return {y, made(xq.q_t, x_codes, x_t), made(xq.scale_inv, x_codes, x_t), made(wq.q_t, weight_codes, weight_t),
           made(wq.scale_inv, weight_codes, weight_t)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv, const OptionalTensor& weight_t,
-    const OptionalTensor& weight_scale_inv, const OptionalTensor& x, const OptionalTensor& weight,
-    const at::Tensor& slots, const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
-    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
-    c10::optional<at::ScalarType> dbias_dtype, int64_t in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype,
-    bool dummy_grad) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
+    at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
+    Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
+    c10::optional<at::ScalarType> autocast) {
+  check_recipe(casts, fp8);
+  check_layer(x, weight, bias, slots, autocast);
+  check_given(x_codes, "x_codes", x, fp8[kFprop], grad_weight && fp8[kWgrad]);
+  check_given(weight_codes, "weight_codes", weight, fp8[kFprop], grad_x && fp8[kDgrad] && !gathered);
+  auto [y, x_t, x_scale_inv, weight_t, weight_scale_inv] =
+      forward_only(x, weight, bias, slots, x_codes, weight_codes, casts, history, fp8, fast_accum, training, record,
+                   grad_x, grad_weight, gathered, autocast);
+  return {y, filled(x_t, x), filled(x_scale_inv, x), filled(weight_t, x), filled(weight_scale_inv, x)};
+}
+
+BackwardResult backward_only(const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv,
+                             const OptionalTensor& weight_t, const OptionalTensor& weight_scale_inv,
+                             const OptionalTensor& x, const OptionalTensor& weight, const at::Tensor& slots,
+                             const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
+                             int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x,
+                             bool grad_weight, c10::optional<at::ScalarType> dbias_dtype, int64_t in_features,
+                             at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad) {
   check_recipe(casts, fp8);
   type_of(dy.scalar_type(), "the output's gradient");
   TORCH_CHECK(dy.dim() >= 1, "torch_fp8: the output's gradient must have at least one dimension, got a scalar");
@@ -187,7 +199,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
     g = cast_role(dy, slots, casts, kGradOutput, options);
   }
 
-  at::Tensor dx = nothing(dy), dw = nothing(dy), dbias = nothing(dy);
+  at::Tensor dx, dw, dbias;
   std::vector<int64_t> x_size = dy.sizes().vec();
   x_size.back() = in_features;
   if (fp8_x) {
@@ -231,6 +243,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
     dbias = matrix_in(dy, dy.scalar_type()).sum(0, /*keepdim=*/false, at::kFloat).to(*dbias_dtype);
   }
   return {dx, dw, dbias};
+}
+
+BackwardResult linear_backward(const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv,
+                               const OptionalTensor& weight_t, const OptionalTensor& weight_scale_inv,
+                               const OptionalTensor& x, const OptionalTensor& weight, const at::Tensor& slots,
+                               const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
+                               int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x,
+                               bool grad_weight, c10::optional<at::ScalarType> dbias_dtype, int64_t in_features,
+                               at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad) {
+  auto [dx, dw, dbias] = backward_only(dy, x_t, x_scale_inv, weight_t, weight_scale_inv, x, weight, slots, main_grad,
+                                       dx_sum, casts, history, fp8, fast_accum, training, record, grad_x, grad_weight,
+                                       dbias_dtype, in_features, x_dtype, weight_dtype, dummy_grad);
+  return {filled(dx, dy), filled(dw, dy), filled(dbias, dy)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, const at::Tensor&, int64_t role,

@@ -18,6 +18,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, co
 void check_layer(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                  const at::Tensor& slots, c10::optional<at::ScalarType> autocast);
 
+// The ops without the checks of arguments that linear() has made already, and with undefined tensors for what nobody
+// asked for: what plain tensors come to in eager mode, where the host's time decides.
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                           const at::Tensor& slots, at::TensorList x_codes, at::TensorList weight_codes,
+                           at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
+                           bool record, bool grad_x, bool grad_weight, bool gathered,
+                           c10::optional<at::ScalarType> autocast);
+BackwardResult backward_only(const at::Tensor& dy, const c10::optional<at::Tensor>& x_t,
+                             const c10::optional<at::Tensor>& x_scale_inv, const c10::optional<at::Tensor>& weight_t,
+                             const c10::optional<at::Tensor>& weight_scale_inv, const c10::optional<at::Tensor>& x,
+                             const c10::optional<at::Tensor>& weight, const at::Tensor& slots,
+                             const c10::optional<at::Tensor>& main_grad, const c10::optional<at::Tensor>& dx_sum,
+                             at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
+                             bool record, bool grad_x, bool grad_weight, c10::optional<at::ScalarType> dbias,
+                             int64_t in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad);
+
 // -> y, and the codes made here that backward needs: x_t, x_scale_inv, weight_t, weight_scale_inv; 0 elements where
 // they were given or nobody needs them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward(

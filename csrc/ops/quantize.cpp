@@ -45,8 +45,8 @@ at::Tensor own_slot_of(const Matrix& matrix, const at::Tensor& x, Format format,
 
 }  // namespace
 
-Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
-                   const QuantizeOptions& options) {
+Quantized quantize_only(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
+                        const QuantizeOptions& options) {
   const Format format = format_of(dtype, "dtype");
   check_quantize(x, slots, role, options.margin);
   const c10::DeviceGuard guard(x.device());
@@ -59,8 +59,8 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   const auto fp32 = x.options().dtype(at::kFloat);
 
   Quantized out;
-  out.q = options.rowwise ? at::empty({rows, cols}, fp8) : at::empty({0}, fp8);
-  out.q_t = options.columnwise ? at::empty({cols, rows}, fp8) : at::empty({0}, fp8);
+  if (options.rowwise) out.q = at::empty({rows, cols}, fp8);
+  if (options.columnwise) out.q_t = at::empty({cols, rows}, fp8);
   out.scale_inv = at::empty({1}, fp32);
   at::Tensor column_sums;
   if (options.dbias) column_sums = at::empty({(matrix.rows + kBiasRows - 1) / kBiasRows, cols}, fp32);
@@ -90,9 +90,17 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
     out.dbias = at::empty({matrix.cols}, x.options().dtype(*options.dbias));
     kernels_of(x).add_column_sums({static_cast<const float*>(column_sums.const_data_ptr()), column_sums.size(0),
                                    matrix.cols, cols, out.dbias.data_ptr(), type_of(*options.dbias, "dbias")});
-  } else {
-    out.dbias = at::empty({0}, fp32);
   }
+  return out;
+}
+
+Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
+                   const QuantizeOptions& options) {
+  Quantized out = quantize_only(x, slots, role, dtype, options);
+  for (at::Tensor* codes : {&out.q, &out.q_t}) {
+    if (!codes->defined()) *codes = at::empty({0}, x.options().dtype(dtype));
+  }
+  if (!out.dbias.defined()) out.dbias = nothing(x);
   return out;
 }
 

@@ -31,6 +31,10 @@ struct Quantized : Codes {
 Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
                    const QuantizeOptions& options);
 
+// The same, with undefined tensors for what was not asked for.
+Quantized quantize_only(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
+                        const QuantizeOptions& options);
+
 // What the cast of x with slots[role] (or by its own amax, as options says) loses: counts (4) int64 of saturated,
 // flushed, infinite and NaN elements, and values (2) float32: the scale and the amax.
 std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::Tensor& slots, int64_t role,

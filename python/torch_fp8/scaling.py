@@ -6,7 +6,7 @@ import itertools
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def update_scales(model: nn.Module) -> None:
     layers = fp8_layers(model).values()
     if not layers:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer to update; torch_fp8.convert it first")
-    _update(layers)
+    _update(layers, held=layers)
 
 
 class _AmaxReduction:
@@ -74,8 +74,9 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
         state.reduction = reduction
 
 
-def _update(layers: Iterable[Linear]) -> None:
-    weights = {layer.fp8_state: layer.weight for layer in layers}
+def _update(layers: Iterable[Linear], held: Container[Linear]) -> None:
+    # The weights as their optimizer leaves them, where it is known to hold them: masters may be copied to others later.
+    weights = {layer.fp8_state: layer.weight if layer in held else None for layer in layers}
     states = dict.fromkeys(weights)
     # A layer that this rank did not use may have been used on another: all enter the collective. Several models' take
     # the order in which they were set up.
@@ -142,7 +143,9 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     Such a layer goes with its model, which is what ``convert`` was given. Where there is none, or the optimizer holds
     nothing of any FP8 model, it goes with the thread of its last forward."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    ended, unowned = [], []
+    ended: list[Linear] = []
+    unowned: list[Linear] = []
+    along: list[Linear] = []
     for layer in alive_layers():
         state = layer.fp8_state
         used = layer.auto_update and not state.slots.is_meta and _used_roles(state)
@@ -166,9 +169,9 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         else:
             goes_along = model is not None and ours[model]
         if goes_along:
-            ended.append(layer)
-    if ended:
-        _update(ended)
+            along.append(layer)
+    if ended or along:
+        _update(ended + along, held=ended)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -99,21 +99,28 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.fp8_enabled:
             return F.linear(input, self.weight, self.bias)
-        if is_dtensor(self.weight):
+        weight = self.weight
+        if is_dtensor(weight):
             return dtensor.linear(self, input)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
         if torch.compiler.is_compiling():
             return traced.linear(self, input, *main_grad)
-        return self._linear(input, self.weight, self.bias, *main_grad)
+        return self._linear(input, weight, self.bias, *(main_grad or _NO_MAIN_GRAD))
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, *main_grad: Any) -> Tensor:
+    def _linear(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, main_grad: Tensor | None = None, dummy: bool = False
+    ) -> Tensor:
         state = self.fp8_state
-        if state.slots.device != weight.device:  # moved past every method of a module
-            state.follow(weight)
-        return _C.linear(
-            input, weight, bias, state.slots, state.options, state.memo, self.training, *(main_grad or _NO_MAIN_GRAD),
-            state.place,
-        )  # fmt: skip
+        try:
+            return _C.linear(
+                input, weight, bias, state.slots, state.options, state.memo, self.training, main_grad, dummy,
+                state.place,
+            )  # fmt: skip
+        except RuntimeError:
+            if state.slots.device == weight.device:
+                raise
+        state.follow(weight)  # it was moved past every method of a module
+        return self._linear(input, weight, bias, main_grad, dummy)
 
     def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
         """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
