@@ -125,8 +125,7 @@ class InputGroup:
 
     The first layer that meets the tensor casts it; the others take what it made if they meet the same object in the
     same version, and would have made the same codes. csrc/siblings.h has the rules. So there is one cast and one
-    transpose for all, and in eager mode one gradient of the tensor, to which their GEMMs add. Codes and scales are
-    those of layers apart; of the results only the order of that sum differs.
+    transpose for all, and in eager mode one gradient of the tensor, to which their GEMMs add.
 
     follows: for each member, whose row of the scaling state is equal to its own; -1: nobody's.
     """
