@@ -97,7 +97,7 @@ struct SkinnyArgs {
   const void* bias;  // or null
   void* out;
   Type type;  // of x, bias and out; not float32
-  // Whether w, w_scale and bias may be read before the kernel in front has finished; csrc/ops/standing.h says when.
+  // As told above; csrc/ops/standing.h finds it out.
   bool weight_stands = false;
 };
 

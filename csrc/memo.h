@@ -24,14 +24,17 @@ class LayerMemo {
   static std::shared_ptr<LayerMemo> find(int64_t number);
 
   // Which roles have an amax history, one bit each. Read from the device when not known (once, and again after an
-  // update that may have begun one), which a stream capture does not allow: an error then.
+  // update that may have begun one), which a stream capture does not allow: an error then. A row that is read and is no
+  // state (is_sound in scale.h) is replaced by one without history.
   int64_t history(const at::Tensor& slots, int64_t roles_asked);
   // From who has read it already: spares this layer its own reading of the device.
   void set_history(int64_t history);
-  // Everything is found again from the tensors; what has been recorded in a graph stays so.
+  // Everything is found again from the tensors, but captured(): a graph that was recorded may still be replayed.
   void forget();
 
-  // The weight's codes, if they are kept and still those of this tensor, in both layouts if transposed; else none.
+  // The weight's codes, if they are kept and still those of this tensor, in both layouts if transposed; else none. They
+  // are dropped where the weight may be another one: its identity, the stream or the graph has changed, or a gradient
+  // of it was made and is gone.
   c10::optional<Codes> kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
                                    bool has_main_grad);
   // Whether the codes of a weight that is cast now are worth keeping: the last step had several micro-batches, and this
@@ -61,8 +64,8 @@ class LayerMemo {
   void end_step(const at::Tensor* weight);
   // The weight was changed by its optimizer, without a scaling update.
   void see_weight(const at::Tensor& weight);
-  // Whether somebody else than the optimizer has changed the weight since the last update, as far as can be seen: its
-  // scale says nothing of it then.
+  // Whether somebody else than the optimizer has changed the weight since the last update, as far as the host can see:
+  // its scale says nothing of it then. What the host cannot see, recast finds on the device (scale.h).
   bool weight_was_changed(const at::Tensor& weight);
 
  private:

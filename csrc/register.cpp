@@ -10,7 +10,7 @@
 
 namespace torch_fp8 {
 
-// csrc/meta.cpp: shapes and dtypes of the results, for tracing.
+// csrc/ops/meta.cpp: shapes and dtypes of the results, for tracing.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(
     const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype, bool own_amax, bool power_of_two,
     int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias, bool recast);
@@ -103,9 +103,9 @@ TORCH_LIBRARY(torch_fp8, m) {
   // that nobody needs, or that was given, comes with 0 elements. x_codes, weight_codes: empty, or {q, q_t, scale_inv}
   // made before. slots (3, 4), casts and history (one bit a role that has an amax history) of input, weight and output
   // gradient; a packed cast is margin << 4 | scaling (0 delayed, 1 current, 2 constant) << 2 | power_of_two << 1 |
-  // E5M2. fp8, fast_accum: of fprop, dgrad and wgrad. training: scale weight and gradient by their history; else by
-  // their own amax. grad_x, grad_weight: which gradients are wanted. gathered: the weight is not to be kept in any
-  // form. autocast: the dtype of y, where that is not x's.
+  // E5M2. fp8, fast_accum: of fprop, dgrad and wgrad. training: delayed scales of weight and gradient come from their
+  // history; else from their own amax. grad_x, grad_weight: which gradients are wanted. gathered: give no codes of the
+  // weight, backward gets the weight itself. autocast: the dtype of y, where that is not x's.
   m.def(
       "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) slots, Tensor[] x_codes, Tensor[] "
       "weight_codes, "
@@ -132,9 +132,9 @@ TORCH_LIBRARY(torch_fp8, m) {
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, for inference. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
-  // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax; but
-  // not at all where x has at most 16 rows or weight_scale is a grid of blocks. x, bias, dtype: bfloat16, float16 or
-  // float32.
+  // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax or,
+  // where weight_scale is a grid of blocks, each 128 columns of a row. Few rows are never quantised, nor with a grid of
+  // blocks what is not 3 (is_input_quantized in ops/frozen_route.h). x, bias, dtype: bfloat16, float16 or float32.
   m.def(
       "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
       "ScalarType? dtype=None) -> Tensor");

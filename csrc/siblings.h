@@ -1,9 +1,10 @@
 // Layers that read one tensor (q, k, v of an attention; gate and up of an MLP) share its codes: the first casts it, the
 // others take what it made, and one transpose is kept for all. Their gradients of that tensor are summed by the GEMMs.
 //
-// Codes are taken if the tensor is the same object in the same version, wanted in the same way, on the same stream, and
-// if the taker would have made the same codes: a layer by its own scales only while its row of the scaling state is
-// that of the maker (follows), which end_step sees to.
+// A layer takes codes if the tensor is the same object in the same version, wanted in the same way, in the same step,
+// on the same stream, and if the layer would have made the same codes. With an own amax or a constant scale all would.
+// With a scale from history only a layer whose row of the scaling state is equal to the maker's would: it follows the
+// maker. end_step keeps the rows equal, and lets go of a layer that has seen other tensors than the maker.
 #pragma once
 
 #include <mutex>

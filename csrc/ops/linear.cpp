@@ -22,7 +22,8 @@ constexpr const char* kCastNames[kRoles] = {"torch_fp8::cast_input", "torch_fp8:
 
 // How a role is cast now. In training a delayed scale is that of the role's history, once it has one. In evaluation the
 // weight and the gradient are scaled by their own amax: the one may have been exchanged, and the other belongs to
-// another loss than the history. recast: a weight that somebody wrote to since its scale was made is cast again.
+// another loss than the history. recast: a weight that left its scale's range, since somebody wrote to it, is cast
+// again by its own amax (is_unfit in scale.h).
 QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record) {
   const Cast cast = Cast::unpacked(casts[role]);
   const bool has_scale = (history >> role & 1) && (training || role == kInput);

@@ -7,7 +7,7 @@ namespace torch_fp8 {
 
 using Gemms = std::array<bool, 3>;  // fprop, dgrad, wgrad
 
-// A tensor cast as the layer casts that role now: casts packed, history one bit a role that has one.
+// A tensor cast as the layer casts that role now. casts: packed; history: one bit a role that has one.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,
                                                     at::IntArrayRef casts, int64_t history, bool training, bool record,
                                                     bool rowwise, bool columnwise);
@@ -54,7 +54,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
     c10::optional<at::ScalarType> dbias, int64_t in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype,
     bool dummy_grad);
 
-// The same for tracing: checks, shapes and dtypes, with symbolic sizes.
+// The same for tracing: shapes and dtypes, with symbolic sizes. Nothing is checked here: the ops do when a graph runs,
+// in the words and types of eager mode.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_forward_meta(
     const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const at::Tensor& slots,
     at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,

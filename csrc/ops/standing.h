@@ -8,9 +8,10 @@
 // kernel of a graph if nothing wrote it since this graph began, or since such a kernel of this graph and stream.
 //
 // Writes are seen by version counters: the weight, its scales and the bias must be those of a call before that barrier,
-// in storage, address and version. What the counters do not see is a kernel's write into `.data`, or by a kernel of the
-// user's own. In eager mode people write so, hence no weight stands there. In a graph, who writes so tells it by
-// torch.autograd.graph.increment_version; a plain copy into `.data` is no kernel, and who follows it waits for it.
+// in storage, address and version. The counters do not see what a kernel writes into `.data`, nor what a kernel of the
+// user's own writes. In eager mode people write so, hence no weight stands there. In a graph, who writes so tells it by
+// torch.autograd.graph.increment_version. A plain copy into `.data` needs no such word: it is no kernel, so what
+// follows it in the graph waits for its end.
 #pragma once
 
 #include <ATen/core/Tensor.h>

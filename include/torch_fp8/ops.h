@@ -50,7 +50,7 @@ enum class Activations : uint8_t { kNone, kStatic, kTensor, kToken };
 
 // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, without gradients. weight (N, K) float8_e4m3fn;
 // weight_scale float32: one, (N, 1), or (ceil(N / 128), ceil(K / 128)); input_slot (1, 4) float32 {scale_inv, scale, -,
-// -} for kStatic. Which x are quantised: FrozenLinear's docstring (python/torch_fp8/frozen.py) says it.
+// -} for kStatic. Which x are quantised: is_input_quantized (csrc/ops/frozen_route.h) says it.
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                          int64_t activations, c10::optional<at::ScalarType> dtype);

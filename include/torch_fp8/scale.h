@@ -62,8 +62,8 @@ TORCH_FP8_HOST_DEVICE inline float rescaled(float sum, float a, float b) {
 }
 
 // A delayed scale is unfit for a tensor of this amax if it maps the amax more than a binade beyond the format's range,
-// or so low that it gives away more than 5. Within that a tensor that grows from step to step saturates, as it always
-// has.
+// or more than 5 binades below the target. The binade above is room for a tensor that grows from step to step: there it
+// saturates, as under any delayed scaling.
 TORCH_FP8_HOST_DEVICE inline bool is_unfit(float scale, float amax, Format format, float target) {
   const float mapped = amax * scale;
   return is_usable(amax) && (mapped > max_of(format) * 2 || mapped < target / 32);

@@ -28,6 +28,8 @@ class LayerState:
         since the last update, cursor the place in the history that was written last (0: no history yet).
     history: (roles, length) float32, a ring of the amaxes of earlier updates.
     has_history: which roles have one. torch.compile guards on it, so it is read from the device after updates.
+    memo: what the host remembers between calls (csrc/memo.h); place: which of ``group``'s members the layer is.
+    model, optimizer: whose step ends the layer's (``_after_optimizer_step`` in scaling.py).
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -86,7 +88,7 @@ class LayerState:
         anew."""
         device = weight.device
         if hasattr(weight, "fake_mode"):
-            return  # it is nowhere
+            return  # only a trace sees this one, and it has no device of its own
         if device != self.slots.device:
             if device.type == "meta" or self.slots.is_meta:
                 self.renew(device)
@@ -122,8 +124,8 @@ class InputGroup:
     """What the states of layers have in common that read one tensor, which is cast once for all of them.
 
     The first layer that meets the tensor casts it; the others take what it made if they meet the same object in the
-    same version, and would have made the same codes. So nothing changes but time and memory: one cast and one transpose
-    for all, and in eager mode one gradient of the tensor, to which their GEMMs add. csrc/siblings.h has the rules.
+    same version, and would have made the same codes. csrc/siblings.h has the rules. So there is one cast and one
+    transpose for all, and in eager mode one gradient of the tensor, to which their GEMMs add.
 
     follows: for each member, whose row of the scaling state is equal to its own; -1: nobody's.
     """

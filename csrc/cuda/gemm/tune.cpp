@@ -1,4 +1,4 @@
-// Timing of cuBLASLt's candidates for one problem, and what was chosen. python/torch_fp8/tune.py decides.
+// Timing of cuBLASLt's candidates for one problem, and what was chosen. python/torch_fp8/tuning/search.py decides.
 #include <algorithm>
 #include <atomic>
 #include <mutex>

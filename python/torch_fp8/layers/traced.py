@@ -102,8 +102,9 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
 
 
 def _mutations() -> int:
-    """How many tensors were written to so far in the trace that runs: an x._version that is known while tracing. -1
-    where nothing may be laid down on a tensor, within activation checkpointing."""
+    """The sum of the versions of all tensors in the trace that runs. A trace knows no version of x that would be a
+    constant, so this stands for it: while it is the same, nothing was written to x either. -1 within activation
+    checkpointing, where a trace may lay nothing down on a tensor."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     output = InstructionTranslator.current_tx().output

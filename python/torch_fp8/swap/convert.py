@@ -26,7 +26,8 @@ def convert(
     """Make the ``nn.Linear`` layers of ``model`` FP8 layers, in place; returns the model.
 
     The layers stay the same objects with the same Parameters, names and hooks: optimizers, tied weights and
-    ``state_dict()`` are not affected.
+    ``state_dict()`` are not affected. Layers whose names say that they read one tensor (``q_proj``, ``k_proj``,
+    ``v_proj``; ``gate_proj``, ``up_proj``) cast it once where they do; see :func:`share_input`.
 
     recipe: how scales are chosen; ``DelayedScaling()`` by default. A layer that is FP8 already takes the new recipe.
     filter: which layers. By default all that FP8 can take, except the output head and what is too small for FP8 to be
