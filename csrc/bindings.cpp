@@ -91,7 +91,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Siblings, std::shared_ptr<Siblings>>(m, "Siblings")
       .def(py::init<int>())
       .def_property("follows", &Siblings::follows, &Siblings::set_follows)
-      .def("end_step", &Siblings::end_step);
+      .def("end_step", [](Siblings& siblings) {
+        const Siblings::Step step = siblings.end_step();
+        return std::pair(step.took, step.may_have_taken);
+      });
   py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {
     return Place{std::move(siblings), member};
   }));

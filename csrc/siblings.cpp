@@ -79,24 +79,23 @@ std::vector<int> Siblings::follows() const {
   return follows;
 }
 
-std::vector<std::pair<int, int>> Siblings::end_step() {
+Siblings::Step Siblings::end_step() {
   const std::lock_guard lock(mutex_);
-  std::vector<std::pair<int, int>> pairs;
+  Step step;
   for (int i = 0; i < static_cast<int>(members_.size()); ++i) {
     Member& member = members_[static_cast<size_t>(i)];
-    if (member.follows >= 0) member.taken_from |= 1u << member.follows;
     for (int s = 0; s < static_cast<int>(members_.size()); ++s) {
-      if (member.taken_from >> s & 1) pairs.emplace_back(i, s);
+      if (member.taken_from >> s & 1) step.took.emplace_back(i, s);
     }
+    if (member.follows < 0) continue;
+    if (member.forwards == 0) step.may_have_taken.emplace_back(i, member.follows);
     // Who cast for itself, or saw less than the one it follows, has seen other values.
-    if (member.follows >= 0) {
-      const Member& maker = members_[static_cast<size_t>(member.follows)];
-      if (member.taken != member.forwards || member.taken != maker.made) member.follows = -1;
-    }
+    const Member& maker = members_[static_cast<size_t>(member.follows)];
+    if (member.taken != member.forwards || member.taken != maker.made) member.follows = -1;
   }
   for (Member& member : members_) member = {member.follows};
   withdraw();
-  return pairs;
+  return step;
 }
 
 // ---- sums of gradients ---------------------------------------------------------------------------------------------

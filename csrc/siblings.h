@@ -46,8 +46,13 @@ class Siblings {
   // follows[i]: whose row of the scaling state is equal to that of member i; -1: nobody's.
   void set_follows(const std::vector<int>& follows);
   std::vector<int> follows() const;
-  // The step has ended: pairs (i, s) of members whose recorded amax i must be raised to that of s before the update.
-  std::vector<std::pair<int, int>> end_step();
+  // Pairs (i, s): member i has taken codes of s, and so has seen its amax; or may have, in a compiled step, which tells
+  // the host nothing.
+  struct Step {
+    std::vector<std::pair<int, int>> took, may_have_taken;
+  };
+  // The step has ended.
+  Step end_step();
 
  private:
   struct Member {

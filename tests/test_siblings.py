@@ -117,6 +117,22 @@ def test_siblings_that_read_two_tensors_cast_both(device):
         assert_same_state(model, twin)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_who_shared_and_then_reads_less_follows_its_own(device, compiled, monkeypatch):
+    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
+    torch._dynamo.reset()
+    model, twin = twins(RECIPES[0], device)
+    model.norm, twin.norm = nn.Identity(), nn.Identity()
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (model, twin)]
+    for i in range(6):
+        x = torch.randn(2, 8, 32, device=device)
+        inputs = (10 * x, x / 10) if i == 3 else (x,)
+        grads, expected = step(call, optimizers[0], *inputs), step(twin, optimizers[1], *inputs)
+        assert torch.equal(grads[0], expected[0]), i
+        assert_same_state(model, twin)
+
+
 def test_now_one_tensor_now_two(device):
     model, twin = twins(RECIPES[0], device)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (model, twin)]

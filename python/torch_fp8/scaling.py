@@ -82,8 +82,7 @@ def _update(layers: Iterable[Linear], held: Container[Linear]) -> None:
     # the order in which they were set up.
     reductions = {state.reduction for state in states} - {None}
     groups = {state.group: None for state in states if state.group is not None}
-    for group in groups:
-        group.end_step()
+    _share_amaxes([group.end_step() for group in groups])
     for reduction in sorted(reductions, key=lambda reduction: reduction.number):
         reduction.run()
         states.update(dict.fromkeys(reduction.states()))
@@ -104,6 +103,23 @@ def _update(layers: Iterable[Linear], held: Container[Linear]) -> None:
         state.memo.end_step(weights.get(state))
     for together in begun:
         _read_history(together)
+
+
+_Pairs = list[tuple[torch.Tensor, torch.Tensor]]  # of amaxes: a taker's, a maker's
+
+
+def _share_amaxes(steps: list[tuple[_Pairs, _Pairs]]) -> None:
+    """Who took the codes of another has seen its amax, too: for all groups in one launch. In a compiled step a layer
+    that recorded nothing has taken what it read; one that recorded has cast it."""
+    took = [pair for step in steps for pair in step[0]]
+    may_have_taken = [pair for step in steps for pair in step[1]]
+    if took:
+        takers, makers = zip(*took, strict=True)
+        torch._foreach_maximum_(takers, makers)
+    if may_have_taken:
+        takers, makers = zip(*may_have_taken, strict=True)
+        own, others = torch.stack(takers), torch.stack(makers)
+        torch._foreach_copy_(takers, torch.where(own == 0, others, own).unbind())
 
 
 def _used_roles(state: LayerState) -> int:

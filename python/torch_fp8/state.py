@@ -6,6 +6,7 @@ reach a scale. It follows its layer's weight: to another device, into shared mem
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any
 
@@ -120,6 +121,12 @@ class LayerState:
         return new
 
 
+_numbers = itertools.count()
+
+# The groups that are alive.
+groups: weakref.WeakValueDictionary[int, InputGroup] = weakref.WeakValueDictionary()
+
+
 class InputGroup:
     """What the states of layers have in common that read one tensor, which is cast once for all of them.
 
@@ -128,6 +135,7 @@ class InputGroup:
     transpose for all, and in eager mode one gradient of the tensor, to which their GEMMs add.
 
     follows: for each member, whose row of the scaling state is equal to its own; -1: nobody's.
+    reads_apart: a step was traced in which a member that follows another read something else.
     """
 
     def __init__(self, size: int) -> None:
@@ -135,6 +143,9 @@ class InputGroup:
         self._begin([-1] * size)
 
     def _begin(self, follows: list[int]) -> None:
+        self.number = next(_numbers)  # by which a trace can speak of the group
+        groups[self.number] = self
+        self.reads_apart = False
         self._states: dict[int, weakref.ref[LayerState]] = {}
         self._siblings = _C.Siblings(self.size)
         self._siblings.follows = self.follows = follows
@@ -156,14 +167,19 @@ class InputGroup:
         """The state of this member was made anew: its scales say nothing of the others'."""
         self._set_follows([-1 if state.member in (i, s) else s for i, s in enumerate(self.follows)])
 
-    def end_step(self) -> None:
-        """Before an update: who took the codes of another has seen its amax too."""
+    def end_step(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Before an update: pairs of amaxes of a taker and of the one whose codes it took; and, apart, of those that
+        may have taken codes in a compiled step."""
         states = self.states()
-        pairs = [(i, s) for i, s in self._siblings.end_step() if i in states and s in states]
-        if pairs:
-            amaxes = [[states[member].slots[_INPUT, 2] for member in members] for members in zip(*pairs, strict=True)]
-            torch._foreach_maximum_(amaxes[0], amaxes[1])
+        amaxes = {member: state.slots[_INPUT, 2] for member, state in states.items()}
+        took, may_have_taken = (
+            [(amaxes[i], amaxes[s]) for i, s in pairs if i in states and s in states]
+            for pairs in self._siblings.end_step()
+        )
         self.follows = self._siblings.follows
+        if self.reads_apart:
+            self._set_follows([-1] * self.size)
+        return took, may_have_taken
 
     def compare(self) -> None:
         """Find out whose row of the scaling state is equal to another's: they may share delayed scales from now on."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import ConstantScaling, DelayedScaling
-from ..state import ROLES
+from ..state import ROLES, groups
 
 if TYPE_CHECKING:
     from ..state import LayerState
@@ -90,6 +90,8 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
         if of_group is group and made == wanted and (not by_history or group.follows[state.member] == maker):
             x._fp8_codes = (of_group, maker, made, left - 1, codes) if left > 1 else None
             return codes
+    if by_history and call.record and group.follows[state.member] >= 0:
+        _note_reads_apart(group.number)
     left = sum(maker == state.member for maker in group.follows) if by_history else group.size - 1
     if not left or not (wanted[2] or wanted[3]):
         return nothing
@@ -115,6 +117,12 @@ def _mutations() -> int:
     return sum(value._version for value in values if isinstance(value, Tensor) and tuple(value.shape) != _SLOTS)
 
 
+def _note_reads_apart(number: int) -> bool:
+    """Runs when a step is traced: a layer that follows another has read something else, so their scales part."""
+    groups[number].reads_apart = True
+    return True
+
+
 _traced_training = False
 
 
@@ -134,6 +142,7 @@ def _note_training() -> bool:
 
 # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo, which takes as long as torch.
 _note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_note_reads_apart._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _mutations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
