@@ -125,7 +125,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       return found == data.end() ? at::Tensor() : found->second.toTensor();
     };
     const at::Tensor main_grad = held("main_grad");
-    const int64_t sum = data.count("sum") && grad_x ? data["sum"].toInt() : 0;
+    const int64_t sum = data.count("sum") && grad_x && can_sum() ? data["sum"].toInt() : 0;
     const at::Tensor dx_sum = sum ? sum_so_far(sum) : at::Tensor();
 
     const variable_list saved = ctx->get_saved_variables();
@@ -217,7 +217,7 @@ void share_input(at::Tensor& x, const LinearOptions& options, LayerMemo& memo, c
     x = shared->x;
     return;
   }
-  if (call.record) siblings.note_cast(place.member);
+  siblings.note_cast(place.member);
   if (!siblings.has_takers(place.member, wanted)) return;
   Siblings::Shared shared{cast_of(x, kInput, call, rowwise, columnwise), x};
   // A GEMM adds to float32 and bfloat16.
@@ -275,7 +275,7 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
     memo->note_used(kWeight);
     call.weight_codes = weight_codes(weight, *memo, now, call);
   }
-  if (place.siblings != nullptr) share_input(x, options, *memo, place, now, call);
+  if (place.siblings != nullptr && training && grad_mode) share_input(x, options, *memo, place, now, call);
   if (!differentiable) return std::get<0>(forward_of(x, weight, bias, call));
   return LinearFunction::apply(x, weight, bias, call);
 }

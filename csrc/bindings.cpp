@@ -47,6 +47,8 @@ std::vector<GemmProblem> recorded_gemms(const py::function& call) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  // Who waits for a lock of ours lets other threads of Python run: one of them may hold it.
+  const py::call_guard<py::gil_scoped_release> no_gil;
   py::enum_<Scaling>(m, "Scaling")
       .value("delayed", Scaling::kDelayed)
       .value("current", Scaling::kCurrent)
@@ -79,22 +81,26 @@ PYBIND11_MODULE(_C, m) {
           "end_step",
           [](LayerMemo& memo, const c10::optional<at::Tensor>& weight) { memo.end_step(weight ? &*weight : nullptr); },
           py::arg("weight") = py::none())
-      .def("see_weight", &LayerMemo::see_weight)
+      .def("see_weight", &LayerMemo::see_weight, no_gil)
       .def_property_readonly("thread", &LayerMemo::thread)
       .def_property_readonly("captured", &LayerMemo::captured)
       .def_property_readonly("updates", &LayerMemo::updates)
-      .def("set_history", &LayerMemo::set_history)
-      .def("forget", &LayerMemo::forget)
+      .def("set_history", &LayerMemo::set_history, no_gil)
+      .def("forget", &LayerMemo::forget, no_gil)
       .def("set_gathered", &LayerMemo::set_gathered)
-      .def("forget_weight", &LayerMemo::forget_weight);
+      .def("forget_weight", &LayerMemo::forget_weight, no_gil);
 
   py::class_<Siblings, std::shared_ptr<Siblings>>(m, "Siblings")
       .def(py::init<int>())
-      .def_property("follows", &Siblings::follows, &Siblings::set_follows)
-      .def("end_step", [](Siblings& siblings) {
-        const Siblings::Step step = siblings.end_step();
-        return std::pair(step.took, step.may_have_taken);
-      });
+      .def("follows", &Siblings::follows, no_gil)
+      .def("set_follows", &Siblings::set_follows, no_gil)
+      .def(
+          "end_step",
+          [](Siblings& siblings) {
+            const Siblings::Step step = siblings.end_step();
+            return std::pair(step.took, step.may_have_taken);
+          },
+          no_gil);
   py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {
     return Place{std::move(siblings), member};
   }));

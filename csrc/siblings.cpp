@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <unordered_map>
+#include <utility>
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -22,18 +23,25 @@ bool can_be_told_apart(const at::Tensor& x) { return has_values(x) && !x.is_infe
 
 }  // namespace
 
+bool Siblings::is_offered(const at::Tensor& x) const {
+  const auto same = [](const auto& a, const auto& b) { return !a.owner_before(b) && !b.owner_before(a); };
+  return left_ > 0 && can_be_told_apart(x) && tensor_._unsafe_get_target() == x.unsafeGetTensorImpl() &&
+         data_ == x.const_data_ptr() && storage_._unsafe_get_target() == x.storage().unsafeGetStorageImpl() &&
+         version_ == static_cast<uint32_t>(x._version()) && x.sizes() == at::IntArrayRef(sizes_) &&
+         x.strides() == at::IntArrayRef(strides_) && requires_grad_ == x.requires_grad() &&
+         same(grad_fn_, std::weak_ptr<torch::autograd::Node>(x.grad_fn()));
+}
+
 c10::optional<Siblings::Shared> Siblings::take(const at::Tensor& x, int member, const Wanted& wanted) {
+  Shared dying;
   const std::lock_guard lock(mutex_);
   Member& taker = members_[static_cast<size_t>(member)];
-  if (wanted.record) ++taker.forwards;
-  if (left_ == 0 || maker_ == member || !can_be_told_apart(x)) return c10::nullopt;
-  const bool same_tensor = tensor_._unsafe_get_target() == x.unsafeGetTensorImpl() && data_ == x.const_data_ptr() &&
-                           storage_._unsafe_get_target() == x.storage().unsafeGetStorageImpl() &&
-                           version_ == static_cast<uint32_t>(x._version());
-  if (!same_tensor || !(wanted == wanted_) || (wanted.by_history && taker.follows != maker_)) return c10::nullopt;
-  if (wanted.record) ++taker.taken, taker.taken_from |= 1u << maker_;
+  ++taker.forwards;
+  if (maker_ == member || !is_offered(x) || !(wanted == wanted_)) return c10::nullopt;
+  if (wanted.by_history && taker.follows != maker_) return c10::nullopt;
+  ++taker.taken, taker.taken_from |= 1u << maker_;
   Shared shared = shared_;
-  if (--left_ == 0) withdraw();
+  if (--left_ == 0) dying = withdraw();
   return shared;
 }
 
@@ -45,20 +53,24 @@ bool Siblings::has_takers(int member, const Wanted& wanted) const {
 
 void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared) {
   if (!can_be_told_apart(x)) return;
+  Shared dying;
   const std::lock_guard lock(mutex_);
+  dying = withdraw();
   tensor_ = decltype(tensor_)(x.getIntrusivePtr());
   storage_ = x.storage().getWeakStorageImpl();
   data_ = x.const_data_ptr();
   version_ = static_cast<uint32_t>(x._version());
+  requires_grad_ = x.requires_grad(), grad_fn_ = x.grad_fn();
+  sizes_ = x.sizes().vec(), strides_ = x.strides().vec();
   maker_ = member, wanted_ = wanted, shared_ = shared;
   const auto takes = [&](const Member& other) { return !wanted.by_history || other.follows == member; };
   left_ = static_cast<int>(std::count_if(members_.begin(), members_.end(), takes)) - !wanted.by_history;
 }
 
-void Siblings::withdraw() {
+Siblings::Shared Siblings::withdraw() {
   left_ = 0, maker_ = -1;
-  tensor_.reset(), storage_.reset();
-  shared_ = {};
+  tensor_.reset(), storage_.reset(), grad_fn_.reset();
+  return std::exchange(shared_, {});
 }
 
 void Siblings::note_cast(int member) {
@@ -67,9 +79,10 @@ void Siblings::note_cast(int member) {
 }
 
 void Siblings::set_follows(const std::vector<int>& follows) {
+  Shared dying;
   const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < members_.size(); ++i) members_[i].follows = follows[i];
-  withdraw();
+  dying = withdraw();
 }
 
 std::vector<int> Siblings::follows() const {
@@ -80,21 +93,23 @@ std::vector<int> Siblings::follows() const {
 }
 
 Siblings::Step Siblings::end_step() {
+  Shared dying;
   const std::lock_guard lock(mutex_);
   Step step;
+  const bool ran = std::any_of(members_.begin(), members_.end(), [](const Member& m) { return m.forwards > 0; });
   for (int i = 0; i < static_cast<int>(members_.size()); ++i) {
     Member& member = members_[static_cast<size_t>(i)];
     for (int s = 0; s < static_cast<int>(members_.size()); ++s) {
       if (member.taken_from >> s & 1) step.took.emplace_back(i, s);
     }
     if (member.follows < 0) continue;
-    if (member.forwards == 0) step.may_have_taken.emplace_back(i, member.follows);
+    if (!ran) step.may_have_taken.emplace_back(i, member.follows);
     // Who cast for itself, or saw less than the one it follows, has seen other values.
     const Member& maker = members_[static_cast<size_t>(member.follows)];
     if (member.taken != member.forwards || member.taken != maker.made) member.follows = -1;
   }
   for (Member& member : members_) member = {member.follows};
-  withdraw();
+  dying = withdraw();
   return step;
 }
 
@@ -144,6 +159,8 @@ int64_t new_sum() {
 
 at::Tensor fork_gradient(const at::Tensor& x, int64_t sum) { return ForkGradient::apply(x, sum); }
 
+bool can_sum() { return torch::autograd::get_current_node() != nullptr; }
+
 at::Tensor sum_so_far(int64_t sum) {
   const std::lock_guard lock(sums().mutex);
   const auto found = sums().begun.find(sum);
@@ -154,7 +171,6 @@ at::Tensor sum_so_far(int64_t sum) {
 
 void begin_sum(int64_t sum, const at::Tensor& dx) {
   const int backward = torch::autograd::get_current_graph_task_id();
-  if (backward < 0) return;  // no engine runs this backward, so nobody would end the sum
   const std::lock_guard lock(sums().mutex);
   sums().begun.insert_or_assign(sum, Sums::Sum{backward, dx});
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
 
 #include "memo.h"
 #include "torch_fp8/cast.h"
@@ -60,7 +61,9 @@ class Siblings {
     int forwards = 0, taken = 0, made = 0;  // in this step: casts asked for, taken from others, made
     uint32_t taken_from = 0;                // one bit a member
   };
-  void withdraw();
+  bool is_offered(const at::Tensor& x) const;
+  // What was offered, to be let go of without the lock: its graph may have to wait for Python.
+  Shared withdraw();
   mutable std::mutex mutex_;
   std::vector<Member> members_;
   // The last offer, of a tensor whose address the weak pointers keep from being given to another.
@@ -69,6 +72,9 @@ class Siblings {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage_{c10::intrusive_ptr<c10::StorageImpl>()};
   const void* data_ = nullptr;
   uint32_t version_ = 0;
+  bool requires_grad_ = false;
+  std::weak_ptr<torch::autograd::Node> grad_fn_;
+  std::vector<int64_t> sizes_, strides_;
   int maker_ = -1, left_ = 0;  // how many may still take it; 0: there is no offer
   Wanted wanted_{};
   Shared shared_;
@@ -77,6 +83,8 @@ class Siblings {
 // x, behind a node of autograd whose backward ends the sum of that number.
 at::Tensor fork_gradient(const at::Tensor& x, int64_t sum);
 int64_t new_sum();
+// Whether the engine itself runs this backward: compiled autograd expects a gradient of each layer.
+bool can_sum();
 // In a backward: the tensor that sum number has begun with in this backward, to be added to; or undefined. begin_sum
 // says that dx is that tensor.
 at::Tensor sum_so_far(int64_t sum);

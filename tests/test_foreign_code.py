@@ -290,6 +290,28 @@ def test_layers_that_no_optimizer_holds_go_with_their_model(device):
     assert other[0].fp8_slots[:, 3].eq(1).all() and model[0].fp8_slots[0, 3] == 1
 
 
+def test_an_optimizer_that_is_kept_but_not_used_any_more(device):
+    model, optimizer = trained(device)
+    model.append(nn.Linear(64, 8, device=device))
+    head = torch.optim.SGD(model[3].parameters(), lr=0.0)
+    for _ in range(20):
+        model(torch.randn(16, 64, device=device)).mul(1e4).sum().backward()
+        head.step()
+    assert optimizer is not None and model[0].fp8_slots[2, 3] > 5 and model[0].fp8_slots[2, 1] < 1e6
+
+
+def test_blocks_converted_one_by_one(device):
+    model = nn.Sequential(net(device), net(device))
+    for block in model:
+        fp8.convert(block, tokens=None)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(16, 64, device=device)).sum().backward()
+        optimizer.step()
+    assert model[0][0].fp8_slots[0, 3] == 3 and model[1][0].fp8_slots[0, 3] == 3
+
+
 def test_two_threads_train_two_models(device):
     expected = []
     for scale in (1, 30):

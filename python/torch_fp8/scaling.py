@@ -101,6 +101,8 @@ def _update(layers: Iterable[Linear], held: Container[Linear]) -> None:
     begun = [[state for state in together if _may_have_begun(state)] for together in by_device.values()]
     for state in states:
         state.memo.end_step(weights.get(state))
+    for group in groups:
+        group.part_unless(states)
     for together in begun:
         _read_history(together)
 
@@ -149,8 +151,15 @@ def _read_history(states: list[LayerState]) -> None:
         group.compare()
 
 
+_PATIENCE = 8  # steps of other optimizers, such as a critic's between two of a generator's
+
+
 def _alive(ref: weakref.ref[Any] | None) -> bool:
     return ref is not None and ref() is not None
+
+
+def _trains(model: nn.Module | None) -> bool:
+    return model is not None and any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -166,13 +175,16 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
         state = layer.fp8_state
         used = layer.auto_update and not state.slots.is_meta and _used_roles(state)
         if id(layer.weight) in held or id(layer.bias) in held:
-            state.optimizer = weakref.ref(optimizer)
+            state.optimizer, state.passed_over = weakref.ref(optimizer), 0
             if used:
                 ended.append(layer)
             else:
                 state.memo.see_weight(layer.weight)  # the change is the optimizer's
-        elif used and not (layer.weight.requires_grad and _alive(state.optimizer)):
-            unowned.append(layer)
+        elif used:
+            # An owner that has not stepped for so long is alive, but not in use any more.
+            state.passed_over += 1
+            if state.passed_over > _PATIENCE or not _alive(state.optimizer) or not layer.weight.requires_grad:
+                unowned.append(layer)
     models = {layer: ref() if (ref := layer.fp8_state.model) is not None else None for layer in unowned}
     ours = {
         model: any(id(parameter) in held for parameter in model.parameters()) for model in set(models.values()) - {None}
@@ -180,7 +192,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     is_stranger = not ended and not any(ours.values())  # it holds parameters that nobody here knows
     for layer, model in models.items():
         in_thread = layer.fp8_state.memo.thread in (0, _C.this_thread())
-        if is_stranger or (model is None and not layer.weight.requires_grad):
+        if is_stranger or not (layer.weight.requires_grad or _trains(model)):
             goes_along = in_thread
         else:
             goes_along = model is not None and ours[model]

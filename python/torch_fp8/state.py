@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class LayerState:
         self.reduction: Any = None
         self.model: weakref.ref[nn.Module] | None = None  # that convert was given
         self.optimizer: weakref.ref[Any] | None = None  # the last whose step found that it holds the weight
+        self.passed_over = 0  # steps of other optimizers since
         if self.group is not None:
             self.group.join(self)
 
@@ -148,7 +150,8 @@ class InputGroup:
         self.reads_apart = False
         self._states: dict[int, weakref.ref[LayerState]] = {}
         self._siblings = _C.Siblings(self.size)
-        self._siblings.follows = self.follows = follows
+        self.follows = follows
+        self._siblings.set_follows(follows)
 
     def join(self, state: LayerState) -> None:
         self._states[state.member] = weakref.ref(state)
@@ -176,10 +179,15 @@ class InputGroup:
             [(amaxes[i], amaxes[s]) for i, s in pairs if i in states and s in states]
             for pairs in self._siblings.end_step()
         )
-        self.follows = self._siblings.follows
+        self.follows = self._siblings.follows()
         if self.reads_apart:
             self._set_follows([-1] * self.size)
         return took, may_have_taken
+
+    def part_unless(self, states: Container[LayerState]) -> None:
+        """After an update of these states alone: those of a group that were not all among them have parted."""
+        if any(state not in states for state in self.states().values()):
+            self._set_follows([-1] * self.size)
 
     def compare(self) -> None:
         """Find out whose row of the scaling state is equal to another's: they may share delayed scales from now on."""
@@ -198,7 +206,8 @@ class InputGroup:
 
     def _set_follows(self, follows: list[int]) -> None:
         if follows != self.follows:
-            self._siblings.follows = self.follows = follows
+            self.follows = follows
+        self._siblings.set_follows(follows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"size": self.size, "follows": list(self.follows)}

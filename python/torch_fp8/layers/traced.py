@@ -9,20 +9,18 @@ that follow.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..recipe import ConstantScaling, DelayedScaling
-from ..state import ROLES, groups
+from ..state import groups
 
 if TYPE_CHECKING:
     from ..state import LayerState
     from .linear import Linear
-
-
-_SLOTS = (len(ROLES), 4)
 
 
 class Call(NamedTuple):
@@ -78,12 +76,12 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
     group, nothing = state.group, (None, None, None)
     delayed = isinstance(state.recipe, DelayedScaling)
     by_history = delayed and call.history & 1
-    if group is None or (delayed and call.record and not by_history) or x.shape[-1] == _SLOTS[1]:
+    if group is None or not call.training or not torch.is_grad_enabled() or (delayed and not by_history):
         return nothing  # until it has a history, each layer records for itself
-    mutations = _mutations()
-    if mutations < 0:
+    version = _version_of_x()
+    if version < 0:
         return nothing
-    wanted = (call.record, call.training, call.fp8[0], call.grad_weight and call.fp8[2], mutations)
+    wanted = (call.record, call.training, call.fp8[0], call.grad_weight and call.fp8[2], version)
     offer = getattr(x, "_fp8_codes", None)
     if offer is not None:
         of_group, maker, made, left, codes = offer
@@ -103,18 +101,20 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
     return codes
 
 
-def _mutations() -> int:
-    """The sum of the versions of all tensors in the trace that runs. A trace knows no version of x that would be a
-    constant, so this stands for it: while it is the same, nothing was written to x either. -1 within activation
-    checkpointing, where a trace may lay nothing down on a tensor."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    output = InstructionTranslator.current_tx().output
-    if output.current_tracer.parent is not None:
-        return -1
-    values = [node.meta.get("example_value") for node in output.graph.nodes]
-    # What has the shape of slots is left out: the ops write to those, and no tensor of that width is shared.
-    return sum(value._version for value in values if isinstance(value, Tensor) and tuple(value.shape) != _SLOTS)
+def _version_of_x() -> int:
+    """Runs when a step is traced: the version of _shared_codes' x, which Dynamo knows and the traced code does not. -1
+    where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
+    that others may write to it after, and in traces that are not Dynamo's."""
+    frame = sys._getframe()
+    while frame is not None:
+        tracer = frame.f_locals.get("self")
+        if getattr(tracer, "f_code", None) is _shared_codes.__code__:
+            x = tracer.symbolic_locals["x"].realize()
+            if x.source is not None or tracer.output.current_tracer.parent is not None:
+                return -1
+            return x.proxy.node.meta["example_value"]._version
+        frame = frame.f_back
+    return -1
 
 
 def _note_reads_apart(number: int) -> bool:
@@ -143,7 +143,7 @@ def _note_training() -> bool:
 # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo, which takes as long as torch.
 _note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _note_reads_apart._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_mutations._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_version_of_x._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Linear(torch.autograd.Function):

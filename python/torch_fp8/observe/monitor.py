@@ -115,6 +115,12 @@ class Monitor:
         if (model := self._model()) is not None and self in _monitors.get(model, ()):
             _monitors[model].remove(self)
 
+    def __del__(self) -> None:
+        if (
+            self.__dict__.get("_stance") is not None
+        ):  # a model that goes in a sampled step leaves compiled ones as they were
+            torch.compiler.set_stance("default")
+
     def __enter__(self) -> Monitor:
         return self
 
