@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .common import loop_ms, options, randn, scaled
 from .report import table
-from .steps import linear, step_of
+from .steps import forward_of, linear, step_of
 
 KINDS = {"nn.Linear": nn.Linear, "fp8.Linear": fp8.Linear}
 HOST_SHAPE = (16, 256, 256)
@@ -36,13 +36,13 @@ def host_table() -> str:
         layers = {name: linear(kind, k, n, bias) for name, kind in KINDS.items()}
         steps = {name: step_of(layer, x, dy, recast=False) for name, layer in layers.items()}
         for call, arms in {
-            "forward": {name: lambda layer=layer: layer(x) for name, layer in layers.items()},
+            "forward": {name: forward_of(layer, x, recast=False) for name, layer in layers.items()},
             "forward, no_grad": {name: forward_without_grad(layer) for name, layer in layers.items()},
             "forward + backward": steps,
         }.items():
             bf16, ours = (ms * 1e3 for ms in loop_ms(arms).values())
             rows.append([call, "yes" if bias else "no", f"{bf16:.1f}", f"{ours:.1f}", f"{ours / bf16:.2f}"])
-    return f"Host time per call at M{m} K{k} N{n}, weight cast cached, gradients new tensors, *loop*:\n\n" + table(
+    return f"Host time per call at M{m} K{k} N{n}, the weight stays cast and its gradients add up, *loop*:\n\n" + table(
         ["call", "bias", "nn.Linear µs", "fp8.Linear µs", "ratio"], rows
     )
 
@@ -55,8 +55,8 @@ def memory_table(shapes: list[tuple[int, ...]]) -> str:
     head = ["shape", "BF16 after forward", "BF16 peak in backward", "FP8 after forward", "FP8 peak in backward",
             "FP8 weight, standing"]  # fmt: skip
     return (
-        "Memory in MiB beyond x, dy and the BF16 weight, y alive throughout. The FP8 weight, in both layouts, stays "
-        "from its cast to the next scaling update, for all micro-batches; it is counted apart:\n\n" + table(head, rows)
+        "Memory in MiB beyond x, dy and the BF16 weight, y alive throughout, with one micro-batch a step. Of the FP8 "
+        "weight the transpose lives from forward to backward, and nothing stands after it:\n\n" + table(head, rows)
     )
 
 

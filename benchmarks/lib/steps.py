@@ -40,8 +40,12 @@ def converted(module: nn.Module, tokens: int) -> nn.Module:
 
 def forward_of(module: nn.Module, x: Tensor, recast: bool = True) -> Call:
     """A forward pass that saves for backward. With recast, as the first after optimizer.step(): FP8 weights are cast
-    anew."""
+    anew. Without, as one of very many micro-batches, for which they stay cast while their gradients add up."""
     memos = _settle(module, x)
+    if not recast and memos:
+        for _ in range(2 if options.dry else 50_000):  # a step is trusted to have as many micro-batches as the last
+            module(x[..., :16, :])
+        fp8.update_scales(module)
 
     def forward() -> Tensor:
         for memo in memos if recast else ():
@@ -52,9 +56,10 @@ def forward_of(module: nn.Module, x: Tensor, recast: bool = True) -> Call:
 
 
 def step_of(module: nn.Module, x: Tensor, dy: Tensor, recast: bool = True) -> Call:
-    """Forward and backward with all gradients, which are new tensors in each call."""
+    """Forward and backward with all gradients, which are new tensors in each call; without recast the parameters' add
+    up."""
     forward = forward_of(module, x, recast)
-    leaves = [x, *module.parameters()]
+    leaves = [x, *(module.parameters() if recast else ())]
 
     def step() -> None:
         forward().backward(dy)
