@@ -7,6 +7,7 @@ scaling in its steady state. The weight is cast in each call, as in a step witho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch_fp8 as fp8
@@ -35,12 +36,12 @@ def measure(m: int, k: int, n: int) -> tuple[Times, Times]:
     forward = {
         "bf16": forward_of(bf16, x),
         "fp8": forward_of(ours, x),
-        "cached": forward_of(ours, x, recast=False),
+        "cached": forward_of(copy.deepcopy(ours), x, recast=False),
     }
     step = {
         "bf16": step_of(bf16, x, dy),
         "fp8": step_of(ours, x, dy),
-        "cached": step_of(ours, x, dy, recast=False),
+        "cached": step_of(copy.deepcopy(ours), x, dy, recast=False),
         **peer_steps(bf16, x, dy),
     }
     floors = {
