@@ -58,11 +58,27 @@ at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
                        dtype);
 }
 
+at::Tensor frozen_experts_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& offsets,
+                                   const at::Tensor& weight, const at::Tensor& weight_scale,
+                                   const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                                   int64_t activations, int64_t parts, c10::optional<at::ScalarType> dtype) {
+  using torch::autograd::compute_requires_grad, torch::autograd::isFwGradDefined;
+  TORCH_CHECK(!compute_requires_grad(x, weight, weight_scale, bias, input_slot) && !isFwGradDefined(x),
+              "torch_fp8: frozen experts compute no gradient, but their input requires one; run inference under "
+              "torch.no_grad() or torch.inference_mode()");
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_experts", "").typed<decltype(frozen_experts)>();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, offsets, weight, weight_scale, bias, input_slot,
+                       activations, parts, dtype);
+}
+
 // One function serves both backends: it checks, allocates, and runs kernels of the tensors' device.
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
+  m.impl("frozen_experts", frozen_experts);
   m.impl("cast", cast);
   m.impl("linear_forward", linear_forward);
   m.impl("linear_backward", linear_backward);
@@ -139,6 +155,15 @@ TORCH_LIBRARY(torch_fp8, m) {
       "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
       "ScalarType? dtype=None) -> Tensor");
 
+  // y (rows, N) of x (rows, K), whose rows are sorted by expert: rows offsets[e] to offsets[e + 1] are multiplied with
+  // weight[e] as frozen_linear does, rows behind offsets[E] are zero. offsets (E + 1) int64, on the CPU whatever the
+  // device of the others, since the host must know how many rows an expert has. weight (E, N, K), bias (E, N),
+  // input_slot (E, 4). The N outputs are in equal parts (gate and up: 2), each with scales of its own: weight_scale (E,
+  // parts), (E, N, 1), or (E, parts * ceil(N / parts / 128), ceil(K / 128)). Its fake is in layers/experts.py.
+  m.def(
+      "frozen_experts(Tensor x, Tensor offsets, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, "
+      "int activations, int parts=1, ScalarType? dtype=None) -> Tensor");
+
   // out (..., N) float32 or bfloat16 += a . b^T * a_scale_inv * b_scale_inv
   m.def(
       "gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, "
@@ -158,6 +183,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
+  m.impl("frozen_experts", frozen_experts_autograd);
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);

@@ -55,6 +55,15 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                          int64_t activations, c10::optional<at::ScalarType> dtype);
 
+// y (rows, N) of x (rows, K): rows offsets[e] to offsets[e + 1] by weight[e] and the rest of expert e, as frozen_linear
+// has it; rows behind offsets[E] are zero. offsets (E + 1) int64 on the CPU; weight (E, N, K) float8_e4m3fn; bias (E,
+// N); input_slot (E, 4). The N outputs are in equal parts (a gate above what it gates: 2), each with scales of its own:
+// weight_scale float32 (E, parts), (E, N, 1), or (E, parts * ceil(N / parts / 128), ceil(K / 128)).
+at::Tensor frozen_experts(const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& weight,
+                          const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
+                          const c10::optional<at::Tensor>& input_slot, int64_t activations, int64_t parts,
+                          c10::optional<at::ScalarType> dtype);
+
 // out (..., N) += a . b^T * a_scale_inv * b_scale_inv; out float32 or bfloat16, contiguous.
 void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                       const at::Tensor& b_scale_inv, bool fast_accum);

@@ -1,12 +1,15 @@
-"""What is what: every linear layer of a model, in FP8 or not, and why not."""
+"""What is what: every linear layer and all experts of a model, in FP8 or not, and why not; and how much of it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layers.frozen import FrozenLinear
+from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
+from ..layers.frozen import FrozenLinear, FrozenWeight
 from ..layers.linear import Linear
 from ..scaling import scales
 from ..table import plain
@@ -16,14 +19,30 @@ from .select import why_not
 @dataclass(frozen=True)
 class LayerSummary:
     name: str
-    shape: str  # "out x in"
+    shape: str  # "out x in", of experts that of each projection
     fp8: bool
     note: str  # the recipe, or why the layer is not in FP8
     scales: dict[str, float]  # by role; NaN without history; empty where not in FP8
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """How many elements the weights of a model have."""
+
+    fp8: int = 0  # that GEMMs read in FP8, also where training keeps them in 16 bits besides
+    others: Counter[str] = field(default_factory=Counter)  # of the others, by module; numbers in names are *
+
+    @property
+    def share(self) -> float:
+        """What of all is in FP8."""
+        return self.fp8 / max(1, self.fp8 + self.others.total())
+
+
 class Summary(list[LayerSummary]):
-    """One row for each linear layer; prints as a table."""
+    """One row for each linear layer, where the experts of a layer count as one; prints as a table. ``parameters``
+    counts the weights."""
+
+    parameters: Parameters = Parameters()
 
     def __str__(self) -> str:
         header = ("layer", "out x in", "FP8", "scale: input", "weight", "grad_output", "recipe, or why not")
@@ -38,15 +57,30 @@ class Summary(list[LayerSummary]):
             )
             for row in self
         ]
-        count = sum(row.fp8 for row in self)
-        return f"{plain(header, rows)}\n{count} of {len(self)} linear layers in FP8"
+        count, others = sum(row.fp8 for row in self), self.parameters.others
+        share = f"{100 * self.parameters.share:.3g} % of the parameters"
+        lines = [plain(header, rows), f"{count} of {len(self)} linear layers in FP8, {share}"]
+        if others:
+            most = [f"{name or '(root)'} {numel:,}" for name, numel in others.most_common(_NAMED)]
+            rest = others.total() - sum(numel for _, numel in others.most_common(_NAMED))
+            lines.append(f"not in FP8: {', '.join(most)}" + (f", all others {rest:,}" if rest else ""))
+        return "\n".join(lines)
+
+
+_NAMED = 8  # of the modules that are not in FP8
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every linear layer of ``model``: in FP8 or not, why not, its recipe and its current scales. ``print`` it."""
+    """Every linear layer of ``model``, and the experts of every layer that has some: in FP8 or not, why not, its recipe
+    and its current scales; what share of the parameters is in FP8, and where the others are. ``print`` it."""
     rows = Summary()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | FrozenLinear)}
+    rows.parameters = _parameters(model)
+    kinds = nn.Linear | FrozenLinear | FrozenExperts
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) or is_experts(m)}
     for name, module in layers.items():
+        if not isinstance(module, nn.Linear | FrozenLinear):
+            rows.append(_of_experts(name, module))
+            continue
         shape = f"{module.out_features} x {module.in_features}"
         if isinstance(module, FrozenLinear):
             note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
@@ -58,3 +92,31 @@ def summary(model: nn.Module) -> Summary:
             note = why_not(module) or getattr(module, "_not_fp8", "not converted")
             rows.append(LayerSummary(name, shape, False, note, {}))
     return rows
+
+
+def _of_experts(name: str, module: nn.Module) -> LayerSummary:
+    if isinstance(module, FrozenExperts):
+        shapes = [stack.weight.shape for stack in module.stacks()]
+        note = f"frozen: activations by {module.stacks()[0].activations}, weight by {module.stacks()[0].granularity}"
+    else:
+        shapes = [stack.shape for stack in stacks(module).values()]
+        note = why_not_experts(module) or "experts train in 16 bits; torch_fp8.freeze takes them"
+    shape = ", ".join(" x ".join(map(str, size)) for size in shapes)
+    return LayerSummary(name, shape, isinstance(module, FrozenExperts), note, {})
+
+
+def _parameters(model: nn.Module) -> Parameters:
+    fp8, others, seen = 0, Counter[str](), set[int]()
+    for name, module in model.named_modules():
+        owned = list(module._parameters.values())
+        if isinstance(module, FrozenWeight):
+            owned += [module.weight, module.bias]
+        for tensor in owned:
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if isinstance(module, FrozenWeight | Linear) and tensor is module.weight:
+                fp8 += tensor.numel()
+            else:
+                others[re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)] += tensor.numel()
+    return Parameters(fp8, others)

@@ -1,0 +1,298 @@
+"""Inference: the experts of a mixture, whose weights are E4M3 for good. ``swap/freeze.py`` says how a model gets them.
+
+transformers holds the experts of a layer in one module, with a stack of weights for each projection. ``layout_of``
+knows what such a module computes from what it says of itself, or by its class; who cannot be known stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..format import E4M3
+from .frozen import ACTIVATIONS, FrozenWeight, autocast_dtype, check_choices, new_slot, scale_shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a module of experts holds and computes."""
+
+    has_gate: bool = True  # gate_up_proj, not up_proj
+    has_bias: bool = False
+    is_transposed: bool = False  # weights are (in, out)
+    is_interleaved: bool = False  # outputs are gate, up, gate, up, not all gates first
+    is_routed: bool = True  # takes tokens and their routing, not rows that are sorted by expert and equally many
+
+    @property
+    def up(self) -> str:
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+
+# Classes of transformers that say nothing of themselves.
+_KNOWN = {"Llama4TextExperts": Layout(is_transposed=True, is_routed=False), "Step3p7Experts": Layout()}
+
+# What transformers' use_experts_implementation says of a module. Any module with these computes what its functions for
+# all models compute: the projections, ``_apply_gate`` or ``act_fn``, ``post_expert_norm``, the routing weights.
+_SAID = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """What ``module`` computes; None where it is not known."""
+    cls = type(module)
+    if all(isinstance(getattr(module, name, None), bool) for name in _SAID):
+        if not hasattr(cls.forward, "__wrapped__"):  # a subclass with a forward of its own
+            return None
+        return Layout(module.has_gate, module.has_bias, module.is_transposed, not module.is_concatenated)
+    return _KNOWN.get(cls.__name__) if cls.__module__.startswith("transformers.") else None
+
+
+def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module that are a stack of matrices."""
+    found = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+    return {name: p for name, p in found.items() if p.is_floating_point()}
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one of experts in 16 or 32 bits, be it known or not."""
+    is_named = "expert" in type(module).__name__.lower() or hasattr(module, "num_experts")
+    return is_named and not isinstance(module, FrozenExperts) and bool(stacks(module))
+
+
+def experts_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of experts in 16 or 32 bits, by name."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
+def routers(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    """Layers that choose experts, or weigh those that all tokens share: within the module around experts, with as many
+    outputs as there are experts, or one. They are small and decide much; no reader of FP8 checkpoints expects them in
+    FP8."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if not is_experts(module):
+            continue
+        block = name.rpartition(".")[0]
+        prefix = f"{block}." if block else ""
+        outputs = {1, *(stack.shape[0] for stack in stacks(module).values())}
+        found |= {
+            layer
+            for layer, linear in linears.items()
+            if layer.startswith(prefix) and not layer.startswith(f"{name}.") and linear.weight.shape[0] in outputs
+        }
+    return found
+
+
+def frozen_experts(model: nn.Module) -> dict[str, FrozenExperts]:
+    """The frozen experts of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenExperts)}
+
+
+def why_not_experts(module: nn.Module) -> str:
+    """Why the experts cannot be frozen; "" where they can."""
+    layout = layout_of(module)
+    if layout is None:
+        return f"what {type(module).__name__} computes is not known"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object, as accelerate's device_map does; freeze before that"
+    expected = {layout.up, "down_proj"}
+    if set(stacks(module)) != expected:
+        return f"{type(module).__name__} has {', '.join(stacks(module))}, expected {', '.join(sorted(expected))}"
+    for name, parameter in stacks(module).items():
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}"
+        if parameter.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"{parameter.dtype} parameters"
+        if not parameter.numel():
+            return "empty"
+    up, down = (_shape(module, layout, name) for name in (layout.up, "down_proj"))
+    parts = 2 if layout.has_gate else 1
+    biases = {name: getattr(module, f"{name}_bias", None) for name in (layout.up, "down_proj")}
+    if (up[0], up[1], up[2]) != (down[0], parts * down[2], down[1]):
+        return f"{layout.up} is {list(up)} and down_proj {list(down)} (experts, out, in), which do not fit"
+    if any((bias is not None) != layout.has_bias for bias in biases.values()):
+        return f"it says has_bias={layout.has_bias}, and has not"
+    if layout.has_bias and not all(tuple(biases[name].shape) == size[:2] for name, size in
+                                   ((layout.up, up), ("down_proj", down))):  # fmt: skip
+        return f"its biases are {[list(bias.shape) for bias in biases.values()]}, which do not fit"
+    return ""
+
+
+def _shape(module: nn.Module, layout: Layout, name: str) -> tuple[int, int, int]:
+    """(experts, out, in)"""
+    experts, n, k = getattr(module, name).shape
+    return (experts, k, n) if layout.is_transposed else (experts, n, k)
+
+
+def matrices(module: nn.Module, layout: Layout, name: str) -> tuple[Tensor, Tensor | None, int]:
+    """A stack as (experts, out, in) without a copy, its bias, and its number of parts: a gate's outputs lie above
+    those that it gates, but where they are interleaved; see ``separated``."""
+    weight, bias = getattr(module, name).detach(), getattr(module, f"{name}_bias", None)
+    weight = weight.transpose(1, 2) if layout.is_transposed else weight
+    return weight, None if bias is None else bias.detach(), 2 if name == "gate_up_proj" else 1
+
+
+def separated(rows: Tensor, is_interleaved: bool) -> Tensor:
+    """Rows gate, up, gate, up as all gates above all ups."""
+    return torch.cat((rows[::2], rows[1::2])) if is_interleaved else rows
+
+
+@torch.no_grad()
+def input_amaxes(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+) -> Tensor:
+    """The largest magnitudes that the inputs of both projections of 16-bit experts have."""
+    layout = layout_of(module)
+    tokens = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
+    up, bias, _ = matrices(module, layout, layout.up)
+    amaxes = torch.zeros(2, device=tokens.device, dtype=torch.float32)
+    for e in range(up.shape[0]):
+        if top_k_index is None:
+            x = tokens.view(up.shape[0], -1, tokens.shape[-1])[e]
+        else:
+            x = tokens[(top_k_index == e).any(-1)]
+        if x.numel():
+            y = nn.functional.linear(x, up[e], None if bias is None else bias[e])
+            y = activated(module, layout, type(module), y)
+            amaxes = torch.maximum(amaxes, torch.stack((x.abs().amax(), y.abs().amax())).float())
+    return amaxes
+
+
+class ExpertStack(FrozenWeight):
+    """One linear layer of each expert, in FP8: ``y = x W[e]^T + b[e]`` for the rows of x that are expert e's.
+
+    * ``weight`` (experts, out_features, in_features) float8_e4m3fn
+    * ``weight_scale`` float32; the outputs are in ``parts`` (gate and up: 2), each with scales of its own: (experts,
+      parts), (experts, out_features, 1), or for each part a grid of blocks, one above the other
+    * ``bias`` (experts, out_features), or None; ``input_slot`` (experts, 4), with static activations only
+    """
+
+    def __init__(
+        self, experts: int, in_features: int, out_features: int, bias: bool = False, device: Any = None,
+        dtype: torch.dtype | None = None, *, activations: str = "token", weight: str = "channel", parts: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_choices(activations, weight)
+        codes = torch.zeros(experts, out_features, in_features, device=device, dtype=E4M3)
+        size = stack_scale_shape(weight, codes.shape, parts)
+        scale = torch.ones(size, device=device, dtype=torch.float32)
+        slot = new_slot(1.0, codes.device).repeat(experts, 1) if activations == "static" else None
+        zeros = torch.zeros(experts, out_features, device=device, dtype=dtype) if bias else None
+        self.make(codes, scale, zeros, slot, activations, weight, parts)
+
+    def make(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None, activations: str,
+        granularity: str, parts: int,
+    ) -> None:  # fmt: skip
+        self.experts, self.out_features, self.in_features = weight.shape
+        self.parts = parts
+        self._register(weight, weight_scale, bias, input_slot, activations, granularity)
+
+    def forward(self, input: Tensor, offsets: Tensor) -> Tensor:
+        """offsets: where each expert's rows begin, and the last one's end; on the CPU."""
+        return torch.ops.torch_fp8.frozen_experts(
+            input, offsets, *self._state()[:2], self.bias, self.input_slot, ACTIVATIONS.index(self.activations),
+            self.parts, autocast_dtype(input),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activations={self.activations}, weight={self.granularity}"
+        )
+
+
+def stack_scale_shape(weight: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """Of the ``weight_scale`` of an :class:`ExpertStack`."""
+    experts, n, k = shape
+    one = scale_shape(weight, n // parts, k)
+    return (experts, parts * one[0], *one[1:])
+
+
+@torch.library.register_fake("torch_fp8::frozen_experts")
+def _(
+    x: Tensor, offsets: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None,
+    activations: int, parts: int = 1, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    # In Python, since the other way of making a fake expects all tensors on one device, and offsets is on the CPU.
+    return x.new_empty(x.shape[0], weight.shape[1], dtype=dtype or x.dtype)
+
+
+class FrozenExperts(nn.Module):
+    """The experts of a mixture in FP8, for inference. ``freeze`` makes these of transformers' experts, in place: the
+    module takes what it took and gives what it gave, with its own activation and gate.
+
+    ``gate_up_proj`` (``up_proj``, of experts without a gate) and ``down_proj`` are an :class:`ExpertStack` each.
+
+    Tokens are sorted by expert, and each expert multiplies its own, by the rules of :class:`FrozenLinear` for as many
+    rows. The host reads once a call how many those are, so a call cannot be recorded in a CUDA graph. There is no
+    gradient: where one is wanted for the input, forward raises RuntimeError.
+    """
+
+    layout: Layout
+    made_of: type[nn.Module]  # the class that the module had
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        experts = self.down_proj.experts
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not self.layout.is_routed:
+            rows = tokens.shape[0] // experts
+            if rows * experts != tokens.shape[0]:
+                raise ValueError(
+                    f"torch_fp8: {experts} experts take equally many rows each, got {tokens.shape[0]} in all"
+                )
+            return self._of_sorted(tokens, torch.arange(experts + 1, device="cpu", dtype=torch.int64) * rows)
+        if top_k_index is None or top_k_weights is None:
+            raise TypeError("torch_fp8: these experts take hidden_states, top_k_index and top_k_weights")
+        choices = top_k_index.shape[-1]
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        # Numbers behind the last expert's stand for none, as transformers has it.
+        bounds = torch.arange(experts + 1, device=expert.device, dtype=expert.dtype)
+        offsets = torch.searchsorted(expert, bounds)
+        y = self._of_sorted(tokens[order // choices], offsets if offsets.is_meta else offsets.cpu())
+        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(y)
+        back[order] = y
+        back = back.view(tokens.shape[0], choices, y.shape[-1]).sum(1)
+        return back.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def stacks(self) -> tuple[ExpertStack, ExpertStack]:
+        """Of the first projection and the second."""
+        return getattr(self, self.layout.up), self.down_proj
+
+    def _of_sorted(self, x: Tensor, offsets: Tensor) -> Tensor:
+        up, down = self.stacks()
+        y = up(x, offsets)
+        if self.layout.is_interleaved:
+            y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        y = down(activated(self, self.layout, self.made_of, y), offsets)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+
+def activated(module: nn.Module, layout: Layout, made_of: type[nn.Module], y: Tensor) -> Tensor:
+    """What the experts of class ``made_of`` make of the first projection's output."""
+    if not layout.has_gate:
+        return module.act_fn(y)
+    gate: Callable[..., Tensor] | None = getattr(made_of, "_apply_gate", None)
+    if gate is not None:
+        return gate(module, y)
+    gates, ups = y.chunk(2, dim=-1)
+    return module.act_fn(gates) * ups
+
+
+def become_frozen_experts(module: nn.Module, up: ExpertStack, down: ExpertStack) -> None:
+    """Change the class of a module of experts in place: the object, its name and its hooks stay."""
+    layout = layout_of(module)
+    made_of = type(module)
+    for name in (layout.up, "down_proj"):
+        for parameter in (name, f"{name}_bias"):
+            module._parameters.pop(parameter, None)
+    module.__class__ = FrozenExperts
+    module.layout, module.made_of = layout, made_of
+    module.add_module(layout.up, up)
+    module.add_module("down_proj", down)
