@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from torch import nn
-from torch_fp8.layers.experts import ExpertStack, FrozenExperts, layout_of
+from torch_fp8.layers.experts import FrozenExperts, layout_of
 from torch_fp8.layers.frozen import ACTIVATIONS, WEIGHTS
 
 transformers = pytest.importorskip("transformers")
@@ -22,31 +22,36 @@ def frozen(module, activations="token", weight="channel"):
     return fp8.freeze(nn.ModuleDict({"experts": module}), activations, weight)["experts"]
 
 
-def dequantised(stack):
+def dequantised(module, projection):
     """The float32 values of a stack, in its order: by hand, expert by expert and part by part."""
-    count, n, k = stack.weight.shape
-    values, part = stack.weight.float(), n // stack.parts
+    codes, scale, parts = (
+        getattr(module, projection),
+        getattr(module, f"{projection}_scale"),
+        module.layout.parts(projection),
+    )
+    count, n, k = codes.shape
+    values, part = codes.float(), n // parts
     for e in range(count):
-        for i in range(stack.parts):
+        for i in range(parts):
             rows = values[e, i * part : (i + 1) * part]
-            if stack.granularity == "tensor":
-                rows *= stack.weight_scale[e, i]
-            elif stack.granularity == "channel":
-                rows *= stack.weight_scale[e, i * part : (i + 1) * part]
+            if module.granularity == "tensor":
+                rows *= scale[e, i]
+            elif module.granularity == "channel":
+                rows *= scale[e, i * part : (i + 1) * part]
             else:
                 grid = -(-part // 128)
                 for r in range(part):
                     for c in range(k):
-                        rows[r, c] *= stack.weight_scale[e, i * grid + r // 128, c // 128]
+                        rows[r, c] *= scale[e, i * grid + r // 128, c // 128]
     return values
 
 
 def twin(original, module):
     """The 16-bit experts with the values of the FP8 ones."""
     made, layout = copy.deepcopy(original), layout_of(original)
-    for name, stack in zip((layout.up, "down_proj"), module.stacks(), strict=True):
-        values = dequantised(stack)
-        if layout.is_interleaved and stack.parts == 2:
+    for name in module.projections():
+        values = dequantised(module, name)
+        if layout.is_interleaved and name == "gate_up_proj":
             gates, ups = values.chunk(2, dim=1)
             values = torch.stack((gates, ups), 2).flatten(1, 2)
         getattr(made, name).data = values.transpose(1, 2) if layout.is_transposed else values
@@ -74,26 +79,22 @@ class TestForward:
     @pytest.mark.parametrize("weight", WEIGHTS)
     def test_each_expert_is_a_frozen_layer(self, weight, activations, device):
         """Its rows get what a FrozenLinear with its weight would give them, to the bit."""
-        stack = ExpertStack(3, 256, 128, True, device, torch.bfloat16, activations=activations, weight=weight, parts=1)
+        layers = []
         for e in range(3):
             layer = nn.Linear(256, 128, device=device, dtype=torch.bfloat16)
             layer.weight.data *= e + 1
             if activations == "static":
                 fp8.calibrate(layer, [torch.randn(8, 256, device=device, dtype=torch.bfloat16)])
-            fp8.freeze(layer, activations, weight)
-            stack.weight[e], stack.bias[e] = layer.weight, layer.bias
-            stack.weight_scale[e] = layer.weight_scale
-            if activations == "static":
-                stack.input_slot[e] = layer.input_slot[0]
+            layers.append(fp8.freeze(layer, activations, weight))
+        codes, scale, bias = (torch.stack([getattr(layer, name) for layer in layers])
+                              for name in ("weight", "weight_scale", "bias"))  # fmt: skip
+        slot = torch.cat([layer.input_slot for layer in layers]) if activations == "static" else None
         x = torch.randn(60, 256, device=device, dtype=torch.bfloat16)
         offsets = torch.tensor([0, 5, 40, 57])
-        y = stack(x, offsets)
-        for e in range(3):
+        y = ops.frozen_experts(x, offsets, codes, scale, bias, slot, ACTIVATIONS.index(activations))
+        for e, layer in enumerate(layers):
             rows = slice(offsets[e], offsets[e + 1])
-            slot = None if stack.input_slot is None else stack.input_slot[e : e + 1].clone()
-            alone = ops.frozen_linear(x[rows].clone(), stack.weight[e].clone(), stack.weight_scale[e].clone(),
-                                      stack.bias[e].clone(), slot, ACTIVATIONS.index(activations))  # fmt: skip
-            assert torch.equal(y[rows], alone)
+            assert torch.equal(y[rows], layer(x[rows].clone()))
         assert not y[57:].any()
 
     @pytest.mark.parametrize("weight", WEIGHTS)
@@ -104,9 +105,9 @@ class TestForward:
         values[:, part:] *= 1e-4
         module = experts("mixtral", device=device)
         module.gate_up_proj.data, module.down_proj.data = values, torch.randn(2, 256, part, device=device)
-        stack = frozen(module, "none", weight).gate_up_proj
+        stack = frozen(module, "none", weight).stack("gate_up_proj")
         x = torch.randn(20, 256, device=device)
-        y = stack(x, torch.tensor([0, 13, 20]))
+        y = ops.frozen_experts(x, torch.tensor([0, 13, 20]), *stack, 0, 2)
         for rows, e in ((slice(0, 13), 0), (slice(13, 20), 1)):
             for columns in (slice(0, part), slice(part, 2 * part)):
                 assert error(x[rows] @ values[e, columns].t(), y[rows, columns]) < 0.035
@@ -231,7 +232,7 @@ class TestState:
             assert torch.equal(again(*args), y)
         module.float().half().to("cpu")
         for name, tensor in module.state_dict().items():
-            is_fp8 = name.endswith(("weight", "weight_scale"))
+            is_fp8 = not name.endswith("bias")
             assert tensor.dtype == (before[name].dtype if is_fp8 else torch.float16)
             assert not is_fp8 or torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
 
@@ -253,14 +254,14 @@ class TestState:
                 layer = nn.Linear(HIDDEN, INNER, bias=False)
                 layer.weight.data = gates[e].clone()
                 fp8.freeze(layer, weight="tensor")
-                stack = module.gate_up_proj
-                assert torch.equal(stack.weight[e, :INNER].view(torch.uint8), layer.weight.view(torch.uint8))
-                assert stack.weight_scale[e, 0] == layer.weight_scale[0]
+                codes = module.gate_up_proj[e, :INNER]
+                assert torch.equal(codes.view(torch.uint8), layer.weight.view(torch.uint8))
+                assert module.gate_up_proj_scale[e, 0] == layer.weight_scale[0]
 
     def test_state_that_does_not_fit(self):
         module = frozen(experts("mixtral"))
-        with pytest.raises(RuntimeError, match="gate_up_proj.weight must be torch.float8_e4m3fn"):
-            module.load_state_dict({**module.state_dict(), "gate_up_proj.weight": torch.zeros(4, 96, 64)})
+        with pytest.raises(RuntimeError, match="gate_up_proj must be torch.float8_e4m3fn, got torch.float32"):
+            module.load_state_dict({**module.state_dict(), "gate_up_proj": torch.zeros(4, 96, 64)})
 
 
 def mixtral(**options):
@@ -307,9 +308,9 @@ class TestFreeze:
         with pytest.raises(ValueError, match=r"no input of .*(experts|q_proj) was seen"):
             fp8.freeze(model, "static", "tensor")
         fp8.freeze(fp8.calibrate(model, [ids, {"input_ids": ids}]), "static", "tensor")
-        up, down = model.model.layers[0].mlp.experts.stacks()
-        assert up.input_slot.shape == (4, 4) and (up.input_slot == up.input_slot[0]).all()
-        assert torch.frexp(down.input_slot[0, 0]).mantissa == 0.5
+        experts = model.model.layers[0].mlp.experts
+        up, down = experts.gate_up_proj_slot, experts.down_proj_slot
+        assert up.shape == (4, 4) and (up == up[0]).all() and torch.frexp(down[0, 0]).mantissa == 0.5
 
     def test_calibration_sees_what_the_experts_see(self):
         original = experts("gpt_oss")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..format import E4M3
-from .frozen import ACTIVATIONS, FrozenWeight, autocast_dtype, check_choices, new_slot, scale_shape
+from .frozen import ACTIVATIONS, FrozenState, autocast_dtype, scale_shape
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Layout:
     @property
     def up(self) -> str:
         return "gate_up_proj" if self.has_gate else "up_proj"
+
+    def parts(self, projection: str) -> int:
+        return 2 if projection == "gate_up_proj" else 1
 
 
 # Classes of transformers that say nothing of themselves.
@@ -109,7 +112,7 @@ def why_not_experts(module: nn.Module) -> str:
         if not parameter.numel():
             return "empty"
     up, down = (_shape(module, layout, name) for name in (layout.up, "down_proj"))
-    parts = 2 if layout.has_gate else 1
+    parts = layout.parts(layout.up)
     biases = {name: getattr(module, f"{name}_bias", None) for name in (layout.up, "down_proj")}
     if (up[0], up[1], up[2]) != (down[0], parts * down[2], down[1]):
         return f"{layout.up} is {list(up)} and down_proj {list(down)} (experts, out, in), which do not fit"
@@ -127,12 +130,11 @@ def _shape(module: nn.Module, layout: Layout, name: str) -> tuple[int, int, int]
     return (experts, k, n) if layout.is_transposed else (experts, n, k)
 
 
-def matrices(module: nn.Module, layout: Layout, name: str) -> tuple[Tensor, Tensor | None, int]:
-    """A stack as (experts, out, in) without a copy, its bias, and its number of parts: a gate's outputs lie above
-    those that it gates, but where they are interleaved; see ``separated``."""
+def matrices(module: nn.Module, layout: Layout, name: str) -> tuple[Tensor, Tensor | None]:
+    """A stack of weights as (experts, out, in), without a copy, and its bias."""
     weight, bias = getattr(module, name).detach(), getattr(module, f"{name}_bias", None)
     weight = weight.transpose(1, 2) if layout.is_transposed else weight
-    return weight, None if bias is None else bias.detach(), 2 if name == "gate_up_proj" else 1
+    return weight, None if bias is None else bias.detach()
 
 
 def separated(rows: Tensor, is_interleaved: bool) -> Tensor:
@@ -147,7 +149,7 @@ def input_amaxes(
     """The largest magnitudes that the inputs of both projections of 16-bit experts have."""
     layout = layout_of(module)
     tokens = hidden_states.detach().reshape(-1, hidden_states.shape[-1])
-    up, bias, _ = matrices(module, layout, layout.up)
+    up, bias = matrices(module, layout, layout.up)
     amaxes = torch.zeros(2, device=tokens.device, dtype=torch.float32)
     for e in range(up.shape[0]):
         if top_k_index is None:
@@ -161,52 +163,17 @@ def input_amaxes(
     return amaxes
 
 
-class ExpertStack(FrozenWeight):
-    """One linear layer of each expert, in FP8: ``y = x W[e]^T + b[e]`` for the rows of x that are expert e's.
+class Stack(NamedTuple):
+    """A linear layer of each expert in FP8. The outputs are in parts (gate and up: 2), each with scales of its own."""
 
-    * ``weight`` (experts, out_features, in_features) float8_e4m3fn
-    * ``weight_scale`` float32; the outputs are in ``parts`` (gate and up: 2), each with scales of its own: (experts,
-      parts), (experts, out_features, 1), or for each part a grid of blocks, one above the other
-    * ``bias`` (experts, out_features), or None; ``input_slot`` (experts, 4), with static activations only
-    """
-
-    def __init__(
-        self, experts: int, in_features: int, out_features: int, bias: bool = False, device: Any = None,
-        dtype: torch.dtype | None = None, *, activations: str = "token", weight: str = "channel", parts: int = 1,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        check_choices(activations, weight)
-        codes = torch.zeros(experts, out_features, in_features, device=device, dtype=E4M3)
-        size = stack_scale_shape(weight, codes.shape, parts)
-        scale = torch.ones(size, device=device, dtype=torch.float32)
-        slot = new_slot(1.0, codes.device).repeat(experts, 1) if activations == "static" else None
-        zeros = torch.zeros(experts, out_features, device=device, dtype=dtype) if bias else None
-        self.make(codes, scale, zeros, slot, activations, weight, parts)
-
-    def make(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None, activations: str,
-        granularity: str, parts: int,
-    ) -> None:  # fmt: skip
-        self.experts, self.out_features, self.in_features = weight.shape
-        self.parts = parts
-        self._register(weight, weight_scale, bias, input_slot, activations, granularity)
-
-    def forward(self, input: Tensor, offsets: Tensor) -> Tensor:
-        """offsets: where each expert's rows begin, and the last one's end; on the CPU."""
-        return torch.ops.torch_fp8.frozen_experts(
-            input, offsets, *self._state()[:2], self.bias, self.input_slot, ACTIVATIONS.index(self.activations),
-            self.parts, autocast_dtype(input),
-        )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return (
-            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, activations={self.activations}, weight={self.granularity}"
-        )
+    codes: Tensor  # (experts, out_features, in_features) float8_e4m3fn
+    scale: Tensor  # float32 (experts, parts), (experts, out_features, 1), or each part's grid of blocks above the next
+    bias: Tensor | None  # (experts, out_features)
+    slot: Tensor | None  # (experts, 4), with static activations only
 
 
 def stack_scale_shape(weight: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """Of the ``weight_scale`` of an :class:`ExpertStack`."""
+    """Of the scale of a :class:`Stack`."""
     experts, n, k = shape
     one = scale_shape(weight, n // parts, k)
     return (experts, parts * one[0], *one[1:])
@@ -221,11 +188,14 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[1], dtype=dtype or x.dtype)
 
 
-class FrozenExperts(nn.Module):
+class FrozenExperts(FrozenState):
     """The experts of a mixture in FP8, for inference. ``freeze`` makes these of transformers' experts, in place: the
     module takes what it took and gives what it gave, with its own activation and gate.
 
-    ``gate_up_proj`` (``up_proj``, of experts without a gate) and ``down_proj`` are an :class:`ExpertStack` each.
+    Its projections are ``gate_up_proj`` (``up_proj``, of experts without a gate) and ``down_proj``. The state of each
+    is buffers, a :class:`Stack`: codes under the name of the weight, which are (experts, out, in) with gates above what
+    they gate, whatever the weight was, and beside them ``_scale``, ``_bias`` and ``_slot``. Codes and scales keep their
+    dtype when the module is cast, and move with it.
 
     Tokens are sorted by expert, and each expert multiplies its own, by the rules of :class:`FrozenLinear` for as many
     rows. The host reads once a call how many those are, so a call cannot be recorded in a CUDA graph. There is no
@@ -234,11 +204,28 @@ class FrozenExperts(nn.Module):
 
     layout: Layout
     made_of: type[nn.Module]  # the class that the module had
+    activations: str
+    granularity: str
+
+    def projections(self) -> tuple[str, str]:
+        return self.layout.up, "down_proj"
+
+    def stack(self, projection: str) -> Stack:
+        return Stack(*(getattr(self, projection + suffix) for suffix in _SUFFIXES))
+
+    def fp8_state(self) -> dict[str, torch.dtype]:
+        dtypes = (E4M3, torch.float32, None, torch.float32)
+        return {
+            name + suffix: dtype
+            for name in self.projections()
+            for suffix, dtype in zip(_SUFFIXES, dtypes, strict=True)
+            if dtype is not None
+        }
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        experts = self.down_proj.experts
+        experts = self.down_proj.shape[0]
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not self.layout.is_routed:
             rows = tokens.shape[0] // experts
@@ -261,17 +248,26 @@ class FrozenExperts(nn.Module):
         back = back.view(tokens.shape[0], choices, y.shape[-1]).sum(1)
         return back.to(hidden_states.dtype).view(hidden_states.shape)
 
-    def stacks(self) -> tuple[ExpertStack, ExpertStack]:
-        """Of the first projection and the second."""
-        return getattr(self, self.layout.up), self.down_proj
-
     def _of_sorted(self, x: Tensor, offsets: Tensor) -> Tensor:
-        up, down = self.stacks()
-        y = up(x, offsets)
+        """offsets: where each expert's rows begin, and the last one's end; on the CPU."""
+        y = self._multiplied(self.layout.up, x, offsets)
         if self.layout.is_interleaved:
             y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        y = down(activated(self, self.layout, self.made_of, y), offsets)
+        y = self._multiplied("down_proj", activated(self, self.layout, self.made_of, y), offsets)
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _multiplied(self, projection: str, x: Tensor, offsets: Tensor) -> Tensor:
+        return torch.ops.torch_fp8.frozen_experts(
+            x, offsets, *self.stack(projection), ACTIVATIONS.index(self.activations), self.layout.parts(projection),
+            autocast_dtype(x),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in self.projections())
+        return f"{shapes}, activations={self.activations}, weight={self.granularity}"
+
+
+_SUFFIXES = ("", "_scale", "_bias", "_slot")  # of the buffers of a Stack
 
 
 def activated(module: nn.Module, layout: Layout, made_of: type[nn.Module], y: Tensor) -> Tensor:
@@ -285,14 +281,13 @@ def activated(module: nn.Module, layout: Layout, made_of: type[nn.Module], y: Te
     return module.act_fn(gates) * ups
 
 
-def become_frozen_experts(module: nn.Module, up: ExpertStack, down: ExpertStack) -> None:
+def become_frozen_experts(module: nn.Module, up: Stack, down: Stack, activations: str, granularity: str) -> None:
     """Change the class of a module of experts in place: the object, its name and its hooks stay."""
-    layout = layout_of(module)
-    made_of = type(module)
-    for name in (layout.up, "down_proj"):
-        for parameter in (name, f"{name}_bias"):
-            module._parameters.pop(parameter, None)
+    layout, made_of = layout_of(module), type(module)
+    for name, stack in ((layout.up, up), ("down_proj", down)):
+        for suffix, tensor in zip(_SUFFIXES, stack, strict=True):
+            module._parameters.pop(name + suffix, None)
+            module.register_buffer(name + suffix, tensor)
     module.__class__ = FrozenExperts
     module.layout, module.made_of = layout, made_of
-    module.add_module(layout.up, up)
-    module.add_module("down_proj", down)
+    module.activations, module.granularity = activations, granularity

@@ -18,44 +18,24 @@ ACTIVATIONS = ("none", "static", "tensor", "token")
 WEIGHTS = ("channel", "tensor", "block")
 
 
-class FrozenWeight(nn.Module):
-    """State that is FP8 for good: an E4M3 weight, its multipliers, a bias and the input's slot, as buffers. Weight and
-    scales keep their dtype when the module is cast, and no state of another dtype is loaded into them."""
+class FrozenState(nn.Module):
+    """A module some of whose buffers are FP8 for good: they keep their dtype when the module is cast, and no state of
+    another dtype is loaded into them."""
 
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-    input_slot: Tensor | None
+    def fp8_state(self) -> dict[str, torch.dtype]:
+        """The dtypes of those buffers, E4M3 or float32; one of them may be None."""
+        raise NotImplementedError
 
-    def _register(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None, activations: str,
-        granularity: str,
-    ) -> None:  # fmt: skip
-        self.activations = activations
-        self.granularity = granularity
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("bias", bias)
-        self.register_buffer("input_slot", input_slot)
-
-    def _state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        buffers = self._buffers  # not by nn.Module.__getattr__, which would cost a third of the call
-        try:
-            return buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
-        except KeyError:  # one of them was parametrised, or made a Parameter
-            return self.weight, self.weight_scale, self.bias, self.input_slot
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenWeight:
-        # Seen as integers weight and scales are moved by .cuda() and left alone by .bfloat16(), to the bit.
-        seen_as = {"weight": torch.uint8, "weight_scale": torch.int32, "input_slot": torch.int32}
-        state = {name: self._buffers.pop(name) for name in seen_as}
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenState:
+        # Seen as integers codes and scales are moved by .cuda() and left alone by .bfloat16(), to the bit.
+        state = {name: self._buffers.pop(name) for name in self.fp8_state()}
         try:
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(state)
-        for name, integer in seen_as.items():
-            old = state[name]
+        for name, old in state.items():
             if old is not None:
+                integer = torch.uint8 if old.dtype == E4M3 else torch.int32
                 new = fn(old.view(integer))
                 if new.dtype != integer:  # Module.type() casts integers too
                     new = old.to(new.device).view(integer)
@@ -64,18 +44,22 @@ class FrozenWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle, other than torch.save, does not know FP8.
-        return {**self.__dict__, "_buffers": {**self._buffers, "weight": self.weight.view(torch.uint8)}}
+        codes = {name: getattr(self, name).view(torch.uint8) for name in self._codes()}
+        return {**self.__dict__, "_buffers": {**self._buffers, **codes}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers["weight"] = self._buffers["weight"].view(E4M3)
+        self._buffers.update({name: self._buffers[name].view(E4M3) for name in self._codes()})
+
+    def _codes(self) -> list[str]:
+        return [name for name, dtype in self.fp8_state().items() if dtype == E4M3]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         # A copy would cast what is not FP8, unscaled and without saturation.
-        for name, dtype in (("weight", E4M3), ("weight_scale", torch.float32), ("input_slot", torch.float32)):
+        for name, dtype in self.fp8_state().items():
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and value.dtype != dtype:
                 errors.append(
@@ -86,7 +70,7 @@ class FrozenWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
-class FrozenLinear(FrozenWeight):
+class FrozenLinear(FrozenState):
     """``y = x W^T + b`` of an E4M3 weight, for inference. ``freeze`` and ``load_pretrained`` make these.
 
     Input (..., in_features), output (..., out_features) of the input's dtype or of the autocast dtype. All state is
@@ -137,7 +121,15 @@ class FrozenLinear(FrozenWeight):
         granularity: str,
     ) -> None:  # fmt: skip
         self.out_features, self.in_features = weight.shape
-        self._register(weight, weight_scale, bias, input_slot, activations, granularity)
+        self.activations = activations
+        self.granularity = granularity
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("input_slot", input_slot)
+
+    def fp8_state(self) -> dict[str, torch.dtype]:
+        return {"weight": E4M3, "weight_scale": torch.float32, "input_slot": torch.float32}
 
     def forward(self, input: Tensor) -> Tensor:
         state = self._state()
@@ -147,6 +139,13 @@ class FrozenLinear(FrozenWeight):
         if torch.compiler.is_compiling() or has_torch_function((input, *state)):
             return torch.ops.torch_fp8.frozen_linear(*arguments)
         return _C.frozen_linear(*arguments)
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        buffers = self._buffers  # not by nn.Module.__getattr__, which would cost a third of the call
+        try:
+            return buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
+        except KeyError:  # one of them was parametrised, or made a Parameter
+            return self.weight, self.weight_scale, self.bias, self.input_slot
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -86,10 +86,10 @@ def freeze(
         del weights[name], parameter  # and with them the last 16-bit copy
     for name, module in mixtures.items():
         up_scale, down_scale = static_scales(name, module) if activations == "static" else (None, None)
-        up = quantize_stack(module, layout_of(module).up, weight, activations, up_scale)
-        down = quantize_stack(module, "down_proj", weight, activations, down_scale)
+        up = quantize_stack(module, layout_of(module).up, weight, up_scale)
+        down = quantize_stack(module, "down_proj", weight, down_scale)
         module.__dict__.pop(_AMAX, None)
-        become_frozen_experts(module, up, down)
+        become_frozen_experts(module, up, down, activations, weight)
     return model.requires_grad_(False)
 
 

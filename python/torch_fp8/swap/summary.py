@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
-from ..layers.frozen import FrozenLinear, FrozenWeight
+from ..layers.frozen import FrozenLinear, FrozenState
 from ..layers.linear import Linear
 from ..scaling import scales
 from ..table import plain
@@ -96,8 +96,8 @@ def summary(model: nn.Module) -> Summary:
 
 def _of_experts(name: str, module: nn.Module) -> LayerSummary:
     if isinstance(module, FrozenExperts):
-        shapes = [stack.weight.shape for stack in module.stacks()]
-        note = f"frozen: activations by {module.stacks()[0].activations}, weight by {module.stacks()[0].granularity}"
+        shapes = [getattr(module, projection).shape for projection in module.projections()]
+        note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
     else:
         shapes = [stack.shape for stack in stacks(module).values()]
         note = why_not_experts(module) or "experts train in 16 bits; torch_fp8.freeze takes them"
@@ -108,14 +108,15 @@ def _of_experts(name: str, module: nn.Module) -> LayerSummary:
 def _parameters(model: nn.Module) -> Parameters:
     fp8, others, seen = 0, Counter[str](), set[int]()
     for name, module in model.named_modules():
-        owned = list(module._parameters.values())
-        if isinstance(module, FrozenWeight):
-            owned += [module.weight, module.bias]
-        for tensor in owned:
+        owned, in_fp8 = dict(module._parameters), {"weight"} if isinstance(module, Linear) else set()
+        if isinstance(module, FrozenState):
+            owned = {key: tensor for key, tensor in module._buffers.items() if not key.endswith(("_scale", "_slot"))}
+            in_fp8 = module.fp8_state().keys()
+        for key, tensor in owned.items():
             if tensor is None or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            if isinstance(module, FrozenWeight | Linear) and tensor is module.weight:
+            if key in in_fp8:
                 fp8 += tensor.numel()
             else:
                 others[re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)] += tensor.numel()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..format import BLOCK, E4M3_MAX, quantize
-from ..layers.experts import ExpertStack, layout_of, matrices, separated
+from ..format import BLOCK, E4M3, E4M3_MAX, quantize
+from ..layers.experts import Stack, layout_of, matrices, separated, stack_scale_shape
 from ..layers.frozen import new_slot, scale_shape
 
 
@@ -45,22 +45,21 @@ def _bfloat16_above(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def quantize_stack(
-    module: nn.Module, projection: str, weight: str, activations: str, input_scale: float | None
-) -> ExpertStack:
+def quantize_stack(module: nn.Module, projection: str, weight: str, input_scale: float | None) -> Stack:
     """A projection of 16-bit experts in FP8. Each expert's gate and up are quantised by themselves, as checkpoints
     have them. input_scale: of static activations."""
     layout = layout_of(module)
-    values, bias, parts = matrices(module, layout, projection)
-    count, n, k = values.shape
+    values, bias = matrices(module, layout, projection)
+    parts = layout.parts(projection)
     is_interleaved = layout.is_interleaved and parts > 1
-    stack = ExpertStack(count, k, n, False, values.device, activations=activations, weight=weight, parts=parts)
-    for e in range(count):
-        quantised = [quantize_weight(part, weight) for part in separated(values[e], is_interleaved).chunk(parts)]
-        stack.weight[e] = torch.cat([codes for codes, _ in quantised])
-        stack.weight_scale[e] = torch.cat([scales for _, scales in quantised])
+    codes = torch.empty(values.shape, dtype=E4M3, device=values.device)
+    size = stack_scale_shape(weight, values.shape, parts)
+    scale = torch.empty(size, dtype=torch.float32, device=values.device)
+    for e, rows in enumerate(values):
+        quantised = [quantize_weight(part, weight) for part in separated(rows, is_interleaved).chunk(parts)]
+        codes[e] = torch.cat([codes for codes, _ in quantised])
+        scale[e] = torch.cat([scales for _, scales in quantised])
     if bias is not None:
-        stack.bias = torch.stack([separated(outputs, is_interleaved) for outputs in bias])
-    if input_scale is not None:
-        stack.input_slot = new_slot(input_scale, values.device).repeat(count, 1)
-    return stack
+        bias = torch.stack([separated(outputs, is_interleaved) for outputs in bias])
+    slot = None if input_scale is None else new_slot(input_scale, values.device).repeat(len(values), 1)
+    return Stack(codes, scale, bias, slot)
