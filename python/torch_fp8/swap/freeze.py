@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from ..format import BLOCK, E4M3_MAX, quantize
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot, scale_shape
 from ..layers.linear import SUPPORTED_DTYPES, Linear
 from .select import Filter, by_patterns, check_device, output_heads
+
+#: What is to be done when a model has got frozen layers; transformers' models know of theirs by this.
+after_freeze: list[Callable[[nn.Module], None]] = []
 
 _AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float
 
@@ -51,7 +54,7 @@ def freeze(
     weights = {name: _weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
-        _check_weight(name, weights[name])
+        check_weight(name, weights[name])
         if activations == "static":
             static_scale(name, layer)
 
@@ -63,6 +66,8 @@ def freeze(
             shared[id(parameter)] = quantize_weight(weights[name], weight)
         become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
+    for tell in after_freeze:
+        tell(model)
     return model.requires_grad_(False)
 
 
@@ -207,7 +212,7 @@ def _why_not(layer: nn.Module) -> str:
     return "" if layer.weight.numel() else "empty"
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"torch_fp8: {name or '(root)'} is on the meta device; load its weights before freezing it")
     if not weight.abs().amax().isfinite():
