@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot
 from ..layers.linear import SUPPORTED_DTYPES, Linear
 from .select import Filter, by_patterns, check_device, output_heads
 from .weights import power_of_two_above, quantize_stack, quantize_weight
+
+#: What is to be done when a model has got frozen layers; transformers' models know of theirs by this.
+after_freeze: list[Callable[[nn.Module], None]] = []
 
 _AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float, or of experts a list of two
 
@@ -66,13 +69,13 @@ def freeze(
     weights = {name: _weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
-        _check_weight(name, weights[name])
+        check_weight(name, weights[name])
         if activations == "static":
             static_scale(name, layer)
     for name, module in mixtures.items():
         for projection, stack in stacks(module).items():
             check_device(stack.device)
-            _check_weight(f"{name}.{projection}", stack)
+            check_weight(f"{name}.{projection}", stack)
         if activations == "static":
             static_scales(name, module)
 
@@ -90,6 +93,8 @@ def freeze(
         down = quantize_stack(module, "down_proj", weight, down_scale)
         module.__dict__.pop(_AMAX, None)
         become_frozen_experts(module, up, down, activations, weight)
+    for tell in after_freeze:
+        tell(model)
     return model.requires_grad_(False)
 
 
@@ -209,7 +214,7 @@ def _why_not(layer: nn.Module) -> str:
     return "" if layer.weight.numel() else "empty"
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"torch_fp8: {name or '(root)'} is on the meta device; load its weights before freezing it")
     if not weight.abs().amax().isfinite():
