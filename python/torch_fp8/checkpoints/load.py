@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..layers.experts import frozen_experts
 from ..layers.frozen import frozen_layers
 from ..swap.select import check_device
 from . import scheme
@@ -55,7 +56,7 @@ def load_pretrained(
         model.generation_config = folder.generation_config()
     device = torch.device(device)
     plan = Plan(model, folder.entries, folder.scheme(), folder.path, activations)
-    if frozen_layers(model):
+    if frozen_layers(model) or frozen_experts(model):
         check_device(device)
     fill_computed_buffers(model, device)
     plan.fill(device)
@@ -82,8 +83,8 @@ class Plan:
         self, model: PreTrainedModel, entries: Mapping[str, Entry], found: scheme.Scheme | None, path: Path,
         activations: str | None = None,
     ) -> None:  # fmt: skip
+        from .experts import freeze_as_stored
         from .names import Names
-        from .stored import freeze_as_stored
 
         self.model, self.path = model, path
         self.names = Names(model, entries)
@@ -117,7 +118,7 @@ class Plan:
         from .quantizer import QuantizationConfig, Quantizer
 
         model, quantizer = self.model, None
-        if frozen_layers(model):
+        if frozen_layers(model) or frozen_experts(model):
             quantizer = Quantizer(QuantizationConfig(), pre_quantized=True)
         info, _ = convert_and_load_state_dict_in_model(
             model,

@@ -11,16 +11,18 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..layers.experts import FrozenExperts, frozen_experts, is_experts
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
-from ..swap.freeze import check_weight, layers_to_freeze, quantize_weight
+from ..swap.freeze import check_weight, layers_to_freeze
 from ..swap.select import Filter, check_device
-from . import scheme
+from ..swap.weights import quantize_matrices, quantize_weight
+from . import experts, scheme
 from .errors import CheckpointError
 from .load import check_readable
-from .names import Names, reading, shaping, with_scales, written_names
+from .names import Names, reading, shaping, taken_apart, with_scales, written_names
 from .save import as_is, ignored_names, in_files, state_to_write
 from .shard import read_header
-from .stored import freeze_as_stored, freeze_empty
+from .stored import freeze_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,17 +87,21 @@ class Quantizer(HfQuantizer):
                     "torch_fp8.freeze it, or leave the layer out by the filter"
                 )
             for layer in layers.values():
-                freeze_empty(layer, config.activations, config.weight)
+                empty = experts.freeze_empty if is_experts(layer) else freeze_empty
+                empty(layer, config.activations, config.weight)
             return
         files = [Path(file) for file in checkpoint_files or ()]
         if not files or not all(file.suffix == ".safetensors" for file in files):
             raise ValueError("torch_fp8: an FP8 model is read from a folder of safetensors files")
         entries = {name: entry for file in files for name, entry in read_header(file).items()}
-        freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
+        experts.freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         path, _, key = param_name.rpartition(".")
-        return not self.pre_quantized and key == "weight" and isinstance(model.get_submodule(path), FrozenLinear)
+        layer = model.get_submodule(path)
+        of_layer = key == "weight" and isinstance(layer, FrozenLinear)
+        of_experts = isinstance(layer, FrozenExperts) and key.removesuffix("_bias") in layer.projections()
+        return not self.pre_quantized and (of_layer or of_experts)
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize()
@@ -103,13 +109,16 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         if not self.pre_quantized:
             return with_scales(conversions)
-        return reading() + with_scales(conversions) + shaping()
+        return reading() + with_scales(conversions) + experts.converters(model, conversions) + shaping()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, layer in frozen_layers(model).items():
-            if not getattr(layer.weight, "_is_hf_initialized", False):
-                raise CheckpointError(model.config.name_or_path, f"has no tensor {name}.weight")
-            check_device(layer.weight.device)
+        weights = {f"{name}.weight": layer.weight for name, layer in frozen_layers(model).items()}
+        for name, module in frozen_experts(model).items():
+            weights |= {f"{name}.{projection}": getattr(module, projection) for projection in module.projections()}
+        for name, weight in weights.items():
+            if not getattr(weight, "_is_hf_initialized", False):
+                raise CheckpointError(model.config.name_or_path, f"has no tensor {name}")
+            check_device(weight.device)
         declare(model)
         return model.requires_grad_(False)
 
@@ -122,10 +131,10 @@ class Quantizer(HfQuantizer):
         state = state_to_write(model, "compressed-tensors")
         empty = {name: tensor.to("meta") for name, tensor in state.items()}
         config = self.quantization_config
-        items = [as_is(name, tensor) for name, tensor in written_names(model, empty).items()]
+        items = [as_is(name, tensor) for name, tensor in written_names(model, empty, "compressed-tensors").items()]
         plan = check_readable({"quantization_config": config.to_dict()}, items, type(model).__name__, like=model)
         config.ignored = in_files(plan.names, ignored_names(model))
-        return state, {}
+        return taken_apart(model, state, "compressed-tensors"), {}
 
 
 class Quantize(ConversionOps):
@@ -137,6 +146,9 @@ class Quantize(ConversionOps):
             tensor = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
             layer = model.get_submodule(path)
+            if isinstance(layer, FrozenExperts):
+                result |= _quantized_stack(name, layer, tensor)
+                continue
             if not isinstance(layer, FrozenLinear):
                 result[name] = tensor
                 continue
@@ -150,13 +162,28 @@ class Quantize(ConversionOps):
         return result
 
 
+def _quantized_stack(name: str, module: FrozenExperts, tensor: Tensor) -> dict[str, Tensor]:
+    """A 16-bit stack of experts, or its bias, as the frozen module has it."""
+    path, _, key = name.rpartition(".")
+    projection, layout = key.removesuffix("_bias"), module.layout
+    rows = tensor.transpose(1, 2) if layout.is_transposed and key == projection else tensor
+    if rows.shape != getattr(module, key).shape or not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, which is not what the config says")
+    if key != projection:
+        return {name: layout.separated(rows, projection, dim=1)}
+    check_weight(name, tensor)
+    codes, scale = quantize_matrices(rows, layout, projection, module.granularity)
+    return {name: codes, f"{path}.{projection}_scale": scale}
+
+
 def declare(root: nn.Module) -> None:
     """Let transformers know of the frozen layers of a model, or of models within: by config, quantiser and ties."""
     from transformers import PreTrainedModel
 
     inner: set[nn.Module] = set()
     for model in root.modules():
-        if not isinstance(model, PreTrainedModel) or not (layers := frozen_layers(model)):
+        layers = {**frozen_layers(model), **frozen_experts(model)}
+        if not isinstance(model, PreTrainedModel) or not layers:
             continue
         quantizer = getattr(model, "hf_quantizer", None)
         if not isinstance(quantizer, Quantizer):
@@ -171,7 +198,7 @@ def declare(root: nn.Module) -> None:
         _untie(model, layers)
 
 
-def _untie(model: PreTrainedModel, layers: dict[str, FrozenLinear]) -> None:
+def _untie(model: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
     """A frozen layer has a weight of its own: what was tied to it is no longer."""
     tied = model.all_tied_weights_keys
     if gone := [pair for pair in tied.items() if any(name.rpartition(".")[0] in layers for name in pair)]:

@@ -34,6 +34,13 @@ class Layout:
     def parts(self, projection: str) -> int:
         return 2 if projection == "gate_up_proj" else 1
 
+    def separated(self, outputs: Tensor, projection: str, dim: int = 0) -> Tensor:
+        """With all gates above all ups along that dimension, which is that of a projection's outputs."""
+        if not self.is_interleaved or self.parts(projection) == 1:
+            return outputs
+        before = (slice(None),) * dim
+        return torch.cat([outputs[(*before, slice(first, None, 2))] for first in (0, 1)], dim)
+
 
 # Classes of transformers that say nothing of themselves.
 _KNOWN = {"Llama4TextExperts": Layout(is_transposed=True, is_routed=False), "Step3p7Experts": Layout()}
@@ -137,11 +144,6 @@ def matrices(module: nn.Module, layout: Layout, name: str) -> tuple[Tensor, Tens
     return weight, None if bias is None else bias.detach()
 
 
-def separated(rows: Tensor, is_interleaved: bool) -> Tensor:
-    """Rows gate, up, gate, up as all gates above all ups."""
-    return torch.cat((rows[::2], rows[1::2])) if is_interleaved else rows
-
-
 @torch.no_grad()
 def input_amaxes(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -170,6 +172,9 @@ class Stack(NamedTuple):
     scale: Tensor  # float32 (experts, parts), (experts, out_features, 1), or each part's grid of blocks above the next
     bias: Tensor | None  # (experts, out_features)
     slot: Tensor | None  # (experts, 4), with static activations only
+
+
+SUFFIXES = ("", "_scale", "_bias", "_slot")  # of their names
 
 
 def stack_scale_shape(weight: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
@@ -211,14 +216,14 @@ class FrozenExperts(FrozenState):
         return self.layout.up, "down_proj"
 
     def stack(self, projection: str) -> Stack:
-        return Stack(*(getattr(self, projection + suffix) for suffix in _SUFFIXES))
+        return Stack(*(getattr(self, projection + suffix) for suffix in SUFFIXES))
 
     def fp8_state(self) -> dict[str, torch.dtype]:
         dtypes = (E4M3, torch.float32, None, torch.float32)
         return {
             name + suffix: dtype
             for name in self.projections()
-            for suffix, dtype in zip(_SUFFIXES, dtypes, strict=True)
+            for suffix, dtype in zip(SUFFIXES, dtypes, strict=True)
             if dtype is not None
         }
 
@@ -267,9 +272,6 @@ class FrozenExperts(FrozenState):
         return f"{shapes}, activations={self.activations}, weight={self.granularity}"
 
 
-_SUFFIXES = ("", "_scale", "_bias", "_slot")  # of the buffers of a Stack
-
-
 def activated(module: nn.Module, layout: Layout, made_of: type[nn.Module], y: Tensor) -> Tensor:
     """What the experts of class ``made_of`` make of the first projection's output."""
     if not layout.has_gate:
@@ -285,7 +287,7 @@ def become_frozen_experts(module: nn.Module, up: Stack, down: Stack, activations
     """Change the class of a module of experts in place: the object, its name and its hooks stay."""
     layout, made_of = layout_of(module), type(module)
     for name, stack in ((layout.up, up), ("down_proj", down)):
-        for suffix, tensor in zip(_SUFFIXES, stack, strict=True):
+        for suffix, tensor in zip(SUFFIXES, stack, strict=True):
             module._parameters.pop(name + suffix, None)
             module.register_buffer(name + suffix, tensor)
     module.__class__ = FrozenExperts

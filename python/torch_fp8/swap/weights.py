@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..format import BLOCK, E4M3, E4M3_MAX, quantize
-from ..layers.experts import Stack, layout_of, matrices, separated, stack_scale_shape
+from ..layers.experts import Layout, Stack, layout_of, matrices, stack_scale_shape
 from ..layers.frozen import new_slot, scale_shape
 
 
@@ -46,20 +46,24 @@ def _bfloat16_above(x: Tensor) -> Tensor:
 
 
 def quantize_stack(module: nn.Module, projection: str, weight: str, input_scale: float | None) -> Stack:
-    """A projection of 16-bit experts in FP8. Each expert's gate and up are quantised by themselves, as checkpoints
-    have them. input_scale: of static activations."""
+    """A projection of 16-bit experts in FP8. input_scale: of static activations."""
     layout = layout_of(module)
     values, bias = matrices(module, layout, projection)
+    bias = None if bias is None else layout.separated(bias, projection, dim=1)
+    slot = None if input_scale is None else new_slot(input_scale, values.device).repeat(len(values), 1)
+    codes, scale = quantize_matrices(values, layout, projection, weight)
+    return Stack(codes, scale, bias, slot)
+
+
+def quantize_matrices(values: Tensor, layout: Layout, projection: str, weight: str) -> tuple[Tensor, Tensor]:
+    """Codes and multipliers of (experts, out, in). Each expert's gate and up are quantised by themselves, as
+    checkpoints have them."""
     parts = layout.parts(projection)
-    is_interleaved = layout.is_interleaved and parts > 1
     codes = torch.empty(values.shape, dtype=E4M3, device=values.device)
     size = stack_scale_shape(weight, values.shape, parts)
     scale = torch.empty(size, dtype=torch.float32, device=values.device)
     for e, rows in enumerate(values):
-        quantised = [quantize_weight(part, weight) for part in separated(rows, is_interleaved).chunk(parts)]
+        quantised = [quantize_weight(part, weight) for part in layout.separated(rows, projection).chunk(parts)]
         codes[e] = torch.cat([codes for codes, _ in quantised])
         scale[e] = torch.cat([scales for _, scales in quantised])
-    if bias is not None:
-        bias = torch.stack([separated(outputs, is_interleaved) for outputs in bias])
-    slot = None if input_scale is None else new_slot(input_scale, values.device).repeat(len(values), 1)
-    return Stack(codes, scale, bias, slot)
+    return codes, scale
