@@ -1,10 +1,9 @@
-"""Tries every causal language model of transformers, tiny, and writes docs/architectures.md: ``python
-tools/architectures.py [NAME ...]``."""
+"""Tries every causal language model of transformers, tiny, and writes docs/architectures.md:
+``python tools/architectures.py``; or tells of some: ``python tools/architectures.py llama gpt_neox``."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import tempfile
 import warnings
@@ -14,11 +13,13 @@ from typing import Any
 import torch
 import torch_fp8 as fp8
 import transformers
-from torch_fp8.checkpoints import CheckpointError
+from torch_fp8.checkpoints.quantize import quantize_checkpoint
 from torch_fp8.layers.frozen import frozen_layers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+
+MAX_PARAMETERS = 2**24
 
 # Small values for what configs call their sizes; each is taken by the configs that have it.
 SIZES: dict[str, Any] = {
@@ -38,3 +39,103 @@ SIZES: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 32,
 }  # fmt: skip
+
+
+def build(model_type: str) -> Any:
+    """A tiny model in bfloat16, in eval mode, no two weights alike. Raises whatever its classes do."""
+    torch.manual_seed(0)
+    config = tiny(transformers.CONFIG_MAPPING[model_type])
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    if (count := sum(parameter.numel() for parameter in model.parameters())) > MAX_PARAMETERS:
+        raise ValueError(f"{count} parameters: its config has sizes under other names")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape).mul_(0.05).to(parameter.dtype))
+    return model.eval().requires_grad_(False)
+
+
+def tiny(kind: Any) -> Any:
+    """A config of a class with small sizes, and small configs within it."""
+    known = {**kind.default_config_fields(), **dict.fromkeys(getattr(kind, "attribute_map", {}))}
+    values = {name: size for name, size in SIZES.items() if name in known}
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        with contextlib.suppress(Exception):
+            values[name] = tiny(part)
+    return kind(**values)
+
+
+def logits(model: Any) -> torch.Tensor | None:
+    """Of a few tokens; None where the 16-bit model takes more than tokens, or does not run on this machine."""
+    ids = torch.arange(40).view(2, 20) + 3
+    with contextlib.suppress(Exception), torch.no_grad():
+        out: torch.Tensor = model(input_ids=ids).logits
+        return out
+    return None
+
+
+def compare(name: str, model: Any, other: Any, expected: torch.Tensor | None) -> None:
+    """Raise AssertionError unless two models have the same state, and the second the expected logits."""
+    state, found = model.state_dict(), other.state_dict()
+    assert state.keys() == found.keys(), f"{name}: other names, such as {sorted(state.keys() ^ found.keys())[0]}"
+    for key, tensor in state.items():
+        same = tensor.dtype == found[key].dtype and torch.equal(bits(tensor), bits(found[key]))
+        assert same, f"{name}: {key} is another"
+    got = logits(other)
+    assert expected is None or (got is not None and torch.equal(got, expected)), f"{name}: other logits"
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.view(-1)
+
+
+def attempt(model_type: str, folder: Path) -> tuple[str, str]:
+    """What became of an architecture, in a word and in a sentence: "passes", "refused", "fails", or "not built"."""
+    try:
+        plain = build(model_type)
+    except Exception as error:
+        return "not built", f"{type(error).__name__}: {error}"
+    try:
+        plain.save_pretrained(folder / "plain")
+        expected = logits(plain)
+        ours = fp8.load_pretrained(folder / "plain")
+        compare("16 bits", plain, ours, expected)
+        fp8.freeze(ours)
+        quantized_count = sum(layer.get_buffer("weight").numel() for layer in frozen_layers(ours).values())
+        share = quantized_count / (quantized_count + sum(parameter.numel() for parameter in ours.parameters()))
+        quantized = logits(ours)
+        for name, save, load in (
+            ("save_pretrained", lambda path: fp8.save_pretrained(ours, path), fp8.load_pretrained),
+            ("transformers", ours.save_pretrained, transformers.AutoModelForCausalLM.from_pretrained),
+            ("quantize", lambda path: quantize_checkpoint(folder / "plain", path), fp8.load_pretrained),
+        ):
+            try:
+                save(folder / name)
+            except ValueError as error:
+                left = [path.name for path in (folder / name).glob("*")] if (folder / name).exists() else []
+                assert not left, f"{name}: refused, but {left} were written"
+                return "refused", str(error)
+            compare(name, ours, load(folder / name), quantized)
+        return "passes", f"{100 * share:.0f} % of the parameters in FP8" + (
+            "" if expected is not None else "; no logits"
+        )
+    except Exception as error:
+        return "fails", f"{type(error).__name__}: {error}"
+
+
+def main(model_types: list[str]) -> None:
+    rows = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        for model_type in model_types or sorted(NAMES):
+            with tempfile.TemporaryDirectory() as folder:
+                word, sentence = attempt(model_type, Path(folder))
+            rows.append((model_type, word, " ".join(sentence.split())[:300]))
+            print(*rows[-1], sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -36,6 +36,7 @@ from ..layers.experts import (
     why_not_experts,
 )
 from ..layers.frozen import new_slot
+from ..observe.emulate import dequantize
 from .errors import CheckpointError
 from .scheme import Scheme, scale_name
 from .shard import Entry
@@ -274,6 +275,29 @@ def freeze_empty(module: nn.Module, activations: str, granularity: str) -> None:
             )
         )
     become_frozen_experts(module, *new, activations, granularity)
+
+
+def thaw(module: FrozenExperts, dtype: torch.dtype | None) -> None:
+    """Make frozen experts the 16-bit ones again, in place; of their weights there is what FP8 left."""
+    layout = module.layout
+    for projection in module.projections():
+        codes, scale, bias, _ = module.stack(projection)
+        parts = layout.parts(projection)
+        values = torch.stack([
+            torch.cat([dequantize(*part) for part in zip(matrix.chunk(parts), scales.chunk(parts), strict=True)])
+            for matrix, scales in zip(codes, scale, strict=True)
+        ])  # fmt: skip
+        values = layout.joined(values, projection, dim=1)
+        values = values.transpose(1, 2).contiguous() if layout.is_transposed else values
+        for suffix in SUFFIXES:
+            del module._buffers[projection + suffix]
+        setattr(module, projection, nn.Parameter(values.to(dtype or values.dtype), requires_grad=False))
+        if bias is not None:
+            bias = layout.joined(bias, projection, dim=1)
+            setattr(module, f"{projection}_bias", nn.Parameter(bias.to(dtype or bias.dtype), requires_grad=False))
+    plain: Any = module
+    plain.__class__ = module.made_of
+    del plain.layout, plain.made_of, plain.activations, plain.granularity
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

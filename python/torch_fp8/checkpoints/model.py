@@ -40,6 +40,8 @@ def empty_model(
 
     try:
         own = read_config(path / CONFIG, config)
+        if getattr(own.get_text_config(), "num_hidden_layers", 0) < 0:
+            raise ValueError(f"num_hidden_layers is {own.get_text_config().num_hidden_layers}")
         dtype = dtype or getattr(own, "dtype", None) or stored_dtype(entries.values())
         with bounded(len(entries)), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(own, dtype=dtype)
@@ -84,9 +86,12 @@ def _check_counts(value: Any, path: object, key: str = "", in_list: bool = False
     elif isinstance(value, list):
         for item in value:
             _check_counts(item, path, key, True)
-    elif isinstance(value, int) and not 0 <= value <= MAX_COUNT:
-        if (in_list and value > 0 or _COUNT.search(key)) and not _NO_COUNT.search(key):
-            raise CheckpointError(path, f"has {key[:200]} of {value}; a count is 0 to {MAX_COUNT}")
+    elif isinstance(value, int) and abs(value) > MAX_COUNT and _counts(key, in_list):
+        raise CheckpointError(path, f"has {key[:200]} of {value}; a count may be {MAX_COUNT} at most")
+
+
+def _counts(key: str, in_list: bool) -> bool:
+    return (in_list or bool(_COUNT.search(key))) and not _NO_COUNT.search(key)
 
 
 @contextmanager

@@ -128,13 +128,17 @@ def _is_reading(conversion: Any) -> bool:
     return conversion._original_target_patterns in ([f".{SCALE}"], [f".{SLOT}"])
 
 
-def written_names(model: PreTrainedModel, state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
-    """A state under the names that files of the model have, without what is tied."""
+def written_names(
+    model: PreTrainedModel, state: dict[str, Tensor], format: str, empty: bool = False
+) -> dict[str, Tensor]:
+    """A state under the names that files of the model have, without what is tied. empty: on the meta device."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict  # which imports us, see register.py
 
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in state.items() if name not in ignored}
     state = remove_tied_weights_from_state_dict(state, model)
+    if empty:
+        state = {name: tensor.to("meta") for name, tensor in state.items()}
     model._weight_conversions = writing(model)
     return revert_weight_conversion(model, taken_apart(model, state, format))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
@@ -13,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.experts import FrozenExperts, frozen_experts, is_experts
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
+from ..observe.emulate import dequantize
 from ..swap.freeze import check_weight, layers_to_freeze
 from ..swap.select import Filter, check_device
 from ..swap.weights import quantize_matrices, quantize_weight
@@ -112,7 +114,7 @@ class Quantizer(HfQuantizer):
         return reading() + with_scales(conversions) + experts.converters(model, conversions) + shaping()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        weights = {f"{name}.weight": layer.weight for name, layer in frozen_layers(model).items()}
+        weights = {f"{name}.weight": layer.get_buffer("weight") for name, layer in frozen_layers(model).items()}
         for name, module in frozen_experts(model).items():
             weights |= {f"{name}.{projection}": getattr(module, projection) for projection in module.projections()}
         for name, weight in weights.items():
@@ -122,6 +124,16 @@ class Quantizer(HfQuantizer):
         declare(model)
         return model.requires_grad_(False)
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        layers = frozen_layers(model)
+        if conv1d := [name for name, layer in layers.items() if hasattr(layer, "nf")]:
+            raise ValueError(f"torch_fp8: {conv1d[0]} was a Conv1D; load the 16-bit checkpoint instead")
+        for layer in layers.values():
+            thaw(layer, dtype)
+        for module in frozen_experts(model).values():
+            experts.thaw(module, dtype)
+        return model
+
     # Writing.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -129,9 +141,9 @@ class Quantizer(HfQuantizer):
         the format cannot hold the model."""
         declare(model)
         state = state_to_write(model, "compressed-tensors")
-        empty = {name: tensor.to("meta") for name, tensor in state.items()}
         config = self.quantization_config
-        items = [as_is(name, tensor) for name, tensor in written_names(model, empty, "compressed-tensors").items()]
+        written = written_names(model, state, "compressed-tensors", empty=True)
+        items = [as_is(name, tensor) for name, tensor in written.items()]
         plan = check_readable({"quantization_config": config.to_dict()}, items, type(model).__name__, like=model)
         config.ignored = in_files(plan.names, ignored_names(model))
         return taken_apart(model, state, "compressed-tensors"), {}
@@ -153,8 +165,9 @@ class Quantize(ConversionOps):
                 result[name] = tensor
                 continue
             tensor = tensor.t() if hasattr(layer, "nf") else tensor
-            if tensor.shape != layer.weight.shape or not tensor.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {list(layer.weight.shape)}")
+            expected = layer.get_buffer("weight").shape
+            if tensor.shape != expected or not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {list(expected)}")
             check_weight(path, tensor)
             result[name], result[f"{path}.weight_scale"] = quantize_weight(tensor, layer.granularity)
         if more.get("missing_keys") is not None:
@@ -174,6 +187,18 @@ def _quantized_stack(name: str, module: FrozenExperts, tensor: Tensor) -> dict[s
     check_weight(name, tensor)
     codes, scale = quantize_matrices(rows, layout, projection, module.granularity)
     return {name: codes, f"{path}.{projection}_scale": scale}
+
+
+def thaw(layer: FrozenLinear, dtype: torch.dtype | None) -> None:
+    """Make a frozen layer an nn.Linear again, in place; of its weight there is what FP8 left."""
+    state = {name: layer.get_buffer(name) for name in ("weight", "weight_scale")}
+    weight, bias = dequantize(state["weight"], state["weight_scale"]), layer._buffers["bias"]
+    layer._buffers.clear()
+    del layer.activations, layer.granularity
+    plain = cast("nn.Linear", layer)
+    plain.__class__ = nn.Linear
+    plain.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype or bias.dtype), False))
 
 
 def declare(root: nn.Module) -> None:

@@ -77,7 +77,7 @@ def _enter(tables: Any) -> None:
     tables.register_quantization_config(METHOD)(config)
 
     def unless_ours(theirs: Any) -> Any:
-        class Either(theirs):  # type: ignore[misc]
+        class Either(theirs):
             @classmethod
             def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
                 return (config if is_ours(values) else theirs).from_dict(values, **kwargs)

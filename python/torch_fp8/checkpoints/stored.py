@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..format import E4M3
 from ..layers.frozen import scale_shape
-from ..swap.freeze import become_frozen
+from ..swap.freeze import become_frozen, weight_of
 from .errors import CheckpointError
 from .scheme import INPUT_SCALES, WEIGHT_SCALES, Scheme
 from .shard import Entry
@@ -53,6 +53,11 @@ def freeze_as_stored(
         (how, granularity), its = stored_layer(names.entries, scheme, entry, path, activations)
         layers |= {name: (modules[name.rpartition(".")[0]], how, granularity) for name in targets}
         used |= its
+    for stem, _, key in (name.rpartition(".") for name in names.entries):
+        if scheme is not None and key in WEIGHT_SCALES and f"{stem}.weight" not in names.entries:
+            raise CheckpointError(
+                names.entries[f"{stem}.{key}"].path, f"has {stem}.{key}, but has no tensor {stem}.weight"
+            )
     for layer, how, granularity in layers.values():
         freeze_empty(layer, how, granularity)
     return used
@@ -85,7 +90,7 @@ def stored_layer(
 
 def freeze_empty(layer: nn.Module, activations: str, granularity: str) -> None:
     """A frozen layer on the meta device, in the place of a linear one."""
-    n, k = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else (layer.nf, layer.nx)
+    n, k = weight_of(layer).shape
     codes = torch.empty(n, k, dtype=E4M3, device="meta")
     scale = torch.empty(scale_shape(granularity, n, k), dtype=torch.float32, device="meta")
     slot = torch.empty(1, 4, dtype=torch.float32, device="meta") if activations == "static" else None

@@ -41,6 +41,12 @@ class Layout:
         before = (slice(None),) * dim
         return torch.cat([outputs[(*before, slice(first, None, 2))] for first in (0, 1)], dim)
 
+    def joined(self, outputs: Tensor, projection: str, dim: int) -> Tensor:
+        """The opposite of ``separated``."""
+        if not self.is_interleaved or self.parts(projection) == 1:
+            return outputs
+        return torch.stack(outputs.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
+
 
 # Classes of transformers that say nothing of themselves.
 _KNOWN = {"Llama4TextExperts": Layout(is_transposed=True, is_routed=False), "Step3p7Experts": Layout()}
@@ -255,9 +261,7 @@ class FrozenExperts(FrozenState):
 
     def _of_sorted(self, x: Tensor, offsets: Tensor) -> Tensor:
         """offsets: where each expert's rows begin, and the last one's end; on the CPU."""
-        y = self._multiplied(self.layout.up, x, offsets)
-        if self.layout.is_interleaved:
-            y = y.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        y = self.layout.joined(self._multiplied(self.layout.up, x, offsets), self.layout.up, dim=1)
         y = self._multiplied("down_proj", activated(self, self.layout, self.made_of, y), offsets)
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 

@@ -66,7 +66,7 @@ def freeze(
     check_choices(activations, weight)
     layers = layers_to_freeze(model, filter)
     mixtures = {name: layers.pop(name) for name in list(layers) if is_experts(layers[name])}
-    weights = {name: _weight_of(layer) for name, layer in layers.items()}
+    weights = {name: weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
         check_weight(name, weights[name])
@@ -179,7 +179,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Linear) or is_conv1d(m)}
 
 
-def _weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
     """(out, in)"""
     return layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
 
