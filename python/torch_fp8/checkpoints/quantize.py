@@ -13,7 +13,7 @@ from ..files import check_free
 from ..swap.freeze import calibrate, layers_to_freeze, quantize_weight, static_scale
 from ..swap.select import Filter
 from . import folder, scheme
-from .errors import CheckpointError
+from .errors import CheckpointError, need_transformers
 from .folder import Folder
 from .load import Plan, check_readable, load_pretrained
 from .model import empty_model
@@ -42,6 +42,7 @@ def quantize_checkpoint(
     where to compute. Raises CheckpointError for a source that is damaged or quantised already, ValueError where the
     format cannot hold it, FileExistsError where the target is taken.
     """
+    need_transformers()
     scheme.check_writable(format, *KINDS.get(format, ("", "")))
     weight, activations = KINDS[format]
     if (activations == "static") != (batches is not None):

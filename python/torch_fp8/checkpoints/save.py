@@ -15,6 +15,7 @@ from ..files import check_free
 from ..format import BLOCK, E4M3
 from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
 from . import folder, scheme
+from .errors import need_transformers
 from .folder import Folder
 from .load import EXTRA, SOURCE, check_readable
 from .shard import Item
@@ -44,6 +45,7 @@ def save_pretrained(
 
     Raises ValueError where the format cannot hold the model, FileExistsError where ``path`` is taken.
     """
+    need_transformers()
     from .names import written_names
 
     state = state_to_write(model, format)
