@@ -14,7 +14,6 @@ import torch
 import torch_fp8 as fp8
 import transformers
 from torch_fp8.checkpoints.quantize import quantize_checkpoint
-from torch_fp8.layers.frozen import frozen_layers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -102,8 +101,7 @@ def attempt(model_type: str, folder: Path) -> tuple[str, str]:
         ours = fp8.load_pretrained(folder / "plain")
         compare("16 bits", plain, ours, expected)
         fp8.freeze(ours)
-        quantized_count = sum(layer.get_buffer("weight").numel() for layer in frozen_layers(ours).values())
-        share = quantized_count / (quantized_count + sum(parameter.numel() for parameter in ours.parameters()))
+        share = fp8.summary(ours).parameters.share
         quantized = logits(ours)
         for name, save, load in (
             ("save_pretrained", lambda path: fp8.save_pretrained(ours, path), fp8.load_pretrained),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..format import E4M3
 from ..layers.experts import frozen_experts
 from ..layers.frozen import frozen_layers
 from ..swap.select import check_device
 from . import scheme
-from .errors import CheckpointError
+from .errors import CheckpointError, need_transformers
 from .folder import CONFIG, Folder
-from .model import bounded, empty_model, fill_computed_buffers
+from .model import bounded, empty_model
 from .shard import DTYPES, Entry, Item
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def load_pretrained(
     Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell;
     RuntimeError for a GPU that FP8 layers cannot run on.
     """
+    need_transformers()
     folder = Folder(path)
     model = empty_model(folder.path, folder.config, folder.entries, dtype)
     if folder.has("generation_config.json"):
@@ -58,7 +61,6 @@ def load_pretrained(
     plan = Plan(model, folder.entries, folder.scheme(), folder.path, activations)
     if frozen_layers(model) or frozen_experts(model):
         check_device(device)
-    fill_computed_buffers(model, device)
     plan.fill(device)
     unused = [name for name in plan.extra if name.endswith(".weight")]
     if unused:
@@ -83,17 +85,25 @@ class Plan:
         self, model: PreTrainedModel, entries: Mapping[str, Entry], found: scheme.Scheme | None, path: Path,
         activations: str | None = None,
     ) -> None:  # fmt: skip
+        self.model, self.path = model, path
+        try:
+            self._fit(entries, found, activations)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever transformers raises for names and values that nobody has checked
+            raise CheckpointError(path / CONFIG, f"does not fit its tensors: {error}") from error
+
+    def _fit(self, entries: Mapping[str, Entry], found: scheme.Scheme | None, activations: str | None) -> None:
         from .experts import freeze_as_stored
         from .names import Names
+        from .quantizer import untie
 
-        self.model, self.path = model, path
-        self.names = Names(model, entries)
-        for name, entry in entries.items():
-            self._check(
-                entry, [self.names.state[target] for target in self.names.targets[name] if target in self.names.state]
-            )
-        scales = freeze_as_stored(model, self.names, found, path / CONFIG, activations)
-        state = model.state_dict()
+        self.names = Names(self.model, entries)
+        for name, targets in self.names.targets.items():
+            self._check(entries[name], [self.names.state[target] for target in targets if target in self.names.state])
+        scales = freeze_as_stored(self.model, self.names, found, self.path / CONFIG, activations)
+        untie(self.model)
+        state = self.model.state_dict()
         self.extra = {
             name: entry
             for name, entry in entries.items()
@@ -105,12 +115,12 @@ class Plan:
         from .quantizer import declare
 
         tensors = {name: Lazy(entry) for name, entry in self.names.entries.items() if name not in self.extra}
-        missing = self._load(tensors, device)
+        info, how = self._load(tensors, device)
+        self.model._finalize_model_loading(self.model, how, info)  # ties, and buffers that no file holds
         declare(self.model)
-        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
-    def _load(self, tensors: dict[str, Lazy], device: Any) -> set[str]:
-        """Into the model, by transformers' own way; returns what is missing and is tied to something else."""
+    def _load(self, tensors: dict[str, Lazy], device: Any) -> tuple[Any, Any]:
+        """Into the model, by transformers' own way; what it tells of that, and how it was done."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -120,31 +130,31 @@ class Plan:
         model, quantizer = self.model, None
         if frozen_layers(model) or frozen_experts(model):
             quantizer = Quantizer(QuantizationConfig(), pre_quantized=True)
-        info, _ = convert_and_load_state_dict_in_model(
-            model,
-            tensors,
-            LoadStateDictConfig(
-                device_map={"": device},
-                dtype=model.dtype,
-                dtype_plan=model._get_dtype_plan(model.dtype),
-                hf_quantizer=quantizer,
-                weight_mapping=get_model_conversion_mapping(model, None, quantizer),
-            ),
+        how = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=model.dtype,
+            dtype_plan=model._get_dtype_plan(model.dtype),
+            hf_quantizer=quantizer,
+            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
         )
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, how)
         for name, text in info.conversion_errors.items():
             what = text.rpartition("\nError: ")[0].rpartition("\n")[2]
             raise self._error(name, what)
         for name, shape, expected in info.mismatched_keys:
             raise self._error(name, f"has shape {list(shape)}, expected {list(expected)}")
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        missing = set(info.missing_keys)
-        for name in sorted(missing):
-            if not {name} <= tied.keys() | set(tied.values()):
+        for name in sorted(info.missing_keys):
+            if not self._may_be_missing(name, info.missing_keys):
                 raise CheckpointError(self.path, f"has no tensor {name}, which its config asks for")
-        for target, source in tied.items():
-            if target in missing and source in missing:
-                raise CheckpointError(self.path, f"has no tensor {source}, which its config asks for")
-        return missing
+        return info, how
+
+    def _may_be_missing(self, name: str, missing: set[str]) -> bool:
+        """Whether a tensor is tied to one that is there, or is one that the class makes by itself."""
+        tied = self.model.all_tied_weights_keys
+        source = tied.get(name, name)
+        together = {source} | {target for target, of in tied.items() if of == source}
+        own = self.model._keys_to_ignore_on_load_missing or ()
+        return not together <= missing or any(re.search(pattern, name) for pattern in own)
 
     def _error(self, target: str, what: str) -> CheckpointError:
         """Of a tensor of the model, with the one in the files that it comes from."""
@@ -156,12 +166,12 @@ class Plan:
         return CheckpointError(self.path, f"{target} {what}")
 
     def _check(self, entry: Entry, places: list[Tensor]) -> None:
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
+        """Numbers go where numbers are, FP8 where ``freeze_as_stored`` finds linear layers for it, and no codes of
+        another kind anywhere."""
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64, E4M3)
         for place in places:
             if place.dtype.is_floating_point != (entry.dtype in floats):
-                raise CheckpointError(
-                    entry.path, f"{entry.name} is {entry.dtype}; FP8 is read as E4M3 weights of linear layers only"
-                )
+                raise CheckpointError(entry.path, f"{entry.name} is {entry.dtype}, expected {place.dtype} or the like")
 
 
 class Lazy:

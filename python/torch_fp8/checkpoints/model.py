@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,9 @@ _OURS = {"quantization_config", "compression_config", "model_type", "auto_map", 
 #: The largest count of layers, heads, labels or the like in a config: classes make lists of such lengths.
 MAX_COUNT = 2**16
 _COUNT = re.compile(r"(^|_)(num|n|layers?|labels?|blocks?|depths?|stages?|heads?|experts?|codebooks?)($|_)")
-_NO_COUNT = re.compile(r"position|embd|embed|vocab|ctx|inner|token|size|dim|length|window|params")
+_NO_COUNT = re.compile(
+    r"position|embd|embed|vocab|ctx|inner|token|_ids?$|size|dim|length|window|params|step|sample|train"
+)
 
 #: How many modules a model may have, and bytes of computed buffers, beyond what the files say.
 SPARE_MODULES, SPARE_BYTES = 10_000, 2**30
@@ -97,11 +100,11 @@ def _counts(key: str, in_list: bool) -> bool:
 @contextmanager
 def bounded(tensors: int) -> Iterator[None]:
     """Within, a model with many more modules than there are tensors is not built to its end."""
-    bound, count = SPARE_MODULES + _MODULES_A_TENSOR * tensors, 0
+    bound, count, thread = SPARE_MODULES + _MODULES_A_TENSOR * tensors, 0, threading.get_ident()
 
     def hook(*args: Any) -> None:
         nonlocal count
-        count += 1
+        count += threading.get_ident() == thread  # another thread's modules are its own
         if count > bound:
             raise ValueError(f"it has more than {bound} modules and parameters, but there are {tensors} tensors")
 
@@ -114,15 +117,3 @@ def bounded(tensors: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that no file holds (rotary frequencies, masks), as transformers initialises them. The parameters are on
-    the meta device still, where initialising does nothing."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device=device)
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)

@@ -15,7 +15,7 @@ from ..swap.freeze import calibrate, layers_to_freeze, static_scale, static_scal
 from ..swap.select import Filter
 from ..swap.weights import quantize_weight
 from . import folder, scheme
-from .errors import CheckpointError
+from .errors import CheckpointError, need_transformers
 from .folder import Folder
 from .load import Plan, check_readable, load_pretrained
 from .model import empty_model
@@ -44,6 +44,7 @@ def quantize_checkpoint(
     where to compute. Raises CheckpointError for a source that is damaged or quantised already, ValueError where the
     format cannot hold it, FileExistsError where the target is taken.
     """
+    need_transformers()
     scheme.check_writable(format, *KINDS.get(format, ("", "")))
     weight, activations = KINDS[format]
     if (activations == "static") != (batches is not None):

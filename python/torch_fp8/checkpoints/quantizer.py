@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..format import E4M3
 from ..layers.experts import FrozenExperts, frozen_experts, is_experts
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
 from ..observe.emulate import dequantize
@@ -97,6 +98,7 @@ class Quantizer(HfQuantizer):
             raise ValueError("torch_fp8: an FP8 model is read from a folder of safetensors files")
         entries = {name: entry for file in files for name, entry in read_header(file).items()}
         experts.freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
+        untie(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         path, _, key = param_name.rpartition(".")
@@ -104,6 +106,11 @@ class Quantizer(HfQuantizer):
         of_layer = key == "weight" and isinstance(layer, FrozenLinear)
         of_experts = isinstance(layer, FrozenExperts) and key.removesuffix("_bias") in layer.projections()
         return not self.pre_quantized and (of_layer or of_experts)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # Of modules that a class keeps in float32 the codes are codes all the same.
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        return None if stored in ("F8_E4M3", E4M3) else super().get_new_dtype(converter, param, dtype)
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize()
@@ -220,12 +227,12 @@ def declare(root: nn.Module) -> None:
         config.kinds = list(dict.fromkeys((layer.granularity, layer.activations) for layer in layers.values()))
         config.ignored = ignored_names(model)
         model.config.quantization_config = config
-        _untie(model, layers)
+        untie(model)
 
 
-def _untie(model: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
+def untie(model: PreTrainedModel) -> None:
     """A frozen layer has a weight of its own: what was tied to it is no longer."""
-    tied = model.all_tied_weights_keys
+    layers, tied = frozen_layers(model), model.all_tied_weights_keys
     if gone := [pair for pair in tied.items() if any(name.rpartition(".")[0] in layers for name in pair)]:
         for target, _ in gone:
             del tied[target]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..swap.freeze import after_freeze
 from ..swap.select import Filter
+from .errors import need_transformers
 from .scheme import METHOD, is_ours
 
 _TABLES = "transformers.quantizers.auto"
@@ -35,6 +36,7 @@ def QuantizationConfig(
     ``AutoModel....from_pretrained(folder)`` reads a folder of ours into FrozenLinear layers; without it, transformers
     reads it as any other compressed-tensors checkpoint. Needs transformers.
     """
+    need_transformers()
     from .quantizer import QuantizationConfig
 
     return QuantizationConfig(activations, weight, filter)

@@ -16,6 +16,7 @@ from ..format import BLOCK, E4M3
 from ..layers.experts import FrozenExperts, frozen_experts, stack_scale_shape
 from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
 from . import folder, scheme
+from .errors import need_transformers
 from .folder import Folder
 from .load import EXTRA, SOURCE, check_readable
 from .shard import Item
@@ -45,6 +46,7 @@ def save_pretrained(
 
     Raises ValueError where the format cannot hold the model, FileExistsError where ``path`` is taken.
     """
+    need_transformers()
     from .names import written_names
 
     state = state_to_write(model, format)
