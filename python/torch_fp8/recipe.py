@@ -51,7 +51,7 @@ class Recipe(ABC):
     @property
     def margins(self) -> tuple[int, int]:
         """Binades left free above an amax: of inputs and weights, and of output gradients."""
-        return 0, self.grad_margin
+        return 0, getattr(self, "grad_margin", 0)
 
     def _options(self, scaling: Any, *, power_of_two: bool) -> _C.LinearOptions:
         margin, grad_margin = self.margins
