@@ -116,7 +116,12 @@ class Linear(nn.Linear):
                 input, weight, bias, state.slots, state.options, state.memo, self.training, main_grad, dummy,
                 state.place,
             )  # fmt: skip
-        except RuntimeError:
+        except RuntimeError as error:
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    "torch_fp8: torch.jit.trace cannot record an FP8 layer that is being trained; trace the model frozen "
+                    "(torch_fp8.freeze), or in 16 bits (with torch_fp8.disabled(model))"
+                ) from error
             if state.slots.device == weight.device:
                 raise
         state.follow(weight)  # it was moved past every method of a module
