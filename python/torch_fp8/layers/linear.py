@@ -103,7 +103,8 @@ class Linear(nn.Linear):
         if is_dtensor(weight):
             return dtensor.linear(self, input)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
-        if torch.compiler.is_compiling():
+        # Compiled autograd hands no tensor that a backward changes to what it traces: there the layer stays eager.
+        if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
             return traced.linear(self, input, *main_grad)
         return self._linear(input, weight, self.bias, *(main_grad or _NO_MAIN_GRAD))
 
