@@ -448,3 +448,80 @@ def test_fuzz_config(checkpoint):
                 fp8.load_pretrained(checkpoint.path)
         except fp8.CheckpointError as error:
             assert str(checkpoint.path) in str(error)
+
+
+def small(kind, **sizes):
+    config = transformers.CONFIG_MAPPING[kind](
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **sizes
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+# What is renamed (gpt_neox), merged (mixtral: experts) or has Infinity (mamba2) between file and model; and FP8.
+FUZZED = {
+    "llama": lambda: fp8.freeze(small("llama", intermediate_size=48)),
+    "mixtral": lambda: small("mixtral", intermediate_size=48, num_local_experts=2),
+    "gpt_neox": lambda: fp8.freeze(small("gpt_neox", intermediate_size=48)),
+    "mamba2": lambda: small("mamba2", num_heads=4, head_dim=16, state_size=8, n_groups=1),
+}
+ODD = [
+    *(-1, 0, 1, 2, 3, 7, 64, 10**5, 2**31, 2**63, 10**40, 0.5, -0.5, 1e308, math.inf, None, True, False),
+    *("", "x", "gelu", "float16", "../x", [], [0], [10**9], ["a", "b"], {}, {"a": 1}, {"rope_type": "yarn"}),
+    [[["global"], 10**9]],
+]
+
+
+def places(value):
+    """Every (container, key) within JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield value, key
+        yield from places(item)
+
+
+def change_values(rng, value):
+    """Change, drop, exchange or add some values of JSON, in place."""
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        container, key = rng.choice(list(places(value)) or [(value, "x")])
+        other, its = rng.choice(list(places(value)) or [(value, "x")])
+        kind = rng.randrange(6)
+        if kind < 3:
+            container[key] = rng.choice(ODD)
+        elif kind == 3:
+            container[key], other[its] = other.get(its) if isinstance(other, dict) else other[its], container[key]
+        elif kind == 4 and isinstance(container, dict):
+            container[rng.choice(["num_labels", "decoder_layers", "layer_types", "num_experts", str(key) + "s"])] = (
+                rng.choice(ODD)
+            )
+        elif isinstance(container, dict):
+            del container[key]
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_fuzz_values_of_configs_and_indexes(kind, tmp_path):
+    """A CheckpointError, or a model with the file's values; TORCH_FP8_FUZZ=10000 for longer."""
+    model = FUZZED[kind]()
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    state, rng, refused = model.state_dict(), random.Random(kind), 0
+    files = {name: (tmp_path / name).read_text() for name in ("config.json", "model.safetensors.index.json")}
+    for _ in range(int(os.environ.get("TORCH_FP8_FUZZ", 100)) // 4):
+        changed = rng.choice(sorted(files))
+        value = json.loads(files[changed])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                change_values(rng, value)
+            except RecursionError:
+                continue
+            (tmp_path / changed).write_text(json.dumps(value))
+            try:
+                loaded = fp8.load_pretrained(tmp_path).state_dict()
+            except fp8.CheckpointError as error:
+                assert str(tmp_path) in str(error)
+                refused += 1
+            else:
+                for name in state.keys() & loaded.keys():
+                    expected = state[name].to(loaded[name].dtype)
+                    assert torch.equal(expected.view(torch.uint8), loaded[name].view(torch.uint8)), (name, value)
+        (tmp_path / changed).write_text(files[changed])
+    assert refused > 5

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,8 @@ class Plan:
             hf_quantizer=quantizer,
             weight_mapping=get_model_conversion_mapping(model, None, quantizer),
         )
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, how)
+        with _without_bars() if device == "meta" else contextlib.nullcontext():
+            info, _ = convert_and_load_state_dict_in_model(model, tensors, how)
         for name, text in info.conversion_errors.items():
             what = text.rpartition("\nError: ")[0].rpartition("\n")[2]
             raise self._error(name, what)
@@ -172,6 +174,20 @@ class Plan:
         for place in places:
             if place.dtype.is_floating_point != (entry.dtype in floats):
                 raise CheckpointError(entry.path, f"{entry.name} is {entry.dtype}, expected {place.dtype} or the like")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Nothing is loaded that one would wait for."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Lazy:

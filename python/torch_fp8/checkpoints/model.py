@@ -25,7 +25,7 @@ _OURS = {"quantization_config", "compression_config", "model_type", "auto_map", 
 
 #: The largest count of layers, heads, labels or the like in a config: classes make lists of such lengths.
 MAX_COUNT = 2**16
-_COUNT = re.compile(r"(^|_)(num|n|layers?|labels?|blocks?|depths?|stages?|heads?|experts?|codebooks?)($|_)")
+_COUNT = re.compile(r"(^|_)(layer|label|block|depth|stage|head|expert|codebook|group|cycle|loop)s?($|_)")
 _NO_COUNT = re.compile(
     r"position|embd|embed|vocab|ctx|inner|token|_ids?$|size|dim|length|window|params|step|sample|train"
 )

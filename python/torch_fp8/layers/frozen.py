@@ -97,6 +97,11 @@ class FrozenLinear(FrozenState):
     input, forward raises RuntimeError, as it does for an input of a wrong shape.
     """
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_slot: Tensor | None
+
     def __init__(
         self,
         in_features: int,
