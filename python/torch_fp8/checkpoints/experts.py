@@ -261,7 +261,7 @@ def freeze_empty(module: nn.Module, activations: str, granularity: str) -> None:
     """Frozen experts on the meta device, in the place of 16-bit ones."""
     layout = layout_of(module)
     assert layout is not None
-    new = []
+    new: list[Stack] = []
     for projection in (layout.up, "down_proj"):
         weight, bias = matrices(module, layout, projection)
         size = stack_scale_shape(granularity, weight.shape, layout.parts(projection))
@@ -274,7 +274,8 @@ def freeze_empty(module: nn.Module, activations: str, granularity: str) -> None:
                 slot,
             )
         )
-    become_frozen_experts(module, *new, activations, granularity)
+    up, down = new
+    become_frozen_experts(module, up, down, activations, granularity)
 
 
 def thaw(module: FrozenExperts, dtype: torch.dtype | None) -> None:
@@ -311,17 +312,17 @@ def taken_apart(
     for name, module in frozen_experts(model).items():
         for projection in module.projections():
             stack, parts = f"{name}.{projection}", module.layout.parts(projection)
-            tensors = Stack(*(state.pop(stack + suffix, None) for suffix in SUFFIXES))
-            for e, part in itertools.product(range(tensors.codes.shape[0]), range(parts)):
-                stem = known[stack].of(stack, e, part)
-                state[f"{stem}.weight"] = tensors.codes[e].chunk(parts)[part]
-                scale = tensors.scale[e].chunk(parts)[part]
-                state[f"{stem}.{scale_name(format)}"] = scale.reshape(()) if is_static else scale
-                if tensors.bias is not None:
-                    state[f"{stem}.bias"] = tensors.bias[e].chunk(parts)[part]
-                if tensors.slot is not None:
-                    slot = tensors.slot[e, :1].to(scale.dtype)
-                    state[f"{stem}.input_scale"] = slot.reshape(()) if is_static else slot
+            codes, scale, bias, slot = (state.pop(stack + suffix, None) for suffix in SUFFIXES)
+            assert codes is not None and scale is not None
+            for e, part in itertools.product(range(codes.shape[0]), range(parts)):
+                stem, own = known[stack].of(stack, e, part), scale[e].chunk(parts)[part]
+                state[f"{stem}.weight"] = codes[e].chunk(parts)[part]
+                state[f"{stem}.{scale_name(format)}"] = own.reshape(()) if is_static else own
+                if bias is not None:
+                    state[f"{stem}.bias"] = bias[e].chunk(parts)[part]
+                if slot is not None:
+                    one = slot[e, :1].to(own.dtype)
+                    state[f"{stem}.input_scale"] = one.reshape(()) if is_static else one
     return state
 
 
@@ -338,6 +339,7 @@ def as_matrices(
     result: dict[str, list[tuple[str, Entry, str]]] = {}
     for name, module in mixtures.items():
         layout = layout_of(module)
+        assert layout is not None
         for projection in stacks(module):
             stack = f"{name}.{projection}"
             for place in (stack, f"{stack}_bias") if layout.has_bias else (stack,):

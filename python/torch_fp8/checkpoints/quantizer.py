@@ -160,7 +160,8 @@ class Quantize(ConversionOps):
     """A 16-bit weight, when it arrives, into codes and scales."""
 
     def convert(self, input_dict: dict[str, Any], **more: Any) -> dict[str, Tensor]:
-        model, result = more["model"], {}
+        model: PreTrainedModel = more["model"]
+        result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
@@ -214,7 +215,7 @@ def declare(root: nn.Module) -> None:
 
     inner: set[nn.Module] = set()
     for model in root.modules():
-        layers = {**frozen_layers(model), **frozen_experts(model)}
+        layers: list[FrozenLinear | FrozenExperts] = [*frozen_layers(model).values(), *frozen_experts(model).values()]
         if not isinstance(model, PreTrainedModel) or not layers:
             continue
         quantizer = getattr(model, "hf_quantizer", None)
@@ -224,7 +225,7 @@ def declare(root: nn.Module) -> None:
             continue
         inner |= set(model.modules())
         config = quantizer.quantization_config
-        config.kinds = list(dict.fromkeys((layer.granularity, layer.activations) for layer in layers.values()))
+        config.kinds = list(dict.fromkeys((layer.granularity, layer.activations) for layer in layers))
         config.ignored = ignored_names(model)
         model.config.quantization_config = config
         untie(model)

@@ -251,8 +251,7 @@ class FrozenExperts(FrozenState):
         expert, order = top_k_index.reshape(-1).sort(stable=True)
         # Numbers behind the last expert's stand for none, as transformers has it.
         bounds = torch.arange(experts + 1, device=expert.device, dtype=expert.dtype)
-        offsets = torch.searchsorted(expert, bounds)
-        y = self._of_sorted(tokens[order // choices], offsets if offsets.is_meta else offsets.cpu())
+        y = self._of_sorted(tokens[order // choices], _on_host(torch.searchsorted(expert, bounds)))
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         back = torch.empty_like(y)
         back[order] = y
@@ -274,6 +273,17 @@ class FrozenExperts(FrozenState):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in self.projections())
         return f"{shapes}, activations={self.activations}, weight={self.granularity}"
+
+
+def _on_host(offsets: Tensor) -> Tensor:
+    if offsets.is_meta:
+        return offsets
+    if offsets.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "torch_fp8: frozen experts ask the device how many tokens each of them has, which a CUDA graph cannot "
+            "record; capture the layers around them, or leave the experts in 16 bits by freeze's filter"
+        )
+    return offsets.cpu()
 
 
 def activated(module: nn.Module, layout: Layout, made_of: type[nn.Module], y: Tensor) -> Tensor:
