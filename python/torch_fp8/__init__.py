@@ -36,6 +36,7 @@ from .layers.siblings import share_input  # noqa: E402
 from .observe.monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
+from .swap import adapters as _adapters  # noqa: E402, F401  peft finds it there
 from .swap.convert import convert, disabled, revert  # noqa: E402
 from .swap.freeze import calibrate, freeze  # noqa: E402
 from .swap.summary import summary  # noqa: E402

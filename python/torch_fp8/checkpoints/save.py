@@ -65,7 +65,8 @@ def save_pretrained(
     for name, entry in getattr(model, EXTRA, {}).items():
         groups.append([Item(name, entry.dtype, entry.shape, entry.read)])
 
-    ignored = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    ignored = [name for name, module in linears.items() if not isinstance(module, FrozenLinear)]
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     config["quantization_config"] = scheme.written(format, weight, activations, ignored)
     files_from = getattr(model, SOURCE, None) if files_from is None else files_from

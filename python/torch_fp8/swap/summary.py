@@ -45,7 +45,7 @@ class Summary(list[LayerSummary]):
 def summary(model: nn.Module) -> Summary:
     """Every linear layer of ``model``: in FP8 or not, why not, its recipe and its current scales. ``print`` it."""
     rows = Summary()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | FrozenLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, module in layers.items():
         shape = f"{module.out_features} x {module.in_features}"
         if isinstance(module, FrozenLinear):
