@@ -1,4 +1,4 @@
-"""The gradient of a frozen layer's input, against float64, against the 16-bit layer, and under all that differentiates."""
+"""The gradient of a frozen layer's input: against float64, the 16-bit layer, and under all that differentiates."""
 
 import copy
 import math

@@ -1,7 +1,8 @@
-"""Adapters of peft over a frozen layer, merged: the layer gets the codes of its weight plus the adapter's.
+"""Adapters of peft over a frozen layer: which ones are right there, and how they merge.
 
-peft adds to ``base_layer.weight``, which codes do not take. So an adapter's layer gets another class as soon as a
-frozen layer becomes its base: there peft merges into the weight's float32 values, and these are quantised anew.
+An adapter's layer gets another class as soon as a frozen layer becomes its base. Merging adds to ``base_layer.weight``,
+which codes do not take: so peft merges into the weight's float32 values, and these are quantised anew. Adapters that
+compute with ``base_layer.weight`` would take codes for values, some without an error: they are refused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,25 @@ from ..format import E4M3, dequantize
 from ..layers.frozen import FrozenLinear
 from .freeze import quantize_weight
 
+#: The families of ``peft.tuners`` that use of a base layer what it computes, and not its weight.
+_RIGHT = {
+    "adalora", "boft", "c3a", "fourierft", "gralora", "ia3", "loha", "lokr", "lora", "miss", "oft", "randlora", "road",
+    "vblora", "vera", "waveft",
+}  # fmt: skip
+_MEND = "use plain LoRA (peft.LoraConfig), or keep the layers in 16 bits, by the filter of torch_fp8.freeze"
 
-class _Merging:
+
+class _OverCodes:
     """Before a tuner layer of peft in the order of classes. ``_unmerged`` keeps the codes and scales that the base had
     before anything was merged, so that unmerging gives them back to the bit."""
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("config")
+        start = getattr(config, "init_lora_weights", True)
+        if getattr(config, "use_dora", False) or (isinstance(start, str) and start not in ("gaussian", "eva")):
+            what = "use_dora=True" if getattr(config, "use_dora", False) else f"init_lora_weights={start!r}"
+            raise ValueError(f"torch_fp8: {what} computes with the base's weight, which is in FP8; {_MEND}")
+        super().update_layer(*args, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         layer, count = self.get_base_layer(), len(self.merged_adapters)
@@ -52,13 +68,13 @@ class _Merging:
 
 
 def _new(peft_class: type) -> Any:
-    return _merging(peft_class).__new__(_merging(peft_class))
+    return _over_codes(peft_class).__new__(_over_codes(peft_class))
 
 
 @functools.cache
-def _merging(peft_class: type) -> type:
+def _over_codes(peft_class: type) -> type:
     names = {"__module__": peft_class.__module__, "__qualname__": peft_class.__qualname__}
-    return type(peft_class.__name__, (_Merging, peft_class), names)
+    return type(peft_class.__name__, (_OverCodes, peft_class), names)
 
 
 def _quantized(layer: FrozenLinear) -> tuple[Tensor, Tensor]:
@@ -74,11 +90,24 @@ def _set(layer: FrozenLinear, weight: Tensor, weight_scale: Tensor) -> None:
     layer._buffers["weight"], layer._buffers["weight_scale"] = weight, weight_scale
 
 
+def _family(layer_class: type) -> str | None:
+    """The folder of ``peft.tuners`` that a layer's class comes from, or is derived of."""
+    parts = (base.__module__.split(".") for base in layer_class.__mro__ if hasattr(base, "get_base_layer"))
+    return next((name[2] for name in parts if name[:2] == ["peft", "tuners"] and len(name) > 3), None)
+
+
 def _watch(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    peft_class = type(module)
-    is_base = name == "base_layer" and isinstance(child, FrozenLinear) and hasattr(peft_class, "get_base_layer")
-    if is_base and hasattr(peft_class, "merge") and not issubclass(peft_class, _Merging):
-        module.__class__ = _merging(peft_class)
+    if name != "base_layer" or not isinstance(child, FrozenLinear) or isinstance(module, _OverCodes):
+        return
+    family = _family(type(module))
+    if family is None:
+        return
+    if family not in _RIGHT:
+        raise TypeError(
+            f"torch_fp8: an adapter of peft's family {family!r} is refused over a FrozenLinear, since it may compute "
+            f"with the base's weight, which is in FP8; {_MEND}"
+        )
+    module.__class__ = _over_codes(type(module))
 
 
 register_module_module_registration_hook(_watch)

@@ -31,11 +31,12 @@ def freeze(
     weight: str = "channel",
     filter: Filter | Sequence[str] | None = None,
 ) -> nn.Module:
-    """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference only.
+    """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference or as a base
+    of adapters (LoRA).
 
     Takes ``nn.Linear``, ``fp8.Linear`` and transformers' ``Conv1D`` (GPT-2). They stay the same objects under the same
     names; their weights are quantised once and the 16-bit ones let go. The output head, embeddings and norms stay as
-    they are. No parameter of the model requires a gradient afterwards.
+    they are. No parameter of the model requires a gradient afterwards; adapters come after that.
 
     activations: how inputs are quantised, see :class:`FrozenLinear`. "static" takes twice the largest input that
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
@@ -63,6 +64,9 @@ def freeze(
             shared[id(parameter)] = quantize_weight(weights[name], weight)
         become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
+    for module in model.modules():
+        if isinstance(module._modules.get("base_layer"), FrozenLinear):
+            module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
     return model.requires_grad_(False)
 
 
