@@ -247,12 +247,13 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   if (main_grad) check_main_grad(*main_grad, weight), call.main_grad = *main_grad;
 
   const bool grad_mode = at::GradMode::is_enabled();
-  const cuda::StreamState now = stream_of(weight);
+  const bool steps = training && grad_mode;  // the call belongs to a training step
+  const cuda::StreamState now = steps ? stream_of(weight) : cuda::StreamState{};
   call.slots = slots;
   for (int role = 0; role < kRoles; ++role) call.casts[static_cast<size_t>(role)] = options.cast(role).packed();
   call.fp8 = options.fp8_gemms(), call.fast_accum = options.fast_accum();
   call.training = training;
-  call.record = training && grad_mode && options.scaling != Scaling::kConstant;
+  call.record = steps && options.scaling != Scaling::kConstant;
   call.grad_x = grad_mode && x.requires_grad(), call.grad_weight = grad_mode && weight.requires_grad();
   call.gathered = memo->gathered();
   call.dummy_grad = dummy_grad;
@@ -269,13 +270,13 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   }
   // A weight that somebody else has changed is one without a history, until the next update.
   if (training && memo->weight_was_changed(weight)) call.history &= ~(int64_t{1} << kWeight);
-  if (training && grad_mode) {
+  if (steps) {
     memo->note_forward(now);
     memo->note_used(kInput);
     memo->note_used(kWeight);
     call.weight_codes = weight_codes(weight, *memo, now, call);
   }
-  if (place.siblings != nullptr && training && grad_mode) share_input(x, options, *memo, place, now, call);
+  if (place.siblings != nullptr && steps) share_input(x, options, *memo, place, now, call);
   if (!differentiable) return std::get<0>(forward_of(x, weight, bias, call));
   return LinearFunction::apply(x, weight, bias, call);
 }

@@ -56,6 +56,26 @@ struct RecastArgs {
   bool power_of_two;
 };
 
+// One or two small casts in one launch, each with the amax that it needs: the same codes, scales and amaxes as amax,
+// scale_from_amax, quantize and recast one after the other.
+enum class ScaleBy : uint8_t { kSlot, kSlotIfFit, kOwnAmax };  // quantize; quantize and recast; by x's own amax
+struct SmallCast {
+  QuantizeArgs cast;  // without column_sums; where scaled by the own amax, slot is not read
+  ScaleBy scale_by;
+  float target;  // as in RecastArgs
+  bool power_of_two;
+};
+struct SmallCasts {
+  SmallCast casts[2];  // of one type and format
+  int count;
+};
+constexpr int64_t kSmallTiles =
+    16;  // of 128 x 128: with more of them, several launches take less time than one cluster
+constexpr bool is_small(const Matrix& x) {
+  const int64_t down = (padded(x.rows) + 127) / 128, across = (padded(x.cols) + 127) / 128;
+  return down > 0 && across > 0 && down <= kSmallTiles && across <= kSmallTiles && down * across <= kSmallTiles;
+}
+
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
 // With col_scale it is x * col_scale that is cast, a product in float32: one that is not finite counts as an x that is
 // not.
@@ -238,6 +258,7 @@ struct Kernels {
   void (*update_scales)(const RoleState* roles, int64_t count);
 
   // From here on CUDA's alone.
+  void (*cast_small)(const SmallCasts& small);
   void (*skinny)(const SkinnyArgs& args);
   void (*skinny_fp8)(const SkinnyFp8Args& args);
   // The current stream of the current device.

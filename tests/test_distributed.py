@@ -370,9 +370,12 @@ def train_tensor_parallel(device, state, sequence_parallel):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_parallel_equals_one_process(ranks, sequence_parallel):
-    """The codes of the first step are the same, the sums are split: up to rounding in float32. Later a value that fell
-    on the other side of a rounding step moves others."""
+    """The codes of the first step are the same, the sums are split: up to rounding in the GEMMs. Later a value that
+    fell on the other side of a rounding step moves others: sums that are off by 2^-16 of the largest, and as well by
+    2^-11, move what five steps change of a parameter by up to 5 %. The biases of the norms begin at 0 and are nothing
+    but that change."""
     alone = model_on(ranks.device)
+    start = cpu(alone.parameters())
     train_one = torch.optim.SGD(alone.parameters(), lr=0.0)
     loss_of(alone, batch(99, ranks.device)).backward()
     train_one.step()
@@ -393,8 +396,8 @@ def test_tensor_parallel_equals_one_process(ranks, sequence_parallel):
         assert rank_losses == pytest.approx(losses, rel=1e-3)
         for got, expected in zip(rank_grads, grads):
             assert (got - expected).norm() <= 1e-2 * expected.norm()
-        for got, expected in zip(params, cpu(alone.parameters())):
-            assert (got - expected).norm() <= 1e-3 * expected.norm()
+        for got, expected, before in zip(params, cpu(alone.parameters()), start):
+            assert (got - expected).norm() <= 8e-2 * (expected - before).norm()
 
 
 def replicated_and_refused(device):

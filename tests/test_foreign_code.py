@@ -538,6 +538,26 @@ def test_compiled_autograd(device):
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_whole_step_under_compiled_autograd(device):
+    """The layers run outside of the graph: PyTorch hands no tensor that a backward changes to a graph of a graph."""
+    torch._dynamo.reset()
+    model, _ = trained(device)
+    twin = copy.deepcopy(model)
+    x = torch.randn(16, 64, device=device)
+    model(x).sum().backward()
+
+    @torch.compile(backend="aot_eager")
+    def step(x):
+        twin(x).sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        step(x)
+    torch._dynamo.reset()
+    for a, b in zip(model.parameters(), twin.parameters()):
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_moving_by_swapping_tensors(device):
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -550,6 +570,12 @@ def test_moving_by_swapping_tensors(device):
         assert model(torch.randn(4, 64, device=device).bfloat16()).isfinite().all()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_jit_trace_of_a_training_layer_is_refused(device):
+    layer = fp8.Linear(32, 32, device=device)
+    with pytest.raises(RuntimeError, match="torch.jit.trace cannot record an FP8 layer"):
+        torch.jit.trace(layer, torch.randn(4, 32, device=device))
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------

@@ -72,11 +72,21 @@ def test_a_scaling_update_is_one_kernel(cuda):
     assert len(names) == 1 and "update_scales" in names[0], names
 
 
-def test_own_amax_costs_two_kernels_more(cuda):
-    x = torch.randn(512, 512, device=cuda, dtype=torch.bfloat16)
+@pytest.mark.parametrize("rows, kernels", [(512, 1), (528, 3)])
+def test_kernels_of_a_cast_by_the_own_amax(cuda, rows, kernels):
+    x = torch.randn(rows, 512, device=cuda, dtype=torch.bfloat16)
     slots = fp8._C.new_slots(cuda)
     names = device_work(lambda: torch.ops.torch_fp8.quantize(x, slots, 0, torch.float8_e4m3fn, own_amax=True))
-    assert len(names) == 3, names
+    assert len(names) == kernels, names
+
+
+@pytest.mark.parametrize("recipe", [fp8.DelayedScaling(), fp8.CurrentScaling()])
+def test_a_small_layer_casts_input_and_weight_in_one_kernel(cuda, recipe):
+    layer = fp8.Linear(256, 512, device=cuda, dtype=torch.bfloat16, recipe=recipe)
+    x = torch.randn(100, 256, device=cuda, dtype=torch.bfloat16)
+    with torch.no_grad():
+        names = [name for name in device_work(lambda: layer(x)) if not name.startswith("Memset")]
+    assert len(names) == 2 and "small_cast" in names[0], names
 
 
 def test_memory_of_forward_and_backward(cuda):

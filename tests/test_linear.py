@@ -319,3 +319,25 @@ def test_a_gathered_weight_leaves_nothing_behind(device, recipe):
         assert torch.equal(kept.fp8_slots, gathered.fp8_slots)
     assert any(t.data_ptr() == gathered.weight.data_ptr() for t in saved)
     assert not any(t.numel() == 64 * 48 and t.dtype == torch.float8_e4m3fn for t in saved)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("out_features", [48, 512, 1024])
+def test_casts_together_and_apart(device, training, out_features):
+    """A GPU casts a small input and a small weight in one launch: codes, scales and amaxes are those of two casts."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(100, 272, device=device), 1e4 * torch.randn(out_features, 272, device=device)
+    layer = fp8.Linear(272, out_features, device=device)
+    fresh = layer.fp8_slots
+    casts = [layer.fp8_state.options.cast(role).packed for role in range(3)]
+    ops = torch.ops.torch_fp8
+    for history in range(4):  # of the input, of the weight
+        together, apart = fresh.clone(), fresh.clone()
+        how = (casts, history, training, training)
+        made = ops.linear_forward(x, weight, None, together, [], [], casts, history, [True] * 3, [True, False, False],
+                                  training, training, True, True, False, None)  # fmt: skip
+        _, x_t, x_scale_inv = ops.cast(x, apart, 0, *how, False, True)
+        _, weight_t, weight_scale_inv = ops.cast(weight, apart, 1, *how, False, True)
+        for ours, theirs in zip(made[1:], (x_t, x_scale_inv, weight_t, weight_scale_inv)):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        assert torch.equal(together, apart)

@@ -263,6 +263,35 @@ def test_recast_of_any_layout(device, dtype, shape):
                 assert torch.equal(q_t.cpu().view(torch.uint8)[:k, :m], expected.t())
 
 
+@pytest.mark.parametrize("columnwise", [False, True])
+@pytest.mark.parametrize("shape", [(512, 512), (500, 510), (512, 528), (16, 2048), (16, 2064)])
+def test_small_and_not_so_small(device, shape, columnwise):
+    """A GPU casts up to 16 tiles of 128 x 128 in one launch, with amax, recast and all."""
+    x = torch.randn(shape).bfloat16()
+    x[3, 5], x[-1, -1] = INF, 1e3
+    finite = x.clone()
+    finite[3, 5] = 0
+    for y, options, seen in [
+        (finite, {"own_amax": True}, amax(finite)),
+        (finite * 3e4, {"recast": True}, amax(finite * 3e4)),
+        (finite * 3e4, {"recast": True, "record": False}, amax(finite * 3e4)),
+        (finite * 3e4, {"recast": True}, 1e9),  # another micro-batch has seen this
+        (finite * 0.4, {"recast": True}, 1.0),  # and here that its scale will do
+        (x, {"recast": True}, INF),
+    ]:
+        scale = 1.0 if seen in (1.0, INF) else exact_scale(seen, E4M3)
+        slots = slots_with(1.0, device)
+        before = seen if seen in (1.0, 1e9) else 0.0
+        slots[1, 2] = before
+        q, q_t, scale_inv, _ = quantize(y.to(device), slots, 1, E4M3, columnwise=columnwise, **options)
+        m, k = shape
+        want = codes(y, scale, E4M3)
+        assert torch.equal(q.cpu().view(torch.uint8)[:m, :k], want), options
+        assert not columnwise or torch.equal(q_t.cpu().view(torch.uint8)[:k, :m], want.t()), options
+        assert scale_inv.item() == (1 / torch.tensor(scale)).item()
+        assert slots[1, 2].item() == (max(before, amax(y)) if options.get("record", True) else before)
+
+
 def test_recast_means_nothing_with_own_amax(device):
     x = torch.randn(40, 60, device=device) * 1e6
     slots = slots_with(1.0, device)

@@ -125,7 +125,8 @@ def graph_us(
         return {name: ms * 1e3 for name, ms in _once({n: lambda c=c: c(sets - 1) for n, c in arms.items()}).items()}
     replays = {}
     for name, call in arms.items():
-        call(0)  # loads the kernels, which a capture cannot do
+        for i in range(sets):  # loads the kernels, which a capture cannot do; and what stands from now on is known
+            call(i)
         graph, alive = torch.cuda.CUDAGraph(), deque(maxlen=sets)
         with torch.cuda.graph(graph):
             for i in range(launches):

@@ -37,10 +37,23 @@ QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool train
   return q;
 }
 
-Quantized cast_role(const at::Tensor& t, const at::Tensor& slots, at::IntArrayRef casts, int role,
-                    const QuantizeOptions& options) {
-  RECORD_FUNCTION(kCastNames[role], std::vector<c10::IValue>());
-  return quantize_only(t, slots, role, Cast::unpacked(casts[role]).dtype(), options);
+ToQuantize as_role(const at::Tensor& t, const at::Tensor& slots, at::IntArrayRef casts, int role,
+                   const QuantizeOptions& options) {
+  return {t, slots, role, Cast::unpacked(casts[static_cast<size_t>(role)]).dtype(), options};
+}
+
+Quantized cast_role(const ToQuantize& t) {
+  RECORD_FUNCTION(kCastNames[t.role], std::vector<c10::IValue>());
+  return quantize_only(t.x, t.slots, t.role, t.dtype, t.options);
+}
+
+std::pair<Quantized, Quantized> cast_both(const ToQuantize& first, const ToQuantize& second) {
+  RECORD_FUNCTION(kCastNames[first.role], std::vector<c10::IValue>());
+  const auto inside = [&] {
+    RECORD_FUNCTION(kCastNames[second.role], std::vector<c10::IValue>());
+    return quantize_both(first, second);
+  };
+  return inside();
 }
 
 void check_recipe(at::IntArrayRef casts, const Gemms& fp8) {
@@ -119,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const a
                     "torch_fp8: role must be in [0, ", int(kRoles), "), got ", role);
   QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
   options.rowwise = rowwise, options.columnwise = columnwise;
-  Quantized q = cast_role(t, slots, casts, static_cast<int>(role), options);
+  Quantized q = cast_role(as_role(t, slots, casts, static_cast<int>(role), options));
   return {filled(q.q, t), filled(q.q_t, t), q.scale_inv};
 }
 
@@ -132,15 +145,24 @@ ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const 
   const NoAutocast no_autocast;
   const at::ScalarType dtype = autocast.value_or(x.scalar_type());
 
-  const auto cast = [&](const at::Tensor& t, int role, at::TensorList given, bool columnwise) -> Codes {
-    if (!given.empty()) return {given[0], given[1], given[2]};
+  const auto wanted = [&](const at::Tensor& t, int role, bool columnwise) {
     QuantizeOptions options = how(casts, role, history, training, record);
     options.rowwise = fp8[kFprop], options.columnwise = columnwise;
-    if (!options.rowwise && !columnwise) return {};
-    return cast_role(t, slots, casts, role, options);
+    return as_role(t, slots, casts, role, options);
   };
+  const auto given = [](at::TensorList codes) { return Codes{codes[0], codes[1], codes[2]}; };
+  const bool casts_x = x_codes.empty() && (fp8[kFprop] || x_t);
+  const bool casts_weight = weight_codes.empty() && (fp8[kFprop] || weight_t);
   // The weight comes first: whether it must be cast again is found out while the input is being cast.
-  const Codes wq = cast(weight, kWeight, weight_codes, weight_t), xq = cast(x, kInput, x_codes, x_t);
+  Codes wq, xq;
+  if (casts_x && casts_weight) {
+    std::tie(wq, xq) = cast_both(wanted(weight, kWeight, weight_t), wanted(x, kInput, x_t));
+  } else {
+    if (casts_weight) wq = cast_role(wanted(weight, kWeight, weight_t));
+    if (casts_x) xq = cast_role(wanted(x, kInput, x_t));
+  }
+  if (!weight_codes.empty()) wq = given(weight_codes);
+  if (!x_codes.empty()) xq = given(x_codes);
 
   const OptionalTensor y_bias = bias ? OptionalTensor(bias->to(dtype)) : c10::nullopt;
   at::Tensor y;
@@ -197,7 +219,7 @@ BackwardResult backward_only(const at::Tensor& dy, const OptionalTensor& x_t, co
     QuantizeOptions options = how(casts, kGradOutput, history, training, record);
     options.rowwise = fp8_x, options.columnwise = fp8_weight;
     if (sums_by_cast) options.dbias = dbias_dtype;
-    g = cast_role(dy, slots, casts, kGradOutput, options);
+    g = cast_role(as_role(dy, slots, casts, kGradOutput, options));
   }
 
   at::Tensor dx, dw, dbias;
@@ -208,7 +230,7 @@ BackwardResult backward_only(const at::Tensor& dy, const OptionalTensor& x_t, co
     if (weight) {  // gathered for the time of this backward: its codes are made here and end here
       QuantizeOptions options = how(casts, kWeight, history, training, /*record=*/false);
       options.columnwise = true;
-      w = cast_role(*weight, slots, casts, kWeight, options);
+      w = cast_role(as_role(*weight, slots, casts, kWeight, options));
     } else {
       w = {{}, *weight_t, *weight_scale_inv};
     }
@@ -337,12 +359,6 @@ Cast LinearOptions::cast(int role) const {
   const bool gradient = role == kGradOutput;
   return {gradient && !e4m3_gradients ? Format::kE5M2 : Format::kE4M3, scaling, power_of_two,
           gradient ? grad_margin : margin};
-}
-
-std::vector<int64_t> LinearOptions::casts() const {
-  std::vector<int64_t> packed;
-  for (int role = 0; role < kRoles; ++role) packed.push_back(cast(role).packed());
-  return packed;
 }
 
 }  // namespace torch_fp8

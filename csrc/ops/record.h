@@ -30,7 +30,8 @@ class GemmRecord {
 
 // Where a tensor's data lies, as GemmArgs wants it: on the meta device an address too, since null says "no tensor".
 inline const void* address_of(const at::Tensor& tensor) {
-  return tensor.is_meta() ? reinterpret_cast<const void*>(uintptr_t{256}) : tensor.const_data_ptr();
+  alignas(256) static constexpr char kNowhere = 0;
+  return tensor.is_meta() ? &kNowhere : tensor.const_data_ptr();
 }
 
 }  // namespace torch_fp8

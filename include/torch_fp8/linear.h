@@ -8,7 +8,6 @@
 
 #include <array>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "torch_fp8/cast.h"
@@ -28,7 +27,6 @@ struct LinearOptions {
   bool fp8_fprop = true, fp8_dgrad = true, fp8_wgrad = true;  // which GEMMs run in FP8; the others in 16 bits
 
   Cast cast(int role) const;
-  std::vector<int64_t> casts() const;  // of all roles, packed
   std::array<bool, 3> fp8_gemms() const { return {fp8_fprop, fp8_dgrad, fp8_wgrad}; }
   std::array<bool, 3> fast_accum() const { return {fast_fprop, fast_dgrad, fast_wgrad}; }
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 
 #include <ATen/core/Tensor.h>
 
@@ -34,6 +35,15 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
 // The same, with undefined tensors for what was not asked for.
 Quantized quantize_only(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
                         const QuantizeOptions& options);
+
+// Two tensors that a layer casts at a time: in one launch where both are small. Without dbias.
+struct ToQuantize {
+  const at::Tensor &x, &slots;
+  int64_t role;
+  at::ScalarType dtype;
+  QuantizeOptions options;
+};
+std::pair<Quantized, Quantized> quantize_both(const ToQuantize& first, const ToQuantize& second);
 
 // What the cast of x with slots[role] (or by its own amax, as options says) loses: counts (4) int64 of saturated,
 // flushed, infinite and NaN elements, and values (2) float32: the scale and the amax.

@@ -51,7 +51,7 @@ class Recipe(ABC):
     @property
     def margins(self) -> tuple[int, int]:
         """Binades left free above an amax: of inputs and weights, and of output gradients."""
-        return 0, self.grad_margin
+        return 0, getattr(self, "grad_margin", 0)
 
     def _options(self, scaling: Any, *, power_of_two: bool) -> _C.LinearOptions:
         margin, grad_margin = self.margins
@@ -125,6 +125,9 @@ class DelayedScaling(Recipe):
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CurrentScaling(Recipe):
     """Each tensor is scaled by its own amax, at the price of reading it twice. FP8-AMAX of arXiv 2309.17224.
+
+    The amax is of all tokens and samples of a call, so each output depends a little on all of them: on later tokens too.
+    Delayed and constant scales do not do that.
 
     power_of_two: round each scale down to a power of two within 2**-31 ... 2**31, as the paper does.
     grad_margin: binades left free above the amax of output gradients, 0 to 31. The paper uses 3, because its GEMMs

@@ -187,7 +187,9 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
                 unowned.append(layer)
     models = {layer: ref() if (ref := layer.fp8_state.model) is not None else None for layer in unowned}
     ours = {
-        model: any(id(parameter) in held for parameter in model.parameters()) for model in set(models.values()) - {None}
+        model: any(id(parameter) in held for parameter in model.parameters())
+        for model in set(models.values())
+        if model is not None
     }
     is_stranger = not ended and not any(ours.values())  # it holds parameters that nobody here knows
     for layer, model in models.items():
@@ -278,8 +280,8 @@ def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
         what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"torch_fp8: {key} must be a float32 tensor, got {what}")
     if value.is_nested or value.layout != torch.strided or value.is_meta:
-        what = "nested" if value.is_nested else "meta" if value.is_meta else value.layout
-        raise TypeError(f"torch_fp8: {key} must be a dense tensor with values, got a {what} one")
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else value.layout
+        raise TypeError(f"torch_fp8: {key} must be a dense tensor with values, got a {kind} one")
     if value.shape != own.shape:
         hint = "" if key.endswith("slots") else "; the recipe's amax_history_len must be the one it was saved with"
         raise ValueError(f"torch_fp8: {key} must have shape {list(own.shape)}, got {list(value.shape)}{hint}")

@@ -59,9 +59,9 @@ class LayerState:
     def renew(self, device: torch.device | None = None) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""
         device = self.slots.device if device is None else device
-        constant = isinstance(self.recipe, ConstantScaling)
-        bias = self.recipe.bias if constant else 0
-        grad_bias = bias - self.recipe.grad_margin if constant else 0
+        bias = grad_bias = 0
+        if isinstance(self.recipe, ConstantScaling):
+            bias, grad_bias = self.recipe.bias, self.recipe.bias - self.recipe.grad_margin
         fresh = _C.new_slots(torch.device("cpu"), bias, grad_bias)
         with torch.no_grad():
             if device == self.slots.device and not self.slots.is_meta:
@@ -84,7 +84,7 @@ class LayerState:
         self.grad_slots = slots if slots.is_meta else torch.from_dlpack(slots)
         for tensor in (self.slots, self.grad_slots):
             # What torch._dynamo.mark_static_address sets: a graph of mode="reduce-overhead" may write here.
-            tensor._dynamo_static_input_type = "unguarded"
+            tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
 
     def follow(self, weight: Tensor) -> None:
         """Go where the layer's weight is. On the meta device there are no values, and whoever comes from there begins

@@ -10,6 +10,7 @@
 #include <cuda.h>
 
 #include "cuda/common/barrier.cuh"
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/decode.cuh"
 
 namespace torch_fp8::cuda {
@@ -59,32 +60,6 @@ __device__ void end_multiplying(float (&sums)[16]) {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
   for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");
-}
-
-// ---- the cluster ----------------------------------------------------------------------------------------------------
-
-__device__ int cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-__device__ void synchronize_cluster() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// What lies at this block's address in another block of the cluster.
-__device__ float load_from(int rank, uint32_t address) {
-  float value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.f32 %0, [remote];\n"
-      "}\n"
-      : "=f"(value)
-      : "r"(address), "r"(rank)
-      : "memory");
-  return value;
 }
 
 template <class T>

@@ -54,6 +54,11 @@ class FrozenLinear(nn.Linear):
     #: What peft makes adapters of this layer in; without it that would be the weight's FP8.
     compute_dtype = torch.float32
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_slot: Tensor | None
+
     def __init__(
         self,
         in_features: int,

@@ -103,7 +103,8 @@ class Linear(nn.Linear):
         if is_dtensor(weight):
             return dtensor.linear(self, input)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
-        if torch.compiler.is_compiling():
+        # Compiled autograd hands no tensor that a backward changes to what it traces: there the layer stays eager.
+        if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
             return traced.linear(self, input, *main_grad)
         return self._linear(input, weight, self.bias, *(main_grad or _NO_MAIN_GRAD))
 
@@ -116,7 +117,12 @@ class Linear(nn.Linear):
                 input, weight, bias, state.slots, state.options, state.memo, self.training, main_grad, dummy,
                 state.place,
             )  # fmt: skip
-        except RuntimeError:
+        except RuntimeError as error:
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    "torch_fp8: torch.jit.trace cannot record an FP8 layer that is being trained; trace the model frozen "
+                    "(torch_fp8.freeze), or in 16 bits (with torch_fp8.disabled(model))"
+                ) from error
             if state.slots.device == weight.device:
                 raise
         state.follow(weight)  # it was moved past every method of a module

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -107,8 +108,11 @@ def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Pro
     """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
     problems: dict[Problem, None] = {}
     for layer, tokens in layers:
-        run = _run_frozen if isinstance(layer, FrozenLinear) else _run_linear
-        for gemm in _C.recorded_gemms(lambda run=run, layer=layer, tokens=tokens: run(layer, tokens)):
+        if isinstance(layer, FrozenLinear):
+            run = partial(_run_frozen, layer, tokens)
+        else:
+            run = partial(_run_linear, layer, tokens)
+        for gemm in _C.recorded_gemms(run):
             problems[Problem(*(getattr(gemm, field) for field in Problem._fields))] = None
     return list(problems)
 
@@ -117,8 +121,12 @@ def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Pro
 # without a kernel. The layers themselves are only looked at.
 
 
-def _on_meta(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _if_any(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _on_meta(tensor)
 
 
 def _autocast() -> torch.dtype | None:
@@ -126,7 +134,7 @@ def _autocast() -> torch.dtype | None:
 
 
 def _run_frozen(layer: FrozenLinear, tokens: int) -> None:
-    state = [_on_meta(t) for t in (layer.weight, layer.weight_scale, layer.bias, layer.input_slot)]
+    state = [_on_meta(layer.weight), _on_meta(layer.weight_scale), _if_any(layer.bias), _if_any(layer.input_slot)]
     dtype = _autocast() or (torch.bfloat16 if layer.bias is None else layer.bias.dtype)
     x = torch.empty(tokens, layer.in_features, dtype=dtype, device="meta")
     torch.ops.torch_fp8.frozen_linear(x, *state, ACTIVATIONS.index(layer.activations), dtype)
@@ -135,7 +143,7 @@ def _run_frozen(layer: FrozenLinear, tokens: int) -> None:
 @torch.no_grad()
 def _run_linear(layer: Linear, tokens: int) -> None:
     state = layer.fp8_state
-    weight, bias, slots = _on_meta(layer.weight), _on_meta(layer.bias), _on_meta(state.slots)
+    weight, bias, slots = _on_meta(layer.weight), _if_any(layer.bias), _on_meta(state.slots)
     main_grad = None
     if layer.fuse_main_grad:
         kept = getattr(layer.weight, "main_grad", None)
@@ -158,7 +166,8 @@ def _run_linear(layer: Linear, tokens: int) -> None:
 def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]]:
     """The layers to tune, each with its number of tokens; for a shape, a layer without memory."""
     if isinstance(what, nn.Module):
-        layers = [(layer, tokens) for layer in {**fp8_layers(what), **frozen_layers(what)}.values()]
+        found: list[Linear | FrozenLinear] = [*fp8_layers(what).values(), *frozen_layers(what).values()]
+        layers = [(layer, tokens) for layer in found]
         if not layers:
             raise ValueError(f"torch_fp8: {type(what).__name__} has no FP8 layer to tune; torch_fp8.convert it first")
         return layers
