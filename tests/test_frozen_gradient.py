@@ -345,7 +345,7 @@ def test_activation_checkpointing(device, reentrant):
 def test_in_a_cuda_graph(cuda):
     layer, _ = layer_of(cuda)
     x, dy = (torch.randn(64, size, device=cuda).bfloat16() for size in (K, N))
-    call = torch.cuda.make_graphed_callables(layer, (x.clone().requires_grad_(),))
+    call = torch.cuda.make_graphed_callables(lambda x: layer(x), (x.clone().requires_grad_(),))
     for _ in range(3):
         x.normal_()
         assert torch.equal(gradient(call, x, dy), gradient(layer, x, dy))

@@ -56,7 +56,7 @@ class FrozenLinear(nn.Linear):
 
     weight: Tensor
     weight_scale: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]  # nn.Linear's are Parameters
     input_slot: Tensor | None
 
     def __init__(

@@ -7,7 +7,6 @@ compute with ``base_layer.weight`` would take codes for values, some without an 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -26,7 +25,10 @@ _RIGHT = {
 _MEND = "use plain LoRA (peft.LoraConfig), or keep the layers in 16 bits, by the filter of torch_fp8.freeze"
 
 
-class _OverCodes:
+_TunerLayer: Any = object  # peft.tuners.tuners_utils.BaseTunerLayer, which is imported by who uses it
+
+
+class _OverCodes(_TunerLayer):
     """Before a tuner layer of peft in the order of classes. ``_unmerged`` keeps the codes and scales that the base had
     before anything was merged, so that unmerging gives them back to the bit."""
 
@@ -63,18 +65,23 @@ class _OverCodes:
             _set(layer, weight.view(E4M3), scale)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (type(self).__mro__[2],), *state
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        return _new, (type(self).__mro__[2],), *reduced[2:]
 
 
 def _new(peft_class: type) -> Any:
-    return _over_codes(peft_class).__new__(_over_codes(peft_class))
+    made: Any = _over_codes(peft_class)
+    return made.__new__(made)
 
 
-@functools.cache
+_classes: dict[type, type] = {}
+
+
 def _over_codes(peft_class: type) -> type:
-    names = {"__module__": peft_class.__module__, "__qualname__": peft_class.__qualname__}
-    return type(peft_class.__name__, (_OverCodes, peft_class), names)
+    if peft_class not in _classes:
+        names = {"__module__": peft_class.__module__, "__qualname__": peft_class.__qualname__}
+        _classes[peft_class] = type(peft_class.__name__, (_OverCodes, peft_class), names)
+    return _classes[peft_class]
 
 
 def _quantized(layer: FrozenLinear) -> tuple[Tensor, Tensor]:
