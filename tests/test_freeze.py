@@ -141,15 +141,6 @@ class TestForward:
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), layer(x), rtol=2**-7, atol=2**-8)
 
-    def test_no_gradient(self):
-        layer, x = frozen(), torch.randn(2, K).bfloat16().requires_grad_()
-        with pytest.raises(RuntimeError, match="computes no gradient.*no_grad"):
-            layer(x)
-        with torch.no_grad():
-            layer(x)
-        with torch.inference_mode():
-            layer(x)
-
     def test_wrong_shape(self):
         with pytest.raises(RuntimeError, match=r"in_features = 272, got an input of shape \[2, 271\]"):
             frozen()(torch.randn(2, K - 1).bfloat16())

@@ -27,6 +27,10 @@ def samples(device):
     yield ops.frozen_linear, (x, fp8(24, 40, E4M3, device), torch.ones(24, 1, device=device), None, None, 3), {}
     stack, of_stack = fp8(3 * 24, 40, E4M3, device).view(3, 24, 40), torch.ones(3, 24, 1, device=device)
     yield ops.frozen_experts, (x[0], torch.tensor([0, 2, 2, 4]), stack, of_stack, None, None, 3), {"parts": 2}
+    dy, weight = torch.randn(3, 20, 128, device=device).bfloat16(), fp8(128, 40, E4M3, device)
+    for size in ((1,), (128, 1), (1, 1)):
+        scale = torch.ones(size, device=device)
+        yield ops.frozen_linear_backward, (dy, weight, scale, 3, torch.float32), {}
     yield ops.gemm, (a, b, one, one.clone(), None, [4, 5, 48], torch.bfloat16), {}
     yield ops.gemm, (a, b, one, one.clone(), torch.randn(41, device=device), [20, 41], torch.float32), {}
     yield ops.gemm_accumulate_, (torch.zeros(20, 48, device=device), a, b, one, one.clone()), {}
@@ -42,7 +46,7 @@ def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(15))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -52,7 +56,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(15))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

@@ -45,13 +45,14 @@ def freeze(
     weight: str = "channel",
     filter: Filter | Sequence[str] | None = None,
 ) -> nn.Module:
-    """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference only.
+    """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference or as a base
+    of adapters (LoRA).
 
     Takes ``nn.Linear``, ``fp8.Linear``, transformers' ``Conv1D`` (GPT-2), and transformers' experts (Mixtral,
     Qwen-MoE, DeepSeek, gpt-oss, Llama 4...), which become FrozenExperts. They stay the same objects under the same
     names; their weights are quantised once and the 16-bit ones let go. The output head, routers, embeddings and norms
     stay as they are, and so do experts that are not understood; ``summary`` names them. No parameter of the model
-    requires a gradient afterwards.
+    requires a gradient afterwards; adapters come after that.
 
     activations: how inputs are quantised, see :class:`FrozenLinear`. "static" takes twice the largest input that
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
@@ -93,6 +94,9 @@ def freeze(
         down = quantize_stack(module, "down_proj", weight, down_scale)
         module.__dict__.pop(_AMAX, None)
         become_frozen_experts(module, up, down, activations, weight)
+    for module in model.modules():
+        if isinstance(module._modules.get("base_layer"), FrozenLinear):
+            module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
     for tell in after_freeze:
         tell(model)
     return model.requires_grad_(False)

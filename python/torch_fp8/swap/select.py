@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import _C
+from ..layers.frozen import FrozenLinear
 from ..layers.linear import SUPPORTED_DTYPES, Linear
 from .worth import speedup
 
@@ -22,7 +23,12 @@ _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "output_head", "unembed
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    """Those in 16 or 32 bits, and fp8.Linear."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, FrozenLinear)
+    }
 
 
 def why_left_out(
