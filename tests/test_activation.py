@@ -132,7 +132,9 @@ def test_what_is_not_finite_is_seen(device, bad):
         (gate, up, dy)[which][3, 7] = bad
         plain = F.silu(gate) * up
         slots = slots_with(1.0, device)
-        q, q_t, _ = ops.activation_cast(gate, up, 0, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True)
+        q, q_t, _ = ops.activation_cast(
+            gate, up, 0, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True
+        )
         assert torch.equal(q.float()[:40, :50].isfinite(), plain.isfinite())
         assert torch.equal(q_t.float()[:50, :40].isfinite(), plain.t().isfinite())
         assert slots[0, 2].isfinite() == plain.isfinite().all()

@@ -54,7 +54,7 @@ void activate_backward(const ActivationBackwardArgs& args) {
   with_activation(args.activation, [&](auto f) {
     cast(args.gate, [&](int64_t row, int64_t col) {
       const float factor = up.data ? element(up, row, col) : 1.0f;
-      return element(args.dy, row, col) * factor * differentiate<f(), Math>(element(gate, row, col)).slope;
+      return element(args.dy, row, col) * (factor * differentiate<f(), Math>(element(gate, row, col)).slope);
     });
     if (!up.data) return;
     cast(args.up, [&](int64_t row, int64_t col) {

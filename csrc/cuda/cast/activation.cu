@@ -38,30 +38,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_scalars(args.cast, of_warp);
 }
 
-// The two gradients, of what is loaded once: which says of which.
-template <class T, Activation kActivation, bool kGated>
-struct Gradients {
-  MatrixSource<T> dy, gate, up;
-
-  __device__ void load(const Tile& tile) {
-    dy.load(tile);
-    gate.load(tile);
-    if constexpr (kGated) up.load(tile);
-  }
-};
-template <class Loaded, Activation kActivation, bool kGated, bool kOfGate>
+// One of the two gradients, read again where a thread has met an Inf.
+template <class T, Activation kActivation, bool kGated, bool kOfGate>
 struct Gradient {
-  const Loaded& loaded;
+  const MatrixSource<T>&dy, &gate, &up;
 
-  __device__ static float of(float dy, float gate, float up) {
-    const Derivative f = differentiate<kActivation, Math>(gate);
-    return kOfGate ? dy * up * f.slope : dy * f.value;
-  }
-  __device__ float value(int i, int j) const {
-    return of(loaded.dy.value(i, j), loaded.gate.value(i, j), kGated ? loaded.up.value(i, j) : 1.0f);
-  }
   __device__ float at(int64_t row, int64_t col) const {
-    return of(loaded.dy.at(row, col), loaded.gate.at(row, col), kGated ? loaded.up.at(row, col) : 1.0f);
+    const Derivative f = differentiate<kActivation, Math>(gate.at(row, col));
+    return dy.at(row, col) * (kOfGate ? (kGated ? up.at(row, col) : 1.0f) * f.slope : f.value);
   }
 };
 
@@ -69,19 +53,37 @@ template <class T, Format kFormat, Activation kActivation, bool kGated>
 __global__ void __launch_bounds__(kThreads, 2)
     activate_backward_kernel(__grid_constant__ const ActivationBackwardArgs args, bool vectorised,
                              uint32_t tiles_across) {
-  using Loaded = Gradients<T, kActivation, kGated>;
   __shared__ uint32_t of_warp[kWarps];
   const Tile tile = tile_of(args.gate.x, blockIdx.x, tiles_across);
   begin_dependent();
-  Loaded loaded{{args.dy, vectorised}, {args.gate.x, vectorised}, {args.up.x, vectorised}};
-  loaded.load(tile);
-  const Gradient<Loaded, kActivation, kGated, true> of_gate{loaded};
-  cast_loaded<kFormat, true, false>(of_gate, args.gate, tile, args.gate.slot->scale, of_warp);
+  MatrixSource<T> dy{args.dy, vectorised}, gate{args.gate.x, vectorised}, up{args.up.x, vectorised};
+  dy.load(tile);
+  gate.load(tile);
+  if constexpr (kGated) up.load(tile);
+
+  const float gate_scale = args.gate.slot->scale, up_scale = kGated ? args.up.slot->scale : 1.0f;
+  Patch of_gate, of_up;
+#pragma unroll
+  for (int i = 0; i < kPatchRows; ++i) {
+    float d_gate[kPackSize], d_up[kPackSize];
+#pragma unroll
+    for (int j = 0; j < kPackSize; ++j) {
+      const Derivative f = differentiate<kActivation, Math>(gate.value(i, j));
+      const float gradient = dy.value(i, j);
+      d_gate[j] = gradient * ((kGated ? up.value(i, j) : 1.0f) * f.slope);
+      d_up[j] = gradient * f.value;
+    }
+    encode_row<kFormat>(of_gate, i, d_gate, gate_scale);
+    if constexpr (kGated) encode_row<kFormat>(of_up, i, d_up, up_scale);
+  }
+  float no_sums[kPackSize];
+  store_tile<true, false>(of_gate, no_sums, Gradient<T, kActivation, kGated, true>{dy, gate, up}, args.gate, tile,
+                          of_warp);
   store_scalars(args.gate, of_warp);
   if constexpr (kGated) {
-    __syncthreads();  // before the second tile is put in the place of the first
-    const Gradient<Loaded, kActivation, kGated, false> of_up{loaded};
-    cast_loaded<kFormat, true, false>(of_up, args.up, tile, args.up.slot->scale, of_warp);
+    __syncthreads();  // before the maxima of the second take the place of those of the first
+    store_tile<true, false>(of_up, no_sums, Gradient<T, kActivation, kGated, false>{dy, gate, up}, args.up, tile,
+                            of_warp);
     store_scalars(args.up, of_warp);
   }
 }

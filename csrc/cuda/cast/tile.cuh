@@ -154,14 +154,49 @@ __device__ inline void store_sums(const WarpSums& warp_sums, const Tile& tile, f
   column_sums[tile.row / kBiasRows * padded_cols + col] = sum;
 }
 
-// A tile of what the source has loaded. The maxima of the tile's warps are in of_warp at the end. args.x says no more
-// than the size.
+// A thread's patch as codes, and the largest magnitude that it held.
+struct Patch {
+  uint2 codes[kPatchRows];
+  uint32_t seen = 0;
+};
+
+template <Format kFormat>
+__device__ __forceinline__ void encode_row(Patch& patch, int i, const float (&x)[kPackSize], float scale) {
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) patch.seen = max(patch.seen, raw_magnitude(x[j]));
+  patch.codes[i] = encode8<kFormat>(x, scale);
+}
+
+// Out of the registers: codes, their transpose, maxima (in of_warp at the end) and column sums of a tile. args.x says
+// no more than the size; source.at(row, col) is what was encoded.
+template <bool kTransposed, bool kSums, class Source>
+__device__ __forceinline__ void store_tile(const Patch& patch, float (&sums)[kPackSize], const Source& source,
+                                           const QuantizeArgs& args, const Tile& tile, uint32_t (&of_warp)[kWarps]) {
+  const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
+  const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
+  // Padded sizes are multiples of the patch: it lies inside of q or outside.
+  if (args.q && row < padded_rows && col < padded_cols) {
+    uint8_t* const place = args.q + row * padded_cols + col;
+#pragma unroll
+    for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(place + i * padded_cols) = patch.codes[i];
+  }
+  stage_max(of_warp, patch.seen);
+  __shared__ alignas(16) Columns columns;
+  if constexpr (kTransposed) stage_transposed(columns, patch.codes, tile);
+  if (patch.seen >= kInfinity) [[unlikely]]
+    mark_patch(source, args, tile, kTransposed ? &columns : nullptr);
+  __shared__ alignas(16) WarpSums warp_sums;
+  if constexpr (kSums) stage_sums(warp_sums, sums, tile);
+  __syncthreads();
+  if constexpr (kTransposed) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
+  if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
+}
+
+// A tile of what the source has loaded.
 template <Format kFormat, bool kTransposed, bool kSums, class Source>
 __device__ __forceinline__ void cast_loaded(const Source& source, const QuantizeArgs& args, const Tile& tile,
                                             float scale, uint32_t (&of_warp)[kWarps]) {
-  const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
-  uint32_t seen = 0;
-  uint2 codes[kPatchRows];
+  Patch patch;
   float sums[kPackSize] = {};
 #pragma unroll
   for (int i = 0; i < kPatchRows; ++i) {
@@ -169,29 +204,11 @@ __device__ __forceinline__ void cast_loaded(const Source& source, const Quantize
 #pragma unroll
     for (int j = 0; j < kPackSize; ++j) {
       x[j] = source.value(i, j);
-      seen = max(seen, raw_magnitude(x[j]));
       if constexpr (kSums) sums[j] += x[j];
     }
-    codes[i] = encode8<kFormat>(x, scale);
+    encode_row<kFormat>(patch, i, x, scale);
   }
-
-  const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
-  // Padded sizes are multiples of the patch: it lies inside of q or outside.
-  if (args.q && row < padded_rows && col < padded_cols) {
-    uint8_t* const patch = args.q + row * padded_cols + col;
-#pragma unroll
-    for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(patch + i * padded_cols) = codes[i];
-  }
-  stage_max(of_warp, seen);
-  __shared__ alignas(16) Columns columns;
-  if constexpr (kTransposed) stage_transposed(columns, codes, tile);
-  if (seen >= kInfinity) [[unlikely]]
-    mark_patch(source, args, tile, kTransposed ? &columns : nullptr);
-  __shared__ alignas(16) WarpSums warp_sums;
-  if constexpr (kSums) stage_sums(warp_sums, sums, tile);
-  __syncthreads();
-  if constexpr (kTransposed) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
-  if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
+  store_tile<kTransposed, kSums>(patch, sums, source, args, tile, of_warp);
 }
 
 template <class T, Format kFormat, bool kTransposed, bool kSums>
