@@ -13,9 +13,9 @@ from lib.report import BF16, FP8, bars, header, plot, table, write
 SHAPES = [(8192, 4096), (8192, 14336)]
 BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2
 REPLAY = 5e9  # bytes of a replay: 1 ms or more on any Hopper GPU
-NOTE = """*graph* regime. Forward: SwiGLU reads gate and up, 2 bytes an element each, and writes codes and their transpose,
-1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient. The copy moves as many
-bytes: the fewest, for nothing is written in 16 bits.
+NOTE = """*graph* regime. Forward: SwiGLU reads gate and up, 2 bytes an element each, and writes codes and their
+transpose, 1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient. The copy
+moves as many bytes: the fewest, for nothing is written in 16 bits.
 """
 OPS = torch.ops.torch_fp8
 CASTS = [fp8.DelayedScaling().options().cast(role).packed for role in range(3)]

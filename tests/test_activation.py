@@ -64,7 +64,7 @@ def test_forward(device, shape, dtype, activation, gated):
 @pytest.mark.parametrize("recipe", [fp8.DelayedScaling(), fp8.CurrentScaling(power_of_two=True)])
 def test_own_amax(device, recipe):
     """Without a history, or by current scaling: in two passes."""
-    gate, up, dy = tensors((70, 90), torch.float32, device)
+    gate, up, _ = tensors((70, 90), torch.float32, device)
     slots = fp8._C.new_slots(device)
     q, _, scale_inv = ops.activation_cast(gate, up, 0, slots, 0, casts_of(recipe), 0, True, True, True, False)
     product = F.silu(gate.double()) * up.double()
