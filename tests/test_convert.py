@@ -126,7 +126,7 @@ def test_layers_that_fp8_cannot_take_are_named_with_the_reason():
     model = nn.ModuleDict({"mlp": nn.Linear(32, 32), "attn": attention, "f64": nn.Linear(8, 8, dtype=torch.float64)})
     rows = {row.name: row for row in fp8.summary(fp8.convert(model, tokens=None))}
     assert rows["mlp"].fp8
-    assert "NonDynamicallyQuantizableLinear" in rows["attn.out_proj"].note
+    assert "nn.MultiheadAttention multiplies by its weight itself" in rows["attn.out_proj"].note
     assert "float64" in rows["f64"].note
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .linear import Linear
+    from .linear import Layer
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -19,7 +19,7 @@ def is_dtensor(tensor: object) -> bool:
     return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
 
 
-def linear(layer: Linear, x: Tensor) -> Tensor:
+def linear(layer: Layer, x: Tensor) -> Tensor:
     """``layer(x)`` as a DTensor, by how the weight (out, in) lies on its one-dimensional mesh:
 
     * Shard(0), column-wise: x is replicated, y sharded in its last dimension, dx a partial sum.
@@ -32,7 +32,7 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    weight, bias = layer.weight, layer.bias
+    weight, bias = layer.matrix, layer.bias
     mesh, placements = weight.device_mesh, weight.placements
     if len(placements) != 1 or placements[0] not in (Shard(0), Shard(1), Replicate()):
         raise NotImplementedError(

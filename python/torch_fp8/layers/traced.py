@@ -20,7 +20,7 @@ from ..state import groups
 
 if TYPE_CHECKING:
     from ..state import LayerState
-    from .linear import Linear
+    from .linear import Layer
 
 
 class Call(NamedTuple):
@@ -40,9 +40,9 @@ class Call(NamedTuple):
     autocast: torch.dtype | None
 
 
-def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
+def linear(layer: Layer, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
     """``layer(x)``, as csrc/autograd.cpp computes it; the same bits, forward and backward."""
-    weight, bias, state = layer.weight, layer.bias, layer.fp8_state
+    weight, bias, state = layer.matrix, layer.bias, layer.fp8_state
     if state.slots.device != weight.device:
         state.follow(weight)
     device = x.device.type

@@ -16,10 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _C
 from ..layers.dtensor import is_dtensor
-from ..layers.linear import Linear, fp8_layers
+from ..layers.linear import Layer, fp8_layers
 from ..layers.traced import traced_training
 from ..state import ROLES
-from ..table import plain
+from ..table import html, plain
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Sample:
         if self.nan or self.inf:
             return f"{self.nan} NaN, {self.inf} Inf"
         if self.saturated:
-            return (
-                f"saturates {self.saturated / self.elements:.2g}: the scale is {-self.unused_binades:.1f} binades high"
-            )
+            binades = -self.unused_binades
+            beyond = f"{binades:.1f} binades" if binades >= 0.05 else "less than 0.1 binade"
+            return f"saturates {self.saturated / self.elements:.2g}: the scale is {beyond} high"
         if self.amax == 0:
             return "only zeros"
         if self.flushed > 0.01 * self.elements:
@@ -148,7 +148,7 @@ class Monitor:
             self._stance = None
 
     def _before_forward(self, name: str) -> Callable[..., None]:
-        def hook(layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _records(layer):
                 self._count(name, layer, "input", args[0] if args else kwargs["input"])
                 if (self.step, name, "weight") not in self._pending:
@@ -157,13 +157,13 @@ class Monitor:
         return hook
 
     def _after_forward(self, name: str) -> Callable[..., None]:
-        def hook(layer: Linear, args: tuple[Any, ...], out: Tensor) -> None:
+        def hook(layer: Layer, args: tuple[Any, ...], out: Tensor) -> None:
             if _records(layer) and out.requires_grad:
                 out.register_hook(lambda dy: self._count(name, layer, "grad_output", dy))
 
         return hook
 
-    def _count(self, name: str, layer: Linear, role: str, x: Tensor) -> None:
+    def _count(self, name: str, layer: Layer, role: str, x: Tensor) -> None:
         x = x.to_local() if is_dtensor(x) else x.detach()
         state, index = layer.fp8_state, ROLES.index(role)
         cast = state.options.cast(index)
@@ -220,18 +220,13 @@ class Monitor:
 
     def __str__(self) -> str:
         """The latest sample as a table, what loses most on top."""
-        latest = sorted(self.latest, key=lambda s: (-s.nan - s.inf, -s.saturated / s.elements, -s.flushed / s.elements))
-        if not latest:
-            return (
-                "torch_fp8.monitor: no step was sampled yet (the hooks of compiled code and of CUDA graphs do not run)"
-            )
-        head = ("layer", "role", "scale", "amax", "unused binades", "saturated", "flushed", "")
-        rows = [
-            (s.layer or "(root)", s.role, f"{s.scale:.4g}", f"{s.amax:.4g}", f"{s.unused_binades:.1f}",
-             f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
-            for s in latest
-        ]  # fmt: skip
-        return f"step {latest[0].step}\n{plain(head, rows)}"
+        latest = self.latest
+        return f"step {latest[0].step}\n{plain(_HEAD, _cells(latest))}" if latest else _NOTHING
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        latest = self.latest
+        return f"<p>step {latest[0].step}</p>{html(_HEAD, _cells(latest))}" if latest else f"<p>{_NOTHING}</p>"
 
     def write(self, writer: Any) -> None:
         """Give the latest sample to what has ``add_scalar(tag, value, step)``. Tags: ``fp8/QUANTITY/ROLE/LAYER``."""
@@ -280,6 +275,19 @@ class Monitor:
         figure.savefig(path, dpi=120)
 
 
+_NOTHING = "torch_fp8.monitor: no step was sampled yet (the hooks of compiled code and of CUDA graphs do not run)"
+_HEAD = ("layer", "role", "scale", "amax", "unused binades", "saturated", "flushed", "")
+
+
+def _cells(samples: list[Sample]) -> list[tuple[str, ...]]:
+    samples = sorted(samples, key=lambda s: (-s.nan - s.inf, -s.saturated / s.elements, -s.flushed / s.elements))
+    return [
+        (s.layer or "(root)", s.role, f"{s.scale:.4g}", f"{s.amax:.4g}", f"{s.unused_binades:.1f}",
+         f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
+        for s in samples
+    ]  # fmt: skip
+
+
 class _Count:
     """Sums over the micro-batches of a step, on the device."""
 
@@ -295,7 +303,7 @@ class _Count:
         self.elements, self.counts, self.values = self.elements + elements, counts, values
 
 
-def _records(layer: Linear) -> bool:
+def _records(layer: Layer) -> bool:
     if layer.fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # or every replay would count
     return layer.fp8_enabled and layer.training and torch.is_grad_enabled()
