@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _C
 from ..layers.dtensor import is_dtensor
-from ..layers.linear import Layer, fp8_layers
+from ..layers.linear import SUPPORTED_DTYPES, Layer, fp8_layers
 from ..layers.traced import traced_training
 from ..state import ROLES
 from ..table import html, plain
@@ -150,7 +150,7 @@ class Monitor:
     def _before_forward(self, name: str) -> Callable[..., None]:
         def hook(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _records(layer):
-                self._count(name, layer, "input", args[0] if args else kwargs["input"])
+                self._count(name, layer, "input", args[0] if args else kwargs.get("input"))
                 if (self.step, name, "weight") not in self._pending:
                     self._count(name, layer, "weight", layer.weight)
 
@@ -163,7 +163,9 @@ class Monitor:
 
         return hook
 
-    def _count(self, name: str, layer: Layer, role: str, x: Tensor) -> None:
+    def _count(self, name: str, layer: Layer, role: str, x: Any) -> None:
+        if not _is_countable(x):
+            return  # the layer itself refuses it, in its words
         x = x.to_local() if is_dtensor(x) else x.detach()
         state, index = layer.fp8_state, ROLES.index(role)
         cast = state.options.cast(index)
@@ -301,6 +303,17 @@ class _Count:
             counts = self.counts + counts
             values = torch.maximum(self.values, values)
         self.elements, self.counts, self.values = self.elements + elements, counts, values
+
+
+def _is_countable(x: Any) -> bool:
+    """Within a transform of torch.func, or of torch.autograd.functional, the counts would be tensors that die with it."""
+    functorch = torch._C._functorch
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in SUPPORTED_DTYPES
+        and functorch.peek_interpreter_stack() is None
+        and not functorch.is_legacy_batchedtensor(x)
+    )
 
 
 def _records(layer: Layer) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import re
 from collections.abc import Iterator
 from types import CodeType
 
@@ -16,6 +17,7 @@ from torch import nn
 
 # What can be asked of FP8 codes as of any matrix.
 _HARMLESS = {"device", "shape", "size", "numel", "is_meta", "ndim", "dim", "requires_grad", "is_cuda"}
+_ANY = "[]"
 
 
 def weights_read(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
@@ -25,12 +27,10 @@ def weights_read(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, st
     for name, module in model.named_modules():
         instances.setdefault(type(module), []).append(name)
     for cls, reader, root, chain in _reads(list(instances)):
-        path = ".".join(chain)
-        if root == "self":
-            names = [f"{name}.{path}".lstrip(".") for name in instances[cls]]
-        else:
-            names = [name for name in layers if f".{name}".endswith(f".{path}")]
-        found.update(dict.fromkeys([name for name in names if name in layers], reader))
+        path = r"\.".join("[^.]+" if name == _ANY else re.escape(name) for name in chain)
+        start = "|".join(re.escape(f"{name}." if name else "") for name in instances[cls])
+        pattern = re.compile(f"({start}){path}" if root == "self" else rf"(.*\.)?{path}")
+        found.update(dict.fromkeys(filter(pattern.fullmatch, layers), reader))
     return found
 
 
@@ -40,7 +40,8 @@ def _reads(classes: list[type[nn.Module]]) -> Iterator[tuple[type[nn.Module], st
     while names:
         method = names.pop()
         for cls in classes:
-            function = inspect.unwrap(getattr(cls, method, None) or _nothing)
+            found = getattr(cls, method, None)
+            function = inspect.unwrap((found.fget if isinstance(found, property) else found) or _nothing)
             code = getattr(function, "__code__", None)
             if code is None or function.__module__ == nn.Module.__module__:
                 continue
@@ -66,16 +67,24 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _chains(code: CodeType) -> Iterator[tuple[str, list[str]]]:
-    """Every a.b.c of the code: the variable, and the attributes."""
-    root, chain = "", []
-    for instruction in dis.get_instructions(code):
+    """Every a.b[i].c of the code: the variable, and the attributes; an index is _ANY."""
+    root: str = ""
+    chain: list[str] = []
+    instructions = list(dis.get_instructions(code))
+    for instruction, following in zip(instructions, [*instructions[1:], None]):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(str(instruction.argval))
-            continue
-        if chain:
-            yield root, chain
-        # Some instructions load two variables; the chain begins at the second.
-        value = instruction.argval
-        root, chain = str(value[-1] if isinstance(value, tuple) and value else value), []
-    if chain:
-        yield root, chain
+        elif chain and _is_index(following):
+            chain.append(_ANY)
+        elif not _is_index(instruction):
+            if chain:
+                yield root, chain
+            # Some instructions load two variables; the chain begins at the second.
+            value = instruction.argval
+            root, chain = str(value[-1] if isinstance(value, tuple) and value else value), []
+
+
+def _is_index(instruction: dis.Instruction | None) -> bool:
+    return instruction is not None and (
+        instruction.opname == "BINARY_SUBSCR" or (instruction.opname == "BINARY_OP" and instruction.argrepr == "[]")
+    )

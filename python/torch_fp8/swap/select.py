@@ -21,7 +21,7 @@ TOO_SMALL = "too small for FP8 to be faster at {} tokens"
 
 # Names that output heads have in the published GPT and Llama code bases; only outside of numbered blocks.
 _HEAD_NAMES = {
-    "lm_head", "head", "output", "embed_out", "output_head", "out_head", "unembed", "unembedding", "classifier",
+    "lm_head", "lm_heads", "head", "heads", "output", "embed_out", "output_head", "out_head", "unembed", "unembedding", "classifier",
     "score", "logits", "to_logits", "logits_proj", "generator", "output_projection", "vocab_proj",
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ def why_not_frozen(module: nn.Module, types: Sequence[type] = ()) -> str:
 
 def _why_not_forward(module: nn.Module, types: Sequence[type]) -> str:
     if "forward" in module.__dict__:
-        return "its forward was replaced on the object, as accelerate's device_map does; do without, or do it after"
+        return "its forward was replaced on the object, as accelerate's device_map does; convert or freeze before that"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) and type(module) not in types:
         return "nn.MultiheadAttention multiplies by its weight itself, and never calls it"
     known = [nn.Linear, Layer, *types, *filter(None, [conv1d()])]
