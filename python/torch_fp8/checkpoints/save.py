@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..files import check_free
 from ..format import BLOCK, E4M3
-from ..layers.classes import is_conv1d
 from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
+from ..swap.freeze import is_conv1d
 from . import folder, scheme
 from .folder import Folder
 from .load import EXTRA, SOURCE

@@ -306,7 +306,7 @@ class _Count:
 
 
 def _is_countable(x: Any) -> bool:
-    """Within a transform of torch.func, or of torch.autograd.functional, the counts would be tensors that die with it."""
+    """Counts that are made within a transform of torch.func or torch.autograd.functional would die with it."""
     functorch = torch._C._functorch
     return (
         isinstance(x, Tensor)

@@ -12,6 +12,7 @@ from torch import nn
 from .. import _C
 from ..layers.classes import conv1d, is_conv1d, shape_of
 from ..layers.dtensor import is_dtensor
+from ..layers.frozen import FrozenLinear
 from ..layers.linear import SUPPORTED_DTYPES, Layer
 from .worth import speedup
 
@@ -21,8 +22,8 @@ TOO_SMALL = "too small for FP8 to be faster at {} tokens"
 
 # Names that output heads have in the published GPT and Llama code bases; only outside of numbered blocks.
 _HEAD_NAMES = {
-    "lm_head", "lm_heads", "head", "heads", "output", "embed_out", "output_head", "out_head", "unembed", "unembedding", "classifier",
-    "score", "logits", "to_logits", "logits_proj", "generator", "output_projection", "vocab_proj",
+    "lm_head", "lm_heads", "head", "heads", "output_head", "out_head", "output", "embed_out", "unembed", "unembedding",
+    "classifier", "score", "logits", "to_logits", "logits_proj", "generator", "output_projection", "vocab_proj",
 }  # fmt: skip
 
 
@@ -31,7 +32,8 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.parameter.Buffer)
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer in 16 or 32 bits and every ``Layer``, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    return {name: module for name, module in modules.items() if not isinstance(module, FrozenLinear)}
 
 
 def check_types(types: Iterable[type]) -> tuple[type, ...]:
