@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import weakref
 from collections import defaultdict
@@ -303,7 +304,7 @@ def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
 def scales(layer: Layer) -> dict[str, float]:
     """The current scale of each role of a layer; NaN where a role has no history and so no scale of its own yet."""
     if layer.fp8_slots.is_meta:
-        return dict.fromkeys(ROLES, float("nan"))
+        return dict.fromkeys(ROLES, math.nan)
     slots = layer.fp8_slots.detach().cpu()
-    has_scale = (slots[:, 3] > 0) | torch.tensor(isinstance(layer.recipe, ConstantScaling))
-    return {role: slots[i, 1].item() if has_scale[i] else float("nan") for i, role in enumerate(ROLES)}
+    constant = isinstance(layer.recipe, ConstantScaling)
+    return {role: slots[i, 1].item() if constant or slots[i, 3] > 0 else math.nan for i, role in enumerate(ROLES)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -256,16 +256,14 @@ class Monitor:
                 if sample.role == role:
                     by_step.setdefault(sample.step, []).append(sample)
             steps = list(by_step)
-            scales = [torch.tensor([math.log2(s.scale) for s in samples]) for samples in by_step.values()]
+            scales = [_numbers(math.log2(s.scale) for s in samples) for samples in by_step.values()]
             quantiles = [[x.quantile(q).item() for x in scales] for q in (0, 0.1, 0.5, 0.9, 1)]
             for low, high, alpha in ((0, 4, 0.15), (1, 3, 0.3)):
                 left.fill_between(steps, quantiles[low], quantiles[high], color="tab:orange", alpha=alpha, linewidth=0)
             left.plot(steps, quantiles[2], color="tab:orange", marker="." if len(steps) == 1 else "")
             left.set(ylabel=f"log2 scale of {role}")
             for what, color in (("saturated", "tab:red"), ("flushed", "tab:blue")):
-                shares = [
-                    torch.tensor([getattr(s, what) / s.elements for s in samples]) for samples in by_step.values()
-                ]
+                shares = [_numbers(getattr(s, what) / s.elements for s in samples) for samples in by_step.values()]
                 right.plot(steps, [x.max().item() for x in shares], color=color, label=f"{what}, worst layer")
                 right.plot(steps, [x.median().item() for x in shares], color=color, linestyle=":", label="median")
             right.set(ylabel="share of elements")
@@ -288,6 +286,10 @@ def _cells(samples: list[Sample]) -> list[tuple[str, ...]]:
          f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
         for s in samples
     ]  # fmt: skip
+
+
+def _numbers(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32, device="cpu")
 
 
 class _Count:
