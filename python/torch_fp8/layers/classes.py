@@ -17,11 +17,11 @@ class _Transposed(Layer):
     is_transposed = True
 
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]
         return self.weight.shape[0]
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override]
         return self.weight.shape[1]
 
     __repr__ = nn.Module.__repr__  # Conv1D's own does not know extra_repr
@@ -40,7 +40,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return (cls := conv1d()) is not None and isinstance(module, cls)
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
+def shape_of(layer: Any) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer of any class."""
     if is_conv1d(layer):
         in_features, out_features = layer.weight.shape
@@ -65,13 +65,13 @@ def plain_class_of(layer: Layer) -> type[nn.Module] | None:
     return _rebased(type(layer), plain) if plain is not None and is_parametrized(layer) else plain
 
 
-def _rebased(parametrized: type[nn.Module], base: type[nn.Module]) -> Any:
+def _rebased(parametrized: Any, base: type[nn.Module]) -> Any:
     """torch.nn.utils.parametrize puts a class of properties over that of a layer; this puts it over another one."""
     own = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
     return type(parametrized)(parametrized.__name__, (base,), own)
 
 
-def _fp8_class(plain: type[nn.Module]) -> type[Layer]:
+def _fp8_class(plain: Any) -> type[Layer]:
     """One for each class, as long as somebody holds it."""
     if plain is nn.Linear:
         return Linear
@@ -84,7 +84,8 @@ def _fp8_class(plain: type[nn.Module]) -> type[Layer]:
         linear = (nn.Linear, conv1d() or nn.Linear)
         base = _fp8_class(next(base for base in plain.__bases__ if issubclass(base, linear)))
     namespace = {"plain_class": plain, "__reduce_ex__": _reduce, "__module__": __name__, "__doc__": Linear.__doc__}
-    return type(plain)(f"FP8{plain.__name__}", (base, plain), namespace)
+    new: type[Layer] = type(plain)(f"FP8{plain.__name__}", (base, plain), namespace)
+    return new
 
 
 def _reduce(layer: Layer, protocol: Any) -> tuple[Any, ...]:

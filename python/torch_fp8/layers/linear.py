@@ -29,8 +29,8 @@ class Layer(nn.Module):
     """What an FP8 layer has besides the parameters of the class that stands beside this one among its bases: the
     scaling state, and a forward of three GEMMs in FP8. ``Linear`` says what it does; classes.py makes such classes."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     in_features: int
     out_features: int
     is_transposed: ClassVar[bool] = False  # the weight lies as (in_features, out_features)
@@ -113,7 +113,7 @@ class Layer(nn.Module):
 
     def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
         """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
-        weight = self.weight
+        weight: Any = self.weight
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return ()
         main_grad = getattr(weight, "main_grad", None)
@@ -179,7 +179,7 @@ class Layer(nn.Module):
         return f"{super().extra_repr()}, recipe={self.recipe}"
 
 
-class Linear(Layer, nn.Linear):
+class Linear(Layer, nn.Linear):  # type: ignore[misc]  # nn.Linear's stubs take bias for a Tensor
     """``y = x W^T + b`` with fprop, dgrad and wgrad in FP8 and everything else as in ``nn.Linear``.
 
     Input ``(..., in_features)``, output ``(..., out_features)``, both of the parameters' dtype (bfloat16, float16 or

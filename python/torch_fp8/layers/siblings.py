@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..state import InputGroup
 from .linear import Layer
@@ -24,11 +25,12 @@ def share_input(layers: Sequence[Layer]) -> None:
             raise TypeError(f"torch_fp8: share_input takes FP8 layers, got {type(layer).__name__}; convert it first")
     if len(set(map(id, layers))) != len(layers) or len(layers) < 2:
         raise ValueError(f"torch_fp8: share_input needs two or more different layers, got {len(layers)}")
-    for what, values in {
+    alike: dict[str, list[Any]] = {
         "in_features": [layer.in_features for layer in layers],
         "recipe": [layer.recipe for layer in layers],
         "device": [layer.weight.device for layer in layers],
-    }.items():
+    }
+    for what, values in alike.items():
         for value in values:
             if value != values[0]:
                 raise ValueError(f"torch_fp8: layers that share their input must have one {what}, got {values}")

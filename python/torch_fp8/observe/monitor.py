@@ -101,7 +101,7 @@ class Monitor:
         self._samples: list[Sample] = []
         self._pending: dict[tuple[int, str, str], _Count] = {}  # still on the device
         self._model = weakref.ref(model)
-        self._optimizer: weakref.ref | None = None  # the one whose steps count
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
         self._hooks: list[Any] = []
         self._stance = None
         _monitors.setdefault(model, []).append(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ..layers.siblings import share_input
 from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
 from .select import (
+    NOT_FP8,
     TOO_SMALL,
     Filter,
     check_device,
@@ -37,7 +39,7 @@ def convert(
     tokens: int | None = 8192,
     auto_update: bool = True,
     fuse_main_grad: bool = False,
-    linear_types: Iterable[type] = (),
+    linear_types: Iterable[type[nn.Module]] = (),
 ) -> nn.Module:
     """Make the linear layers of ``model`` FP8 layers, in place; returns the model.
 
@@ -83,7 +85,7 @@ def convert(
             f"torch_fp8: no layer of {type(model).__name__} would be converted. It has {len(layers)} linear layers"
             f"{some(left_out)}; {mend}"
         )
-    chosen = {name: layer for name, layer in layers.items() if not left_out[name]}
+    chosen: dict[str, Any] = {name: layer for name, layer in layers.items() if not left_out[name]}
     for device in {layer.weight.device for layer in chosen.values()}:
         check_device(device)
     for name, layer in chosen.items():
@@ -95,16 +97,16 @@ def convert(
     LayerState(recipe, torch.device("meta"))  # a recipe of the user's own may fail here
     classes = {name: fp8_class_of(layer) for name, layer in chosen.items()}
 
+    for name, layer in chosen.items():
+        if isinstance(layer, Layer):
+            layer._make_plain()
+        layer.__class__ = classes[name]
+        layer._make_fp8(recipe, auto_update, fuse_main_grad)
+        layer.fp8_state.model = weakref.ref(model)
+        layer.__dict__.pop(NOT_FP8, None)
     for name, layer in layers.items():
-        if not left_out[name]:
-            if isinstance(layer, Layer):
-                layer._make_plain()
-            layer.__class__ = classes[name]
-            layer._make_fp8(recipe, auto_update, fuse_main_grad)
-            layer.fp8_state.model = weakref.ref(model)
-            layer.__dict__.pop("_not_fp8", None)
-        elif not isinstance(layer, Layer):
-            layer._not_fp8 = left_out[name]
+        if left_out[name] and not isinstance(layer, Layer):
+            setattr(layer, NOT_FP8, left_out[name])
     _share_inputs(model)
     return model
 
@@ -147,7 +149,7 @@ def revert(model: nn.Module) -> nn.Module:
             raise ValueError(f"torch_fp8: {name or '(root)'} cannot be reverted: {why}")
     for name, layer in layers.items():
         layer._make_plain()
-        layer.__class__ = classes[name]
+        layer.__class__ = cast(Any, classes[name])
     return model
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..layers.classes import is_conv1d
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot, scale_shape
 from ..layers.linear import Layer
 from .readers import weights_read
-from .select import Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
+from .select import NOT_FP8, Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
 
 _AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float
 
@@ -33,7 +33,7 @@ def freeze(
     weight: str = "channel",
     filter: Filter | Sequence[str] | None = None,
     *,
-    linear_types: Iterable[type] = (),
+    linear_types: Iterable[type[nn.Module]] = (),
 ) -> nn.Module:
     """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference only.
 
@@ -72,7 +72,7 @@ def freeze(
         become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
     for name, layer in linear_layers(model).items():
-        layer._not_fp8 = left_out[name]
+        setattr(layer, NOT_FP8, left_out[name])
     return model.requires_grad_(False)
 
 
@@ -91,9 +91,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no linear layer to calibrate")
     seen: dict[str, Tensor] = {}
 
-    def note(name: str):
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            x: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if x.numel():
                 amax = x.detach().abs().amax().float()
                 seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
@@ -106,7 +106,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
+        for module, mode in training.items():
+            stack.callback(setattr, module, "training", mode)
         model.eval()
         with torch.no_grad():
             for batch in progress.bar(batches, desc="calibrate", unit="batch"):
@@ -162,7 +163,7 @@ def _bfloat16_above(x: Tensor) -> Tensor:
 
 
 def become_frozen(
-    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
+    layer: Any, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
     granularity: str,
 ) -> None:  # fmt: skip
     """Change the class of a linear layer in place, as convert does: the object, its name and its hooks stay."""
@@ -170,7 +171,7 @@ def become_frozen(
         layer._make_plain()
     bias = layer.bias
     del layer.weight, layer.bias
-    for name in (_AMAX, "_not_fp8"):
+    for name in (_AMAX, NOT_FP8):
         layer.__dict__.pop(name, None)
     layer.__class__ = FrozenLinear
     layer._make_frozen(
@@ -178,9 +179,10 @@ def become_frozen(
     )
 
 
-def _weight_of(layer: nn.Module) -> Tensor:
+def _weight_of(layer: Any) -> Tensor:
     """(out, in)"""
-    return layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
+    weight: Tensor = layer.weight.detach()
+    return weight.t() if is_conv1d(layer) else weight
 
 
 def layers_to_freeze(model: nn.Module, filter: Filter | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -189,7 +191,7 @@ def layers_to_freeze(model: nn.Module, filter: Filter | Sequence[str] | None) ->
 
 
 def why_not_to_freeze(
-    model: nn.Module, filter: Filter | Sequence[str] | None, linear_types: Iterable[type] = ()
+    model: nn.Module, filter: Filter | Sequence[str] | None, linear_types: Iterable[type[nn.Module]] = ()
 ) -> dict[str, str]:
     """Why each linear layer is not to be frozen; "" where it is."""
     types = check_types(linear_types)

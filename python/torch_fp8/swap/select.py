@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from .worth import speedup
 
 Filter = Callable[[nn.Module, str], bool]
 
+NOT_FP8 = "_not_fp8"  # on a layer that was left out: why
 TOO_SMALL = "too small for FP8 to be faster at {} tokens"
 
 # Names that output heads have in the published GPT and Llama code bases; only outside of numbered blocks.
@@ -36,7 +38,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not isinstance(module, FrozenLinear)}
 
 
-def check_types(types: Iterable[type]) -> tuple[type, ...]:
+def check_types(types: Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
     """What the user vouches for, as a tuple."""
     if isinstance(types, type) or not isinstance(types, Iterable):
         raise TypeError(f"torch_fp8: linear_types must be a list of classes, got {types!r}; write [MyLinear]")
@@ -50,14 +52,14 @@ def check_types(types: Iterable[type]) -> tuple[type, ...]:
     return types
 
 
-def why_not(module: nn.Module, types: Sequence[type] = ()) -> str:
+def why_not(module: nn.Module, types: Sequence[type[nn.Module]] = ()) -> str:
     """Why a linear layer cannot be an FP8 layer; "" where it can. types: classes that the user vouches for."""
     if isinstance(module, Layer):  # it is one already
         return _why_not_weight(module)
     return _why_not_forward(module, types) or _why_not_weight(module)
 
 
-def why_not_frozen(module: nn.Module, types: Sequence[type] = ()) -> str:
+def why_not_frozen(module: nn.Module, types: Sequence[type[nn.Module]] = ()) -> str:
     """Why the weight of a linear layer cannot be quantised for good; "" where it can."""
     if not {"weight", "bias"} <= module._parameters.keys():
         return (
@@ -69,12 +71,12 @@ def why_not_frozen(module: nn.Module, types: Sequence[type] = ()) -> str:
     return _why_not_forward(module, types) or _why_not_weight(module)
 
 
-def _why_not_forward(module: nn.Module, types: Sequence[type]) -> str:
+def _why_not_forward(module: nn.Module, types: Sequence[type[nn.Module]]) -> str:
     if "forward" in module.__dict__:
         return "its forward was replaced on the object, as accelerate's device_map does; convert or freeze before that"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) and type(module) not in types:
         return "nn.MultiheadAttention multiplies by its weight itself, and never calls it"
-    known = [nn.Linear, Layer, *types, *filter(None, [conv1d()])]
+    known: list[type[nn.Module]] = [nn.Linear, Layer, *types, *filter(None, [conv1d()])]
     if type(module).forward not in [cls.forward for cls in known]:
         return (
             f"{type(module).__name__} has a forward of its own; if it computes what nn.Linear does, say so: "
@@ -83,7 +85,7 @@ def _why_not_forward(module: nn.Module, types: Sequence[type]) -> str:
     return ""
 
 
-def _why_not_weight(module: nn.Module) -> str:
+def _why_not_weight(module: Any) -> str:
     weight = module.weight
     if nn.parameter.is_lazy(weight):
         return "not initialised yet; run the model once before"

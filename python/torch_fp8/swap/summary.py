@@ -14,7 +14,7 @@ from ..recipe import ConstantScaling
 from ..scaling import scales
 from ..state import ROLES
 from ..table import html, plain
-from .select import why_not
+from .select import NOT_FP8, why_not
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def summary(model: nn.Module) -> Summary:
                 note += f"; never called in {steps} training steps: does other code read its weight?"
             rows.append(LayerSummary(name, shape, True, note, scales(module)))
         else:
-            note = why_not(module) or getattr(module, "_not_fp8", "not converted")
+            note = why_not(module) or getattr(module, NOT_FP8, "not converted")
             rows.append(LayerSummary(name, shape, False, note, {}))
     return rows
 
