@@ -26,9 +26,11 @@ LinearImpl::LinearImpl(const LinearOptions& options_) : options(options_) {
 }
 
 void LinearImpl::reset() {
-  weight = register_parameter("weight", at::empty({options.out_features(), options.in_features()}));
-  bias = register_parameter("bias", options.bias() ? at::empty({options.out_features()}) : at::Tensor(),
-                            /*requires_grad=*/options.bias());
+  const at::TensorOptions parameter_options(c10::get_default_dtype_as_scalartype());  // as torch::nn::Linear's
+  weight = register_parameter("weight", at::empty({options.out_features(), options.in_features()}, parameter_options));
+  bias =
+      register_parameter("bias", options.bias() ? at::empty({options.out_features()}, parameter_options) : at::Tensor(),
+                         /*requires_grad=*/options.bias());
   slots = register_buffer("slots", at::empty({kRoles, 4}, at::kFloat));
   history = register_buffer("history", at::empty({kRoles, options.amax_history_len()}, at::kFloat));
   reset_parameters();

@@ -56,7 +56,7 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own on the CPU."""
-        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        data = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         with self.path.open("rb") as file:
             file.seek(self.begin)
             if file.readinto(data.numpy().data) != self.nbytes:
