@@ -112,7 +112,7 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         if not self.pre_quantized:
             return with_scales(conversions)
-        return reading() + with_scales(conversions) + shaping()
+        return reading() + with_scales(conversions, shaped=True) + shaping()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in frozen_layers(model).items():
