@@ -29,7 +29,7 @@ def _check_torch() -> None:
 _check_torch()
 
 from . import _C  # noqa: E402
-from .checkpoints import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
+from .checkpoints import CheckpointError, QuantizationConfig, load_pretrained, save_pretrained  # noqa: E402
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .layers.siblings import share_input  # noqa: E402
@@ -76,6 +76,7 @@ __all__ = [
     "FrozenLinear",
     "Linear",
     "Monitor",
+    "QuantizationConfig",
     "Recipe",
     "ScalingState",
     "Tuning",

@@ -24,6 +24,9 @@ from ..layers.linear import Layer
 from .readers import weights_read
 from .select import NOT_FP8, Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
 
+#: What is to be done when a model has got frozen layers; transformers' models know of theirs by this.
+after_freeze: list[Callable[[nn.Module], None]] = []
+
 _AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float
 
 
@@ -56,10 +59,10 @@ def freeze(
     check_choices(activations, weight)
     left_out = why_not_to_freeze(model, filter, linear_types)
     layers = {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
-    weights = {name: _weight_of(layer) for name, layer in layers.items()}
+    weights = {name: weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
-        _check_weight(name, weights[name])
+        check_weight(name, weights[name])
         if activations == "static":
             static_scale(name, layer)
 
@@ -73,6 +76,8 @@ def freeze(
         del weights[name], parameter  # and with them the last 16-bit copy
     for name, layer in linear_layers(model).items():
         setattr(layer, NOT_FP8, left_out[name])
+    for tell in after_freeze:
+        tell(model)
     return model.requires_grad_(False)
 
 
@@ -179,7 +184,7 @@ def become_frozen(
     )
 
 
-def _weight_of(layer: Any) -> Tensor:
+def weight_of(layer: Any) -> Tensor:
     """(out, in)"""
     weight: Tensor = layer.weight.detach()
     return weight.t() if is_conv1d(layer) else weight
@@ -210,7 +215,7 @@ def why_not_to_freeze(
     return left_out
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"torch_fp8: {name or '(root)'} is on the meta device; load its weights before freezing it")
     if not weight.abs().amax().isfinite():
