@@ -49,31 +49,19 @@ std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at
   return count_losses(x, slots, role, dtype, options);
 }
 
-at::Tensor frozen_experts_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& offsets,
-                                   const at::Tensor& weight, const at::Tensor& weight_scale,
-                                   const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                                   int64_t activations, int64_t parts, c10::optional<at::ScalarType> dtype) {
-  using torch::autograd::compute_requires_grad, torch::autograd::isFwGradDefined;
-  TORCH_CHECK(!compute_requires_grad(x, weight, weight_scale, bias, input_slot) && !isFwGradDefined(x),
-              "torch_fp8: frozen experts compute no gradient, but their input requires one; run inference under "
-              "torch.no_grad() or torch.inference_mode()");
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_experts", "").typed<decltype(frozen_experts)>();
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, offsets, weight, weight_scale, bias, input_slot,
-                       activations, parts, dtype);
-}
-
 // One function serves both backends: it checks, allocates, and runs kernels of the tensors' device.
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
   m.impl("frozen_experts", frozen_experts);
+  m.impl("frozen_experts_backward", frozen_experts_backward);
   m.impl("frozen_linear_backward", frozen_linear_backward);
   m.impl("cast", cast);
   m.impl("linear_forward", linear_forward);
   m.impl("linear_backward", linear_backward);
+  m.impl("activation_cast", activation_cast);
+  m.impl("activation_backward_cast", activation_backward_cast);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -127,17 +115,32 @@ TORCH_LIBRARY(torch_fp8, m) {
       "cast(Tensor x, Tensor(a!) slots, int role, int[] casts, int history, bool training, bool record, bool rowwise, "
       "bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
 
-  // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. x: the input, where wgrad runs
+  // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. dy_codes: empty, or {q, q_t,
+  // scale_inv} made before; of dy then nothing is read but its size and dtype. x: the input, where wgrad runs
   // in 16 bits; weight: where dgrad does, or no codes of it were kept. main_grad (N, K) float32 or bfloat16: the
   // weight's gradient is added to it, and dweight is empty or, with dummy_grad, has no meaning. dx_sum (..., K)
   // likewise for dx.
   m.def(
-      "linear_backward(Tensor dy, Tensor? x_t, Tensor? x_scale_inv, Tensor? weight_t, Tensor? weight_scale_inv, "
+      "linear_backward(Tensor dy, Tensor[] dy_codes, Tensor? x_t, Tensor? x_scale_inv, Tensor? weight_t, Tensor? "
+      "weight_scale_inv, "
       "Tensor? x, Tensor? weight, Tensor(a!) slots, Tensor(b!)? main_grad, Tensor(c!)? dx_sum, int[] casts, int "
       "history, "
       "bool[3] fp8, bool[3] fast_accum, bool training, bool record, bool grad_x, bool grad_weight, ScalarType? dbias, "
       "SymInt in_features, ScalarType x_dtype, ScalarType weight_dtype, bool dummy_grad=False) -> (Tensor dx, "
       "Tensor dweight, Tensor dbias)");
+
+  // f(gate), or f(gate) * up, all (..., K) of one dtype, computed in float32 and cast to E4M3 as a layer casts that
+  // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh.
+  m.def(
+      "activation_cast(Tensor gate, Tensor? up, int activation, Tensor(a!) slots, int role, int[] casts, int history, "
+      "bool training, bool record, bool rowwise, bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
+
+  // The gradients of gate, dy * up * f'(gate), and of up, dy * f(gate), cast so for the layers that made the two: their
+  // slots, one list of casts, the history of each. Without up its results have 0 elements.
+  m.def(
+      "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
+      "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record) -> (Tensor gate_q, "
+      "Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv)");
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
@@ -152,10 +155,16 @@ TORCH_LIBRARY(torch_fp8, m) {
   // weight[e] as frozen_linear does, rows behind offsets[E] are zero. offsets (E + 1) int64, on the CPU whatever the
   // device of the others, since the host must know how many rows an expert has. weight (E, N, K), bias (E, N),
   // input_slot (E, 4). The N outputs are in equal parts (gate and up: 2), each with scales of its own: weight_scale (E,
-  // parts), (E, N, 1), or (E, parts * ceil(N / parts / 128), ceil(K / 128)). Its fake is in layers/experts.py.
+  // parts), (E, N, 1), or (E, parts * ceil(N / parts / 128), ceil(K / 128)). Differentiable in x. The fakes of these
+  // two and the gradient are in layers/experts.py.
   m.def(
       "frozen_experts(Tensor x, Tensor offsets, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, "
       "int activations, int parts=1, ScalarType? dtype=None) -> Tensor");
+
+  // dx (rows, K) of x_dtype, the gradient of frozen_experts' x: of its own arguments and dy (rows, N).
+  m.def(
+      "frozen_experts_backward(Tensor dy, Tensor offsets, Tensor weight, Tensor weight_scale, int activations, "
+      "int parts, ScalarType x_dtype) -> Tensor");
 
   // dx (..., K) of x_dtype = dy (..., N) . (weight * weight_scale), the gradient of frozen_linear's input: its own
   // arguments. More than 32 rows of dy are quantised, each by its own amax, where activations is not 0 and, with a grid
@@ -178,12 +187,12 @@ TORCH_LIBRARY(torch_fp8, m) {
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
-                           "linear_backward", "frozen_linear_backward", "update_scales_"}) {
+  for (const char* name :
+       {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
+        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
-  m.impl("frozen_experts", frozen_experts_autograd);
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
@@ -195,6 +204,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("cast", cast_meta);
   m.impl("linear_forward", linear_forward_meta);
   m.impl("linear_backward", linear_backward_meta);
+  m.impl("activation_cast", activation_cast_meta);
+  m.impl("activation_backward_cast", activation_backward_cast_meta);
   m.impl("frozen_linear", frozen_linear_meta);
   m.impl("frozen_linear_backward", frozen_linear_backward_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);

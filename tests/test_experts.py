@@ -185,12 +185,37 @@ class TestForward:
         with pytest.raises(ValueError, match="4 experts take equally many rows each, got 6"):
             module(torch.randn(6, HIDDEN))
 
-    def test_no_gradient(self, device):
-        module, (x, *routed) = frozen(experts("mixtral", device=device)), inputs("mixtral", 4, device=device)
-        with pytest.raises(RuntimeError, match="frozen experts compute no gradient.*no_grad"):
-            module(x.requires_grad_(), *routed)
-        with torch.no_grad():
-            module(x, *routed)
+    @pytest.mark.parametrize("weight", WEIGHTS)
+    @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4", "muse_spark"])
+    def test_gradients_of_input_and_routing(self, model_type, weight, device):
+        """For adapters in front and behind: those of the 16-bit experts with the same values."""
+        original = experts(model_type, device=device)
+        module = frozen(copy.deepcopy(original), "none", weight)
+        made, args = twin(original, module), inputs(model_type, 24, device=device)
+        wanted = [arg for arg in args if arg.is_floating_point()]
+        for arg in wanted:
+            arg.requires_grad_()
+        dy = torch.randn_like(made(*args))
+        expected, found = (torch.autograd.grad(m(*args), wanted, dy) for m in (made.requires_grad_(False), module))
+        for a, b in zip(expected, found, strict=True):
+            assert a.dtype == b.dtype and error(a, b) < (1e-5 if device.type == "cpu" else 2e-3)
+
+    def test_gradients_in_fp8(self, device):
+        original = experts("qwen3_moe", torch.bfloat16, device)
+        module, (x, index, weights) = frozen(copy.deepcopy(original)), inputs("qwen3_moe", 200, torch.bfloat16, device)
+        x.requires_grad_()
+        dy = torch.randn_like(x)
+        exact, found = (torch.autograd.grad(m(x, index, weights), x, dy)[0] for m in (original, module))
+        assert 0.01 < error(exact, found) < 0.15
+
+    def test_gradients_that_are_refused(self):
+        module, args = frozen(experts("mixtral")), inputs("mixtral", 4)
+        args[0].requires_grad_()
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(module(*args).sum(), args[0], create_graph=True)
+        module.gate_up_proj_scale.requires_grad_()
+        with pytest.raises(RuntimeError, match="compute the gradient of their input only"):
+            module(*args)
 
     @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4", "nemotron_h"])
     def test_compiles_to_one_graph(self, model_type, device):
@@ -201,6 +226,9 @@ class TestForward:
             for tokens in (5, 24):
                 args = inputs(model_type, tokens, torch.bfloat16, device)
                 assert torch.equal(compiled(*args), module(*args))
+        x = args[0].requires_grad_()
+        a, b = (torch.autograd.grad(m(*args).sum(), x)[0] for m in (compiled, module))
+        assert torch.equal(a, b)
 
     def test_on_the_meta_device(self):
         module = frozen(experts("mixtral"))

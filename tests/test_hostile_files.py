@@ -4,10 +4,14 @@ import json
 import math
 import os
 import random
+import signal
 import struct
+import subprocess
+import sys
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 import torch_fp8 as fp8
 import transformers
@@ -391,6 +395,191 @@ class TestPaths:
         before = sorted(tmp_path.rglob("*"))
         assert main(["quantize", str(checkpoint.path), str(tmp_path / "out")]) == 1
         assert sorted(tmp_path.rglob("*")) == before
+
+
+class TestSixteenBits:
+    """What is wrong with a checkpoint that is to be quantised is told before anything is written."""
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        model = small("llama", intermediate_size=48)
+        model.save_pretrained(tmp_path / "in")
+        return tmp_path / "in"
+
+    def change(self, source, **tensors):
+        """Exchange, add or, by None, remove tensors; dots are written __."""
+        state = safetensors.torch.load_file(source / "model.safetensors")
+        for name, tensor in tensors.items():
+            state[name.replace("__", ".")] = tensor
+        state = {name: tensor for name, tensor in state.items() if tensor is not None}
+        safetensors.torch.save_file(state, source / "model.safetensors", {"format": "pt"})
+
+    def configure(self, source, **values):
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, **values}))
+
+    def refused(self, source, capsys, *words):
+        capsys.readouterr()
+        before = sorted(source.parent.rglob("*"))
+        assert main(["quantize", str(source), str(source.parent / "out")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+        assert sorted(source.parent.rglob("*")) == before
+
+    @pytest.mark.parametrize(
+        ("tensors", "words"),
+        [
+            ({SCALE.replace(".", "__"): torch.ones(3)}, ("model.safetensors", SCALE, "is not FP8")),
+            ({SCALE.replace(".", "__"): torch.ones(48, 1)}, ("model.safetensors", SCALE, "is not FP8")),
+            ({WEIGHT.replace(".", "__"): None}, (WEIGHT,)),
+            ({"model__norm__weight": None}, ("has no tensor model.norm.weight",)),
+            ({"model__norm__weight": torch.ones(32, dtype=torch.int16)}, ("model.norm.weight", "int16")),
+            (
+                {"model__embed_tokens__weight": torch.ones(20, 31)},
+                ("model.embed_tokens.weight", "[20, 31]", "[20, 32]"),
+            ),
+            *(
+                (
+                    {WEIGHT.replace(".", "__"): torch.ones(48, 32, dtype=dtype)},
+                    ("model.safetensors", WEIGHT, str(dtype)),
+                )
+                for dtype in (
+                    torch.int16,
+                    torch.int32,
+                    torch.int64,
+                    torch.uint16,
+                    torch.uint32,
+                    torch.uint64,
+                    torch.bool,
+                )
+            ),
+        ],
+    )
+    def test_tensors(self, source, capsys, tensors, words):
+        self.change(source, **tensors)
+        self.refused(source, capsys, *words)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"num_labels": 10**8},
+            {"model_type": "bart", "decoder_layers": 10**6},
+            {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
+            {"model_type": "qwen3", "num_hidden_layers": 10**9},
+            {"model_type": "bart", "decoder_layers": 60_000},
+            {"model_type": "mixtral", "num_local_experts": 60_000},
+            {"model_type": "gpt2", "n_positions": 10**6},
+        ],
+    )
+    def test_configs_that_describe_more_than_there_is(self, source, capsys, values):
+        """Without building it."""
+        self.configure(source, **values)
+        self.refused(source, capsys)
+
+    def test_a_stray_scale_is_not_written_beside_ours(self, source, tmp_path):
+        self.change(source, **{SCALE.replace(".", "__"): torch.ones(48, 1)})
+        model = fp8.freeze(fp8.load_pretrained(source))
+        with pytest.raises(ValueError, match=f"{SCALE} would be written twice"):
+            fp8.save_pretrained(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_buffers_of_other_kinds_are_no_quantisation(self, source, tmp_path):
+        self.change(source, some__mask=torch.ones(4, dtype=torch.bool), some__bytes=torch.ones(4, dtype=torch.uint8))
+        assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+        assert Folder(tmp_path / "out").entries["some.mask"].dtype == torch.bool
+
+    def test_infinity(self, source, tmp_path):
+        text = (source / "config.json").read_text().replace("{", '{"limits": [0.0, Infinity, -Infinity, 1e400],', 1)
+        (source / "config.json").write_text(text)
+        assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+        written = (tmp_path / "out" / "config.json").read_text()
+        assert json.loads(written, parse_constant=pytest.fail)["limits"][1] == {"__float__": "Infinity"}
+        assert fp8.load_pretrained(tmp_path / "out").config.limits == [0.0, math.inf, -math.inf, math.inf]
+
+    def test_float32_without_a_dtype(self, source, tmp_path):
+        model = small("llama", intermediate_size=48).float()
+        model.save_pretrained(tmp_path / "float32")
+        config = json.loads((tmp_path / "float32" / "config.json").read_text())
+        del config["dtype"]
+        (tmp_path / "float32" / "config.json").write_text(json.dumps(config))
+        loaded = fp8.load_pretrained(tmp_path / "float32")
+        assert loaded.dtype == torch.float32
+        assert main(["quantize", str(tmp_path / "float32"), str(tmp_path / "out")]) == 0
+        assert fp8.load_pretrained(tmp_path / "out").dtype == torch.float32
+        assert fp8.load_pretrained(source).dtype == torch.bfloat16
+
+    def test_terminated(self, source, tmp_path):
+        slow = """if True:
+            import runpy, sys, time
+            from torch_fp8.checkpoints import shard
+            class Slow:
+                def __get__(self, item, kind):
+                    def read(*args):
+                        print("reading", flush=True)
+                        time.sleep(60)
+                    return read
+            shard.Entry.read = Slow()
+            sys.argv[0] = "torch_fp8"
+            runpy.run_module("torch_fp8", run_name="__main__")
+        """
+        command = [sys.executable, "-c", slow, "quantize", str(source), str(tmp_path / "out")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout.readline() == "reading\n"
+        assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class TestSizes:
+    def test_inspect_reads_no_gigabytes_of_scales(self, checkpoint, capsys):
+        """The file is sparse: a few bytes on the disk."""
+        checkpoint.remove(SCALE)
+        end, size = len(checkpoint.data), 6 * 2**30
+        checkpoint.header[SCALE] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [end, end + size]}
+        checkpoint.write()
+        os.truncate(checkpoint.file, checkpoint.file.stat().st_size + size)
+        assert main(["inspect", str(checkpoint.path)]) == 0
+        assert f"BAD: {size} bytes are no scales" in capsys.readouterr().out
+        checkpoint.refused("model.safetensors", SCALE, "expected [1]")
+
+    @pytest.mark.parametrize("name", [SCALE, SCALE.replace("weight_scale", "input_scale")])
+    def test_scales_without_elements(self, checkpoint, name):
+        checkpoint.remove(name)
+        checkpoint.header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [len(checkpoint.data)] * 2}
+        checkpoint.write().refused("model.safetensors", name)
+        assert main(["inspect", str(checkpoint.path)]) == 0
+
+    @pytest.mark.parametrize("value", [2.0**-127, 1e-45, 2.0**127])
+    def test_static_scales_without_an_inverse(self, checkpoint, value):
+        name = SCALE.replace("weight_scale", "input_scale")
+        checkpoint.store(name, struct.pack("<f", value))
+        checkpoint.write().refused("model.safetensors", name, "2^-126 ... 2^126")
+
+    def test_a_shard_that_vanishes(self, checkpoint):
+        entry = read_header(checkpoint.write().file)[WEIGHT]
+        checkpoint.file.unlink()
+        with pytest.raises(fp8.CheckpointError, match=f"model.safetensors: {WEIGHT} cannot be read: No such file"):
+            entry.read()
+
+    @pytest.mark.parametrize("name", ["\\u001b[31mred", "a\\nb", "\\ud800", "x" * 600, "\\u202e", ""])
+    def test_names_that_cannot_be_shown(self, checkpoint, name):
+        at = len(checkpoint.data)
+        text = (
+            json.dumps(checkpoint.header)[:-1]
+            + f', "{name}": {{"dtype": "U8", "shape": [0], "data_offsets": [{at}, {at}]}}}}'
+        )
+        with pytest.raises(fp8.CheckpointError, match="is no name") as error:
+            read_header(checkpoint.write(text=text.encode()).file)
+        assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+    def test_both_names_of_one_tensor(self, checkpoint):
+        name = "model.norm.weight"
+        checkpoint.header["norm.weight"] = {**checkpoint.header[name]}
+        begin, end = checkpoint.header[name]["data_offsets"]
+        checkpoint.header["norm.weight"]["data_offsets"] = [len(checkpoint.data), len(checkpoint.data) + end - begin]
+        checkpoint.data += checkpoint.data[begin:end]
+        checkpoint.write().refused("model.safetensors", "norm.weight and model.norm.weight are both")
 
 
 def mutations(rng, raw, header_end):

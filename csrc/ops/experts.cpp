@@ -1,5 +1,6 @@
-// frozen_experts: one linear layer of each expert of a mixture, whose weights are a stack in FP8. The rows of x come
-// sorted by expert, and each expert's rows are a product as frozen_linear has it.
+// frozen_experts, frozen_experts_backward: one linear layer of each expert of a mixture, whose weights are a stack in
+// FP8, and the gradient of its input. The rows of x come sorted by expert, and each expert's rows are a product as
+// frozen_linear has it.
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
@@ -73,26 +74,36 @@ WeightScale check_experts(const at::Tensor& x, const at::Tensor& offsets, const 
   return kind_of(weight_scale, weight.sizes(), parts);
 }
 
+// The weight's scales in the form that serves most products with one. Where blocks do not divide a part there is no
+// grid of the whole: then each part is a product.
+struct StackScales {
+  WeightScale kind;
+  at::Tensor scale;
+  bool by_parts;
+};
+
+StackScales scales_of_stack(WeightScale kind, const at::Tensor& weight, const at::Tensor& weight_scale, int64_t parts) {
+  const int64_t experts = weight.size(0), n = weight.size(1), part = n / parts;
+  if (kind == WeightScale::kTensor && parts > 1) {
+    const at::Tensor of_channels = weight_scale.unsqueeze(2).expand({experts, parts, part}).reshape({experts, n, 1});
+    return {WeightScale::kChannel, of_channels, false};
+  }
+  return {kind, weight_scale, kind == WeightScale::kBlock && parts > 1 && part % kScaleBlock != 0};
+}
+
 }  // namespace
 
 at::Tensor frozen_experts(const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& weight,
                           const at::Tensor& weight_scale_given, const c10::optional<at::Tensor>& bias_given,
                           const c10::optional<at::Tensor>& input_slot, int64_t activations, int64_t parts,
                           c10::optional<at::ScalarType> dtype_given) {
-  WeightScale kind =
+  const WeightScale given =
       check_experts(x, offsets, weight, weight_scale_given, bias_given, input_slot, activations, parts, dtype_given);
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
   const at::ScalarType dtype = dtype_given.value_or(x.scalar_type());
   const int64_t experts = weight.size(0), n = weight.size(1), part = n / parts;
-
-  at::Tensor weight_scale = weight_scale_given;
-  if (kind == WeightScale::kTensor && parts > 1) {  // one product for all parts: a scale for each of their channels
-    kind = WeightScale::kChannel;
-    weight_scale = weight_scale.unsqueeze(2).expand({experts, parts, part}).reshape({experts, n, 1});
-  }
-  // Blocks that do not divide a part leave no grid of the whole: then each part is a product.
-  const bool by_parts = kind == WeightScale::kBlock && parts > 1 && part % kScaleBlock != 0;
+  const auto [kind, weight_scale, by_parts] = scales_of_stack(given, weight, weight_scale_given, parts);
   c10::optional<at::Tensor> bias = bias_given;
   if (bias) bias = bias->to(dtype).contiguous();
 
@@ -122,6 +133,31 @@ at::Tensor frozen_experts(const at::Tensor& x, const at::Tensor& offsets, const 
   }
   y.narrow(0, begin[experts], x.size(0) - begin[experts]).zero_();
   return y;
+}
+
+at::Tensor frozen_experts_backward(const at::Tensor& dy, const at::Tensor& offsets, const at::Tensor& weight,
+                                   const at::Tensor& weight_scale_given, int64_t activations, int64_t parts,
+                                   at::ScalarType x_dtype) {
+  const int64_t experts = weight.size(0), n = weight.size(1), part = n / parts;
+  const auto [kind, weight_scale, by_parts] =
+      scales_of_stack(kind_of(weight_scale_given, weight.sizes(), parts), weight, weight_scale_given, parts);
+  const int64_t* const begin = offsets.const_data_ptr<int64_t>();
+  const at::Tensor dx = at::zeros({dy.size(0), weight.size(2)}, dy.options().dtype(x_dtype));
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t rows = begin[e + 1] - begin[e];
+    if (rows == 0) continue;
+    const at::Tensor its_dy = dy.narrow(0, begin[e], rows), its_dx = dx.narrow(0, begin[e], rows);
+    if (!by_parts) {
+      its_dx.copy_(frozen_linear_backward(its_dy, weight[e], weight_scale[e], activations, x_dtype));
+      continue;
+    }
+    const int64_t grid = blocks(part);
+    for (int64_t i = 0; i < parts; ++i) {
+      its_dx.add_(frozen_linear_backward(its_dy.narrow(1, i * part, part), weight[e].narrow(0, i * part, part),
+                                         weight_scale[e].narrow(0, i * grid, grid), activations, x_dtype));
+    }
+  }
+  return dx;
 }
 
 }  // namespace torch_fp8

@@ -74,6 +74,11 @@ at::Tensor frozen_experts(const at::Tensor& x, const at::Tensor& offsets, const 
                           const c10::optional<at::Tensor>& input_slot, int64_t activations, int64_t parts,
                           c10::optional<at::ScalarType> dtype);
 
+// The gradient of its input, of x_dtype.
+at::Tensor frozen_experts_backward(const at::Tensor& dy, const at::Tensor& offsets, const at::Tensor& weight,
+                                   const at::Tensor& weight_scale, int64_t activations, int64_t parts,
+                                   at::ScalarType x_dtype);
+
 // The gradient of its input: dx (..., K) of x_dtype = dy (..., N) . (weight * weight_scale). dy is quantised by row
 // where way_of_gradient (csrc/ops/frozen_route.h) says it.
 at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,

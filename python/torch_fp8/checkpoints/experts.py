@@ -28,6 +28,7 @@ from ..layers.experts import (
     Stack,
     become_frozen_experts,
     experts_in,
+    find_layout,
     frozen_experts,
     layout_of,
     matrices,
@@ -88,7 +89,7 @@ def known_matrices(model: nn.Module, conversions: Iterable[Any]) -> dict[str, Ma
     given = list(_from_transformers(conversions))
     result: dict[str, Matrices] = {}
     for name, module in {**experts_in(model), **frozen_experts(model)}.items():
-        layout = module.layout if isinstance(module, FrozenExperts) else layout_of(module)
+        layout = module.layout if isinstance(module, FrozenExperts) else find_layout(module)
         if layout is None:
             continue
         for projection in (layout.up, "down_proj"):
@@ -177,9 +178,9 @@ def freeze_as_stored(
     used: set[str] = set()
     known = known_matrices(model, names.conversions)
     for name, module in experts_in(model).items():
-        layout = layout_of(module)
-        if layout is None or why_not_experts(module):
+        if why_not_experts(module):
             continue
+        layout = layout_of(module)
         sources: list[Entry] = []
         for projection in (layout.up, "down_proj"):
             stack = f"{name}.{projection}"
@@ -260,7 +261,6 @@ def _freeze(
 def freeze_empty(module: nn.Module, activations: str, granularity: str) -> None:
     """Frozen experts on the meta device, in the place of 16-bit ones."""
     layout = layout_of(module)
-    assert layout is not None
     new: list[Stack] = []
     for projection in (layout.up, "down_proj"):
         weight, bias = matrices(module, layout, projection)
@@ -339,7 +339,6 @@ def as_matrices(
     result: dict[str, list[tuple[str, Entry, str]]] = {}
     for name, module in mixtures.items():
         layout = layout_of(module)
-        assert layout is not None
         for projection in stacks(module):
             stack = f"{name}.{projection}"
             for place in (stack, f"{stack}_bias") if layout.has_bias else (stack,):

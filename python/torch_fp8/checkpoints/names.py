@@ -35,8 +35,9 @@ from .stored import check_scale
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Of a frozen layer in a model, beside its weight.
+#: Of a frozen layer in a model, beside its weight; and as they are written.
 SCALE, SLOT = "weight_scale", "input_slot"
+_OF_WEIGHTS, _OF_INPUTS = (SCALE, "weight_scale_inv"), (SLOT, "input_scale")
 
 
 class Names:
@@ -79,8 +80,9 @@ class Names:
         return name in self._converted
 
 
-def with_scales(conversions: Iterable[Any]) -> list[Any]:
-    """transformers' rules of a model, and what follows of them for the scales of its frozen layers."""
+def with_scales(conversions: Iterable[Any], shaped: bool = False) -> list[Any]:
+    """transformers' rules of a model, and what follows of them for the scales of its frozen layers. shaped: the scales
+    become what those layers hold."""
     result: list[Any] = []
     for conversion in conversions:
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
@@ -88,11 +90,12 @@ def with_scales(conversions: Iterable[Any]) -> list[Any]:
             type(op).__name__ in ("MergeModulelist", "SplitModulelist") for op in conversion.operations
         )
         if rows:
-            conversion = conversion.copy(sources, targets, operations=[Rows(op) for op in conversion.operations])
+            operations = [op.op if isinstance(op, Rows) else op for op in conversion.operations]
+            conversion = conversion.copy(sources, targets, operations=[Rows(op, shaped) for op in operations])
         result.append(conversion)
         # A pattern that ends with "weight" meets no "weight_scale"; others do.
         if (rows or type(conversion) is WeightRenaming) and all(name.endswith("weight") for name in sources + targets):
-            for suffix in (SCALE, SLOT):
+            for suffix in (*_OF_WEIGHTS, *_OF_INPUTS):
                 more = {"operations": conversion.operations} if rows else {}
                 result.append(
                     conversion.copy(*([n[:-6] + suffix for n in names] for names in (sources, targets)), **more)
@@ -118,27 +121,26 @@ def writing(model: PreTrainedModel) -> list[Any]:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
     conversions = [c for c in conversions if not _is_reading(c) and not experts.is_ours(c)]
-    if any(isinstance(op, Rows) for conversion in conversions for op in getattr(conversion, "operations", ())):
-        return conversions
     return with_scales(conversions)
 
 
 def _is_reading(conversion: Any) -> bool:
     """One of those above: files are written as ``state_to_write`` has it, in whatever dialect they were read."""
-    return conversion._original_target_patterns in ([f".{SCALE}"], [f".{SLOT}"])
+    return all(target.endswith((*_OF_WEIGHTS, *_OF_INPUTS)) for target in conversion._original_target_patterns)
 
 
 def written_names(
     model: PreTrainedModel, state: dict[str, Tensor], format: str, empty: bool = False
 ) -> dict[str, Tensor]:
-    """A state under the names that files of the model have, without what is tied. empty: on the meta device."""
+    """A state under the names that files of the model have, without what is tied. empty: scales alone have values."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict  # which imports us, see register.py
 
     ignored = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in state.items() if name not in ignored}
     state = remove_tied_weights_from_state_dict(state, model)
     if empty:
-        state = {name: tensor.to("meta") for name, tensor in state.items()}
+        scales = (*_OF_WEIGHTS, *_OF_INPUTS)
+        state = {name: tensor if name.endswith(scales) else tensor.to("meta") for name, tensor in state.items()}
     model._weight_conversions = writing(model)
     return revert_weight_conversion(model, taken_apart(model, state, format))
 
@@ -163,26 +165,32 @@ def file_names(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
 class Rows(ConversionOps):
     """An operation on the weights of one layer or several, which does to their scales what it does to their rows."""
 
-    def __init__(self, op: ConversionOps) -> None:
-        self.op = op
+    def __init__(self, op: ConversionOps, shaped: bool = False) -> None:
+        self.op, self.shaped = op, shaped
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **more: Any
     ) -> dict[str, Any]:
-        patterns = {"source_patterns": source_patterns, "target_patterns": target_patterns}
         model, name = more["model"], more["full_layer_name"]
-        if name.endswith((SCALE, SLOT)):
+        names = {target: name.replace(target_patterns[0], target) for target in target_patterns}
+        is_scale = name.endswith((*_OF_WEIGHTS, *_OF_INPUTS))
+        if is_scale:
             input_dict = {key: _rows(value) for key, value in input_dict.items()}
-            self._check(model, [name.replace(target_patterns[0], target) for target in target_patterns])
-            if whole := _one_for_all(name, list(input_dict.values())):
-                return dict.fromkeys(target_patterns, whole[0])
-        if isinstance(self.op, Split):  # looks for parameters alone, and a frozen weight is none
-            (tensor,) = (_rows(value) for value in input_dict.values())
-            names = [name.replace(target_patterns[0], target) for target in target_patterns]
-            sizes = [model.get_parameter_or_buffer(name).shape[self.op.dim] for name in names]
-            parts = torch.split(tensor, sizes, dim=self.op.dim)
-            return {target: part.contiguous() for target, part in zip(target_patterns, parts)}
-        return self.op.convert(input_dict, **patterns, **more)
+            self._check(model, list(names.values()))
+        if is_scale and (whole := _one_for_all(name, list(input_dict.values()))):
+            parts = dict.fromkeys(target_patterns, whole[0])
+        elif isinstance(self.op, Split):  # looks for parameters alone, and a frozen weight is none
+            (value,) = input_dict.values()
+            tensor = value[0] if isinstance(value, list) else value
+            sizes = [model.get_parameter_or_buffer(name).shape[self.op.dim] for name in names.values()]
+            split = torch.split(tensor, sizes, dim=self.op.dim)
+            parts = {target: part.contiguous() for target, part in zip(target_patterns, split)}
+        else:
+            patterns = {"source_patterns": source_patterns, "target_patterns": target_patterns}
+            parts = self.op.convert(input_dict, **patterns, **more)
+        if is_scale and self.shaped:
+            return {target: as_held(model, names[target], part) for target, part in parts.items()}
+        return parts
 
     def _check(self, model: PreTrainedModel, names: list[str]) -> None:
         if not isinstance(self.op, Chunk | Split | Concatenate) or self.op.dim != 0:
@@ -205,28 +213,33 @@ def _rows(value: Any) -> Tensor:
 def _one_for_all(name: str, tensors: list[Tensor]) -> list[Tensor]:
     """The scale, where it is one number, of a whole tensor or an input; empty where rows have scales."""
     first = tensors[0]
-    if not name.endswith(SLOT) and any(tensor.numel() > 1 for tensor in tensors):
+    if not name.endswith(_OF_INPUTS) and any(tensor.numel() > 1 for tensor in tensors):
         return []
     if not all(tensor.is_meta or torch.equal(tensor.flatten(), first.flatten()) for tensor in tensors):
         raise ValueError("the parts of one FP8 layer have different scales, which one layer cannot hold")
     return [first]
 
 
+def as_held(model: PreTrainedModel, name: str, scale: Tensor) -> Tensor:
+    """A scale as a frozen layer holds it. Raises ValueError for what is none."""
+    place = model.get_buffer(name)
+    if scale.is_meta:
+        return torch.empty_like(place)
+    if name.endswith(SCALE):
+        check_scale(scale)
+        return scale.view(place.shape)
+    scale = scale.flatten()[0]  # of a slot too, {scale_inv, scale, 0, 0}
+    check_scale(scale, 2.0**-126, 2.0**126)
+    return new_slot(scale.item(), scale.device)
+
+
 class Shaped(ConversionOps):
-    """A scale as a frozen layer holds it."""
+    """``as_held``."""
 
     def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **more: Any) -> dict[str, Any]:
         (value,) = input_dict.values()
-        tensor, name = (value[0] if isinstance(value, list) else value), more["full_layer_name"]
-        place = more["model"].get_buffer(name)
-        if tensor.is_meta:
-            return {target_patterns[0]: torch.empty_like(place)}
-        if name.endswith(SCALE):
-            check_scale(tensor)
-            return {target_patterns[0]: tensor.view(place.shape)}
-        scale = tensor.flatten()[0]  # of a slot too, {scale_inv, scale, 0, 0}
-        check_scale(scale, 2.0**-126, 2.0**126)
-        return {target_patterns[0]: new_slot(scale.item(), tensor.device)}
+        tensor = value[0] if isinstance(value, list) else value
+        return {target_patterns[0]: as_held(more["model"], more["full_layer_name"], tensor)}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -118,7 +118,7 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         if not self.pre_quantized:
             return with_scales(conversions)
-        return reading() + with_scales(conversions) + experts.converters(model, conversions) + shaping()
+        return reading() + with_scales(conversions, shaped=True) + experts.converters(model, conversions) + shaping()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         weights = {f"{name}.weight": layer.get_buffer("weight") for name, layer in frozen_layers(model).items()}

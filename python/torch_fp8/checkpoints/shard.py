@@ -106,7 +106,7 @@ def _entry(path: Path, name: str, value: Any, data: int, size: int) -> Entry:
         if not condition:
             raise CheckpointError(path, f"{_short(name) if name.isprintable() else _short(ascii(name))} {what}")
 
-    check(len(name) <= _MAX_NAME and name.isprintable(), f"is no name: printable, {_MAX_NAME} characters at most")
+    check(0 < len(name) <= _MAX_NAME and name.isprintable(), f"is no name: printable, {_MAX_NAME} characters at most")
     check(isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
           "must have dtype, shape and data_offsets")  # fmt: skip
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

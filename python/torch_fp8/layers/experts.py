@@ -1,4 +1,4 @@
-"""Inference: the experts of a mixture, whose weights are E4M3 for good. ``swap/freeze.py`` says how a model gets them.
+"""The experts of a mixture, whose weights are E4M3 for good. ``swap/freeze.py`` says how a model gets them.
 
 transformers holds the experts of a layer in one module, with a stack of weights for each projection. ``layout_of``
 knows what such a module computes from what it says of itself, or by its class; who cannot be known stays as it is.
@@ -6,9 +6,9 @@ knows what such a module computes from what it says of itself, or by its class; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class Layout:
         """With all gates above all ups along that dimension, which is that of a projection's outputs."""
         if not self.is_interleaved or self.parts(projection) == 1:
             return outputs
-        before = (slice(None),) * dim
-        return torch.cat([outputs[(*before, slice(first, None, 2))] for first in (0, 1)], dim)
+        halves = outputs.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        return torch.cat(halves, dim)
 
     def joined(self, outputs: Tensor, projection: str, dim: int) -> Tensor:
         """The opposite of ``separated``."""
@@ -56,8 +56,16 @@ _KNOWN = {"Llama4TextExperts": Layout(is_transposed=True, is_routed=False), "Ste
 _SAID = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
 
-def layout_of(module: nn.Module) -> Layout | None:
-    """What ``module`` computes; None where it is not known."""
+def layout_of(module: Any) -> Layout:
+    """What ``module`` computes. Raises ValueError where it is not known."""
+    layout = find_layout(module)
+    if layout is None:
+        raise ValueError(f"torch_fp8: what {type(module).__name__} computes is not known")
+    return layout
+
+
+def find_layout(module: Any) -> Layout | None:
+    """The same; None where it is not known."""
     cls = type(module)
     if all(isinstance(getattr(module, name, None), bool) for name in _SAID):
         if not hasattr(cls.forward, "__wrapped__"):  # a subclass with a forward of its own
@@ -83,7 +91,7 @@ def experts_in(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
-def routers(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+def routers(model: nn.Module, linears: Mapping[str, Any]) -> set[str]:
     """Layers that choose experts, or weigh those that all tokens share: within the module around experts, with as many
     outputs as there are experts, or one. They are small and decide much; no reader of FP8 checkpoints expects them in
     FP8."""
@@ -107,9 +115,9 @@ def frozen_experts(model: nn.Module) -> dict[str, FrozenExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FrozenExperts)}
 
 
-def why_not_experts(module: nn.Module) -> str:
+def why_not_experts(module: Any) -> str:
     """Why the experts cannot be frozen; "" where they can."""
-    layout = layout_of(module)
+    layout = find_layout(module)
     if layout is None:
         return f"what {type(module).__name__} computes is not known"
     if "forward" in module.__dict__:
@@ -126,7 +134,7 @@ def why_not_experts(module: nn.Module) -> str:
             return "empty"
     up, down = (_shape(module, layout, name) for name in (layout.up, "down_proj"))
     parts = layout.parts(layout.up)
-    biases = {name: getattr(module, f"{name}_bias", None) for name in (layout.up, "down_proj")}
+    biases: dict[str, Any] = {name: getattr(module, f"{name}_bias", None) for name in (layout.up, "down_proj")}
     if (up[0], up[1], up[2]) != (down[0], parts * down[2], down[1]):
         return f"{layout.up} is {list(up)} and down_proj {list(down)} (experts, out, in), which do not fit"
     if any((bias is not None) != layout.has_bias for bias in biases.values()):
@@ -190,17 +198,49 @@ def stack_scale_shape(weight: str, shape: tuple[int, ...], parts: int) -> tuple[
     return (experts, parts * one[0], *one[1:])
 
 
-@torch.library.register_fake("torch_fp8::frozen_experts")
+# In Python, since the other way of making a fake expects all tensors on one device, and offsets is on the CPU.
+@torch.library.register_fake("torch_fp8::frozen_experts")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, offsets: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_slot: Tensor | None,
     activations: int, parts: int = 1, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    # In Python, since the other way of making a fake expects all tensors on one device, and offsets is on the CPU.
     return x.new_empty(x.shape[0], weight.shape[1], dtype=dtype or x.dtype)
 
 
+@torch.library.register_fake("torch_fp8::frozen_experts_backward")  # type: ignore[untyped-decorator]
+def _(
+    dy: Tensor, offsets: Tensor, weight: Tensor, weight_scale: Tensor, activations: int, parts: int,
+    x_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return dy.new_empty(dy.shape[0], weight.shape[2], dtype=x_dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets, weight, weight_scale, _, _, activations, parts, _ = inputs
+    if any(ctx.needs_input_grad[1:]):
+        raise RuntimeError(
+            "torch_fp8: frozen experts compute the gradient of their input only, but one of their own tensors requires "
+            "one; train adapters beside them, or leave the experts in 16 bits by freeze's filter"
+        )
+    ctx.save_for_backward(offsets, weight, weight_scale)
+    ctx.numbers = activations, parts, x.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "torch_fp8: the backward of frozen experts cannot be differentiated again (create_graph=True); leave them "
+            "in 16 bits for that, by the filter of torch_fp8.freeze"
+        )
+    dx = torch.ops.torch_fp8.frozen_experts_backward(dy, *ctx.saved_tensors, *ctx.numbers)
+    return dx, *[None] * 8
+
+
+torch.library.register_autograd("torch_fp8::frozen_experts", _backward, setup_context=_save)
+
+
 class FrozenExperts(FrozenState):
-    """The experts of a mixture in FP8, for inference. ``freeze`` makes these of transformers' experts, in place: the
+    """The experts of a mixture in FP8, not trained. ``freeze`` makes these of transformers' experts, in place: the
     module takes what it took and gives what it gave, with its own activation and gate.
 
     Its projections are ``gate_up_proj`` (``up_proj``, of experts without a gate) and ``down_proj``. The state of each
@@ -209,14 +249,16 @@ class FrozenExperts(FrozenState):
     dtype when the module is cast, and move with it.
 
     Tokens are sorted by expert, and each expert multiplies its own, by the rules of :class:`FrozenLinear` for as many
-    rows. The host reads once a call how many those are, so a call cannot be recorded in a CUDA graph. There is no
-    gradient: where one is wanted for the input, forward raises RuntimeError.
+    rows. The host reads once a call how many those are, so a call cannot be recorded in a CUDA graph. The input and the
+    routing weights get their gradients, as with :class:`FrozenLinear`; the experts' own tensors get none.
     """
 
     layout: Layout
     made_of: type[nn.Module]  # the class that the module had
     activations: str
     granularity: str
+    down_proj: Tensor
+    post_expert_norm: nn.Module
 
     def projections(self) -> tuple[str, str]:
         return self.layout.up, "down_proj"
@@ -262,7 +304,9 @@ class FrozenExperts(FrozenState):
         """offsets: where each expert's rows begin, and the last one's end; on the CPU."""
         y = self.layout.joined(self._multiplied(self.layout.up, x, offsets), self.layout.up, dim=1)
         y = self._multiplied("down_proj", activated(self, self.layout, self.made_of, y), offsets)
-        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        return y
 
     def _multiplied(self, projection: str, x: Tensor, offsets: Tensor) -> Tensor:
         return torch.ops.torch_fp8.frozen_experts(
@@ -286,18 +330,19 @@ def _on_host(offsets: Tensor) -> Tensor:
     return offsets.cpu()
 
 
-def activated(module: nn.Module, layout: Layout, made_of: type[nn.Module], y: Tensor) -> Tensor:
+def activated(module: Any, layout: Layout, made_of: type[nn.Module], y: Tensor) -> Tensor:
     """What the experts of class ``made_of`` make of the first projection's output."""
-    if not layout.has_gate:
-        return module.act_fn(y)
     gate: Callable[..., Tensor] | None = getattr(made_of, "_apply_gate", None)
-    if gate is not None:
+    if layout.has_gate and gate is not None:
         return gate(module, y)
+    act: Callable[[Tensor], Tensor] = module.act_fn
+    if not layout.has_gate:
+        return act(y)
     gates, ups = y.chunk(2, dim=-1)
-    return module.act_fn(gates) * ups
+    return act(gates) * ups
 
 
-def become_frozen_experts(module: nn.Module, up: Stack, down: Stack, activations: str, granularity: str) -> None:
+def become_frozen_experts(module: Any, up: Stack, down: Stack, activations: str, granularity: str) -> None:
     """Change the class of a module of experts in place: the object, its name and its hooks stay."""
     layout, made_of = layout_of(module), type(module)
     for name, stack in ((layout.up, up), ("down_proj", down)):

@@ -18,19 +18,20 @@ from torch import Tensor, nn
 
 from .. import progress
 from ..format import E4M3_MAX
+from ..layers.classes import is_conv1d
 from ..layers.experts import (
     become_frozen_experts,
     experts_in,
     input_amaxes,
-    is_experts,
     layout_of,
     routers,
     stacks,
     why_not_experts,
 )
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot
-from ..layers.linear import SUPPORTED_DTYPES, Linear
-from .select import Filter, by_patterns, check_device, output_heads
+from ..layers.linear import Layer
+from .readers import weights_read
+from .select import NOT_FP8, Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
 from .weights import power_of_two_above, quantize_stack, quantize_weight
 
 #: What is to be done when a model has got frozen layers; transformers' models know of theirs by this.
@@ -44,29 +45,34 @@ def freeze(
     activations: str = "token",
     weight: str = "channel",
     filter: Filter | Sequence[str] | None = None,
+    *,
+    linear_types: Iterable[type[nn.Module]] = (),
 ) -> nn.Module:
     """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference or as a base
     of adapters (LoRA).
 
-    Takes ``nn.Linear``, ``fp8.Linear``, transformers' ``Conv1D`` (GPT-2), and transformers' experts (Mixtral,
-    Qwen-MoE, DeepSeek, gpt-oss, Llama 4...), which become FrozenExperts. They stay the same objects under the same
-    names; their weights are quantised once and the 16-bit ones let go. The output head, routers, embeddings and norms
-    stay as they are, and so do experts that are not understood; ``summary`` names them. No parameter of the model
-    requires a gradient afterwards; adapters come after that.
+    Takes what :func:`torch_fp8.convert` takes, FP8 layers, and transformers' experts (Mixtral, Qwen-MoE, DeepSeek,
+    gpt-oss, Llama 4...), which become FrozenExperts. They stay the same objects under the same names; their weights are
+    quantised once and the 16-bit ones let go. The output head, routers, embeddings and norms stay as they are, and so
+    do experts that are not understood; ``summary`` names them. No parameter of the model requires a gradient
+    afterwards; adapters come after that.
 
     activations: how inputs are quantised, see :class:`FrozenLinear`. "static" takes twice the largest input that
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
         up to a power of two: a scale too large costs nothing, one too small saturates.
     weight: "channel": a scale for each output; "tensor"; or "block", one for each 128 x 128.
     filter: which layers: by default all but the output head and routers; otherwise as in :func:`torch_fp8.convert`,
-        where the experts of a layer count as one.
+        where the experts of a layer count as one. A layer whose weight other code of the model reads itself, as far as
+        can be seen, is never taken: T5's ``wo``, Mamba's ``dt_proj``. ``summary`` says which and why.
+    linear_types: subclasses of ``nn.Linear`` to vouch for, as in :func:`torch_fp8.convert`.
 
-    Raises ValueError, with the model as it was, where no layer would be frozen or a listed name matches none; a weight
-    holds Inf or NaN or is on the meta device; or a static scale has nothing to come from.
+    Raises ValueError, with the model as it was, where no layer would be frozen; a listed name matches none, or one that
+    cannot be; a weight holds Inf or NaN or is on the meta device; or a static scale has nothing to come from.
     """
     check_choices(activations, weight)
-    layers = layers_to_freeze(model, filter)
-    mixtures = {name: layers.pop(name) for name in list(layers) if is_experts(layers[name])}
+    left_out = why_not_to_freeze(model, filter, linear_types)
+    layers = {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
+    mixtures = {name: module for name, module in experts_in(model).items() if not left_out[name]}
     weights = {name: weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
@@ -92,8 +98,11 @@ def freeze(
         up_scale, down_scale = static_scales(name, module) if activations == "static" else (None, None)
         up = quantize_stack(module, layout_of(module).up, weight, up_scale)
         down = quantize_stack(module, "down_proj", weight, down_scale)
-        module.__dict__.pop(_AMAX, None)
+        for key in (_AMAX, NOT_FP8):
+            module.__dict__.pop(key, None)
         become_frozen_experts(module, up, down, activations, weight)
+    for name, layer in {**linear_layers(model), **experts_in(model)}.items():
+        setattr(layer, NOT_FP8, left_out[name])
     for module in model.modules():
         if isinstance(module._modules.get("base_layer"), FrozenLinear):
             module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
@@ -112,18 +121,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Raises ValueError where the model has no linear layer, there was no batch, or a layer saw Inf or NaN.
     """
-    layers = _linears(model)
+    layers = linear_layers(model)
     mixtures = {name: module for name, module in experts_in(model).items() if not why_not_experts(module)}
     if not layers and not mixtures:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no linear layer to calibrate")
     seen: dict[str, Tensor] = {}  # for experts the amaxes of both projections' inputs
 
-    def note(name: str):
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in mixtures:
                 amax = input_amaxes(module, *args, *kwargs.values())
             else:
-                x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+                x: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
                 if not x.numel():
                     return
                 amax = x.detach().abs().amax().float()
@@ -137,7 +146,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     with contextlib.ExitStack() as stack:
         for name, layer in {**layers, **mixtures}.items():
             stack.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
+        for module, mode in training.items():
+            stack.callback(setattr, module, "training", mode)
         model.eval()
         with torch.no_grad():
             for batch in progress.bar(batches, desc="calibrate", unit="batch"):
@@ -158,15 +168,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
 
 def become_frozen(
-    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
+    layer: Any, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
     granularity: str,
 ) -> None:  # fmt: skip
     """Change the class of a linear layer in place, as convert does: the object, its name and its hooks stay."""
-    if isinstance(layer, Linear):
+    if isinstance(layer, Layer):
         layer._make_plain()
     bias = layer.bias
     del layer.weight, layer.bias
-    for name in (_AMAX, "_not_fp8"):
+    for name in (_AMAX, NOT_FP8):
         layer.__dict__.pop(name, None)
     layer.__class__ = FrozenLinear
     layer._make_frozen(
@@ -174,48 +184,40 @@ def become_frozen(
     )
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, without importing transformers: a linear layer whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Linear) or is_conv1d(m)}
-
-
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: Any) -> Tensor:
     """(out, in)"""
-    return layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
+    weight: Tensor = layer.weight.detach()
+    return weight.t() if is_conv1d(layer) else weight
 
 
 def layers_to_freeze(model: nn.Module, filter: Filter | Sequence[str] | None) -> dict[str, nn.Module]:
     """The linear layers and the experts that are to be frozen."""
-    linears, mixtures = _linears(model), experts_in(model)
-    layers = {**linears, **mixtures}
-    cannot = {name: _why_not(layer) for name, layer in layers.items()}
-    if filter is None:
-        left_out = output_heads(model, linears) | routers(model, linears)
-        chosen = {name for name in layers if name not in left_out}
-    elif callable(filter):
-        chosen = {name for name, layer in layers.items() if filter(layer, name)}
-    else:
-        chosen = by_patterns(filter, layers, cannot)
-    chosen = {name: layer for name, layer in layers.items() if name in chosen and not cannot[name]}
-    if not chosen:
+    left_out = why_not_to_freeze(model, filter)
+    return {name: layer for name, layer in {**linear_layers(model), **experts_in(model)}.items() if not left_out[name]}
+
+
+def why_not_to_freeze(
+    model: nn.Module, filter: Filter | Sequence[str] | None, linear_types: Iterable[type[nn.Module]] = ()
+) -> dict[str, str]:
+    """Why each linear layer, or the experts of a layer, are not to be frozen; "" where they are."""
+    types = check_types(linear_types)
+    layers, mixtures = linear_layers(model), experts_in(model)
+    readers = weights_read(model, layers)
+    cannot = {
+        name: why_not_frozen(layer, types) or (f"{readers[name]} reads its weight itself" if name in readers else "")
+        for name, layer in layers.items()
+    }
+    cannot |= {name: why_not_experts(module) for name, module in mixtures.items()}
+    choosing = {layers[name] for name in routers(model, layers)}
+    left_out = chosen_layers(
+        model, {**layers, **mixtures}, filter, cannot, lambda layer: "router" if layer in choosing else ""
+    )
+    if all(left_out.values()):
         raise ValueError(
             f"torch_fp8: no layer of {type(model).__name__} would be frozen. It has {len(layers)} linear layers in 16 "
-            f"or 32 bits and {len(frozen_layers(model))} frozen ones; change the filter"
-            + "".join(f"; {name}: {why}" for name, why in cannot.items() if why and name in mixtures)
+            f"or 32 bits{some(left_out)} and {len(frozen_layers(model))} frozen ones; change the filter"
         )
-    return chosen
-
-
-def _why_not(layer: nn.Module) -> str:
-    if is_experts(layer):
-        return why_not_experts(layer)
-    if layer.weight.dtype not in SUPPORTED_DTYPES:
-        return f"{layer.weight.dtype} parameters"
-    return "" if layer.weight.numel() else "empty"
+    return left_out
 
 
 def check_weight(name: str, weight: Tensor) -> None:
@@ -231,7 +233,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 def static_scale(name: str, layer: nn.Module) -> float:
     """Twice the amax that was seen, over 448, rounded up to a power of two."""
     amax = getattr(layer, _AMAX, None)
-    if amax is None and isinstance(layer, Linear) and not layer.fp8_slots.is_meta:
+    if amax is None and isinstance(layer, Layer) and not layer.fp8_slots.is_meta:
         amax = max(layer.fp8_history[0].max().item(), layer.fp8_slots[0, 2].item())
         amax = amax if amax > 0 else None
     if amax is None or not math.isfinite(amax):

@@ -6,14 +6,18 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..layers.classes import is_conv1d, shape_of
 from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
 from ..layers.frozen import FrozenLinear, FrozenState
-from ..layers.linear import Linear
+from ..layers.linear import Layer, fp8_layers
+from ..layers.traced import traced_training
+from ..recipe import ConstantScaling
 from ..scaling import scales
-from ..table import plain
-from .select import why_not
+from ..state import ROLES
+from ..table import html, plain
+from .select import NOT_FP8, why_not
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,20 @@ class Parameters:
 
 
 class Summary(list[LayerSummary]):
-    """One row for each linear layer, where the experts of a layer count as one; prints as a table. ``parameters``
-    counts the weights."""
+    """One row for each linear layer, where the experts of a layer count as one; prints as a table, and is one in a
+    notebook. ``parameters`` counts the weights."""
 
     parameters: Parameters = Parameters()
 
     def __str__(self) -> str:
-        header = ("layer", "out x in", "FP8", "scale: input", "weight", "grad_output", "recipe, or why not")
-        rows = [
+        return "\n".join([plain(_HEAD, self._cells()), self._count(), *self._others()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return html(_HEAD, self._cells()) + "".join(f"<p>{line}</p>" for line in [self._count(), *self._others()])
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (
                 row.name or "(root)",
                 row.shape,
@@ -57,41 +67,64 @@ class Summary(list[LayerSummary]):
             )
             for row in self
         ]
-        count, others = sum(row.fp8 for row in self), self.parameters.others
+
+    def _count(self) -> str:
         share = f"{100 * self.parameters.share:.3g} % of the parameters"
-        lines = [plain(header, rows), f"{count} of {len(self)} linear layers in FP8, {share}"]
-        if others:
-            most = [f"{name or '(root)'} {numel:,}" for name, numel in others.most_common(_NAMED)]
-            rest = others.total() - sum(numel for _, numel in others.most_common(_NAMED))
-            lines.append(f"not in FP8: {', '.join(most)}" + (f", all others {rest:,}" if rest else ""))
-        return "\n".join(lines)
+        return f"{sum(row.fp8 for row in self)} of {len(self)} linear layers in FP8, {share}"
+
+    def _others(self) -> list[str]:
+        others = self.parameters.others
+        most = [f"{name or '(root)'} {numel:,}" for name, numel in others.most_common(_NAMED)]
+        rest = others.total() - sum(numel for _, numel in others.most_common(_NAMED))
+        return [f"not in FP8: {', '.join(most)}" + (f", all others {rest:,}" if rest else "")] if most else []
 
 
 _NAMED = 8  # of the modules that are not in FP8
 
 
+_HEAD = ("layer", "out x in", "FP8", "scale: input", "weight", "grad_output", "recipe, or why not")
+
+
 def summary(model: nn.Module) -> Summary:
     """Every linear layer of ``model``, and the experts of every layer that has some: in FP8 or not, why not, its recipe
-    and its current scales; what share of the parameters is in FP8, and where the others are. ``print`` it."""
+    and its current scales; what share of the parameters is in FP8, and where the others are. ``print`` it.
+
+    After training steps the note of a layer says so if it was never called: the model computes without it then, and
+    what multiplies by its weight itself does so in 16 bits."""
     rows = Summary()
     rows.parameters = _parameters(model)
-    kinds = nn.Linear | FrozenLinear | FrozenExperts
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) or is_experts(m)}
-    for name, module in layers.items():
-        if not isinstance(module, nn.Linear | FrozenLinear):
+    steps = max((_steps(layer) for layer in fp8_layers(model).values()), default=0)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenExperts) or is_experts(module):
             rows.append(_of_experts(name, module))
+        if not (isinstance(module, nn.Linear | FrozenLinear) or is_conv1d(module)):
             continue
-        shape = f"{module.out_features} x {module.in_features}"
+        shape = "{} x {}".format(*shape_of(module))
         if isinstance(module, FrozenLinear):
             note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
             rows.append(LayerSummary(name, shape, True, note, {}))
-        elif isinstance(module, Linear):
+        elif isinstance(module, Layer):
             note = str(module.recipe) + ("" if module.fp8_enabled else ", disabled")
+            if steps and not _was_called(module):
+                note += f"; never called in {steps} training steps: does other code read its weight?"
             rows.append(LayerSummary(name, shape, True, note, scales(module)))
         else:
-            note = why_not(module) or getattr(module, "_not_fp8", "not converted")
+            note = why_not(module) or getattr(module, NOT_FP8, "not converted")
             rows.append(LayerSummary(name, shape, False, note, {}))
     return rows
+
+
+def _steps(layer: Layer) -> int:
+    """How many optimizer's steps it has lived through."""
+    return layer.fp8_state.memo.updates + layer.fp8_state.unused_steps
+
+
+def _was_called(layer: Layer) -> bool:
+    """In training, as far as can be known: after compiled steps by what its input left in the history."""
+    state = layer.fp8_state
+    if not traced_training() or isinstance(state.recipe, ConstantScaling):
+        return state.memo.updates > 0 or state.memo.used_roles > 0
+    return state.slots.is_meta or bool((state.slots[ROLES.index("input"), 2:] != 0).any())
 
 
 def _of_experts(name: str, module: nn.Module) -> LayerSummary:
@@ -100,18 +133,22 @@ def _of_experts(name: str, module: nn.Module) -> LayerSummary:
         note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
     else:
         shapes = [stack.shape for stack in stacks(module).values()]
-        note = why_not_experts(module) or "experts train in 16 bits; torch_fp8.freeze takes them"
+        note = why_not_experts(module) or getattr(module, NOT_FP8, "") or _TRAINED
     shape = ", ".join(" x ".join(map(str, size)) for size in shapes)
     return LayerSummary(name, shape, isinstance(module, FrozenExperts), note, {})
+
+
+_TRAINED = "experts train in 16 bits; torch_fp8.freeze takes them"
 
 
 def _parameters(model: nn.Module) -> Parameters:
     fp8, others, seen = 0, Counter[str](), set[int]()
     for name, module in model.named_modules():
-        owned, in_fp8 = dict(module._parameters), {"weight"} if isinstance(module, Linear) else set()
+        owned: dict[str, Tensor | None] = {**module._parameters}
+        in_fp8 = {"weight"} if isinstance(module, Layer) else set()
         if isinstance(module, FrozenState):
             owned = {key: tensor for key, tensor in module._buffers.items() if not key.endswith(("_scale", "_slot"))}
-            in_fp8 = module.fp8_state().keys()
+            in_fp8 = set(module.fp8_state())
         for key, tensor in owned.items():
             if tensor is None or id(tensor) in seen:
                 continue
