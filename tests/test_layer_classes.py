@@ -160,6 +160,12 @@ def test_a_forward_of_its_own_is_named_with_the_mend_and_taken_when_vouched_for(
     assert type(model[0]) is CastsWeight
 
 
+def test_a_head_of_a_class_that_is_vouched_for_is_called_a_head():
+    model = nn.ModuleDict({"up": CastsWeight(32, 32), "lm_head": CastsWeight(32, 32)})
+    fp8.convert(model, tokens=None, linear_types=[CastsWeight])
+    assert fp8.summary(model)[1].note == "output head"
+
+
 def test_a_subclass_with_yet_another_forward_is_not_vouched_for():
     class More(CastsWeight):
         def forward(self, x):

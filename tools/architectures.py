@@ -159,12 +159,13 @@ def page(rows: list[tuple[str, str, str]]) -> str:
     return f"""\
 # Causal language models of transformers
 
-Written by `python tools/architectures.py` with {versions}. Each architecture that could be built tiny was saved in 16
-bits; loaded by `fp8.load_pretrained`, to the bits and logits of transformers' own loading; frozen; saved by
-`fp8.save_pretrained`, by its own `save_pretrained` and by `quantize`; and each of the three loaded again, to the bit and to the
-logits of the frozen model. Experts that are no linear layers may stay in 16 bits; the config names them as ignored.
+Written by `python tools/architectures.py` with {versions}. Each architecture that could be built tiny was saved
+in 16 bits; loaded by `fp8.load_pretrained`, to the bits and logits of transformers' own loading; frozen; saved by
+`fp8.save_pretrained`, by its own `save_pretrained` and by `quantize`; and each of the three loaded again, to the bit
+and to the logits of the frozen model. What stays in 16 bits is named as ignored by the config.
 
-{counts["passes"]} pass, {counts["refused"]} are refused by name with nothing written, {counts["fails"]} fail, {counts["not built"]} were not built here.
+{counts["passes"]} pass, {counts["refused"]} are refused by name with nothing written, {counts["fails"]} fail,
+{counts["not built"]} were not built here.
 
 | architecture | | |
 | --- | --- | --- |

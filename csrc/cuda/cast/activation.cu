@@ -9,7 +9,18 @@ namespace {
 struct Math {
   static __device__ float exp(float x) { return __expf(x); }
   static __device__ float reciprocal(float x) { return __fdividef(1.0f, x); }
-  static __device__ float erfc(float x) { return erfcf(x); }
+  // e: e^(-x^2 / 2). erfc(z) = t e^(-z^2 + q(t)), t = 1 / (1 + z / 2), q fitted at Chebyshev's points of z from 0 to 7
+  // to 3e-8, which is the relative error. No branch, and no digit is lost where x is negative.
+  static __device__ float normal_cdf(float x, float e) {
+    constexpr float kFit[] = {-1.26526749f,  0.995235980f,  0.413957119f, -0.0887533277f, 0.346652567f,
+                              -0.703473032f, 0.0300916880f, 0.628178179f, -0.462426513f,  0.105804950f};
+    const float t = reciprocal(1.0f + fabsf(x) * 0.35355339f);
+    float q = kFit[9];
+#pragma unroll
+    for (int i = 8; i >= 0; --i) q = q * t + kFit[i];
+    const float tail = 0.5f * t * e * exp(q);
+    return x < 0 ? tail : 1.0f - tail;
+  }
 };
 
 // One of the factors, whose rows can be loaded in packs to the end.

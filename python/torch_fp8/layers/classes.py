@@ -68,7 +68,7 @@ def plain_class_of(layer: Layer) -> type[nn.Module] | None:
 def _rebased(parametrized: Any, base: type[nn.Module]) -> Any:
     """torch.nn.utils.parametrize puts a class of properties over that of a layer; this puts it over another one."""
     own = {name: value for name, value in vars(parametrized).items() if name not in ("__dict__", "__weakref__")}
-    return type(parametrized)(parametrized.__name__, (base,), own)
+    return type(parametrized)(f"Parametrized{base.__name__}", (base,), own)
 
 
 def _fp8_class(plain: Any) -> type[Layer]:

@@ -109,7 +109,7 @@ def summary(model: nn.Module) -> Summary:
                 note += f"; never called in {steps} training steps: does other code read its weight?"
             rows.append(LayerSummary(name, shape, True, note, scales(module)))
         else:
-            note = why_not(module) or getattr(module, NOT_FP8, "not converted")
+            note = getattr(module, NOT_FP8, "") or why_not(module) or "not converted"
             rows.append(LayerSummary(name, shape, False, note, {}))
     return rows
 
