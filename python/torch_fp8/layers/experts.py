@@ -76,7 +76,8 @@ def find_layout(module: Any) -> Layout | None:
 
 def stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of a module that are a stack of matrices."""
-    found = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
+    parameters = {name: p for name, p in module._parameters.items() if p is not None and not nn.parameter.is_lazy(p)}
+    found = {name: p for name, p in parameters.items() if p.dim() == 3}
     return {name: p for name, p in found.items() if p.is_floating_point()}
 
 

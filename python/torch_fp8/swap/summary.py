@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 
 from torch import Tensor, nn
 
@@ -53,7 +54,8 @@ class Summary(list[LayerSummary]):
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return html(_HEAD, self._cells()) + "".join(f"<p>{line}</p>" for line in [self._count(), *self._others()])
+        lines = [self._count(), *self._others()]
+        return html(_HEAD, self._cells()) + "".join(f"<p>{escape(line)}</p>" for line in lines)
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -150,7 +152,7 @@ def _parameters(model: nn.Module) -> Parameters:
             owned = {key: tensor for key, tensor in module._buffers.items() if not key.endswith(("_scale", "_slot"))}
             in_fp8 = set(module.fp8_state())
         for key, tensor in owned.items():
-            if tensor is None or id(tensor) in seen:
+            if tensor is None or id(tensor) in seen or nn.parameter.is_lazy(tensor):
                 continue
             seen.add(id(tensor))
             if key in in_fp8:
