@@ -203,7 +203,9 @@ def _check_numbers(names: Names, known: Matrices, stack: str, experts: int) -> N
     """Every expert once, and nothing else, in each part of a stack."""
     found: dict[str, list[str]] = {key: [] for key in known.keys}
     for entry in names.sources[stack]:
-        number, key = entry.name.removesuffix(".weight").split(".")[-2:]
+        number = ".".join(entry.name.split(".")[-3:-2])
+        # Of files that call it otherwise the pattern has the name that transformers' renamings made of it.
+        key = ".".join(_plain(names.patterns.get(entry.name, "")).split(".")[-2:-1])
         if not number.isdecimal() or key not in found or str(int(number)) != number:
             raise CheckpointError(
                 entry.path, f"{entry.name} is no matrix of an expert; expected {stack}'s as 0 to {experts - 1}, each "
@@ -346,7 +348,7 @@ def as_matrices(
                     if len(entry.shape) == 2 and place == stack:
                         result[entry.name] = [(entry.name.removesuffix(".weight"), entry, stack)]
                         continue
-                    if entry.shape != tuple(names.state[place].shape) or names.is_converted(entry.name):
+                    if entry.shape != tuple(names.state[place].shape) or entry.name in names.patterns:
                         raise ValueError(
                             f"torch_fp8: {entry.name} holds experts in a form that is not quantised tensor by tensor; "
                             "load the model in 16 bits, torch_fp8.freeze it, and save it"

@@ -44,21 +44,20 @@ class Names:
     """What becomes of the tensors of a file in a model, by their names.
 
     entries: the tensors of the file; state: those of the model; conversions: the rules; targets: where each of the
-    file's goes, one name, or several that it is split into; sources: what each target is made of. A target need not be
-    in the model.
+    file's goes, one name, or several that it is split into; sources: what each target is made of; patterns: by which
+    a converter takes a tensor of the file, where one does. A target need not be in the model.
     """
 
     def __init__(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
-        conversions = get_model_conversion_mapping(model)
-        self.conversions = conversions + experts.converters(model, conversions, scales=False)
-        conversions = self.conversions
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        given = get_model_conversion_mapping(model)
+        self.conversions = given + experts.converters(model, given, scales=False)
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
         self.entries = entries
         self.state: dict[str, Tensor] = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         self.sources: dict[str, list[Entry]] = {}
-        self._converted: set[str] = set()
+        self.patterns: dict[str, str] = {}
         for name, entry in entries.items():
             renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, self.state)
             if renamed not in self.state and name in self.state:
@@ -71,13 +70,9 @@ class Names:
                 raise CheckpointError(entry.path, f"{name} and {self.sources[renamed][0].name} are both {renamed}")
             self.targets[name] = targets
             if pattern is not None:
-                self._converted.add(name)
+                self.patterns[name] = pattern
             for target in targets:
                 self.sources.setdefault(target, []).append(entry)
-
-    def is_converted(self, name: str) -> bool:
-        """Whether more becomes of a file's tensor than another name."""
-        return name in self._converted
 
 
 def with_scales(conversions: Iterable[Any], shaped: bool = False) -> list[Any]:
