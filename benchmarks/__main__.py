@@ -9,6 +9,7 @@ from pathlib import Path
 
 NAMES = (
     "quantize",
+    "producers",
     "gemm",
     "linear",
     "block",

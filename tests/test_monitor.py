@@ -94,7 +94,7 @@ def test_samples_what_the_layers_cast_and_changes_nothing(device, recipe):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.torch_fp8.linear_backward.default:  # the scale is not among its results
-                dy, slots, cast = args[0], args[7].clone(), fp8.Linear(1, 1, recipe=recipe).fp8_state.options.cast(2)
+                dy, slots, cast = args[0], args[8].clone(), fp8.Linear(1, 1, recipe=recipe).fp8_state.options.cast(2)
                 own = isinstance(recipe, fp8.CurrentScaling) or (not slots[2, 3] and cast.scaling.name == "delayed")
                 used.append(
                     torch.ops.torch_fp8.quantize(

@@ -120,8 +120,8 @@ class Linear(nn.Linear):
         except RuntimeError as error:
             if torch.jit.is_tracing():
                 raise RuntimeError(
-                    "torch_fp8: torch.jit.trace cannot record an FP8 layer that is being trained; trace the model frozen "
-                    "(torch_fp8.freeze), or in 16 bits (with torch_fp8.disabled(model))"
+                    "torch_fp8: torch.jit.trace cannot record an FP8 layer that is being trained; trace the model "
+                    "frozen (torch_fp8.freeze), or in 16 bits (with torch_fp8.disabled(model))"
                 ) from error
             if state.slots.device == weight.device:
                 raise

@@ -170,7 +170,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         call: Call = ctx.call
         dx, dweight, dbias = torch.ops.torch_fp8.linear_backward(
-            dy, *ctx.saved_tensors, ctx.slots, ctx.main_grad, None, call.casts, call.history, call.fp8,
+            dy, [], *ctx.saved_tensors, ctx.slots, ctx.main_grad, None, call.casts, call.history, call.fp8,
             call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight, ctx.bias_dtype,
             ctx.in_features, ctx.x_dtype, ctx.weight_dtype, call.dummy_grad,
         )  # fmt: skip

@@ -158,7 +158,7 @@ def _run_linear(layer: Linear, tokens: int) -> None:
         sums = [None] if state.group is None or x_dtype == torch.float16 else [None, torch.empty_like(x)]
         for dx_sum in sums:
             torch.ops.torch_fp8.linear_backward(
-                y, *codes, x, weight, slots, main_grad, dx_sum, casts, 0, *how, None, layer.in_features, x_dtype,
+                y, [], *codes, x, weight, slots, main_grad, dx_sum, casts, 0, *how, None, layer.in_features, x_dtype,
                 weight.dtype,
             )  # fmt: skip
 
