@@ -19,6 +19,7 @@ NAMES = (
     "skinny",
     "prefill",
     "decode",
+    "adapters",
 )
 
 
