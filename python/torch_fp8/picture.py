@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Told apart by people who do not see red or green, and in grey print.
-BF16, FP8, SECOND, THIRD = "#a9b4c0", "#0a6c8f", "#e8a33d", "#8a5a9e"
+BF16, FP8, SECOND, THIRD, FOURTH = "#a9b4c0", "#0a6c8f", "#e8a33d", "#8a5a9e", "#5b9b6b"
 INK, FAINT, GRID = "#22303c", "#5f6f7e", "#e3e8ed"
 
 _STYLE: dict[str, Any] = {
