@@ -61,6 +61,7 @@ def test_the_code_of_readme_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     tokens = torch.arange(32)[None]
     names = {
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
         "LlamaForCausalLM": transformers.LlamaForCausalLM,
         "config": transformers.LlamaConfig(
             vocab_size=64, hidden_size=2048, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=16
