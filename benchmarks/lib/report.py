@@ -119,11 +119,14 @@ def layer_name(shape: str) -> str:
 
 def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, tuple[str, Sequence[float]]], form: str) -> None:
     """Grouped bars from 0, each with its figure: series are label -> (colour, one value a group)."""
+    from matplotlib.patheffects import withStroke
+
+    above_lines = {"zorder": 4, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
     width = 0.84 / len(series)
     for i, (label, (color, values)) in enumerate(series.items()):
         places = [group - 0.42 + (i + 0.5) * width for group in range(len(groups))]
         drawn = axes.bar(places, values, width * 0.94, label=label, color=color)
-        axes.bar_label(drawn, fmt=form, padding=2, fontsize=7.5, color=INK)
+        axes.bar_label(drawn, fmt=form, padding=2, fontsize=7.5, color=INK, **above_lines)
     axes.set_xticks(range(len(groups)), groups, fontsize=8.5)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
