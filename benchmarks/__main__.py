@@ -7,7 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("quantize", "gemm", "linear", "block", "compiled", "monitor", "small", "skinny", "prefill", "decode")
+NAMES = (
+    "quantize",
+    "producers",
+    "gemm",
+    "linear",
+    "block",
+    "compiled",
+    "monitor",
+    "small",
+    "skinny",
+    "prefill",
+    "decode",
+)
 
 
 def main() -> int:

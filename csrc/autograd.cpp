@@ -131,7 +131,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
     static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
+        const at::Tensor&, at::TensorList, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
         const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
         const c10::optional<at::Tensor>&, const at::Tensor&, const c10::optional<at::Tensor>&,
         const c10::optional<at::Tensor>&, at::IntArrayRef, int64_t, Gemms, Gemms, bool, bool, bool, bool,
@@ -139,10 +139,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         "torch_fp8::linear_backward");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto run = [&](const auto& backward, auto in_features) {
-      return backward(dy, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                      optional(saved[4]), optional(saved[5]), held("slots"), optional(main_grad), optional(dx_sum),
-                      n.casts, n.history, n.fp8, n.fast_accum, n.training, n.record, grad_x, grad_weight, dbias,
-                      in_features, n.x_dtype, n.weight_dtype, n.dummy_grad);
+      return backward(dy, at::TensorList(), optional(saved[0]), optional(saved[1]), optional(saved[2]),
+                      optional(saved[3]), optional(saved[4]), optional(saved[5]), held("slots"), optional(main_grad),
+                      optional(dx_sum), n.casts, n.history, n.fp8, n.fast_accum, n.training, n.record, grad_x,
+                      grad_weight, dbias, in_features, n.x_dtype, n.weight_dtype, n.dummy_grad);
     };
     const auto through_the_dispatcher = [&](auto&&... arguments) { return backward_op.call(arguments...); };
     const auto symbolic = data.find("in_features");

@@ -22,6 +22,8 @@ const Kernels& meta_kernels() {
     none.amax = [](const Matrix&, float*) {};
     none.scale_from_amax = [](const float*, Slot*, float, bool) {};
     none.quantize = [](const QuantizeArgs&) {};
+    none.activate = [](const ActivationArgs&) {};
+    none.activate_backward = [](const ActivationBackwardArgs&) {};
     none.quantize_rows = [](const QuantizeRowsArgs&) {};
     none.quantize_groups = [](const QuantizeGroupsArgs&) {};
     none.add_column_sums = [](const ColumnSums&) {};

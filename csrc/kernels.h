@@ -76,6 +76,26 @@ constexpr bool is_small(const Matrix& x) {
   return down > 0 && across > 0 && down <= kSmallTiles && across <= kSmallTiles && down * across <= kSmallTiles;
 }
 
+// What stands between the linear layers of an MLP: f(gate), or f(gate) * up.
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
+
+// quantize(cast) of what an activation makes, computed in float32 and rounded once. cast.x is gate; up.data is null
+// where there is no second factor, else up is of the same size and type. No column sums. Rows are 16-byte aligned and
+// can be read to the end of a pack of 8.
+struct ActivationArgs {
+  Activation activation;
+  QuantizeArgs cast;
+  Matrix up;
+};
+
+// The same of the two gradients: of gate, dy * up * f'(gate), and of up, dy * f(gate). up.x.data is null where there is
+// no second factor; gate.x, up.x and dy are of one size and type.
+struct ActivationBackwardArgs {
+  Activation activation;
+  Matrix dy;
+  QuantizeArgs gate, up;
+};
+
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
 struct QuantizeRowsArgs {
   Matrix x;
@@ -235,6 +255,8 @@ struct Kernels {
   void (*scale_from_amax)(const float* parts, Slot* slot, float target, bool power_of_two);
   void (*quantize)(const QuantizeArgs& args);
   void (*recast)(const RecastArgs& args);
+  void (*activate)(const ActivationArgs& args);
+  void (*activate_backward)(const ActivationBackwardArgs& args);
   void (*quantize_rows)(const QuantizeRowsArgs& args);
   void (*quantize_groups)(const QuantizeGroupsArgs& args);
   void (*count_losses)(const LossArgs& args);

@@ -66,6 +66,8 @@ void implement(torch::Library& m) {
   m.impl("cast", cast);
   m.impl("linear_forward", linear_forward);
   m.impl("linear_backward", linear_backward);
+  m.impl("activation_cast", activation_cast);
+  m.impl("activation_backward_cast", activation_backward_cast);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -118,17 +120,32 @@ TORCH_LIBRARY(torch_fp8, m) {
       "cast(Tensor x, Tensor(a!) slots, int role, int[] casts, int history, bool training, bool record, bool rowwise, "
       "bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
 
-  // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. x: the input, where wgrad runs
+  // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. dy_codes: empty, or {q, q_t,
+  // scale_inv} made before; of dy then nothing is read but its size and dtype. x: the input, where wgrad runs
   // in 16 bits; weight: where dgrad does, or no codes of it were kept. main_grad (N, K) float32 or bfloat16: the
   // weight's gradient is added to it, and dweight is empty or, with dummy_grad, has no meaning. dx_sum (..., K)
   // likewise for dx.
   m.def(
-      "linear_backward(Tensor dy, Tensor? x_t, Tensor? x_scale_inv, Tensor? weight_t, Tensor? weight_scale_inv, "
+      "linear_backward(Tensor dy, Tensor[] dy_codes, Tensor? x_t, Tensor? x_scale_inv, Tensor? weight_t, Tensor? "
+      "weight_scale_inv, "
       "Tensor? x, Tensor? weight, Tensor(a!) slots, Tensor(b!)? main_grad, Tensor(c!)? dx_sum, int[] casts, int "
       "history, "
       "bool[3] fp8, bool[3] fast_accum, bool training, bool record, bool grad_x, bool grad_weight, ScalarType? dbias, "
       "SymInt in_features, ScalarType x_dtype, ScalarType weight_dtype, bool dummy_grad=False) -> (Tensor dx, "
       "Tensor dweight, Tensor dbias)");
+
+  // f(gate), or f(gate) * up, all (..., K) of one dtype, computed in float32 and cast to E4M3 as a layer casts that
+  // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh.
+  m.def(
+      "activation_cast(Tensor gate, Tensor? up, int activation, Tensor(a!) slots, int role, int[] casts, int history, "
+      "bool training, bool record, bool rowwise, bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
+
+  // The gradients of gate, dy * up * f'(gate), and of up, dy * f(gate), cast so for the layers that made the two: their
+  // slots, one list of casts, the history of each. Without up its results have 0 elements.
+  m.def(
+      "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
+      "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record) -> (Tensor gate_q, "
+      "Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv)");
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, for inference. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
@@ -154,7 +171,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
   for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
-                           "linear_backward", "update_scales_"}) {
+                           "linear_backward", "activation_cast", "activation_backward_cast", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
@@ -169,6 +186,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("cast", cast_meta);
   m.impl("linear_forward", linear_forward_meta);
   m.impl("linear_backward", linear_backward_meta);
+  m.impl("activation_cast", activation_cast_meta);
+  m.impl("activation_backward_cast", activation_backward_cast_meta);
   m.impl("frozen_linear", frozen_linear_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);
   m.impl("update_scales_", [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});

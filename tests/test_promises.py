@@ -1,5 +1,5 @@
-"""Where scales are made of the past, or are constant, an output depends on its own inputs alone: no token on later ones,
-no sample on others of its batch, to the bit. Current scaling cannot promise that: one amax is of all tokens."""
+"""Where scales are made of the past, or are constant, an output depends on its own inputs alone: no token on later
+ones, no sample on others of its batch, to the bit. Current scaling cannot promise that: one amax is of all tokens."""
 
 import pytest
 import torch

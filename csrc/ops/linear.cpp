@@ -20,23 +20,6 @@ using OptionalTensor = c10::optional<at::Tensor>;
 constexpr const char* kCastNames[kRoles] = {"torch_fp8::cast_input", "torch_fp8::cast_weight",
                                             "torch_fp8::cast_grad_output"};
 
-// How a role is cast now. In training a delayed scale is that of the role's history, once it has one. In evaluation the
-// weight and the gradient are scaled by their own amax: the one may have been exchanged, and the other belongs to
-// another loss than the history. recast: a weight that left its scale's range, since somebody wrote to it, is cast
-// again by its own amax (is_unfit in scale.h).
-QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record) {
-  const Cast cast = Cast::unpacked(casts[role]);
-  const bool has_scale = (history >> role & 1) && (training || role == kInput);
-  QuantizeOptions q;
-  q.own_amax = cast.scaling == Scaling::kCurrent || (cast.scaling == Scaling::kDelayed && !has_scale);
-  q.power_of_two = cast.power_of_two;
-  q.margin = cast.margin;
-  q.record = record && cast.scaling != Scaling::kConstant;
-  q.recast = role == kWeight && cast.scaling == Scaling::kDelayed && !q.own_amax;
-  q.rowwise = false;
-  return q;
-}
-
 ToQuantize as_role(const at::Tensor& t, const at::Tensor& slots, at::IntArrayRef casts, int role,
                    const QuantizeOptions& options) {
   return {t, slots, role, Cast::unpacked(casts[static_cast<size_t>(role)]).dtype(), options};
@@ -108,6 +91,23 @@ at::Tensor filled(const at::Tensor& t, const at::Tensor& like) { return t.define
 
 }  // namespace
 
+// How a role is cast now. In training a delayed scale is that of the role's history, once it has one. In evaluation the
+// weight and the gradient are scaled by their own amax: the one may have been exchanged, and the other belongs to
+// another loss than the history. recast: a weight that left its scale's range, since somebody wrote to it, is cast
+// again by its own amax (is_unfit in scale.h).
+QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record) {
+  const Cast cast = Cast::unpacked(casts[role]);
+  const bool has_scale = (history >> role & 1) && (training || role == kInput);
+  QuantizeOptions q;
+  q.own_amax = cast.scaling == Scaling::kCurrent || (cast.scaling == Scaling::kDelayed && !has_scale);
+  q.power_of_two = cast.power_of_two;
+  q.margin = cast.margin;
+  q.record = record && cast.scaling != Scaling::kConstant;
+  q.recast = role == kWeight && cast.scaling == Scaling::kDelayed && !q.own_amax;
+  q.rowwise = false;
+  return q;
+}
+
 void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
                  c10::optional<at::ScalarType> autocast) {
   type_of(x.scalar_type(), "the input");
@@ -117,12 +117,15 @@ void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTe
               weight.sym_sizes());
   check_input(x, weight);
   check_same_device(weight, "the weight", slots, "the layer's scaling state");
-  TORCH_CHECK_TYPE(autocast || x.scalar_type() == weight.scalar_type(), "torch_fp8: the input is ", x.scalar_type(),
-                   " but the weight is ", weight.scalar_type(), "; cast one of them, or use torch.autocast");
+  // A float32 parameter is a master of the 16-bit one: it is quantised, or rounded, from the values that it has.
+  TORCH_CHECK_TYPE(autocast || weight.scalar_type() == at::kFloat || x.scalar_type() == weight.scalar_type(),
+                   "torch_fp8: the input is ", x.scalar_type(), " but the weight is ", weight.scalar_type(),
+                   "; cast one of them, or use torch.autocast");
   if (!bias) return;
   check_bias(*bias, weight);
-  TORCH_CHECK_TYPE(autocast || bias->scalar_type() == weight.scalar_type(), "torch_fp8: the bias is ",
-                   bias->scalar_type(), " but the weight is ", weight.scalar_type(), "; cast one of them");
+  TORCH_CHECK_TYPE(autocast || bias->scalar_type() == at::kFloat || bias->scalar_type() == weight.scalar_type(),
+                   "torch_fp8: the bias is ", bias->scalar_type(), " but the weight is ", weight.scalar_type(),
+                   "; cast one of them");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,
@@ -195,13 +198,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
   return {y, filled(x_t, x), filled(x_scale_inv, x), filled(weight_t, x), filled(weight_scale_inv, x)};
 }
 
-BackwardResult backward_only(const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv,
-                             const OptionalTensor& weight_t, const OptionalTensor& weight_scale_inv,
-                             const OptionalTensor& x, const OptionalTensor& weight, const at::Tensor& slots,
-                             const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
-                             int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x,
-                             bool grad_weight, c10::optional<at::ScalarType> dbias_dtype, int64_t in_features,
-                             at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad) {
+BackwardResult backward_only(const at::Tensor& dy, at::TensorList dy_codes, const OptionalTensor& x_t,
+                             const OptionalTensor& x_scale_inv, const OptionalTensor& weight_t,
+                             const OptionalTensor& weight_scale_inv, const OptionalTensor& x,
+                             const OptionalTensor& weight, const at::Tensor& slots, const OptionalTensor& main_grad,
+                             const OptionalTensor& dx_sum, at::IntArrayRef casts, int64_t history, Gemms fp8,
+                             Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
+                             c10::optional<at::ScalarType> dbias_dtype, int64_t in_features, at::ScalarType x_dtype,
+                             at::ScalarType weight_dtype, bool dummy_grad) {
   check_recipe(casts, fp8);
   type_of(dy.scalar_type(), "the output's gradient");
   TORCH_CHECK(dy.dim() >= 1, "torch_fp8: the output's gradient must have at least one dimension, got a scalar");
@@ -213,9 +217,15 @@ BackwardResult backward_only(const at::Tensor& dy, const OptionalTensor& x_t, co
   TORCH_CHECK(!grad_weight || fp8[kWgrad] || x, "torch_fp8: a wgrad in 16 bits needs the input");
   const NoAutocast no_autocast;
 
+  check_given(dy_codes, "dy_codes", dy, fp8_x, fp8_weight);
+  TORCH_CHECK_VALUE(dy_codes.empty() || (fp8_x == grad_x && fp8_weight == grad_weight && !dbias_dtype),
+                    "torch_fp8: dy_codes are all that is given of dy, so no GEMM can run in 16 bits and no gradient of "
+                    "a bias be summed");
   Quantized g;
   const bool sums_by_cast = dbias_dtype && (fp8_x || fp8_weight);
-  if (fp8_x || fp8_weight) {
+  if (!dy_codes.empty()) {
+    g.q = dy_codes[0], g.q_t = dy_codes[1], g.scale_inv = dy_codes[2];
+  } else if (fp8_x || fp8_weight) {
     QuantizeOptions options = how(casts, kGradOutput, history, training, record);
     options.rowwise = fp8_x, options.columnwise = fp8_weight;
     if (sums_by_cast) options.dbias = dbias_dtype;
@@ -268,16 +278,17 @@ BackwardResult backward_only(const at::Tensor& dy, const OptionalTensor& x_t, co
   return {dx, dw, dbias};
 }
 
-BackwardResult linear_backward(const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv,
-                               const OptionalTensor& weight_t, const OptionalTensor& weight_scale_inv,
-                               const OptionalTensor& x, const OptionalTensor& weight, const at::Tensor& slots,
-                               const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
-                               int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x,
-                               bool grad_weight, c10::optional<at::ScalarType> dbias_dtype, int64_t in_features,
-                               at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad) {
-  auto [dx, dw, dbias] = backward_only(dy, x_t, x_scale_inv, weight_t, weight_scale_inv, x, weight, slots, main_grad,
-                                       dx_sum, casts, history, fp8, fast_accum, training, record, grad_x, grad_weight,
-                                       dbias_dtype, in_features, x_dtype, weight_dtype, dummy_grad);
+BackwardResult linear_backward(const at::Tensor& dy, at::TensorList dy_codes, const OptionalTensor& x_t,
+                               const OptionalTensor& x_scale_inv, const OptionalTensor& weight_t,
+                               const OptionalTensor& weight_scale_inv, const OptionalTensor& x,
+                               const OptionalTensor& weight, const at::Tensor& slots, const OptionalTensor& main_grad,
+                               const OptionalTensor& dx_sum, at::IntArrayRef casts, int64_t history, Gemms fp8,
+                               Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
+                               c10::optional<at::ScalarType> dbias_dtype, int64_t in_features, at::ScalarType x_dtype,
+                               at::ScalarType weight_dtype, bool dummy_grad) {
+  auto [dx, dw, dbias] = backward_only(dy, dy_codes, x_t, x_scale_inv, weight_t, weight_scale_inv, x, weight, slots,
+                                       main_grad, dx_sum, casts, history, fp8, fast_accum, training, record, grad_x,
+                                       grad_weight, dbias_dtype, in_features, x_dtype, weight_dtype, dummy_grad);
   return {filled(dx, dy), filled(dw, dy), filled(dbias, dy)};
 }
 
@@ -321,15 +332,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_meta(
-    const at::Tensor& dy, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv, const OptionalTensor& weight_t,
-    const OptionalTensor& weight_scale_inv, const OptionalTensor& x, const OptionalTensor& weight,
-    const at::Tensor& slots, const OptionalTensor& main_grad, const OptionalTensor& dx_sum, at::IntArrayRef casts,
-    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
-    c10::optional<at::ScalarType> dbias_dtype, c10::SymInt in_features, at::ScalarType x_dtype,
-    at::ScalarType weight_dtype, bool dummy_grad) {
+    const at::Tensor& dy, at::TensorList dy_codes, const OptionalTensor& x_t, const OptionalTensor& x_scale_inv,
+    const OptionalTensor& weight_t, const OptionalTensor& weight_scale_inv, const OptionalTensor& x,
+    const OptionalTensor& weight, const at::Tensor& slots, const OptionalTensor& main_grad,
+    const OptionalTensor& dx_sum, at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
+    bool record, bool grad_x, bool grad_weight, c10::optional<at::ScalarType> dbias_dtype, c10::SymInt in_features,
+    at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad) {
   if (GemmRecord::is_open()) {
-    return linear_backward(dy, x_t, x_scale_inv, weight_t, weight_scale_inv, x, weight, slots, main_grad, dx_sum, casts,
-                           history, fp8, fast_accum, training, record, grad_x, grad_weight, dbias_dtype,
+    return linear_backward(dy, dy_codes, x_t, x_scale_inv, weight_t, weight_scale_inv, x, weight, slots, main_grad,
+                           dx_sum, casts, history, fp8, fast_accum, training, record, grad_x, grad_weight, dbias_dtype,
                            in_features.expect_int(), x_dtype, weight_dtype, dummy_grad);
   }
   const auto empty = [&](bool wanted, c10::SymIntArrayRef size, at::ScalarType dtype) {

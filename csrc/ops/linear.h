@@ -7,6 +7,9 @@ namespace torch_fp8 {
 
 using Gemms = std::array<bool, 3>;  // fprop, dgrad, wgrad
 
+// How a role is cast now (linear.cpp has the rule). casts: packed; history: one bit a role that has one.
+QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record);
+
 // A tensor cast as the layer casts that role now. casts: packed; history: one bit a role that has one.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,
                                                     at::IntArrayRef casts, int64_t history, bool training, bool record,
@@ -27,7 +30,7 @@ ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const 
                            at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
                            bool record, bool grad_x, bool grad_weight, bool gathered,
                            c10::optional<at::ScalarType> autocast);
-BackwardResult backward_only(const at::Tensor& dy, const c10::optional<at::Tensor>& x_t,
+BackwardResult backward_only(const at::Tensor& dy, at::TensorList dy_codes, const c10::optional<at::Tensor>& x_t,
                              const c10::optional<at::Tensor>& x_scale_inv, const c10::optional<at::Tensor>& weight_t,
                              const c10::optional<at::Tensor>& weight_scale_inv, const c10::optional<at::Tensor>& x,
                              const c10::optional<at::Tensor>& weight, const at::Tensor& slots,
@@ -46,13 +49,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
 
 // -> dx, dweight, dbias; 0 elements where nobody asked for it, or it was added to main_grad or dx_sum.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& dy, const c10::optional<at::Tensor>& x_t, const c10::optional<at::Tensor>& x_scale_inv,
-    const c10::optional<at::Tensor>& weight_t, const c10::optional<at::Tensor>& weight_scale_inv,
-    const c10::optional<at::Tensor>& x, const c10::optional<at::Tensor>& weight, const at::Tensor& slots,
-    const c10::optional<at::Tensor>& main_grad, const c10::optional<at::Tensor>& dx_sum, at::IntArrayRef casts,
-    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
-    c10::optional<at::ScalarType> dbias, int64_t in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype,
-    bool dummy_grad);
+    const at::Tensor& dy, at::TensorList dy_codes, const c10::optional<at::Tensor>& x_t,
+    const c10::optional<at::Tensor>& x_scale_inv, const c10::optional<at::Tensor>& weight_t,
+    const c10::optional<at::Tensor>& weight_scale_inv, const c10::optional<at::Tensor>& x,
+    const c10::optional<at::Tensor>& weight, const at::Tensor& slots, const c10::optional<at::Tensor>& main_grad,
+    const c10::optional<at::Tensor>& dx_sum, at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum,
+    bool training, bool record, bool grad_x, bool grad_weight, c10::optional<at::ScalarType> dbias, int64_t in_features,
+    at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad);
 
 // The same for tracing: shapes and dtypes, with symbolic sizes. Nothing is checked here: the ops do when a graph runs,
 // in the words and types of eager mode.
@@ -62,12 +65,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
     c10::optional<at::ScalarType> autocast);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_meta(
-    const at::Tensor& dy, const c10::optional<at::Tensor>& x_t, const c10::optional<at::Tensor>& x_scale_inv,
-    const c10::optional<at::Tensor>& weight_t, const c10::optional<at::Tensor>& weight_scale_inv,
-    const c10::optional<at::Tensor>& x, const c10::optional<at::Tensor>& weight, const at::Tensor& slots,
-    const c10::optional<at::Tensor>& main_grad, const c10::optional<at::Tensor>& dx_sum, at::IntArrayRef casts,
-    int64_t history, Gemms fp8, Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight,
-    c10::optional<at::ScalarType> dbias, c10::SymInt in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype,
-    bool dummy_grad);
+    const at::Tensor& dy, at::TensorList dy_codes, const c10::optional<at::Tensor>& x_t,
+    const c10::optional<at::Tensor>& x_scale_inv, const c10::optional<at::Tensor>& weight_t,
+    const c10::optional<at::Tensor>& weight_scale_inv, const c10::optional<at::Tensor>& x,
+    const c10::optional<at::Tensor>& weight, const at::Tensor& slots, const c10::optional<at::Tensor>& main_grad,
+    const c10::optional<at::Tensor>& dx_sum, at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum,
+    bool training, bool record, bool grad_x, bool grad_weight, c10::optional<at::ScalarType> dbias,
+    c10::SymInt in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad);
+
+// f(gate) or f(gate) * up cast for the role of the layer that reads it, and the two gradients cast for the layers that
+// made gate and up (activation.cpp). histories: of those two.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor& gate,
+                                                               const c10::optional<at::Tensor>& up, int64_t activation,
+                                                               const at::Tensor& slots, int64_t role,
+                                                               at::IntArrayRef casts, int64_t history, bool training,
+                                                               bool record, bool rowwise, bool columnwise);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(
+    const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation, const at::Tensor& slots,
+    int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast(
+    const at::Tensor& dy, const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation,
+    const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots, int64_t role, at::IntArrayRef casts,
+    at::IntArrayRef histories, bool training, bool record);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast_meta(
+    const at::Tensor& dy, const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation,
+    const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots, int64_t role, at::IntArrayRef casts,
+    at::IntArrayRef histories, bool training, bool record);
 
 }  // namespace torch_fp8

@@ -126,7 +126,7 @@ class DelayedScaling(Recipe):
 class CurrentScaling(Recipe):
     """Each tensor is scaled by its own amax, at the price of reading it twice. FP8-AMAX of arXiv 2309.17224.
 
-    The amax is of all tokens and samples of a call, so each output depends a little on all of them: on later tokens too.
+    The amax is of all tokens and samples of a call, so each output depends a little on all of them, later tokens too.
     Delayed and constant scales do not do that.
 
     power_of_two: round each scale down to a power of two within 2**-31 ... 2**31, as the paper does.

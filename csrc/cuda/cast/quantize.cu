@@ -12,14 +12,6 @@ namespace {
 
 constexpr int kDenseThreads = 1024, kDensePacks = 2;  // of the kernel for dense arrays: threads, packs of a thread
 
-// By one thread, last of all: nobody waits for its round trips to memory.
-template <int kCount>
-__device__ void store_scalars(const QuantizeArgs& args, const uint32_t (&of_warp)[kCount]) {
-  if (threadIdx.x != 0) return;
-  if (args.amax) raise_amax(args.amax, max_of_warps(of_warp));
-  if (args.scale_inv && blockIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
-}
-
 template <class T, Format kFormat, bool kTransposed, bool kSums>
 __global__ void __launch_bounds__(kThreads, 2)
     quantize_kernel(__grid_constant__ const QuantizeArgs args, bool vectorised, uint32_t tiles_across) {

@@ -82,17 +82,30 @@ __device__ inline void stage_transposed(Columns& columns, const uint2 (&codes)[k
   for (int j = 0; j < 4; ++j) columns[tile.patch_col * kPackSize + 4 + j][place] = words[j];
 }
 
-// mark_infinities for a patch: in q, and in columns where there are any, before others read them.
+// A matrix as what a tile is made of: loaded a patch at a time, and, for the few threads that meet an Inf, read again.
 template <class T>
-__device__ void mark_patch(const QuantizeArgs& args, const Tile& tile, Columns* columns) {
-  const Matrix& x = args.x;
+struct MatrixSource {
+  const Matrix& x;
+  bool vectorised;
+  Pack<T> rows[kPatchRows];
+
+  __device__ void load(const Tile& tile) { load_patch(x, vectorised, tile, rows); }
+  __device__ float value(int i, int j) const { return to_float(rows[i].values[j]); }
+  __device__ float at(int64_t row, int64_t col) const {
+    return to_float(static_cast<const T*>(x.data)[row * x.row_stride + col * x.col_stride]);
+  }
+};
+
+// mark_infinities for a patch: in q, and in columns where there are any, before others read them.
+template <class Source>
+__device__ void mark_patch(const Source& source, const QuantizeArgs& args, const Tile& tile, Columns* columns) {
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
 #pragma unroll 1
   for (int element = 0; element < kPatchRows * kPackSize; ++element) {
     const int i = element / kPackSize, j = element % kPackSize;
-    if (row + i >= x.rows || col + j >= x.cols) continue;
-    if (!is_infinite(static_cast<const T*>(x.data)[(row + i) * x.row_stride + (col + j) * x.col_stride])) continue;
-    if (args.q) args.q[(row + i) * padded(x.cols) + col + j] = kNaNCode;
+    if (row + i >= args.x.rows || col + j >= args.x.cols) continue;
+    if (raw_magnitude(source.at(row + i, col + j)) != kInfinity) continue;
+    if (args.q) args.q[(row + i) * padded(args.x.cols) + col + j] = kNaNCode;
     if (columns) {
       uint32_t& word = (*columns)[tile.patch_col * kPackSize + j][place_of(tile)];
       word = (word & ~(0xFFu << 8 * i)) | uint32_t{kNaNCode} << 8 * i;
@@ -141,46 +154,77 @@ __device__ inline void store_sums(const WarpSums& warp_sums, const Tile& tile, f
   column_sums[tile.row / kBiasRows * padded_cols + col] = sum;
 }
 
-// The maxima of the tile's warps are in of_warp at the end.
-template <class T, Format kFormat, bool kTransposed, bool kSums>
-__device__ __forceinline__ void cast_tile(const QuantizeArgs& args, bool vectorised, const Tile& tile, float scale,
-                                          uint32_t (&of_warp)[kWarps]) {
-  const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
-  Pack<T> rows[kPatchRows];
-  load_patch(args.x, vectorised, tile, rows);
-
-  uint32_t seen = 0;
+// A thread's patch as codes, and the largest magnitude that it held.
+struct Patch {
   uint2 codes[kPatchRows];
+  uint32_t seen = 0;
+};
+
+template <Format kFormat>
+__device__ __forceinline__ void encode_row(Patch& patch, int i, const float (&x)[kPackSize], float scale) {
+#pragma unroll
+  for (int j = 0; j < kPackSize; ++j) patch.seen = max(patch.seen, raw_magnitude(x[j]));
+  patch.codes[i] = encode8<kFormat>(x, scale);
+}
+
+// Out of the registers: codes, their transpose, maxima (in of_warp at the end) and column sums of a tile. args.x says
+// no more than the size; source.at(row, col) is what was encoded.
+template <bool kTransposed, bool kSums, class Source>
+__device__ __forceinline__ void store_tile(const Patch& patch, float (&sums)[kPackSize], const Source& source,
+                                           const QuantizeArgs& args, const Tile& tile, uint32_t (&of_warp)[kWarps]) {
+  const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
+  const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
+  // Padded sizes are multiples of the patch: it lies inside of q or outside.
+  if (args.q && row < padded_rows && col < padded_cols) {
+    uint8_t* const place = args.q + row * padded_cols + col;
+#pragma unroll
+    for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(place + i * padded_cols) = patch.codes[i];
+  }
+  stage_max(of_warp, patch.seen);
+  __shared__ alignas(16) Columns columns;
+  if constexpr (kTransposed) stage_transposed(columns, patch.codes, tile);
+  if (patch.seen >= kInfinity) [[unlikely]]
+    mark_patch(source, args, tile, kTransposed ? &columns : nullptr);
+  __shared__ alignas(16) WarpSums warp_sums;
+  if constexpr (kSums) stage_sums(warp_sums, sums, tile);
+  __syncthreads();
+  if (kTransposed && args.q_t) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
+  if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
+}
+
+// A tile of what the source has loaded.
+template <Format kFormat, bool kTransposed, bool kSums, class Source>
+__device__ __forceinline__ void cast_loaded(const Source& source, const QuantizeArgs& args, const Tile& tile,
+                                            float scale, uint32_t (&of_warp)[kWarps]) {
+  Patch patch;
   float sums[kPackSize] = {};
 #pragma unroll
   for (int i = 0; i < kPatchRows; ++i) {
     float x[kPackSize];
 #pragma unroll
     for (int j = 0; j < kPackSize; ++j) {
-      x[j] = to_float(rows[i].values[j]);
-      seen = max(seen, raw_magnitude(x[j]));
+      x[j] = source.value(i, j);
       if constexpr (kSums) sums[j] += x[j];
     }
-    codes[i] = encode8<kFormat>(x, scale);
+    encode_row<kFormat>(patch, i, x, scale);
   }
+  store_tile<kTransposed, kSums>(patch, sums, source, args, tile, of_warp);
+}
 
-  const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
-  // Padded sizes are multiples of the patch: it lies inside of q or outside.
-  if (args.q && row < padded_rows && col < padded_cols) {
-    uint8_t* const patch = args.q + row * padded_cols + col;
-#pragma unroll
-    for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(patch + i * padded_cols) = codes[i];
-  }
-  stage_max(of_warp, seen);
-  __shared__ alignas(16) Columns columns;
-  if constexpr (kTransposed) stage_transposed(columns, codes, tile);
-  if (seen >= kInfinity) [[unlikely]]
-    mark_patch<T>(args, tile, kTransposed ? &columns : nullptr);
-  __shared__ alignas(16) WarpSums warp_sums;
-  if constexpr (kSums) stage_sums(warp_sums, sums, tile);
-  __syncthreads();
-  if constexpr (kTransposed) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
-  if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
+template <class T, Format kFormat, bool kTransposed, bool kSums>
+__device__ __forceinline__ void cast_tile(const QuantizeArgs& args, bool vectorised, const Tile& tile, float scale,
+                                          uint32_t (&of_warp)[kWarps]) {
+  MatrixSource<T> source{args.x, vectorised};
+  source.load(tile);
+  cast_loaded<kFormat, kTransposed, kSums>(source, args, tile, scale, of_warp);
+}
+
+// By one thread, last of all: nobody waits for its round trips to memory.
+template <int kCount>
+__device__ void store_scalars(const QuantizeArgs& args, const uint32_t (&of_warp)[kCount]) {
+  if (threadIdx.x != 0) return;
+  if (args.amax) raise_amax(args.amax, max_of_warps(of_warp));
+  if (args.scale_inv && blockIdx.x == 0) *args.scale_inv = args.slot->scale_inv;
 }
 
 // Tiles are counted row by row.

@@ -123,7 +123,11 @@ def layer_items(
         Item(f"{name}.{scale_name(format)}", dtype, size, scales.pop),
     ]
     if input_scale is not None:
-        value = torch.tensor(input_scale).reshape(() if format == "static" else (1,)).to(dtype)
+        value = (
+            torch.tensor(input_scale, dtype=torch.float32, device="cpu")
+            .reshape(() if format == "static" else (1,))
+            .to(dtype)
+        )
         items.append(as_is(f"{name}.input_scale", value))
     return items
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..format import E4M3
 from ..layers.frozen import FrozenLinear, frozen_layers, scale_shape
 from ..swap.freeze import become_frozen, weight_of
+from ..swap.select import why_not_frozen
 from .errors import CheckpointError
 from .scheme import INPUT_SCALES, WEIGHT_SCALES, Scheme
 from .shard import Entry
@@ -90,7 +91,8 @@ def freeze_empty(layer: nn.Module, activations: str, granularity: str) -> None:
 
 def _is_linear(modules: Mapping[str, nn.Module], name: str) -> bool:
     path, _, key = name.rpartition(".")
-    return key == "weight" and type(modules.get(path)) is nn.Linear
+    module = modules.get(path)
+    return key == "weight" and isinstance(module, nn.Linear) and not why_not_frozen(module)
 
 
 def _scale(entries: Mapping[str, Entry], stem: str, names: tuple[str, ...]) -> Entry | None:

@@ -1,0 +1,99 @@
+"""What stands between the linear layers, made and cast in one pass, against a device copy that moves as many bytes.
+Writes results/producers.md and .png."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch_fp8 as fp8
+from lib.common import graph_us, options, randn, scaled, start
+from lib.report import BF16, FP8, bars, header, plot, table, write
+
+SHAPES = [(8192, 4096), (8192, 14336)]
+BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2
+REPLAY = 5e9  # bytes of a replay: 1 ms or more on any Hopper GPU
+NOTE = """*graph* regime. Forward: SwiGLU reads gate and up, 2 bytes an element each, and writes codes and their
+transpose, 1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient. The copy
+moves as many bytes: the fewest, for nothing is written in 16 bits.
+"""
+OPS = torch.ops.torch_fp8
+CASTS = [fp8.DelayedScaling().options().cast(role).packed for role in range(3)]
+PASSES = {  # bytes an element
+    "SwiGLU, codes alone": 5,
+    "SwiGLU": 6,
+    "SwiGLU backward": 10,
+    "GeLU (tanh)": 4,
+    "GeLU (tanh) backward": 6,
+    "GeLU backward": 6,
+}
+
+
+def measure(rows: int, cols: int) -> dict[str, float]:
+    """µs of each pass, and of the copies."""
+    elements = rows * cols
+    sets = max(2, math.ceil(BEYOND_L2 / (6 * elements))) if not options.dry else 2
+    launches = max(sets, math.ceil(REPLAY / (6 * elements)))
+    gates, ups, grads = ([randn(rows, cols) for _ in range(sets)] for _ in range(3))
+    sources = [randn(math.ceil(2.5 * elements)) for _ in range(2)]
+    targets = [torch.empty_like(source) for source in sources]
+    slots = [torch.tensor([[1 / 8, 8.0, 0.0, 1.0]] * 3, device=options.device) for _ in range(2)]
+
+    def forward(gated: bool, activation: int, columnwise: bool = True):
+        return lambda i: OPS.activation_cast(
+            gates[i], ups[i] if gated else None, activation, slots[0], 0, CASTS, 7, True, True, True, columnwise
+        )
+
+    def backward(gated: bool, activation: int):
+        up_slots, histories = (slots[1], [7, 7]) if gated else (None, [7])
+        return lambda i: OPS.activation_backward_cast(
+            grads[i], gates[i], ups[i] if gated else None, activation, slots[0], up_slots, 2, CASTS, histories, True,
+            True,
+        )  # fmt: skip
+
+    def copy(bytes_moved: int):
+        pairs = [[t[: elements * bytes_moved // 4] for t in pair] for pair in zip(targets, sources)]
+        return lambda i: pairs[i % 2][0].copy_(pairs[i % 2][1])
+
+    arms = {
+        "SwiGLU, codes alone": forward(True, 0, columnwise=False),
+        "SwiGLU": forward(True, 0),
+        "SwiGLU backward": backward(True, 0),
+        "GeLU (tanh)": forward(False, 2),
+        "GeLU (tanh) backward": backward(False, 2),
+        "GeLU backward": backward(False, 1),
+        **{f"copy of {size}": copy(size) for size in sorted(set(PASSES.values()))},
+    }
+    return graph_us(arms, sets, launches)
+
+
+def main() -> None:
+    start(__doc__)
+    rows, labels, shares = [], [], {name: [] for name in PASSES}
+    for shape in SHAPES:
+        size = scaled(*shape)
+        us = measure(*size)
+        labels.append("{} x {}".format(*size))
+        for name, moved in PASSES.items():
+            share = us[f"copy of {moved}"] / us[name]
+            shares[name].append(share)
+            speed = moved * math.prod(size) / us[name] / 1e3
+            rows.append(
+                [labels[-1], name, moved, f"{us[f'copy of {moved}']:.1f}", f"{us[name]:.1f}", f"{speed:.0f}",
+                 f"**{share:.0%}**"]
+            )  # fmt: skip
+
+    def draw(figure) -> None:
+        axes = figure.subplots()
+        colors = dict(zip(labels, (FP8, BF16)))
+        bars(axes, list(PASSES), {label: (colors[label], [shares[name][i] for name in PASSES])
+                                  for i, label in enumerate(labels)})  # fmt: skip
+        axes.set(ylabel="share of a copy's speed", ylim=(0, None), title="Made and cast in one pass: 1 is a plain copy")
+        axes.legend()
+
+    head = ["BF16 matrix", "pass", "bytes an element", "copy, µs", "pass, µs", "GB/s", "share of copy"]
+    write("producers", header("Producers against a device copy"), NOTE, table(head, rows), plot("producers", draw))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+// The reference: what the activation makes, in float32, and then the cast.
+#include "activation.h"
+
+#include <cmath>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+namespace torch_fp8::cpu {
+namespace {
+
+struct Math {
+  static float exp(float x) { return std::exp(x); }
+  static float reciprocal(float x) { return 1.0f / x; }
+  static float normal_cdf(float x, float) { return 0.5f * std::erfc(x * -0.70710678f); }
+};
+
+float element(const Matrix& x, int64_t row, int64_t col) {
+  const int64_t at = row * x.row_stride + col * x.col_stride;
+  switch (x.type) {
+    case Type::kFloat16: return static_cast<const c10::Half*>(x.data)[at];
+    case Type::kBFloat16: return static_cast<const c10::BFloat16*>(x.data)[at];
+    default: return static_cast<const float*>(x.data)[at];
+  }
+}
+
+// quantize of value(row, col).
+template <class Value>
+void cast(QuantizeArgs args, const Value& value) {
+  const int64_t rows = args.x.rows, cols = args.x.cols;
+  std::vector<float> values(static_cast<size_t>(rows * cols));
+  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t col = 0; col < cols; ++col) values[static_cast<size_t>(row * cols + col)] = value(row, col);
+    }
+  });
+  args.x = {values.data(), Type::kFloat32, rows, cols, cols, 1};
+  cpu_kernels().quantize(args);
+}
+
+void activate(const ActivationArgs& args) {
+  with_activation(args.activation, [&](auto f) {
+    cast(args.cast, [&](int64_t row, int64_t col) {
+      const float up = args.up.data ? element(args.up, row, col) : 1.0f;
+      return torch_fp8::activate<f(), Math>(element(args.cast.x, row, col)) * up;
+    });
+  });
+}
+
+void activate_backward(const ActivationBackwardArgs& args) {
+  const Matrix &gate = args.gate.x, &up = args.up.x;
+  with_activation(args.activation, [&](auto f) {
+    cast(args.gate, [&](int64_t row, int64_t col) {
+      const float factor = up.data ? element(up, row, col) : 1.0f;
+      return element(args.dy, row, col) * (factor * differentiate<f(), Math>(element(gate, row, col)).slope);
+    });
+    if (!up.data) return;
+    cast(args.up, [&](int64_t row, int64_t col) {
+      return element(args.dy, row, col) * torch_fp8::activate<f(), Math>(element(gate, row, col));
+    });
+  });
+}
+
+[[maybe_unused]] const bool filled = [] {
+  cpu_kernels().activate = activate;
+  cpu_kernels().activate_backward = activate_backward;
+  return true;
+}();
+
+}  // namespace
+}  // namespace torch_fp8::cpu

@@ -1,0 +1,186 @@
+"""activation_cast and activation_backward_cast: what stands between the linear layers of an MLP, made and cast at once,
+against float64."""
+
+import pytest
+import torch
+import torch_fp8 as fp8
+from oracle import E4M3, E5M2, MAX, amax, codes, exact_scale
+from torch.nn import functional as F
+
+ops = torch.ops.torch_fp8
+FUNCTIONS = [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(1, 1), (7, 17), (128, 128), (130, 264), (3, 5, 40), (300, 1)]
+RELATIVE = 2e-6  # of float32 arithmetic with a GPU's fast exp
+
+
+def casts_of(recipe):
+    return [recipe.options().cast(role).packed for role in range(3)]
+
+
+def slots_with(scale, device):
+    slots = fp8._C.new_slots(device)
+    slots[:, 0], slots[:, 1] = 1 / scale, scale
+    return slots
+
+
+def tensors(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(2 * torch.randn(shape, generator=generator)).to(dtype).to(device) for _ in range(3)]
+
+
+def assert_codes(q, exact, scale, dtype):
+    """The codes of exact float64 values, or where float32's rounding decides, those of a neighbour."""
+    exact = exact.reshape(-1, exact.shape[-1]).cpu()
+    m, k = exact.shape
+    error = RELATIVE * exact.abs() + 1e-30
+    got = q.cpu().view(torch.uint8)[:m, :k]
+    low, high = (codes((exact + e).float(), scale, dtype) for e in (-error, error))
+    assert ((got == low) | (got == high)).all()
+    padding = q.cpu().view(torch.uint8).clone()
+    padding[:m, :k] = 0
+    assert not padding.any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(device, shape, dtype, activation, gated):
+    gate, up, _ = tensors(shape, dtype, device)
+    exact = FUNCTIONS[activation](gate.double()) * (up.double() if gated else 1)
+    scale = 16.0
+    slots = slots_with(scale, device)
+    q, q_t, scale_inv = ops.activation_cast(
+        gate, up if gated else None, activation, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True
+    )
+    assert_codes(q, exact, scale, E4M3)
+    assert torch.equal(q.view(torch.uint8).t(), q_t.view(torch.uint8))
+    assert scale_inv.item() == 1 / scale
+    assert slots[0, 2].item() == pytest.approx(exact.abs().max().item(), rel=RELATIVE)
+    assert slots[1:, 2].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("recipe", [fp8.DelayedScaling(), fp8.CurrentScaling(power_of_two=True)])
+def test_own_amax(device, recipe):
+    """Without a history, or by current scaling: in two passes."""
+    gate, up, _ = tensors((70, 90), torch.float32, device)
+    slots = fp8._C.new_slots(device)
+    q, _, scale_inv = ops.activation_cast(gate, up, 0, slots, 0, casts_of(recipe), 0, True, True, True, False)
+    product = F.silu(gate.double()) * up.double()
+    scale = 1 / scale_inv.item()
+    assert scale <= exact_scale(product.abs().max().item(), E4M3) * (1 + 1e-5)
+    assert 2 * scale > exact_scale(product.abs().max().item(), E4M3)
+    assert_codes(q, product, scale, E4M3)
+    assert slots[0, 2].item() == pytest.approx(product.abs().max().item(), rel=RELATIVE)
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(device, shape, dtype, activation, gated, e4m3):
+    gate, up, dy = tensors(shape, dtype, device)
+    wide = [t.double().requires_grad_() for t in (gate, up)]
+    product = FUNCTIONS[activation](wide[0]) * (wide[1] if gated else 1)
+    product.backward(dy.double())
+    recipe = fp8.DelayedScaling(fp8_format="E4M3" if e4m3 else "HYBRID")
+    fmt = E4M3 if e4m3 else E5M2
+    gate_slots, up_slots = slots_with(8.0, device), slots_with(32.0, device)
+    histories = [7, 7] if gated else [7]
+    made = ops.activation_backward_cast(
+        dy, gate, up if gated else None, activation, gate_slots, up_slots if gated else None, 2, casts_of(recipe),
+        histories, True, True,
+    )  # fmt: skip
+    for t, slots, scale, (q, q_t, scale_inv) in zip(wide, (gate_slots, up_slots), (8.0, 32.0), (made[:3], made[3:])):
+        if t.grad is None:
+            assert q.numel() == 0
+            continue
+        # Where f' vanishes float32 has lost digits: its error is one of the terms that cancel.
+        assert q.dtype == fmt and scale_inv.item() == 1 / scale
+        slack = 4e-7 * (dy.double().abs() * (up.double().abs() if gated else 1) * (1 + gate.double().abs()))
+        exact = t.grad.reshape(-1, t.shape[-1]).cpu()
+        error = RELATIVE * exact.abs() + slack.reshape(exact.shape).cpu()
+        m, k = exact.shape
+        got = q.cpu().view(torch.uint8)[:m, :k]
+        low, high = (codes((exact + e).float(), scale, fmt) for e in (-error, error))
+        value = got.view(fmt).float()
+        low, high = low.view(fmt).float(), high.view(fmt).float()
+        assert ((value >= low.minimum(high)) & (value <= low.maximum(high))).all()
+        assert torch.equal(q.view(torch.uint8).t(), q_t.view(torch.uint8))
+        assert slots[2, 2].item() == pytest.approx(exact.abs().max().item(), rel=1e-4, abs=1e-6)
+
+
+def test_first_gradients_scale_themselves(device):
+    gate, up, dy = tensors((70, 90), torch.bfloat16, device)
+    gate_slots, up_slots = fp8._C.new_slots(device), slots_with(4.0, device)
+    made = ops.activation_backward_cast(
+        dy, gate, up, 0, gate_slots, up_slots, 2, casts_of(fp8.DelayedScaling()), [0, 7], True, True
+    )
+    d_up = dy.double() * F.silu(gate.double())
+    assert 1 / made[2].item() == pytest.approx(MAX[E5M2] / gate_slots[2, 2].item(), rel=1e-6)
+    assert made[5].item() == 0.25
+    assert_codes(made[3], d_up, 4.0, E5M2)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_seen(device, bad):
+    """Not finite in, not finite out, as the plain functions have it."""
+    for which in range(3):
+        gate, up, dy = tensors((40, 50), torch.float32, device)
+        (gate, up, dy)[which][3, 7] = bad
+        plain = F.silu(gate) * up
+        slots = slots_with(1.0, device)
+        q, q_t, _ = ops.activation_cast(
+            gate, up, 0, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True
+        )
+        assert torch.equal(q.float()[:40, :50].isfinite(), plain.isfinite())
+        assert torch.equal(q_t.float()[:50, :40].isfinite(), plain.t().isfinite())
+        assert slots[0, 2].isfinite() == plain.isfinite().all()
+
+
+def test_views(device):
+    """Halves of one tensor, as where gate and up are one layer's output; and a transposed one."""
+    both = torch.randn(60, 2 * 48, device=device, dtype=torch.bfloat16)
+    gate, up = both.chunk(2, -1)
+    args = (0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True)
+    ours = ops.activation_cast(gate, up, 0, slots_with(4.0, device), *args)
+    plain = ops.activation_cast(gate.contiguous(), up.contiguous(), 0, slots_with(4.0, device), *args)
+    turned = ops.activation_cast(gate.t().contiguous().t(), up, 0, slots_with(4.0, device), *args)
+    for a, b, c in zip(ours, plain, turned):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        assert torch.equal(a.view(torch.uint8), c.view(torch.uint8))
+
+
+def test_nothing(device):
+    gate = torch.empty(0, 32, device=device)
+    q, q_t, _ = ops.activation_cast(
+        gate, None, 0, slots_with(1.0, device), 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True
+    )
+    assert q.shape == (0, 32) and q_t.shape == (32, 0)
+
+
+def test_refusals(device):
+    gate, up, dy = tensors((20, 30), torch.bfloat16, device)
+    slots, casts = slots_with(1.0, device), casts_of(fp8.DelayedScaling())
+
+    def call(gate=gate, up=up, activation=0, slots=slots, role=0):
+        ops.activation_cast(gate, up, activation, slots, role, casts, 7, True, True, True, True)
+
+    for arguments, error, words in [
+        ({"up": up.float()}, TypeError, "up must have gate's dtype"),
+        ({"up": up[:, :20]}, RuntimeError, "up must have gate's shape"),
+        ({"gate": gate.to(torch.int32)}, TypeError, "gate must be bfloat16"),
+        ({"activation": 3}, ValueError, "activation must be 0"),
+        ({"role": 3}, IndexError, "role must be in"),
+        ({"role": 2}, ValueError, "cast to E4M3"),
+        ({"slots": slots[:, :3]}, RuntimeError, "slots must be"),
+    ]:
+        with pytest.raises(error, match=words):
+            call(**arguments)
+    with pytest.raises(RuntimeError, match="dy must have gate's shape"):
+        ops.activation_backward_cast(dy[:3], gate, up, 0, slots, slots, 2, casts, [7, 7], True, True)
+    with pytest.raises(RuntimeError, match="come together"):
+        ops.activation_backward_cast(dy, gate, up, 0, slots, None, 2, casts, [7, 7], True, True)
+    assert amax(slots[:, 2].cpu()) == 0
