@@ -18,7 +18,7 @@ from ..layers.frozen import frozen_layers
 from . import scheme
 from .errors import CheckpointError
 from .folder import CONFIG
-from .model import bounded, empty_model
+from .model import bounded, dtype_of, empty_model
 from .shard import DTYPES, Entry, Item
 
 if TYPE_CHECKING:
@@ -77,12 +77,12 @@ class Plan:
 
         from .reader import Reader
 
-        model = self.model
+        model, dtype = self.model, dtype_of(self.model)
         quantizer = Reader(None) if frozen_layers(model) else None
         how = LoadStateDictConfig(
             device_map={"": device},
-            dtype=model.dtype,
-            dtype_plan=model._get_dtype_plan(model.dtype),
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
             hf_quantizer=quantizer,
             weight_mapping=get_model_conversion_mapping(model, None, quantizer),
         )
@@ -169,5 +169,5 @@ def check_readable(
         own = copy.deepcopy(like.config)
         own.__dict__.pop("quantization_config", None)
         with bounded(len(entries)), torch.device("meta"):
-            model = type(like)._from_config(own, dtype=like.dtype)
+            model = type(like)._from_config(own, dtype=dtype_of(like))
     return Plan(model, entries, scheme.read(dict(config), None, path / CONFIG), path)

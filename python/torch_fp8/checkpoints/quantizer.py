@@ -108,6 +108,7 @@ class Quantizer(Reader):
                 raise CheckpointError(model.config.name_or_path, f"has no tensor {name}.weight")
             check_device(weight.device)
         declare(model)
+        model.is_quantized = False  # Trainer, half() and others need not beware: frozen layers look after themselves
         return model.requires_grad_(False)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -123,6 +124,8 @@ class Quantizer(Reader):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state that transformers then renames, splits and writes. Raises ValueError, with nothing written, where
         the format cannot hold the model."""
+        if model._hf_peft_config_loaded:
+            return model.state_dict(), {}  # of which the adapters alone are written
         declare(model)
         state = state_to_write(model, "compressed-tensors")
         config = self.quantization_config
