@@ -1,5 +1,5 @@
-// The activations and their derivatives in float32: one text for host and device. exp, erfc and the
-// reciprocal are those of the caller, since a GPU has fast ones.
+// The activations and their derivatives in float32: one text for host and device. exp, the reciprocal and the normal
+// distribution are those of the caller, since a GPU has fast ones.
 #pragma once
 
 #include "kernels.h"
@@ -22,8 +22,8 @@ TORCH_FP8_HOST_DEVICE inline Derivative differentiate(float x) {
     const float s = Math::reciprocal(1.0f + Math::exp(-x));
     return {x * s, s * (1.0f + x * (1.0f - s))};
   } else if constexpr (kActivation == Activation::kGelu) {
-    const float p = 0.5f * Math::erfc(x * -0.70710678f);
-    return {x * p, p + x * Math::exp(-0.5f * x * x) * 0.39894228f};
+    const float e = Math::exp(-0.5f * x * x), p = Math::normal_cdf(x, e);
+    return {x * p, p + x * e * 0.39894228f};
   } else {
     const float s = Math::reciprocal(1.0f + Math::exp(-1.5957691f * (x + 0.044715f * x * x * x)));
     return {x * s, s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * x * x)};

@@ -80,7 +80,8 @@ constexpr bool is_small(const Matrix& x) {
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
 
 // quantize(cast) of what an activation makes, computed in float32 and rounded once. cast.x is gate; up.data is null
-// where there is no second factor, else up is of the same size and type. No column sums.
+// where there is no second factor, else up is of the same size and type. No column sums. Rows are 16-byte aligned and
+// can be read to the end of a pack of 8.
 struct ActivationArgs {
   Activation activation;
   QuantizeArgs cast;

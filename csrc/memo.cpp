@@ -35,6 +35,17 @@ bool has_identity(const at::Tensor& weight) {
   return has_values(weight) && weight.has_storage() && !weight.is_inference();
 }
 
+// Whose value the weight is: where that is a transposed matrix (Conv1D holds its weight so), the matrix. Such a view is
+// made anew for each forward, but what it shows is not.
+at::Tensor owner_of(const at::Tensor& weight) {
+  if (weight.is_leaf() && weight.requires_grad()) return weight;  // a Parameter, as nearly always
+  if (weight.dim() != 2 || !weight.is_view()) return weight;
+  const at::Tensor base(weight._base());
+  const bool transposed = base.dim() == 2 && base.size(0) == weight.size(1) && base.size(1) == weight.size(0) &&
+                          base.stride(0) == weight.stride(1) && base.stride(1) == weight.stride(0);
+  return transposed ? base : weight;
+}
+
 constexpr const char* kRoleNames[] = {"input", "weight", "output gradient"};
 
 }  // namespace
@@ -128,8 +139,9 @@ void LayerMemo::see_weight(const at::Tensor& weight) {
 bool LayerMemo::weight_was_changed(const at::Tensor& weight) {
   const std::lock_guard lock(mutex_);
   // What is made anew for each forward (a gathered weight, a view, a parametrization) has no past.
-  if (updated_.tensor == nullptr || gathered_ || !weight.is_leaf() || !has_identity(weight)) return false;
-  return !(updated_ == Identity::of(weight));
+  if (updated_.tensor == nullptr || gathered_ || !has_identity(weight)) return false;
+  const at::Tensor owner = owner_of(weight);
+  return owner.is_leaf() && !(updated_ == Identity::of(owner));
 }
 
 void LayerMemo::note_forward(const cuda::StreamState& now) {
@@ -157,10 +169,11 @@ c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda
                                             bool has_main_grad) {
   const std::lock_guard lock(mutex_);
   if (weight_.identity.tensor == nullptr || !has_identity(weight)) return c10::nullopt;
+  const at::Tensor owner = owner_of(weight);
   // A gradient that was made and is gone has been used: the weight may be another one, past any counter.
-  const bool used_up = grad_made_ && !has_main_grad && !(weight.is_leaf() && weight.grad().defined());
+  const bool used_up = grad_made_ && !has_main_grad && !(owner.is_leaf() && owner.grad().defined());
   if (gathered_ || used_up || forwards_ > last_forwards_ || weight_.made_on != now ||
-      !(weight_.identity == Identity::of(weight))) {
+      !(weight_.identity == Identity::of(owner))) {
     weight_ = {};
     return c10::nullopt;
   }
@@ -171,7 +184,7 @@ c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda
 void LayerMemo::keep_weight(const at::Tensor& weight, const cuda::StreamState& now, const Codes& codes) {
   const std::lock_guard lock(mutex_);
   grad_made_ = false;
-  weight_ = {Identity::of(weight), codes, now};
+  weight_ = {Identity::of(owner_of(weight)), codes, now};
 }
 
 void LayerMemo::forget_weight() {

@@ -1,7 +1,7 @@
 #include "torch_fp8/nn.h"
 
 #include <cmath>
-#include <unordered_map>
+#include <unordered_set>
 
 #include <ATen/ATen.h>
 #include <torch/nn/init.h>
@@ -26,9 +26,11 @@ LinearImpl::LinearImpl(const LinearOptions& options_) : options(options_) {
 }
 
 void LinearImpl::reset() {
-  weight = register_parameter("weight", at::empty({options.out_features(), options.in_features()}));
-  bias = register_parameter("bias", options.bias() ? at::empty({options.out_features()}) : at::Tensor(),
-                            /*requires_grad=*/options.bias());
+  const at::TensorOptions parameter_options(c10::get_default_dtype_as_scalartype());  // as torch::nn::Linear's
+  weight = register_parameter("weight", at::empty({options.out_features(), options.in_features()}, parameter_options));
+  bias =
+      register_parameter("bias", options.bias() ? at::empty({options.out_features()}, parameter_options) : at::Tensor(),
+                         /*requires_grad=*/options.bias());
   slots = register_buffer("slots", at::empty({kRoles, 4}, at::kFloat));
   history = register_buffer("history", at::empty({kRoles, options.amax_history_len()}, at::kFloat));
   reset_parameters();
@@ -81,20 +83,22 @@ void LinearImpl::to(torch::Device device, bool non_blocking) {
 void update_scales(const torch::nn::Module& module) {
   std::vector<at::Tensor> slots, histories;
   std::vector<double> targets;
-  std::unordered_map<LayerMemo*, at::Tensor> memos;
+  std::unordered_set<LayerMemo*> seen;  // a layer may stand in two places
+  std::vector<const LinearImpl*> layers;
   std::vector<int64_t> power_of_two;
   for (const auto& child : module.modules()) {
     const auto* layer = child->as<LinearImpl>();
     if (layer == nullptr) continue;
-    const bool seen = !memos.emplace(layer->memo.get(), layer->weight).second;  // a layer may stand in two places
-    if (seen || layer->options.recipe().scaling == Scaling::kConstant) continue;
+    if (!seen.insert(layer->memo.get()).second) continue;
+    layers.push_back(layer);
+    if (layer->options.recipe().scaling == Scaling::kConstant) continue;
     slots.push_back(layer->slots);
     histories.push_back(layer->history);
     for (int role = 0; role < kRoles; ++role) targets.push_back(layer->options.recipe().cast(role).target());
     power_of_two.push_back(layer->options.recipe().power_of_two);
   }
   update_scales_(slots, histories, targets, power_of_two);
-  for (const auto& [memo, weight] : memos) end_step(*memo, weight);
+  for (const LinearImpl* layer : layers) end_step(*layer->memo, layer->weight);
 }
 
 }  // namespace torch_fp8::nn

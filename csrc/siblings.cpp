@@ -88,6 +88,7 @@ void Siblings::set_follows(const std::vector<int>& follows) {
 std::vector<int> Siblings::follows() const {
   const std::lock_guard lock(mutex_);
   std::vector<int> follows;
+  follows.reserve(members_.size());
   for (const Member& member : members_) follows.push_back(member.follows);
   return follows;
 }

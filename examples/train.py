@@ -12,11 +12,14 @@ there, also after a kill), and at the end summary.md and loss_and_scales.png.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import gc
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -110,8 +113,6 @@ def load_corpus(args: argparse.Namespace, context: int) -> Corpus:
 def prepare_out(settings: Settings, corpus: Corpus, arms: list[str], *, resume: bool, overwrite: bool) -> None:
     """Leave OUT ready for the arms; nothing is touched before everything is known to fit."""
     out = settings.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, {out} is none")
     results = [out / "summary.md", out / "loss_and_scales.png"]
     saved = [out / f"{arm}.ckpt" for arm in ("bf16", "fp8")]
     logs = [path.with_suffix(".jsonl") for path in saved]
@@ -124,7 +125,22 @@ def prepare_out(settings: Settings, corpus: Corpus, arms: list[str], *, resume: 
     elif there := [path for path in [*saved, *results] if path.exists()]:
         raise UserError(f"{there[0]} is of an earlier run; go on with it (--resume), replace it (--overwrite), or give "
                         "another --out")  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Within, no other run writes to OUT. The lock goes with the process, however that ends."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, {out} is none")
     out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out}; wait until it has ended, or give another --out") from None
+    finally:
+        os.close(handle)
 
 
 class Interruption:
@@ -147,6 +163,11 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(settings.num_threads)
     arms = ["bf16", "fp8"] if args.precision == "both" else [args.precision]
     corpus = load_corpus(args, settings.context)
+    with locked(settings.out):
+        return train(args, settings, corpus, arms)
+
+
+def train(args: argparse.Namespace, settings: Settings, corpus: Corpus, arms: list[str]) -> int:
     prepare_out(settings, corpus, arms, resume=args.resume, overwrite=args.overwrite)
     print(f"data: {corpus}", flush=True)
 
@@ -194,7 +215,7 @@ def main() -> int:
     except UserError as error:
         complaint = str(error)
     except OSError as error:
-        complaint = f"could not read or write {error.filename}: {error.strerror}"
+        complaint = f"could not read or write {error.filename or args.out}: {error.strerror}"
     except torch.OutOfMemoryError:
         complaint = "the GPU's memory does not suffice; give a smaller --micro-batch"
     except KeyboardInterrupt:

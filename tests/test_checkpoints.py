@@ -219,6 +219,14 @@ def same_layers(a, b):
         assert a[name].activations == b[name].activations
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """transformers reads by its own quantisers, as it does where torch_fp8 is not imported."""
+    tables = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    monkeypatch.setitem(tables, "compressed-tensors", transformers.CompressedTensorsConfig)
+    monkeypatch.setitem(tables, "fp8", transformers.FineGrainedFP8Config)
+
+
 class TestWrite:
     @pytest.mark.parametrize("format", KINDS)
     @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True, "attention_bias": True}])
@@ -244,7 +252,7 @@ class TestWrite:
         same_layers(model, fp8.load_pretrained(tmp_path / "out"))
 
     @pytest.mark.parametrize("format", ["compressed-tensors", "block"])
-    def test_transformers_reads_the_same_weights(self, tmp_path, format):
+    def test_transformers_reads_the_same_weights(self, tmp_path, format, alone):
         model = make_frozen(format, attention_bias=True)
         fp8.save_pretrained(model, tmp_path / "out", format, max_shard_size=300_000)
         how = {}

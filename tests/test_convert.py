@@ -83,6 +83,53 @@ def test_default_filter_leaves_the_output_head():
     assert names(fp8.convert(block, tokens=None)) == ["layers.0.output"]
 
 
+class Wrapped(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.linear = nn.Linear(*sizes)
+
+
+def with_head(**modules):
+    model = Model(width=32, vocabulary=50)
+    del model.lm_head
+    for name, module in modules.items():
+        setattr(model, name, module)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model, inner",
+    [
+        (with_head(to_logits=nn.Linear(32, 77)), []),  # by its name
+        (with_head(lm_head=Wrapped(32, 77)), []),  # by the name of what is around it
+        (with_head(heads=nn.ModuleList(nn.Linear(32, 77) for _ in range(2))), []),
+        (with_head(head=nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 77))), []),
+        (with_head(something=nn.Linear(32, 50)), []),  # by the vocabulary
+        (with_head(something=Wrapped(32, 50)), []),
+        (with_head(something=nn.Linear(32, 51)), ["something"]),
+        (nn.ModuleDict({"inner": with_head(something=nn.Linear(32, 50))}), []),
+        (nn.ModuleList([nn.Embedding(50, 32), nn.ModuleDict({"output": nn.Linear(32, 50)})]), ["1.output"]),
+    ],
+)
+def test_output_heads_under_other_names(model, inner):
+    found = names(fp8.convert(model, tokens=None))
+    assert [name for name in found if ".up" not in name and ".down" not in name] == inner
+    notes = {row.note for row in fp8.summary(model) if not row.fp8}
+    assert notes == (set() if inner else {"output head"})
+
+
+def test_what_a_model_declares_as_its_output_embeddings_stays_wherever_it_is():
+    """In a model within another one, too; and in layers of the declared module."""
+    inner = with_head(something=Wrapped(32, 77))
+    inner.get_output_embeddings = lambda: inner.something
+    outer = nn.ModuleDict({"language_model": inner, "projector": nn.Linear(32, 32)})
+    assert names(fp8.convert(outer, tokens=None)) == [*(f"language_model.{name}" for name in BLOCKS), "projector"]
+    for broken in (lambda: None, lambda: 3, lambda: inner.nothing):
+        model = Model()
+        model.get_output_embeddings = broken
+        assert names(fp8.convert(model, tokens=None)) == BLOCKS
+
+
 def test_filters():
     by_function = fp8.convert(Model(), filter=lambda module, name: module.in_features == 128)
     assert names(by_function) == ["layers.0.down", "layers.1.down"]
@@ -126,7 +173,7 @@ def test_layers_that_fp8_cannot_take_are_named_with_the_reason():
     model = nn.ModuleDict({"mlp": nn.Linear(32, 32), "attn": attention, "f64": nn.Linear(8, 8, dtype=torch.float64)})
     rows = {row.name: row for row in fp8.summary(fp8.convert(model, tokens=None))}
     assert rows["mlp"].fp8
-    assert "NonDynamicallyQuantizableLinear" in rows["attn.out_proj"].note
+    assert "nn.MultiheadAttention multiplies by its weight itself" in rows["attn.out_proj"].note
     assert "float64" in rows["f64"].note
 
 
@@ -314,3 +361,98 @@ def test_a_forward_replaced_on_the_object_would_hide_ours():
     assert "accelerate's device_map" in fp8.summary(model)[0].note
     with pytest.raises(ValueError, match="forward was replaced"):
         fp8.convert(model, filter=["0"])
+    fp8.revert(model)
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_hooked_fp8_layer_takes_a_recipe_and_is_not_reverted():
+    """accelerate's hook holds the FP8 layer's forward."""
+    model = fp8.convert(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), tokens=None)
+    plain = model[1].forward
+    model[1].forward = lambda x: plain(x)
+    with pytest.raises(ValueError, match="1 cannot be reverted: its forward was replaced on the object"):
+        fp8.revert(model)
+    assert isinstance(model[0], fp8.Linear) and isinstance(model[1], fp8.Linear)
+    fp8.convert(model, fp8.CurrentScaling())
+    assert model[1].recipe == fp8.CurrentScaling()
+    del model[1].forward
+    assert type(fp8.revert(model)[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("frozen_too", [["layers.1.down"], ["*up", "*down", "lm_head"]])
+def test_a_frozen_layer_has_no_16_bit_weight_to_go_back_to(frozen_too):
+    model = fp8.convert(Model(), tokens=None)
+    fp8.freeze(model, filter=frozen_too)
+    before = [type(module) for module in model.modules()]
+    name = "layers.1.down" if len(frozen_too) == 1 else "layers.0.up"
+    with pytest.raises(ValueError, match=f"revert needs 16-bit weights, but {name} is frozen"):
+        fp8.revert(model)
+    with pytest.raises(ValueError, match=f"disabled needs 16-bit weights, but {name} is frozen"), fp8.disabled(model):
+        raise AssertionError("not reached")
+    assert before == [type(module) for module in model.modules()]
+    assert all(layer.fp8_enabled for layer in model.modules() if isinstance(layer, fp8.Linear))
+
+
+class ReadsWeights(nn.Module):
+    """As timm's attentions do: one layer is called, of another the weight is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.called(x) + nn.functional.linear(x, self.read.weight, self.read.bias)
+
+
+NEVER = "never called in {} training steps"
+
+
+@pytest.mark.parametrize("recipe", [fp8.DelayedScaling(), fp8.CurrentScaling(), fp8.ConstantScaling()])
+def test_summary_says_what_was_never_called(recipe, device, monkeypatch):
+    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
+    model = fp8.convert(ReadsWeights().to(device), recipe, tokens=None)
+    assert "never called" not in str(fp8.summary(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        model(torch.randn(8, 32, device=device)).sum().backward()
+        optimizer.step()
+    rows = {row.name: row for row in fp8.summary(model)}
+    assert NEVER.format(3) in rows["read"].note and "never called" not in rows["called"].note
+    with torch.no_grad():
+        model.eval()(torch.randn(8, 32, device=device))
+    assert NEVER.format(3) in str(fp8.summary(model))
+
+
+def test_summary_says_what_was_never_called_where_no_optimizer_holds_it(monkeypatch):
+    """Layers that are not trained go with their model; and where nothing was called, the optimizer's steps tell."""
+    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
+    model = fp8.convert(ReadsWeights(), tokens=None)
+    model.read.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.called.parameters(), lr=0.01)
+    model(torch.randn(8, 32)).sum().backward()
+    optimizer.step()
+    assert [NEVER.format(1) in row.note for row in fp8.summary(model)] == [False, True]
+    model = fp8.convert(ReadsWeights(), filter=["read"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        model(torch.randn(8, 32)).sum().backward()
+        optimizer.step()
+    assert NEVER.format(2) in fp8.summary(model)[1].note
+
+
+def test_summary_says_what_was_never_called_in_compiled_steps(device, monkeypatch):
+    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
+    model = fp8.convert(ReadsWeights().to(device), tokens=None)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        compiled(torch.randn(8, 32, device=device)).sum().backward()
+        optimizer.step()
+    assert [NEVER.format(3) in row.note for row in fp8.summary(model)] == [False, True]
+
+
+def test_summary_in_a_notebook():
+    model = fp8.convert(nn.ModuleDict({"a<b": nn.Linear(32, 32), "lm_head": nn.Linear(32, 48)}), tokens=None)
+    html = fp8.summary(model)._repr_html_()
+    assert html.count("<tr>") == 3 and "<td>a&lt;b</td><td>32 x 32</td><td>yes</td><td>own amax</td>" in html
+    assert "output head" in html and "1 of 2 linear layers in FP8" in html and "a<b" not in html

@@ -292,6 +292,34 @@ def test_fsdp_equals_one_process(ranks, options):
         assert_equal(rank_state, state)
 
 
+class Named(nn.Linear):
+    pass
+
+
+def train_other_classes(device, shard):
+    """A subclass of nn.Linear, and a Conv1D, whose weight is gathered and seen transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(Conv1D(48, 32), nn.ReLU(), Named(48, 32)) for _ in range(2))).to(device)
+    fp8.convert(model, tokens=None)
+    if shard:
+        for module in (model[0][2], *model, model):
+            fully_shard(module)
+    losses = train_steps(model, device, torch.float32, range(3))
+    assert isinstance(model[0][0], Conv1D) and isinstance(model[0][2], Named)
+    return losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
+
+
+def test_fsdp_of_other_classes_equals_one_process(ranks):
+    pytest.importorskip("transformers")
+    losses, params, state = train_other_classes(ranks.device, False)
+    for rank_losses, rank_params, rank_state in ranks(train_other_classes, True):
+        assert rank_losses == losses
+        assert_equal(rank_params, params)
+        assert_equal(rank_state, state)
+
+
 def past_the_hooks(device):
     model = sharded(device)
     with pytest.raises(TypeError, match="call the module that fully_shard was given"):

@@ -128,6 +128,8 @@ class TestLinear:
             layer(torch.randn(4, 32, device=device))
         with pytest.raises(TypeError, match="the input must be bfloat16, float16 or float32, got Int"):
             layer(torch.zeros(4, 32, device=device, dtype=torch.int32))
+        with pytest.raises(TypeError, match=r"the input is Half but the weight is BFloat16"):
+            layer(torch.zeros(4, 32, device=device, dtype=torch.float16))
         with pytest.raises(TypeError, match="the weight must be .* got Double"):
             layer.double()(torch.randn(4, 32, device=device))
         layer.float().bias.data = layer.bias.data.half()

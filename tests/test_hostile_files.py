@@ -4,10 +4,14 @@ import json
 import math
 import os
 import random
+import signal
 import struct
+import subprocess
+import sys
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 import torch_fp8 as fp8
 import transformers
@@ -393,6 +397,191 @@ class TestPaths:
         assert sorted(tmp_path.rglob("*")) == before
 
 
+class TestSixteenBits:
+    """What is wrong with a checkpoint that is to be quantised is told before anything is written."""
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        model = small("llama", intermediate_size=48)
+        model.save_pretrained(tmp_path / "in")
+        return tmp_path / "in"
+
+    def change(self, source, **tensors):
+        """Exchange, add or, by None, remove tensors; dots are written __."""
+        state = safetensors.torch.load_file(source / "model.safetensors")
+        for name, tensor in tensors.items():
+            state[name.replace("__", ".")] = tensor
+        state = {name: tensor for name, tensor in state.items() if tensor is not None}
+        safetensors.torch.save_file(state, source / "model.safetensors", {"format": "pt"})
+
+    def configure(self, source, **values):
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, **values}))
+
+    def refused(self, source, capsys, *words):
+        capsys.readouterr()
+        before = sorted(source.parent.rglob("*"))
+        assert main(["quantize", str(source), str(source.parent / "out")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+        assert sorted(source.parent.rglob("*")) == before
+
+    @pytest.mark.parametrize(
+        ("tensors", "words"),
+        [
+            ({SCALE.replace(".", "__"): torch.ones(3)}, ("model.safetensors", SCALE, "is not FP8")),
+            ({SCALE.replace(".", "__"): torch.ones(48, 1)}, ("model.safetensors", SCALE, "is not FP8")),
+            ({WEIGHT.replace(".", "__"): None}, (WEIGHT,)),
+            ({"model__norm__weight": None}, ("has no tensor model.norm.weight",)),
+            ({"model__norm__weight": torch.ones(32, dtype=torch.int16)}, ("model.norm.weight", "int16")),
+            (
+                {"model__embed_tokens__weight": torch.ones(20, 31)},
+                ("model.embed_tokens.weight", "[20, 31]", "[20, 32]"),
+            ),
+            *(
+                (
+                    {WEIGHT.replace(".", "__"): torch.ones(48, 32, dtype=dtype)},
+                    ("model.safetensors", WEIGHT, str(dtype)),
+                )
+                for dtype in (
+                    torch.int16,
+                    torch.int32,
+                    torch.int64,
+                    torch.uint16,
+                    torch.uint32,
+                    torch.uint64,
+                    torch.bool,
+                )
+            ),
+        ],
+    )
+    def test_tensors(self, source, capsys, tensors, words):
+        self.change(source, **tensors)
+        self.refused(source, capsys, *words)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"num_labels": 10**8},
+            {"model_type": "bart", "decoder_layers": 10**6},
+            {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
+            {"model_type": "qwen3", "num_hidden_layers": 10**9},
+            {"model_type": "bart", "decoder_layers": 60_000},
+            {"model_type": "mixtral", "num_local_experts": 60_000},
+            {"model_type": "gpt2", "n_positions": 10**6},
+        ],
+    )
+    def test_configs_that_describe_more_than_there_is(self, source, capsys, values):
+        """Without building it."""
+        self.configure(source, **values)
+        self.refused(source, capsys)
+
+    def test_a_stray_scale_is_not_written_beside_ours(self, source, tmp_path):
+        self.change(source, **{SCALE.replace(".", "__"): torch.ones(48, 1)})
+        model = fp8.freeze(fp8.load_pretrained(source))
+        with pytest.raises(ValueError, match=f"{SCALE} would be written twice"):
+            fp8.save_pretrained(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_buffers_of_other_kinds_are_no_quantisation(self, source, tmp_path):
+        self.change(source, some__mask=torch.ones(4, dtype=torch.bool), some__bytes=torch.ones(4, dtype=torch.uint8))
+        assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+        assert Folder(tmp_path / "out").entries["some.mask"].dtype == torch.bool
+
+    def test_infinity(self, source, tmp_path):
+        text = (source / "config.json").read_text().replace("{", '{"limits": [0.0, Infinity, -Infinity, 1e400],', 1)
+        (source / "config.json").write_text(text)
+        assert main(["quantize", str(source), str(tmp_path / "out")]) == 0
+        written = (tmp_path / "out" / "config.json").read_text()
+        assert json.loads(written, parse_constant=pytest.fail)["limits"][1] == {"__float__": "Infinity"}
+        assert fp8.load_pretrained(tmp_path / "out").config.limits == [0.0, math.inf, -math.inf, math.inf]
+
+    def test_float32_without_a_dtype(self, source, tmp_path):
+        model = small("llama", intermediate_size=48).float()
+        model.save_pretrained(tmp_path / "float32")
+        config = json.loads((tmp_path / "float32" / "config.json").read_text())
+        del config["dtype"]
+        (tmp_path / "float32" / "config.json").write_text(json.dumps(config))
+        loaded = fp8.load_pretrained(tmp_path / "float32")
+        assert loaded.dtype == torch.float32
+        assert main(["quantize", str(tmp_path / "float32"), str(tmp_path / "out")]) == 0
+        assert fp8.load_pretrained(tmp_path / "out").dtype == torch.float32
+        assert fp8.load_pretrained(source).dtype == torch.bfloat16
+
+    def test_terminated(self, source, tmp_path):
+        slow = """if True:
+            import runpy, sys, time
+            from torch_fp8.checkpoints import shard
+            class Slow:
+                def __get__(self, item, kind):
+                    def read(*args):
+                        print("reading", flush=True)
+                        time.sleep(60)
+                    return read
+            shard.Entry.read = Slow()
+            sys.argv[0] = "torch_fp8"
+            runpy.run_module("torch_fp8", run_name="__main__")
+        """
+        command = [sys.executable, "-c", slow, "quantize", str(source), str(tmp_path / "out")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout.readline() == "reading\n"
+        assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+class TestSizes:
+    def test_inspect_reads_no_gigabytes_of_scales(self, checkpoint, capsys):
+        """The file is sparse: a few bytes on the disk."""
+        checkpoint.remove(SCALE)
+        end, size = len(checkpoint.data), 6 * 2**30
+        checkpoint.header[SCALE] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [end, end + size]}
+        checkpoint.write()
+        os.truncate(checkpoint.file, checkpoint.file.stat().st_size + size)
+        assert main(["inspect", str(checkpoint.path)]) == 0
+        assert f"BAD: {size} bytes are no scales" in capsys.readouterr().out
+        checkpoint.refused("model.safetensors", SCALE, "expected [1]")
+
+    @pytest.mark.parametrize("name", [SCALE, SCALE.replace("weight_scale", "input_scale")])
+    def test_scales_without_elements(self, checkpoint, name):
+        checkpoint.remove(name)
+        checkpoint.header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [len(checkpoint.data)] * 2}
+        checkpoint.write().refused("model.safetensors", name)
+        assert main(["inspect", str(checkpoint.path)]) == 0
+
+    @pytest.mark.parametrize("value", [2.0**-127, 1e-45, 2.0**127])
+    def test_static_scales_without_an_inverse(self, checkpoint, value):
+        name = SCALE.replace("weight_scale", "input_scale")
+        checkpoint.store(name, struct.pack("<f", value))
+        checkpoint.write().refused("model.safetensors", name, "2^-126 ... 2^126")
+
+    def test_a_shard_that_vanishes(self, checkpoint):
+        entry = read_header(checkpoint.write().file)[WEIGHT]
+        checkpoint.file.unlink()
+        with pytest.raises(fp8.CheckpointError, match=f"model.safetensors: {WEIGHT} cannot be read: No such file"):
+            entry.read()
+
+    @pytest.mark.parametrize("name", ["\\u001b[31mred", "a\\nb", "\\ud800", "x" * 600, "\\u202e", ""])
+    def test_names_that_cannot_be_shown(self, checkpoint, name):
+        at = len(checkpoint.data)
+        text = (
+            json.dumps(checkpoint.header)[:-1]
+            + f', "{name}": {{"dtype": "U8", "shape": [0], "data_offsets": [{at}, {at}]}}}}'
+        )
+        with pytest.raises(fp8.CheckpointError, match="is no name") as error:
+            read_header(checkpoint.write(text=text.encode()).file)
+        assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+    def test_both_names_of_one_tensor(self, checkpoint):
+        name = "model.norm.weight"
+        checkpoint.header["norm.weight"] = {**checkpoint.header[name]}
+        begin, end = checkpoint.header[name]["data_offsets"]
+        checkpoint.header["norm.weight"]["data_offsets"] = [len(checkpoint.data), len(checkpoint.data) + end - begin]
+        checkpoint.data += checkpoint.data[begin:end]
+        checkpoint.write().refused("model.safetensors", "norm.weight and model.norm.weight are both")
+
+
 def mutations(rng, raw, header_end):
     """A damaged copy of a file: bits, bytes, numbers and pieces of it."""
     raw = bytearray(raw)
@@ -448,3 +637,80 @@ def test_fuzz_config(checkpoint):
                 fp8.load_pretrained(checkpoint.path)
         except fp8.CheckpointError as error:
             assert str(checkpoint.path) in str(error)
+
+
+def small(kind, **sizes):
+    config = transformers.CONFIG_MAPPING[kind](
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **sizes
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+# What is renamed (gpt_neox), merged (mixtral: experts) or has Infinity (mamba2) between file and model; and FP8.
+FUZZED = {
+    "llama": lambda: fp8.freeze(small("llama", intermediate_size=48)),
+    "mixtral": lambda: small("mixtral", intermediate_size=48, num_local_experts=2),
+    "gpt_neox": lambda: fp8.freeze(small("gpt_neox", intermediate_size=48)),
+    "mamba2": lambda: small("mamba2", num_heads=4, head_dim=16, state_size=8, n_groups=1),
+}
+ODD = [
+    *(-1, 0, 1, 2, 3, 7, 64, 10**5, 2**31, 2**63, 10**40, 0.5, -0.5, 1e308, math.inf, None, True, False),
+    *("", "x", "gelu", "float16", "../x", [], [0], [10**9], ["a", "b"], {}, {"a": 1}, {"rope_type": "yarn"}),
+    [[["global"], 10**9]],
+]
+
+
+def places(value):
+    """Every (container, key) within JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield value, key
+        yield from places(item)
+
+
+def change_values(rng, value):
+    """Change, drop, exchange or add some values of JSON, in place."""
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        container, key = rng.choice(list(places(value)) or [(value, "x")])
+        other, its = rng.choice(list(places(value)) or [(value, "x")])
+        kind = rng.randrange(6)
+        if kind < 3:
+            container[key] = rng.choice(ODD)
+        elif kind == 3:
+            container[key], other[its] = other.get(its) if isinstance(other, dict) else other[its], container[key]
+        elif kind == 4 and isinstance(container, dict):
+            container[rng.choice(["num_labels", "decoder_layers", "layer_types", "num_experts", str(key) + "s"])] = (
+                rng.choice(ODD)
+            )
+        elif isinstance(container, dict):
+            del container[key]
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_fuzz_values_of_configs_and_indexes(kind, tmp_path):
+    """A CheckpointError, or a model with the file's values; TORCH_FP8_FUZZ=10000 for longer."""
+    model = FUZZED[kind]()
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    state, rng, refused = model.state_dict(), random.Random(kind), 0
+    files = {name: (tmp_path / name).read_text() for name in ("config.json", "model.safetensors.index.json")}
+    for _ in range(int(os.environ.get("TORCH_FP8_FUZZ", 100)) // 4):
+        changed = rng.choice(sorted(files))
+        value = json.loads(files[changed])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                change_values(rng, value)
+            except RecursionError:
+                continue
+            (tmp_path / changed).write_text(json.dumps(value))
+            try:
+                loaded = fp8.load_pretrained(tmp_path).state_dict()
+            except fp8.CheckpointError as error:
+                assert str(tmp_path) in str(error)
+                refused += 1
+            else:
+                for name in state.keys() & loaded.keys():
+                    expected = state[name].to(loaded[name].dtype)
+                    assert torch.equal(expected.view(torch.uint8), loaded[name].view(torch.uint8)), (name, value)
+        (tmp_path / changed).write_text(files[changed])
+    assert refused > 5

@@ -228,3 +228,49 @@ def test_tensorboard_takes_it(tmp_path):
 def test_impossible_monitors(model, every, match):
     with pytest.raises(ValueError, match=match):
         fp8.monitor(model, every)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda model, x: torch.vmap(model)(x),
+        lambda model, x: torch.func.grad(lambda x: model(x).sum())(x),
+        lambda model, x: torch.func.jvp(model, (x,), (x,)),
+        lambda model, x: torch.autograd.functional.jacobian(model, x, vectorize=True),
+        lambda model, x: model(x[:, 1:]),
+        lambda model, x: model("text"),
+        lambda model, x: model(x.int()),
+    ],
+)
+def test_a_call_that_the_layer_refuses_breaks_no_later_step(transform, device):
+    model = fp8.convert(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).to(device), tokens=None)
+    x = torch.randn(8, 32, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with fp8.monitor(model, every=1) as monitor:
+        for step in range(3):
+            if step == 1:
+                with pytest.raises((RuntimeError, TypeError)) as with_monitor:
+                    transform(model, x)
+            model(x).sum().backward()
+            optimizer.step()
+        assert [sample.step for sample in monitor.samples] == [0] * 6 + [1] * 6 + [2] * 6
+    with pytest.raises(type(with_monitor.value)) as without:
+        transform(model, x)
+    assert str(with_monitor.value).split("Invoked with")[0] == str(without.value).split("Invoked with")[0]
+
+
+@pytest.mark.parametrize("amax, words", [(448.001, "less than 0.1 binade high"), (896.0, "1.0 binades high")])
+def test_a_scale_that_is_hardly_too_high_is_not_called_0_binades_high(amax, words):
+    sample = fp8.observe.monitor.Sample(0, "", "input", 1.0, amax, 448.0, 1024, 1, 0, 0, 0)
+    assert sample.verdict == f"saturates 0.00098: the scale is {words}"
+
+
+def test_in_a_notebook(device):
+    model = fp8.convert(nn.ModuleDict({"a<b": nn.Linear(32, 32)}).to(device), tokens=None)
+    monitor = fp8.monitor(model)
+    assert "no step was sampled yet" in monitor._repr_html_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model["a<b"](torch.randn(8, 32, device=device)).sum().backward()
+    optimizer.step()
+    html = monitor._repr_html_()
+    assert "<p>step 0</p>" in html and html.count("<tr>") == 4 and "<td>a&lt;b</td>" in html

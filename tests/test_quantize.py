@@ -87,6 +87,21 @@ def test_strides(device, x_dtype):
                            codes(rows.cpu(), 3.0, E5M2)), name  # fmt: skip
 
 
+@pytest.mark.parametrize("shape", [(16, 32), (7, 17), (100, 257), (300, 512), (2, 1), (5, 3)])
+@pytest.mark.parametrize("rowwise, columnwise", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("own_amax", [False, True])
+def test_a_transposed_matrix(device, shape, rowwise, columnwise, own_amax):
+    """It is read along its memory, and gives the codes of a copy that is not transposed."""
+    x = torch.randn(shape, device=device).t()
+    asked_for = {"own_amax": own_amax, "rowwise": rowwise, "columnwise": columnwise}
+    for how in ({}, {"recast": True}, {"record": False, "recast": True}, {"dbias": torch.float32}):
+        slots = [slots_with(0.01 if "recast" in how else 100.0, device) for _ in range(2)]
+        results = [quantize(t, s, 1, E4M3, **asked_for, **how) for t, s in zip((x, x.contiguous()), slots)]
+        for ours, theirs in zip(*results):
+            assert ours.shape == theirs.shape and ours.is_contiguous() and same_bits(ours, theirs)
+        assert torch.equal(*slots)
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("margin", [0, 3])

@@ -241,6 +241,31 @@ def test_earlier_run_is_not_overwritten_unless_told(text, uninterrupted):
     assert_refused([*LONG, "--data", text, "--out", uninterrupted], uninterrupted, "--overwrite")
 
 
+def test_two_runs_do_not_write_into_one_folder(text, tmp_path):
+    first = start(*LONG, "--data", text, "--out", tmp_path / "run")
+    wait_for(tmp_path / "run" / "fp8.jsonl", first)
+    first.send_signal(signal.SIGSTOP)  # it would end before the others begin
+    for option in ("--overwrite", "--resume"):
+        code, _, complaint = run(*LONG, "--data", text, "--out", tmp_path / "run", option)
+        assert code == 2 and complaint.count("\n") == 1 and "another run is writing to" in complaint
+    first.send_signal(signal.SIGCONT)
+    assert finish(first)[0] == 0
+    assert [record["step"] for record in log(tmp_path / "run" / "fp8.jsonl") if "loss" in record] == list(range(1, 61))
+
+
+def test_a_full_disk(text, tmp_path):
+    """A limit on the size of files stands for it."""
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    main = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", limit + main, str(TRAIN)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}:{TRAIN.parent}"}
+    arguments = [*LONG, "--data", str(text), "--out", str(tmp_path / "run")]
+    process = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    assert f"could not write {tmp_path / 'run' / 'fp8.ckpt'}: " in process.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["fp8.jsonl"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
 def test_damaged_checkpoint_is_refused(text, tmp_path, uninterrupted, damage):
     content = bytearray((uninterrupted / "fp8.ckpt").read_bytes())

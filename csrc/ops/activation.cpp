@@ -18,10 +18,15 @@ Activation activation_of(int64_t activation) {
   return static_cast<Activation>(activation);
 }
 
-// (..., K) as (M, K) with rows of neighbouring elements.
+// (..., K) as (M, K) whose rows are 16-byte aligned and can be read in packs of 8: as it lies, or copied.
 at::Tensor as_rows(const at::Tensor& t) {
+  constexpr int64_t kPack = 8;
   const at::Tensor rows = t.reshape({leading_size(t.sizes()), t.size(-1)});
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+  const int64_t cols = rows.size(1);
+  if (cols % kPack == 0 && rows.stride(1) == 1 && rows.stride(0) % kPack == 0 && is_aligned(rows.const_data_ptr())) {
+    return rows;
+  }
+  return at::constant_pad_nd(rows, {0, (cols + kPack - 1) / kPack * kPack - cols}).contiguous().narrow(1, 0, cols);
 }
 
 Matrix matrix_of(const at::Tensor& x) {

@@ -117,12 +117,15 @@ void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTe
               weight.sym_sizes());
   check_input(x, weight);
   check_same_device(weight, "the weight", slots, "the layer's scaling state");
-  TORCH_CHECK_TYPE(autocast || x.scalar_type() == weight.scalar_type(), "torch_fp8: the input is ", x.scalar_type(),
-                   " but the weight is ", weight.scalar_type(), "; cast one of them, or use torch.autocast");
+  // A float32 parameter is a master of the 16-bit one: it is quantised, or rounded, from the values that it has.
+  TORCH_CHECK_TYPE(autocast || weight.scalar_type() == at::kFloat || x.scalar_type() == weight.scalar_type(),
+                   "torch_fp8: the input is ", x.scalar_type(), " but the weight is ", weight.scalar_type(),
+                   "; cast one of them, or use torch.autocast");
   if (!bias) return;
   check_bias(*bias, weight);
-  TORCH_CHECK_TYPE(autocast || bias->scalar_type() == weight.scalar_type(), "torch_fp8: the bias is ",
-                   bias->scalar_type(), " but the weight is ", weight.scalar_type(), "; cast one of them");
+  TORCH_CHECK_TYPE(autocast || bias->scalar_type() == at::kFloat || bias->scalar_type() == weight.scalar_type(),
+                   "torch_fp8: the bias is ", bias->scalar_type(), " but the weight is ", weight.scalar_type(),
+                   "; cast one of them");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,

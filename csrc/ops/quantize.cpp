@@ -55,21 +55,27 @@ PreparedCast prepare(const at::Tensor& x, const at::Tensor& slots, int64_t role,
   check_quantize(x, slots, role, options.margin);
   PreparedCast p;
   p.x = as_matrix(x);
+  // The codes of a transposed matrix are those of the matrix, transposed. So what is read is read along its memory.
+  const bool transposed = p.x.stride(0) == 1 && p.x.stride(1) > 1 && !options.dbias;
+  if (transposed) p.x = p.x.t();
+  at::Tensor &q = transposed ? p.out.q_t : p.out.q, &q_t = transposed ? p.out.q : p.out.q_t;
+  const bool rowwise = transposed ? options.columnwise : options.rowwise;
+  const bool columnwise = transposed ? options.rowwise : options.columnwise;
   const Matrix matrix = matrix_of(p.x);
   const int64_t rows = padded(matrix.rows), cols = padded(matrix.cols);
   const auto fp8 = x.options().dtype(dtype);
   const auto fp32 = x.options().dtype(at::kFloat);
 
-  if (options.rowwise) p.out.q = at::empty({rows, cols}, fp8);
-  if (options.columnwise) p.out.q_t = at::empty({cols, rows}, fp8);
+  if (rowwise) q = at::empty({rows, cols}, fp8);
+  if (columnwise) q_t = at::empty({cols, rows}, fp8);
   p.out.scale_inv = at::empty({1}, fp32);
   if (options.dbias) p.column_sums = at::empty({(matrix.rows + kBiasRows - 1) / kBiasRows, cols}, fp32);
 
   Slot* const slot = slots_of(slots) + role;
   QuantizeArgs args{matrix,  format, slot, nullptr, nullptr, static_cast<float*>(p.out.scale_inv.data_ptr()),
                     nullptr, nullptr};
-  if (options.rowwise) args.q = static_cast<uint8_t*>(p.out.q.data_ptr());
-  if (options.columnwise) args.q_t = static_cast<uint8_t*>(p.out.q_t.data_ptr());
+  if (rowwise) args.q = static_cast<uint8_t*>(q.data_ptr());
+  if (columnwise) args.q_t = static_cast<uint8_t*>(q_t.data_ptr());
   if (options.record) args.amax = &slot->amax;
   if (options.dbias) args.column_sums = static_cast<float*>(p.column_sums.data_ptr());
   const ScaleBy scale_by = options.own_amax ? ScaleBy::kOwnAmax : options.recast ? ScaleBy::kSlotIfFit : ScaleBy::kSlot;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def save(path: Path, state: State) -> None:
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-        reason = str(error).splitlines()[0]
+        left = f"only a part of it, with {shutil.disk_usage(path.parent).free} bytes left on the disk"
+        reason = error.strerror if isinstance(error, OSError) else left
         raise UserError(f"could not write {path}: {reason}; what was there before is unharmed, so make room and "
                         "go on with --resume") from error  # fmt: skip
 

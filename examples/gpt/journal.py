@@ -33,7 +33,11 @@ class Journal:
 
     def write(self, **record: Any) -> None:
         self.records.append(record)
-        self._file.write(_line(record))
+        try:
+            self._file.write(_line(record))
+        except OSError as error:
+            what = f"could not write {self._file.name}: {error.strerror}"
+            raise UserError(f"{what}; make room and go on with --resume") from error
 
     def close(self) -> None:
         self._file.close()

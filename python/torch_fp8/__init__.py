@@ -29,7 +29,7 @@ def _check_torch() -> None:
 _check_torch()
 
 from . import _C  # noqa: E402
-from .checkpoints import CheckpointError, load_pretrained, save_pretrained  # noqa: E402
+from .checkpoints import CheckpointError, QuantizationConfig, load_pretrained, save_pretrained  # noqa: E402
 from .layers import replicas as _replicas  # noqa: E402, F401  DDP finds it there
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
@@ -78,6 +78,7 @@ __all__ = [
     "FrozenLinear",
     "Linear",
     "Monitor",
+    "QuantizationConfig",
     "Recipe",
     "ScalingState",
     "Tuning",

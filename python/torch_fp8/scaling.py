@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import weakref
 from collections import defaultdict
@@ -14,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _C
-from .layers.linear import Linear, alive_layers, fp8_layers
+from .layers.linear import Layer, alive_layers, fp8_layers
 from .layers.traced import traced_training
 from .recipe import ConstantScaling
 from .state import ROLES, LayerState
@@ -74,7 +75,7 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
         state.reduction = reduction
 
 
-def _update(layers: Iterable[Linear], held: Container[Linear]) -> None:
+def _update(layers: Iterable[Layer], held: Container[Layer]) -> None:
     # The weights as their optimizer leaves them, where it is known to hold them: masters may be copied to others later.
     weights = {layer.fp8_state: layer.weight if layer in held else None for layer in layers}
     states = dict.fromkeys(weights)
@@ -168,9 +169,9 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     Such a layer goes with its model, which is what ``convert`` was given. Where there is none, or the optimizer holds
     nothing of any FP8 model, it goes with the thread of its last forward."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    ended: list[Linear] = []
-    unowned: list[Linear] = []
-    along: list[Linear] = []
+    ended: list[Layer] = []
+    unowned: list[Layer] = []
+    along: list[Layer] = []
     for layer in alive_layers():
         state = layer.fp8_state
         used = layer.auto_update and not state.slots.is_meta and _used_roles(state)
@@ -180,6 +181,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
                 ended.append(layer)
             else:
                 state.memo.see_weight(layer.weight)  # the change is the optimizer's
+                state.unused_steps += 1
         elif used:
             # An owner that has not stepped for so long is alive, but not in use any more.
             state.passed_over += 1
@@ -299,10 +301,10 @@ def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
         raise ValueError(f"torch_fp8: {key} holds values that no scaling state has: the checkpoint is damaged")
 
 
-def scales(layer: Linear) -> dict[str, float]:
+def scales(layer: Layer) -> dict[str, float]:
     """The current scale of each role of a layer; NaN where a role has no history and so no scale of its own yet."""
     if layer.fp8_slots.is_meta:
-        return dict.fromkeys(ROLES, float("nan"))
+        return dict.fromkeys(ROLES, math.nan)
     slots = layer.fp8_slots.detach().cpu()
-    has_scale = (slots[:, 3] > 0) | torch.tensor(isinstance(layer.recipe, ConstantScaling))
-    return {role: slots[i, 1].item() if has_scale[i] else float("nan") for i, role in enumerate(ROLES)}
+    constant = isinstance(layer.recipe, ConstantScaling)
+    return {role: slots[i, 1].item() if constant or slots[i, 3] > 0 else math.nan for i, role in enumerate(ROLES)}

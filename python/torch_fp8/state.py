@@ -53,6 +53,7 @@ class LayerState:
         self.model: weakref.ref[nn.Module] | None = None  # that convert was given
         self.optimizer: weakref.ref[Any] | None = None  # the last whose step found that it holds the weight
         self.passed_over = 0  # steps of other optimizers since
+        self.unused_steps = 0  # its optimizer's, in which the layer was not called
         if self.group is not None:
             self.group.join(self)
 

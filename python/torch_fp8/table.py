@@ -1,8 +1,9 @@
-"""Rows of cells as text: for a terminal, and in Markdown."""
+"""Rows of cells as text: for a terminal, in Markdown, and for a notebook."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
 
 def plain(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -28,6 +29,14 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], *, aligned: 
         rule = "| " + " | ".join("---" for _ in head) + " |"
     first, *others = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([first, rule, *others])
+
+
+def html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:

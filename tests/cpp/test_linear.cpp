@@ -292,7 +292,8 @@ TEST_F(Linear, Errors) {
   };
   const auto nothing = [](Layer&) {};
   EXPECT_TRUE(throws<c10::TypeError>(call(x.to(at::kDouble), nothing), "the input must be bfloat16, float16 or"));
-  EXPECT_TRUE(throws<c10::TypeError>(call(x.to(at::kHalf), nothing), "the input is Half but the weight is Float"));
+  EXPECT_TRUE(throws<c10::TypeError>(call(x, [](Layer& layer) { layer.weight = at::ones({8, 16}, at::kHalf); }),
+                                     "the input is Float but the weight is Half"));
   EXPECT_TRUE(throws(call(at::ones({4, 15}), nothing), "in_features = 16, got an input of shape [4, 15]"));
   EXPECT_TRUE(throws(call(x[0][0], nothing), "in_features = 16, got an input of shape []"));
   EXPECT_TRUE(throws(call(at::empty({4, 16}, at::kMeta), nothing), "the input is on meta but the weight is on cpu"));

@@ -179,7 +179,7 @@ __device__ __forceinline__ void store_tile(const Patch& patch, float (&sums)[kPa
   __shared__ alignas(16) WarpSums warp_sums;
   if constexpr (kSums) stage_sums(warp_sums, sums, tile);
   __syncthreads();
-  if constexpr (kTransposed) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
+  if (kTransposed && args.q_t) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
   if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
 }
 

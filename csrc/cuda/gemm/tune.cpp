@@ -58,22 +58,22 @@ struct Operands {
   GemmArgs args;
 
   explicit Operands(const GemmProblem& p) : args(args_of(p)) {
-    const auto cuda = at::TensorOptions().device(at::kCUDA);
+    const auto options = at::TensorOptions(at::kFloat).device(at::kCUDA);
     const at::Generator generator = at::cuda::detail::createCUDAGenerator();
     const auto codes = [&](int64_t rows, Format format) {
       const float max = max_of(format);
-      return at::randn({rows, p.k}, generator, cuda).mul_(max / 4).clamp_(-max, max).to(dtype_of(format));
+      return at::randn({rows, p.k}, generator, options).mul_(max / 4).clamp_(-max, max).to(dtype_of(format));
     };
     a = codes(p.m, p.a_format);
     b = codes(p.n, p.b_format);
     const bool rows = p.scales == Scales::kRows, blocks = p.scales == Scales::kBlocks;
-    a_scale_inv = at::full({blocks ? p.k / kScaleBlock * p.m : rows ? p.m : 1}, 1e-4, cuda);
+    a_scale_inv = at::full({blocks ? p.k / kScaleBlock * p.m : rows ? p.m : 1}, 1e-4, options);
     b_scale_inv = at::full({blocks ? (p.n + kScaleBlock - 1) / kScaleBlock * scale_stride(p.k)
                             : rows ? p.n
                                    : 1},
-                           1e-4, cuda);
-    if (p.bias) bias = at::randn({p.n}, generator, cuda.dtype(dtype_of(p.out_type)));
-    out = at::zeros({p.m, p.n}, cuda.dtype(dtype_of(p.out_type)));
+                           1e-4, options);
+    if (p.bias) bias = at::randn({p.n}, generator, options.dtype(dtype_of(p.out_type)));
+    out = at::zeros({p.m, p.n}, options.dtype(dtype_of(p.out_type)));
     args.a = static_cast<const uint8_t*>(a.const_data_ptr());
     args.b = static_cast<const uint8_t*>(b.const_data_ptr());
     args.a_scale_inv = a_scale_inv.const_data_ptr<float>(), args.b_scale_inv = b_scale_inv.const_data_ptr<float>();

@@ -10,6 +10,9 @@ Files come from anywhere, so whatever is read is checked before it is used; a fi
 
 from .errors import CheckpointError
 from .load import load_pretrained
+from .register import QuantizationConfig, register
 from .save import save_pretrained
 
-__all__ = ["CheckpointError", "load_pretrained", "save_pretrained"]
+__all__ = ["CheckpointError", "QuantizationConfig", "load_pretrained", "save_pretrained"]
+
+register()

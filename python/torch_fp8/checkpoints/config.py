@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(text: bytes, where: object) -> dict[str, Any]:
-    """As json.loads, of one object; no duplicate keys, no NaN, bounded in size and depth."""
+    """As json.loads, of one object; no duplicate keys, no NaN, bounded in size and depth. Infinity is none of JSON's
+    values either, but published configs have it."""
     if len(text) > MAX_BYTES:
         raise CheckpointError(where, f"has more than {MAX_BYTES} bytes of JSON")
     try:
@@ -45,5 +47,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(name: str) -> None:
+def _no_constant(name: str) -> float:
+    if name != "NaN":
+        return float(name)
     raise ValueError(f"{name} is no JSON value")
+
+
+def text(value: dict[str, Any]) -> str:
+    """A config as JSON, infinite numbers as transformers writes them."""
+    return json.dumps(_without_infinity(value), indent=2, allow_nan=False) + "\n"
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return {"__float__": "Infinity" if value > 0 else "-Infinity"}
+    return value

@@ -1,4 +1,8 @@
-"""What is wrong with a checkpoint."""
+"""What is wrong with a checkpoint, or is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
 
 
 class CheckpointError(ValueError):
@@ -6,3 +10,11 @@ class CheckpointError(ValueError):
 
     def __init__(self, where: object, what: str) -> None:
         super().__init__(f"torch_fp8: {where}: {what}")
+
+
+def need_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(
+            'torch_fp8: models are read and written by transformers, which is not installed; pip install "transformers"'
+            ", or torch_fp8 with its extra of that name"
+        )

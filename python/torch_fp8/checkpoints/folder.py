@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from .. import progress
 from ..files import StrPath, new_folder
 from .config import read as read_json
+from .config import text as json_text
 from .errors import CheckpointError
 from .scheme import Scheme
 from .scheme import read as read_scheme
@@ -77,6 +79,17 @@ class Folder:
         separate = read_json(self.file(name)) if self.has(name) else None
         return read_scheme(self.config, separate, self.path / CONFIG)
 
+    def generation_config(self) -> Any:
+        from transformers import GenerationConfig
+
+        path = self.file("generation_config.json")
+        try:
+            return GenerationConfig.from_dict(read_json(path))
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever transformers raises for values that nobody has checked
+            raise CheckpointError(path, f"holds no generation config: {error}") from error
+
     def _read_shards(self) -> None:
         index = self.file(INDEX)
         names = read_json(index).get("weight_map")
@@ -109,6 +122,9 @@ def write(
     """
     if max_shard_size < 1:
         raise ValueError(f"torch_fp8: max_shard_size must be a positive number of bytes, got {max_shard_size}")
+    counts = Counter(item.name for group in groups for item in group)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"torch_fp8: {twice[0]} would be written twice; the checkpoint had a tensor of that name too")
     shards = _shards(groups, max_shard_size)
     total = sum(item.nbytes for shard in shards for item in shard)
     names = [SINGLE]
@@ -119,7 +135,7 @@ def write(
             shutil.copyfile(other, folder / other.name)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG).write_text(json_text(config))
         with progress.bar(total=total, desc=f"write {Path(path).name}", unit="B", unit_scale=True) as bar:
             for name, shard in zip(names, shards):
                 write_shard(folder / name, shard, bar.update)
@@ -127,6 +143,7 @@ def write(
             where = {item.name: name for name, shard in zip(names, shards) for item in shard}
             index = {"metadata": {"total_size": total}, "weight_map": where}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        Folder(folder)  # what cannot be read again is not left behind
 
 
 def _shards(groups: Sequence[Sequence[Item]], max_shard_size: int) -> list[list[Item]]:

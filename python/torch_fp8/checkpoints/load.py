@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
+import re
 import warnings
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import progress
 from ..format import E4M3
-from ..layers.frozen import new_slot, scale_shape
-from ..swap.freeze import become_frozen
+from ..layers.frozen import frozen_layers
 from ..swap.select import check_device
-from .config import read as read_json
-from .errors import CheckpointError
+from . import scheme
+from .errors import CheckpointError, need_transformers
 from .folder import CONFIG, Folder
-from .scheme import Scheme
-from .shard import Entry
+from .model import bounded, empty_model
+from .shard import DTYPES, Entry, Item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXTRA = "fp8_extra"  # attribute of a loaded model: the tensors that it has no place for, {name: Entry}
 SOURCE = "fp8_source"  # attribute of a loaded model: the folder it came from
-
-# What dialects call the two scales; all of them are multipliers, weight_scale_inv too.
-WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
-INPUT_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act")
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 def load_pretrained(
@@ -55,20 +52,16 @@ def load_pretrained(
     Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell;
     RuntimeError for a GPU that FP8 layers cannot run on.
     """
+    need_transformers()
     folder = Folder(path)
-    scheme = folder.scheme()
-    model = empty_model(folder, dtype)
-    plan = _Plan(model, folder, scheme, activations)
+    model = empty_model(folder.path, folder.config, folder.entries, dtype)
+    if folder.has("generation_config.json"):
+        model.generation_config = folder.generation_config()
     device = torch.device(device)
-    if plan.layers:
+    plan = Plan(model, folder.entries, folder.scheme(), folder.path, activations)
+    if frozen_layers(model):
         check_device(device)
-    _fill_computed_buffers(model, device)
-
-    for layer in progress.bar(plan.layers, desc="FP8 layers", unit="layer"):
-        become_frozen(layer.module, *layer.read(device))
-    for name, entry in plan.others.items():
-        _assign(model, name, entry.read().to(device))
-    model.tie_weights()
+    plan.fill(device)
     unused = [name for name in plan.extra if name.endswith(".weight")]
     if unused:
         warnings.warn(
@@ -81,179 +74,151 @@ def load_pretrained(
     return model.requires_grad_(False).eval()
 
 
-@dataclass
-class _Layer:
-    """An FP8 layer to be read."""
+class Plan:
+    """Which tensor of a checkpoint goes where in an empty model, whose FP8 layers become frozen ones; everything that
+    the headers tell is checked here.
 
-    module: nn.Module
-    weight: Entry
-    scale: Entry
-    granularity: str
-    input_scale: Entry | None
-    activations: str
-
-    def read(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, str, str]:
-        scale = read_scale(self.scale).view(scale_shape(self.granularity, *self.weight.shape)).to(device)
-        slot = None
-        if self.activations == "static":
-            slot = new_slot(read_scale(self.input_scale).item(), device)
-        return self.weight.read().to(device), scale, slot, self.activations, self.granularity
-
-
-class _Plan:
-    """Which tensor goes where; everything that the headers tell is checked here.
-
-    layers: the FP8 ones; others: all other tensors of the model, by name; extra: what it has no place for.
+    extra: the tensors that the model has no place for.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Folder, scheme: Scheme | None, activations: str | None) -> None:
-        self.folder, self.scheme = folder, scheme
-        self.extra = dict(folder.entries)
-        self.prefix = model.base_model_prefix + "."
-        self.layers: list[_Layer] = []
-        self.others: dict[str, Entry] = {}
-        modules = dict(model.named_modules())
-        frozen = {name: m for name, m in modules.items() if type(m) is nn.Linear and self._is_fp8(f"{name}.weight")}
-        for name, module in frozen.items():
-            self.layers.append(self._layer(name, module, activations))
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for name, tensor in model.state_dict().items():
-            if name.rpartition(".")[0] in frozen and name.endswith(".weight"):
-                continue
-            entry = self._take(name)
-            if entry is not None:
-                self._check(entry, tensor)
-                self.others[name] = entry
-            elif name not in tied:
-                raise CheckpointError(folder.path, f"has no tensor {name}, which its config asks for")
+    def __init__(
+        self, model: PreTrainedModel, entries: Mapping[str, Entry], found: scheme.Scheme | None, path: Path,
+        activations: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.path = model, path
+        try:
+            self._fit(entries, found, activations)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever transformers raises for names and values that nobody has checked
+            raise CheckpointError(path / CONFIG, f"does not fit its tensors: {error}") from error
 
-    def _find(self, name: str) -> Entry | None:
-        # Old files leave out the name of the model around the head.
-        entries = self.folder.entries
-        return entries.get(name) or entries.get(name.removeprefix(self.prefix))
+    def _fit(self, entries: Mapping[str, Entry], found: scheme.Scheme | None, activations: str | None) -> None:
+        from .names import Names
+        from .quantizer import untie
+        from .stored import freeze_as_stored
 
-    def _take(self, name: str) -> Entry | None:
-        entry = self._find(name)
-        if entry is not None:
-            self.extra.pop(entry.name, None)
-        return entry
+        self.names = Names(self.model, entries)
+        for name, targets in self.names.targets.items():
+            self._check(entries[name], [self.names.state[target] for target in targets if target in self.names.state])
+        scales = freeze_as_stored(self.model, self.names, found, self.path / CONFIG, activations)
+        untie(self.model)
+        state = self.model.state_dict()
+        self.extra = {
+            name: entry
+            for name, entry in entries.items()
+            if name not in scales and not any(target in state for target in self.names.targets[name])
+        }
+        self._load({name: Lazy(entry, meta=True) for name, entry in entries.items() if name not in self.extra}, "meta")
 
-    def _is_fp8(self, name: str) -> bool:
-        entry = self._find(name)
-        return entry is not None and entry.dtype == E4M3
+    def fill(self, device: torch.device) -> None:
+        from .quantizer import declare
 
-    def _layer(self, name: str, module: nn.Linear, activations: str | None) -> _Layer:
-        weight = self._take(f"{name}.weight")
-        if self.scheme is None:
-            raise CheckpointError(weight.path, f"{weight.name} is FP8, but {CONFIG} has no quantization_config")
-        if weight.shape != tuple(module.weight.shape):
-            raise CheckpointError(
-                weight.path, f"{weight.name} has shape {list(weight.shape)}, expected {list(module.weight.shape)}"
-            )
-        activations = activations or self.scheme.activations
-        scale = self._scale(name, WEIGHT_SCALES)
-        if scale is None:
-            raise CheckpointError(weight.path, f"{weight.name} is FP8 and has no scale ({', '.join(WEIGHT_SCALES)})")
-        input_scale = self._scale(name, INPUT_SCALES)
-        if activations == "static":
-            if input_scale is None:
-                raise CheckpointError(weight.path, f"{weight.name} has static activations but no input_scale")
-            if input_scale.nbytes != input_scale.dtype.itemsize:
-                raise CheckpointError(
-                    input_scale.path, f"{input_scale.name} has shape {list(input_scale.shape)}, expected one element"
-                )
-        self._take(f"{name}.weight_zero_point")  # of symmetric weights: zeros
-        granularity = self._granularity(scale, *weight.shape)
-        return _Layer(module, weight, scale, granularity, input_scale, activations)
+        tensors = {name: Lazy(entry) for name, entry in self.names.entries.items() if name not in self.extra}
+        info, how = self._load(tensors, device)
+        self.model._finalize_model_loading(self.model, how, info)  # ties, and buffers that no file holds
+        declare(self.model)
 
-    def _scale(self, name: str, names: tuple[str, ...]) -> Entry | None:
-        found = [entry for entry in (self._take(f"{name}.{suffix}") for suffix in names) if entry is not None]
-        if len(found) > 1:
-            raise CheckpointError(found[0].path, f"{name} has two scales, {found[0].name} and {found[1].name}")
-        if found and found[0].dtype not in _SCALE_DTYPES:
-            raise CheckpointError(found[0].path, f"{found[0].name} is {found[0].dtype}, which no scale is")
-        return found[0] if found else None
+    def _load(self, tensors: dict[str, Lazy], device: Any) -> tuple[Any, Any]:
+        """Into the model, by transformers' own way; what it tells of that, and how it was done."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
 
-    def _granularity(self, scale: Entry, n: int, k: int) -> str:
-        """What shares a scale in FrozenLinear's weight_scale. A vector is a column of channels or a row or column of
-        blocks that somebody squeezed: the config decides which, and then its length must fit."""
-        for kind in self.scheme.weights:
-            shape = scale_shape(kind, n, k)
-            squeezed = tuple(size for size in shape if size != 1)
-            same = tuple(size for size in scale.shape if size != 1) == squeezed
-            if scale.shape == shape or (same and (len(scale.shape) <= 1 or not squeezed)):
-                return kind
-        expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in self.scheme.weights)
-        raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
+        from .quantizer import QuantizationConfig, Quantizer
 
-    def _check(self, entry: Entry, tensor: Tensor) -> None:
-        if entry.shape != tuple(tensor.shape):
-            raise CheckpointError(
-                entry.path, f"{entry.name} has shape {list(entry.shape)}, expected {list(tensor.shape)}"
-            )
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        if tensor.dtype.is_floating_point and entry.dtype not in floats:
-            raise CheckpointError(
-                entry.path, f"{entry.name} is {entry.dtype}; FP8 is read as E4M3 weights of linear layers only"
-            )
+        model, quantizer = self.model, None
+        if frozen_layers(model):
+            quantizer = Quantizer(QuantizationConfig(), pre_quantized=True)
+        how = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=model.dtype,
+            dtype_plan=model._get_dtype_plan(model.dtype),
+            hf_quantizer=quantizer,
+            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        )
+        with _without_bars() if device == "meta" else contextlib.nullcontext():
+            info, _ = convert_and_load_state_dict_in_model(model, tensors, how)
+        for name, text in info.conversion_errors.items():
+            what = text.rpartition("\nError: ")[0].rpartition("\n")[2]
+            raise self._error(name, what)
+        for name, shape, expected in info.mismatched_keys:
+            raise self._error(name, f"has shape {list(shape)}, expected {list(expected)}")
+        for name in sorted(info.missing_keys):
+            if not self._may_be_missing(name, info.missing_keys):
+                raise CheckpointError(self.path, f"has no tensor {name}, which its config asks for")
+        return info, how
 
+    def _may_be_missing(self, name: str, missing: set[str]) -> bool:
+        """Whether a tensor is tied to one that is there, or is one that the class makes by itself."""
+        tied = self.model.all_tied_weights_keys
+        source = tied.get(name, name)
+        together = {source} | {target for target, of in tied.items() if of == source}
+        own = self.model._keys_to_ignore_on_load_missing or ()
+        return not together <= missing or any(re.search(pattern, name) for pattern in own)
 
-def read_scale(entry: Entry) -> Tensor:
-    scale = entry.read().float()
-    if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise CheckpointError(entry.path, f"{entry.name} holds scales that are not positive and finite")
-    return scale
+    def _error(self, target: str, what: str) -> CheckpointError:
+        """Of a tensor of the model, with the one in the files that it comes from."""
+        path, _, key = target.rpartition(".")
+        keys = {"weight_scale": scheme.WEIGHT_SCALES, "input_slot": scheme.INPUT_SCALES}.get(key, (key,))
+        sources = [entry for key in keys for entry in self.names.sources.get(f"{path}.{key}", ())]
+        if sources:
+            return CheckpointError(sources[0].path, f"{sources[0].name} {what}")
+        return CheckpointError(self.path, f"{target} {what}")
+
+    def _check(self, entry: Entry, places: list[Tensor]) -> None:
+        """Numbers go where numbers are, FP8 where ``freeze_as_stored`` finds linear layers for it, and no codes of
+        another kind anywhere."""
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64, E4M3)
+        for place in places:
+            if place.dtype.is_floating_point != (entry.dtype in floats):
+                raise CheckpointError(entry.path, f"{entry.name} is {entry.dtype}, expected {place.dtype} or the like")
 
 
-def empty_model(folder: Folder, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of config.json on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Nothing is loaded that one would wait for."""
+    from transformers.utils import logging
 
-    path = folder.path / CONFIG
-    # Whose code computes is decided here and not by a file.
-    ours = {"quantization_config", "compression_config", "model_type", "auto_map", "attn_implementation",
-            "experts_implementation"}  # fmt: skip
-    values = {key: v for key, v in folder.config.items() if key not in ours and not key.startswith("_")}
-    model_type = folder.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(path, "has no model_type")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        config = AutoConfig.for_model(model_type, **values)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if not 0 <= layers <= len(folder.entries):
-            raise ValueError(f"num_hidden_layers is {layers}, but there are {len(folder.entries)} tensors")
-        dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if folder.has("generation_config.json"):
-            path = folder.file("generation_config.json")
-            model.generation_config = GenerationConfig.from_dict(read_json(path))
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever transformers raises for values that nobody has checked
-        raise CheckpointError(path, f"describes no causal language model that transformers builds: {error}") from error
-    return model
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of one on the meta device, in its dtype."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, key)
-    value = value.to(old.dtype)
-    if key in module._parameters:
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+class Lazy:
+    """A tensor of a file as transformers reads it: when it is indexed."""
+
+    def __init__(self, entry: Entry, meta: bool = False) -> None:
+        self.entry, self.meta = entry, meta
+
+    def get_dtype(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.entry.dtype)
+
+    def get_shape(self) -> list[int]:
+        return list(self.entry.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if self.meta:
+            return torch.empty(self.entry.shape, dtype=self.entry.dtype, device="meta")[index]
+        return self.entry.read()[index]
+
+
+def check_readable(
+    config: Mapping[str, Any], items: Iterable[Item], path: str | os.PathLike[str], like: PreTrainedModel | None = None
+) -> Plan:
+    """Raise CheckpointError unless a checkpoint that is about to be written can be read, by what its headers will say.
+    like: a model of the class that will read it."""
+    path = Path(path)
+    entries = {item.name: Entry(path, item.name, item.dtype, item.shape, 0, item.nbytes) for item in items}
+    if like is None:
+        model = empty_model(path, config, entries, None)
     else:
-        module._buffers[key] = value
-
-
-def _fill_computed_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers that no file holds (rotary frequencies, masks), as transformers initialises them. The parameters are on
-    the meta device still, where initialising does nothing."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device=device)
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
+        own = copy.deepcopy(like.config)
+        own.__dict__.pop("quantization_config", None)
+        with bounded(len(entries)), torch.device("meta"):
+            model = type(like)._from_config(own, dtype=like.dtype)
+    return Plan(model, entries, scheme.read(dict(config), None, path / CONFIG), path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,14 @@ from ..files import check_free
 from ..swap.freeze import calibrate, layers_to_freeze, quantize_weight, static_scale
 from ..swap.select import Filter
 from . import folder, scheme
-from .errors import CheckpointError
+from .errors import CheckpointError, need_transformers
 from .folder import Folder
-from .load import empty_model, load_pretrained
-from .save import check_sizes, layer_items
+from .load import Plan, check_readable, load_pretrained
+from .model import empty_model
+from .save import check_sizes, ignored_names, in_files, layer_items
 from .shard import Entry, Item
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 #: The kind of layers that each format is quantised to.
 KINDS = {"compressed-tensors": ("channel", "token"), "block": ("block", "token"), "static": ("tensor", "static")}
@@ -39,6 +42,7 @@ def quantize_checkpoint(
     where to compute. Raises CheckpointError for a source that is damaged or quantised already, ValueError where the
     format cannot hold it, FileExistsError where the target is taken.
     """
+    need_transformers()
     scheme.check_writable(format, *KINDS.get(format, ("", "")))
     weight, activations = KINDS[format]
     if (activations == "static") != (batches is not None):
@@ -47,20 +51,19 @@ def quantize_checkpoint(
         ))  # fmt: skip
     check_free(target)
     opened = Folder(source)
-    path = opened.path / folder.CONFIG
-    if "quantization_config" in opened.config or any(e.dtype.itemsize == 1 for e in opened.entries.values()):
-        raise CheckpointError(path, "is quantised already; quantising starts from 16-bit weights")
-    model = empty_model(opened, None)
+    entries = opened.entries
+    if opened.scheme() is not None or any(entry.dtype in _FP8 for entry in entries.values()):
+        raise CheckpointError(
+            opened.path / folder.CONFIG, "is quantised already; quantising starts from 16-bit weights"
+        )
+    model = empty_model(opened.path, opened.config, entries, None)
+    plan = Plan(model, entries, None, opened.path)
     layers = layers_to_freeze(model, filter)
-    entries = dict(opened.entries)
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"torch_fp8: {name} is a Conv1D, whose transposed weight no FP8 format holds")
-        check_sizes(format, weight, name, *layer.weight.shape)
-        entry = entries.get(f"{name}.weight")
-        if entry is None or entry.shape != tuple(layer.weight.shape):
-            found = "none" if entry is None else list(entry.shape)
-            raise CheckpointError(opened.path, f"{name}.weight must have shape {list(layer.weight.shape)}, got {found}")
+        if f"{name}.weight" not in plan.names.sources:
+            raise CheckpointError(opened.path, f"has no tensor {name}.weight of its own: it is tied to another")
     input_scales: dict[str, float] = {}
     if batches is not None:
         loaded = calibrate(load_pretrained(source, device), batches)
@@ -68,15 +71,41 @@ def quantize_checkpoint(
         del loaded
 
     groups: list[list[Item]] = []
-    for name in layers:
-        entry = entries.pop(f"{name}.weight")
+    for name, entry in entries.items():
+        parts = [target.removesuffix(".weight") for target in plan.names.targets[name] if target.endswith(".weight")]
+        if not any(part in layers for part in parts):
+            groups.append([Item(name, entry.dtype, entry.shape, entry.read)])
+            continue
+        stem = _check_layer(name, entry, parts, layers, entries)
+        check_sizes(format, weight, stem, *entry.shape)
         dtype = entry.dtype if format == "compressed-tensors" and entry.dtype == torch.bfloat16 else torch.float32
-        make = _quantized(entry, weight, device)
-        groups.append(layer_items(format, name, entry.shape, weight, make, input_scales.get(name), dtype))
-    groups += [[Item(name, entry.dtype, entry.shape, entry.read)] for name, entry in entries.items()]
-    ignored = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
-    config = {**opened.config, "quantization_config": scheme.written(format, weight, activations, ignored)}
+        input_scale = max((input_scales[part] for part in parts), default=None) if input_scales else None
+        groups.append(
+            layer_items(format, stem, entry.shape, weight, _quantized(entry, weight, device), input_scale, dtype)
+        )
+    left = [name for name in ignored_names(model) if name not in layers]
+    config = {**opened.config}
+    config["quantization_config"] = scheme.written(format, [KINDS[format]], in_files(plan.names, left))
+    check_readable(config, [item for group in groups for item in group], opened.path)
     folder.write(target, config, groups, opened.others(), max_shard_size=max_shard_size)
+
+
+def _check_layer(
+    name: str, entry: Entry, parts: Sequence[str], layers: Mapping[str, nn.Module], entries: Mapping[str, Entry]
+) -> str:
+    """The name of an FP8 layer in the file, for one weight. parts: the layers of the model that it is."""
+    stem, _, key = name.rpartition(".")
+    if left_out := [part for part in parts if part not in layers]:
+        raise ValueError(
+            f"torch_fp8: {name} is the weight of {', '.join(parts)} at once, and the filter leaves {left_out[0]} out; "
+            "take all of them or none"
+        )
+    if key != "weight" or len(entry.shape) != 2:
+        raise CheckpointError(entry.path, f"{name} {list(entry.shape)} is no weight that can be FP8 under its name")
+    for scale in (*scheme.WEIGHT_SCALES, *scheme.INPUT_SCALES):
+        if f"{stem}.{scale}" in entries:
+            raise CheckpointError(entry.path, f"has {stem}.{scale}, a scale of {name}, which is not FP8")
+    return stem
 
 
 def _quantized(entry: Entry, weight: str, device: str | torch.device) -> Callable[[], Any]:

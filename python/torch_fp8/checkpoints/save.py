@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from ..files import check_free
 from ..format import BLOCK, E4M3
 from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
-from ..swap.freeze import is_conv1d
 from . import folder, scheme
+from .errors import need_transformers
 from .folder import Folder
-from .load import EXTRA, SOURCE
+from .load import EXTRA, SOURCE, check_readable
 from .shard import Item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .names import Names
 
 
 def save_pretrained(
@@ -42,33 +45,22 @@ def save_pretrained(
 
     Raises ValueError where the format cannot hold the model, FileExistsError where ``path`` is taken.
     """
-    layers = frozen_layers(model)
-    if not layers:
-        raise ValueError(f"torch_fp8: {type(model).__name__} has no FrozenLinear layer; torch_fp8.freeze it first")
-    weight, activations = _kind(layers)
-    scheme.check_writable(format, weight, activations)
-    for name, layer in layers.items():
-        if hasattr(layer, "nf"):
-            raise ValueError(f"torch_fp8: {name} was a Conv1D, whose transposed weight no FP8 format holds")
-        check_sizes(format, weight, name, layer.out_features, layer.in_features)
-    check_free(path)
+    need_transformers()
+    from .names import written_names
 
-    groups: list[list[Item]] = []
-    for name, layer in layers.items():
-        slot = layer.input_slot
-        input_scale = None if slot is None else slot[0, 0].item()
-        shape, scale = (layer.out_features, layer.in_features), layer.weight_scale
-        dtype = scale_dtype(format, model.dtype, [scale] if slot is None else [scale, slot[0, :1]])
-        make = lambda layer=layer: (layer.weight, layer.weight_scale)  # noqa: E731
-        groups.append(layer_items(format, name, shape, weight, make, input_scale, dtype))
-    groups += [[as_is(name, tensor)] for name, tensor in _others(model)]
+    state = state_to_write(model, format)
+    check_free(path)
+    groups = [[as_is(name, tensor)] for name, tensor in written_names(model, state).items()]
+    config = {
+        **json.loads(model.config.to_json_string()),
+        "architectures": [type(model).__name__],
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        "quantization_config": scheme.written(format, [kind_of(model)], ()),
+    }
+    plan = check_readable(config, [item for group in groups for item in group], path, like=model)
+    config["quantization_config"] = scheme.written(format, [kind_of(model)], in_files(plan.names, ignored_names(model)))
     for name, entry in getattr(model, EXTRA, {}).items():
         groups.append([Item(name, entry.dtype, entry.shape, entry.read)])
-
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    ignored = [name for name, module in linears.items() if not isinstance(module, FrozenLinear)]
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    config["quantization_config"] = scheme.written(format, weight, activations, ignored)
     files_from = getattr(model, SOURCE, None) if files_from is None else files_from
     others = [] if files_from is None else Folder(files_from).others()
     texts = {}
@@ -76,6 +68,35 @@ def save_pretrained(
         texts["generation_config.json"] = model.generation_config.to_json_string()
         others = [other for other in others if other.name not in texts]
     folder.write(path, config, groups, others, texts, max_shard_size)
+
+
+def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
+    """The state of a model with its FP8 layers as a format has them, by the names that it has in the model. Raises
+    ValueError where the format cannot hold it."""
+    layers = frozen_layers(model)
+    if not layers:
+        raise ValueError(f"torch_fp8: {type(model).__name__} has no FrozenLinear layer; torch_fp8.freeze it first")
+    weight, activations = kind_of(model)
+    scheme.check_writable(format, weight, activations)
+    state = dict(model.state_dict())
+    for name, layer in layers.items():
+        if hasattr(layer, "nf"):
+            raise ValueError(f"torch_fp8: {name} was a Conv1D, whose transposed weight no FP8 format holds")
+        check_sizes(format, weight, name, layer.out_features, layer.in_features)
+        scale, slot = state.pop(f"{name}.weight_scale"), state.pop(f"{name}.input_slot", None)
+        dtype = scale_dtype(format, dtype_of(model), [scale] if slot is None else [scale, slot[0, :1]])
+        shape = () if format == "static" else (1,)
+        size = scale_shape(weight, layer.out_features, layer.in_features) if format != "static" else ()
+        state[f"{name}.{scale_name(format)}"] = scale.reshape(size).to(dtype)
+        if slot is not None:
+            state[f"{name}.input_scale"] = slot[0, 0].reshape(shape).to(dtype)
+    return state
+
+
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """Of what is not FP8; a model whose weights are all FP8 has it from its config."""
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floats, getattr(model.config, "dtype", None) or torch.bfloat16)
 
 
 def layer_items(
@@ -97,15 +118,22 @@ def layer_items(
         scales.append(scale.reshape(size).to(dtype))
         return weight
 
-    scale_name = "weight_scale_inv" if format == "block" else "weight_scale"
     items = [
         Item(f"{name}.weight", E4M3, shape, codes),
-        Item(f"{name}.{scale_name}", dtype, size, scales.pop),
+        Item(f"{name}.{scale_name(format)}", dtype, size, scales.pop),
     ]
     if input_scale is not None:
-        value = torch.tensor(input_scale).reshape(() if format == "static" else (1,)).to(dtype)
+        value = (
+            torch.tensor(input_scale, dtype=torch.float32, device="cpu")
+            .reshape(() if format == "static" else (1,))
+            .to(dtype)
+        )
         items.append(as_is(f"{name}.input_scale", value))
     return items
+
+
+def scale_name(format: str) -> str:
+    return "weight_scale_inv" if format == "block" else "weight_scale"
 
 
 def as_is(name: str, tensor: Tensor) -> Item:
@@ -127,9 +155,10 @@ def check_sizes(format: str, weight: str, name: str, n: int, k: int) -> None:
         )
 
 
-def _kind(layers: dict[str, FrozenLinear]) -> tuple[str, str]:
+def kind_of(model: nn.Module) -> tuple[str, str]:
     """weight and activations of all layers. Of small layers one word may stand for another: an only block is a whole
     tensor, and an only channel too."""
+    layers = frozen_layers(model)
     activations = {layer.activations for layer in layers.values()}
     words = {layer.granularity for layer in layers.values()}
     weights = list(words) if len(words) == 1 else [
@@ -146,13 +175,28 @@ def _kind(layers: dict[str, FrozenLinear]) -> tuple[str, str]:
     return weights[0], activations.pop()
 
 
-def _others(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The state that is not in frozen layers but their biases; what is tied, once."""
-    frozen = {f"{name}.{key}" for name in frozen_layers(model) for key in ("weight", "weight_scale", "input_slot")}
-    seen: set[int] = set()
-    result: list[tuple[str, Any]] = []
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in frozen and id(tensor) not in seen:
-            seen.add(id(tensor))
-            result.append((name, tensor))
-    return result
+def ignored_names(model: nn.Module) -> list[str]:
+    """Modules with weights that a reader might take for FP8 and that are not: linear layers, routers, experts."""
+    frozen = [f"{name}." for name in frozen_layers(model)]
+    return sorted(
+        name
+        for name, module in model.named_modules()
+        if _looks_linear(module) and not any(layer.startswith(f"{name}.") for layer in frozen)
+    )
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    if isinstance(module, FrozenLinear | nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd):
+        return False
+    matrices = {key: p.dim() for key, p in module._parameters.items() if p is not None and p.dim() > 1}
+    return isinstance(module, nn.Linear) or matrices.get("weight") == 2 or 3 in matrices.values()
+
+
+def in_files(names: Names, modules: Sequence[str]) -> list[str]:
+    """Modules by their own names, and by those that their weights have in files."""
+    stems = {
+        name.removesuffix(".weight")
+        for name, targets in names.targets.items()
+        if len(names.entries[name].shape) > 1 and any(target.rpartition(".")[0] in modules for target in targets)
+    }
+    return sorted(stems | set(modules))

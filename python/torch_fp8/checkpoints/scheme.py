@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,16 @@ from .errors import CheckpointError
 
 #: What is written, by the name that save_pretrained takes.
 FORMATS = ("compressed-tensors", "block", "static")
+
+#: What dialects call the two scales. All are multipliers, weight_scale_inv too. A state_dict of frozen layers has
+#: input_slot.
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv", "qscale_weight")
+INPUT_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act", "input_slot")
+
+#: The method that transformers knows us by, and the mark by which our files are known: they name a method that every
+#: reader knows.
+METHOD = "torch_fp8"
+_PRODUCER = {"name": METHOD}
 
 _BLOCKS = [BLOCK, BLOCK]
 
@@ -140,15 +150,27 @@ def check_writable(form: str, weight: str, activations: str) -> None:
         )
 
 
-def written(form: str, weight: str, activations: str, ignored: Iterable[str]) -> dict[str, Any]:
-    """``quantization_config`` for a format. ignored: the linear layers in 16 bits, by name."""
+def is_ours(quantization: dict[str, Any]) -> bool:
+    """Whether a quantization_config is of a checkpoint that was written here."""
+    return quantization.get("producer") == _PRODUCER
+
+
+def written(form: str, kinds: Sequence[tuple[str, str]], ignored: Iterable[str]) -> dict[str, Any]:
+    """``quantization_config`` for a format. kinds: weight and activations of the FP8 layers. ignored: names of what
+    stays in 16 bits."""
     ignored = sorted(ignored)
     if form == "block":
         return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": _BLOCKS,
-                "modules_to_not_convert": ignored}  # fmt: skip
+                "modules_to_not_convert": ignored, "producer": _PRODUCER}  # fmt: skip
     if form == "static":
         return {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None,
-                "ignored_layers": ignored}  # fmt: skip
+                "ignored_layers": ignored, "producer": _PRODUCER}  # fmt: skip
+    groups = {f"group_{i}": _group(weight, activations) for i, (weight, activations) in enumerate(kinds)}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+            "config_groups": groups, "ignore": ignored, "kv_cache_scheme": None, "producer": _PRODUCER}  # fmt: skip
+
+
+def _group(weight: str, activations: str) -> dict[str, Any]:
     args = {"num_bits": 8, "type": "float", "symmetric": True}
     weights = {**args, "strategy": weight, "dynamic": False}
     if weight == "block":
@@ -156,7 +178,5 @@ def written(form: str, weight: str, activations: str, ignored: Iterable[str]) ->
     inputs = {**args, "strategy": "tensor", "dynamic": activations != "static"}
     if activations == "token":
         inputs |= {"strategy": "group", "group_size": BLOCK} if weight == "block" else {"strategy": "token"}
-    group = {"targets": ["Linear"], "format": "float-quantized", "weights": weights,
-             "input_activations": None if activations == "none" else inputs, "output_activations": None}  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
-            "config_groups": {"group_0": group}, "ignore": ignored, "kv_cache_scheme": None}  # fmt: skip
+    return {"targets": ["Linear"], "format": "float-quantized", "weights": weights,
+            "input_activations": None if activations == "none" else inputs, "output_activations": None}  # fmt: skip

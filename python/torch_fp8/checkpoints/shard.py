@@ -41,6 +41,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_RANK = 16
+_MAX_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,14 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own on the CPU."""
-        data = torch.empty(self.nbytes, dtype=torch.uint8)
-        with self.path.open("rb") as file:
-            file.seek(self.begin)
-            if file.readinto(data.numpy().data) != self.nbytes:
-                raise CheckpointError(self.path, f"{self.name} ends early: the file is truncated")
+        data = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin)
+                if file.readinto(data.numpy().data) != self.nbytes:
+                    raise CheckpointError(self.path, f"{self.name} ends early: the file is truncated")
+        except OSError as error:
+            raise CheckpointError(self.path, f"{self.name} cannot be read: {error.strerror}") from error
         return data.view(self.dtype).view(self.shape)
 
 
@@ -100,8 +104,9 @@ def _entry(path: Path, name: str, value: Any, data: int, size: int) -> Entry:
 
     def check(condition: bool, what: str) -> None:
         if not condition:
-            raise CheckpointError(path, f"{_short(name)} {what}")
+            raise CheckpointError(path, f"{_short(name) if name.isprintable() else _short(ascii(name))} {what}")
 
+    check(0 < len(name) <= _MAX_NAME and name.isprintable(), f"is no name: printable, {_MAX_NAME} characters at most")
     check(isinstance(value, dict) and value.keys() == {"dtype", "shape", "data_offsets"},
           "must have dtype, shape and data_offsets")  # fmt: skip
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

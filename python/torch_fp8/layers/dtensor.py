@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .linear import Linear
+    from .linear import Layer
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -19,7 +19,7 @@ def is_dtensor(tensor: object) -> bool:
     return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
 
 
-def linear(layer: Linear, x: Tensor) -> Tensor:
+def linear(layer: Layer, x: Tensor) -> Tensor:
     """``layer(x)`` as a DTensor, by how the weight (out, in) lies on its one-dimensional mesh:
 
     * Shard(0), column-wise: x is replicated, y sharded in its last dimension, dx a partial sum.
@@ -30,9 +30,11 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
     more dimensions, another placement, or fuse_main_grad; TypeError for a plain x, as ``nn.Linear`` does: nobody has
     said that it is the same on all ranks, and it may have come past FSDP2's hooks.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-    weight, bias = layer.weight, layer.bias
+    weight: DTensor
+    bias: DTensor | None
+    weight, bias = layer.matrix, layer.bias  # type: ignore[assignment]
     mesh, placements = weight.device_mesh, weight.placements
     if len(placements) != 1 or placements[0] not in (Shard(0), Shard(1), Replicate()):
         raise NotImplementedError(
@@ -49,7 +51,11 @@ def linear(layer: Linear, x: Tensor) -> Tensor:
             f"{type(x).__name__}; name the layer in the parallelize plan, or, under FSDP2, call the module that "
             "fully_shard was given"
         )
-    last, (place,) = x.dim() - 1, x.placements
+    assert isinstance(x, DTensor)
+    last = x.dim() - 1
+    place: Placement = x.placements[0]
+    y_place: Placement
+    weight_grad: Placement
 
     if placements[0] == Shard(0):
         x_local = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])

@@ -1,14 +1,13 @@
-"""``Linear``: an ``nn.Linear`` whose three GEMMs run in FP8."""
+"""``Linear``: an ``nn.Linear`` whose three GEMMs run in FP8; and ``Layer``, what every such layer has besides."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import _C
 from ..recipe import DelayedScaling, Recipe
@@ -20,51 +19,30 @@ SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Every FP8 layer of the process that is alive, by id. A plain dict of weak references: list() of its values is one
 # step, which no other thread can disturb.
-_alive: dict[int, weakref.ref[Linear]] = {}
+_alive: dict[int, weakref.ref[Layer]] = {}
 
 # What an FP8 layer has besides an nn.Linear's attributes.
 _OPTIONS = ("fp8_state", "auto_update", "fuse_main_grad", "fp8_enabled")
 
 
-class Linear(nn.Linear):
-    """``y = x W^T + b`` with fprop, dgrad and wgrad in FP8 and everything else as in ``nn.Linear``.
+class Layer(nn.Module):
+    """What an FP8 layer has besides the parameters of the class that stands beside this one among its bases: the
+    scaling state, and a forward of three GEMMs in FP8. ``Linear`` says what it does; classes.py makes such classes."""
 
-    Input ``(..., in_features)``, output ``(..., out_features)``, both of the parameters' dtype (bfloat16, float16 or
-    float32) or of the autocast dtype. Any shape and strides; dimensions that are no multiples of 16 are padded inside.
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+    is_transposed: ClassVar[bool] = False  # the weight lies as (in_features, out_features)
+    plain_class: ClassVar[type[nn.Module]]  # what revert makes of the layer; each class's own, not inherited
 
-    The scaling state (see ``torch_fp8.state_dict``) is an object of its own, ``fp8_state``; neither a parameter nor a
-    buffer, so that only the library writes to it. It stays float32, follows the weight, and can be looked at:
-
-    * ``fp8_slots`` (3, 4) float32: ``{scale_inv, scale, amax, cursor}`` of input, weight and output gradient. amax is
-      the maximum since the last update, cursor the place in the history that was written last (0: no history yet).
-    * ``fp8_history`` (3, length) float32: a ring of the amaxes of earlier updates.
-
-    fuse_main_grad: the weight's gradient is not given to autograd but added to ``weight.main_grad`` by the GEMM itself:
-    a contiguous float32 or bfloat16 tensor of the weight's shape, which the optimizer side sets before the forward pass
-    and clears, as Megatron's does. ``weight.grad`` stays None; but where the weight has the attribute
-    ``grad_added_to_main_grad``, that becomes True and autograd receives a gradient without meaning, so that hooks which
-    wait for one run.
-
-    Raises TypeError for other dtypes, RuntimeError for shapes or devices that do not fit, all before any kernel runs.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        recipe: Recipe | None = None,
-        auto_update: bool = True,
-        fuse_main_grad: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._make_fp8(DelayedScaling() if recipe is None else recipe, auto_update, fuse_main_grad)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Layer:
+        self = super().__new__(cls)
+        self._register()
+        return self
 
     def _make_fp8(self, recipe: Recipe, auto_update: bool, fuse_main_grad: bool) -> None:
-        """Give this nn.Linear what an FP8 layer has besides its parameters."""
+        """Give this layer, whose class was changed, what an FP8 layer has besides its parameters."""
         self.auto_update = auto_update
         self.fuse_main_grad = fuse_main_grad
         self.fp8_enabled = True
@@ -96,10 +74,15 @@ class Linear(nn.Linear):
     def fp8_history(self) -> Tensor:
         return self.fp8_state.history
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out_features, in_features)."""
+        return self.weight.t() if self.is_transposed else self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.fp8_enabled:
-            return F.linear(input, self.weight, self.bias)
-        weight = self.weight
+            return super().forward(input)
+        weight = self.matrix
         if is_dtensor(weight):
             return dtensor.linear(self, input)
         main_grad = self._main_grad() if self.fuse_main_grad else ()
@@ -130,7 +113,7 @@ class Linear(nn.Linear):
 
     def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
         """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
-        weight = self.weight
+        weight: Any = self.weight
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return ()
         main_grad = getattr(weight, "main_grad", None)
@@ -144,12 +127,6 @@ class Linear(nn.Linear):
             weight.grad_added_to_main_grad = True
         return main_grad, hooked
 
-    def reset_parameters(self) -> None:
-        """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""
-        super().reset_parameters()
-        if "fp8_state" in self.__dict__:  # nn.Linear's constructor calls this too
-            self.reset_scaling()
-
     def reset_scaling(self) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""
         self.fp8_state.renew()
@@ -159,7 +136,7 @@ class Linear(nn.Linear):
         micro-batches of one step: it is cast again."""
         self.fp8_state.memo.forget_weight()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
         super()._apply(fn, recurse)
         self.fp8_state.memo.forget()
         self.fp8_state.follow(self.weight)
@@ -186,35 +163,78 @@ class Linear(nn.Linear):
         if prefix + "weight" in state_dict and not self.fp8_state.was_loaded:
             self.reset_scaling()
 
-    def _replicate_for_data_parallel(self) -> Linear:
+    def _replicate_for_data_parallel(self) -> Layer:
         raise RuntimeError(
             "torch_fp8: nn.DataParallel copies the layers in every forward, and what the copies record is lost; use "
             "DistributedDataParallel or fully_shard"
         )
 
-    def __copy__(self) -> Linear:
+    def __copy__(self) -> Layer:
         new = type(self).__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.__dict__["fp8_state"] = copy.copy(self.fp8_state)
-        new._register()
         return new
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._register()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"
 
 
+class Linear(Layer, nn.Linear):  # type: ignore[misc]  # nn.Linear's stubs take bias for a Tensor
+    """``y = x W^T + b`` with fprop, dgrad and wgrad in FP8 and everything else as in ``nn.Linear``.
+
+    Input ``(..., in_features)``, output ``(..., out_features)``, both of the parameters' dtype (bfloat16, float16 or
+    float32) or of the autocast dtype; float32 parameters take 16-bit input too, and have float32 gradients. Any shape
+    and strides; dimensions that are no multiples of 16 are padded inside.
+
+    The scaling state (see ``torch_fp8.state_dict``) is an object of its own, ``fp8_state``; neither a parameter nor a
+    buffer, so that only the library writes to it. It stays float32, follows the weight, and can be looked at:
+
+    * ``fp8_slots`` (3, 4) float32: ``{scale_inv, scale, amax, cursor}`` of input, weight and output gradient. amax is
+      the maximum since the last update, cursor the place in the history that was written last (0: no history yet).
+    * ``fp8_history`` (3, length) float32: a ring of the amaxes of earlier updates.
+
+    fuse_main_grad: the weight's gradient is not given to autograd but added to ``weight.main_grad`` by the GEMM itself:
+    a contiguous float32 or bfloat16 tensor of the weight's shape, which the optimizer side sets before the forward pass
+    and clears, as Megatron's does. ``weight.grad`` stays None; but where the weight has the attribute
+    ``grad_added_to_main_grad``, that becomes True and autograd receives a gradient without meaning, so that hooks which
+    wait for one run.
+
+    Raises TypeError for other dtypes, RuntimeError for shapes or devices that do not fit, all before any kernel runs.
+    """
+
+    plain_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: Recipe | None = None,
+        auto_update: bool = True,
+        fuse_main_grad: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._make_fp8(DelayedScaling() if recipe is None else recipe, auto_update, fuse_main_grad)
+
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""
+        super().reset_parameters()
+        if "fp8_state" in self.__dict__:  # nn.Linear's constructor calls this too
+            self.reset_scaling()
+
+
 _NO_MAIN_GRAD = (None, False)
 
 
-def alive_layers() -> list[Linear]:
+def alive_layers() -> list[Layer]:
     """Every FP8 layer of the process."""
-    return [layer for ref in list(_alive.values()) if (layer := ref()) is not None]
+    found = [layer for ref in list(_alive.values()) if (layer := ref()) is not None]
+    return [layer for layer in found if "fp8_state" in layer.__dict__]  # others are being made, by another thread
 
 
-def fp8_layers(model: nn.Module) -> dict[str, Linear]:
+def fp8_layers(model: nn.Module) -> dict[str, Layer]:
     """The FP8 layers of a model by name; a layer that occurs twice has its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..state import InputGroup
-from .linear import Linear
+from .linear import Layer
 
 
-def share_input(layers: Sequence[Linear]) -> None:
+def share_input(layers: Sequence[Layer]) -> None:
     """Tell FP8 layers that they read one tensor, so that it is cast once for all of them.
 
     ``convert`` finds q, k, v and gate, up by their names; this is for others. A layer that meets another tensor than
     its siblings, or one that was changed in between, casts for itself: nothing but time and memory depends on this.
 
-    layers: two or more :class:`Linear` of one in_features, recipe and device. A layer that is in a group leaves it.
+    layers: two or more FP8 layers of one in_features, recipe and device. A layer that is in a group leaves it.
 
     Raises TypeError for what is no FP8 layer and ValueError where they differ; nothing is changed then.
     """
     layers = list(layers)
     for layer in layers:
-        if not isinstance(layer, Linear):
+        if not isinstance(layer, Layer):
             raise TypeError(f"torch_fp8: share_input takes FP8 layers, got {type(layer).__name__}; convert it first")
     if len(set(map(id, layers))) != len(layers) or len(layers) < 2:
         raise ValueError(f"torch_fp8: share_input needs two or more different layers, got {len(layers)}")
-    for what, values in {
+    alike: dict[str, list[Any]] = {
         "in_features": [layer.in_features for layer in layers],
         "recipe": [layer.recipe for layer in layers],
         "device": [layer.weight.device for layer in layers],
-    }.items():
+    }
+    for what, values in alike.items():
         for value in values:
             if value != values[0]:
                 raise ValueError(f"torch_fp8: layers that share their input must have one {what}, got {values}")

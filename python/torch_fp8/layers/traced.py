@@ -10,6 +10,7 @@ that follow.
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..state import groups
 
 if TYPE_CHECKING:
     from ..state import LayerState
-    from .linear import Linear
+    from .linear import Layer
 
 
 class Call(NamedTuple):
@@ -40,9 +41,9 @@ class Call(NamedTuple):
     autocast: torch.dtype | None
 
 
-def linear(layer: Linear, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
+def linear(layer: Layer, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
     """``layer(x)``, as csrc/autograd.cpp computes it; the same bits, forward and backward."""
-    weight, bias, state = layer.weight, layer.bias, layer.fp8_state
+    weight, bias, state = layer.matrix, layer.bias, layer.fp8_state
     if state.slots.device != weight.device:
         state.follow(weight)
     device = x.device.type
@@ -86,7 +87,7 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
     if offer is not None:
         of_group, maker, made, left, codes = offer
         if of_group is group and made == wanted and (not by_history or group.follows[state.member] == maker):
-            x._fp8_codes = (of_group, maker, made, left - 1, codes) if left > 1 else None
+            x._fp8_codes = (of_group, maker, made, left - 1, codes) if left > 1 else None  # type: ignore[attr-defined]
             return codes
     if by_history and call.record and group.follows[state.member] >= 0:
         _note_reads_apart(group.number)
@@ -97,7 +98,7 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
         codes = torch.ops.torch_fp8.cast(
             x, state.slots, 0, call.casts, call.history, call.training, call.record, wanted[2], wanted[3]
         )
-    x._fp8_codes = (group, state.member, wanted, left, codes)
+    x._fp8_codes = (group, state.member, wanted, left, codes)  # type: ignore[attr-defined]
     return codes
 
 
@@ -105,9 +106,9 @@ def _version_of_x() -> int:
     """Runs when a step is traced: the version of _shared_codes' x, which Dynamo knows and the traced code does not. -1
     where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
     that others may write to it after, and in traces that are not Dynamo's."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        tracer = frame.f_locals.get("self")
+        tracer: Any = frame.f_locals.get("self")
         if getattr(tracer, "f_code", None) is _shared_codes.__code__:
             x = tracer.symbolic_locals["x"].realize()
             if x.source is not None or tracer.output.current_tracer.parent is not None:
@@ -148,7 +149,10 @@ _version_of_x._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, slots, grad_slots, main_grad, q, q_t, scale_inv, call: Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, grad_slots: Tensor,
+        main_grad: Tensor | None, q: Tensor | None, q_t: Tensor | None, scale_inv: Tensor | None, call: Call,
+    ) -> Tensor:  # fmt: skip
         given = [] if q is None else [q, q_t, scale_inv]
         y, x_t, x_scale_inv, weight_t, weight_scale_inv = torch.ops.torch_fp8.linear_forward(
             x, weight, bias, slots, given, [], call.casts, call.history, call.fp8, call.fast_accum, call.training,
@@ -163,11 +167,11 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x_t, x_scale_inv, weight_t, weight_scale_inv, x_16, weight_16)
         ctx.slots, ctx.main_grad, ctx.call = grad_slots, main_grad, call
         ctx.x_dtype, ctx.weight_dtype, ctx.in_features = x.dtype, weight.dtype, weight.shape[1]
-        ctx.bias_dtype = bias.dtype if call.grad_bias else None
+        ctx.bias_dtype = bias.dtype if bias is not None and call.grad_bias else None
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         dx, dweight, dbias = torch.ops.torch_fp8.linear_backward(
             dy, [], *ctx.saved_tensors, ctx.slots, ctx.main_grad, None, call.casts, call.history, call.fp8,

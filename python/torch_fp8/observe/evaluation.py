@@ -121,11 +121,12 @@ def bootstrap(delta: Sequence[float], counts: Sequence[int], draws: int = 10_000
     same interval. NaN for one document, of which nothing can be learnt about others."""
     if len(delta) < 2:
         return math.nan, math.nan
-    sums, tokens = torch.tensor(delta, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    sums, tokens = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (delta, counts))
+    generator = torch.Generator("cpu").manual_seed(seed)
     parts = []
     for start in range(0, draws, 1000):
-        drawn = torch.randint(len(delta), (min(1000, draws - start), len(delta)), generator=generator)
+        size = (min(1000, draws - start), len(delta))
+        drawn = torch.randint(len(delta), size, generator=generator, dtype=torch.int64, device="cpu")
         parts.append(sums[drawn].sum(1) / tokens[drawn].sum(1))
     means = torch.cat(parts).sort().values
     return math.exp(_quantile(means, 0.025)), math.exp(_quantile(means, 0.975))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _C
 from ..layers.dtensor import is_dtensor
-from ..layers.linear import Linear, fp8_layers
+from ..layers.linear import SUPPORTED_DTYPES, Layer, fp8_layers
 from ..layers.traced import traced_training
 from ..state import ROLES
-from ..table import plain
+from ..table import html, plain
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Sample:
         if self.nan or self.inf:
             return f"{self.nan} NaN, {self.inf} Inf"
         if self.saturated:
-            return (
-                f"saturates {self.saturated / self.elements:.2g}: the scale is {-self.unused_binades:.1f} binades high"
-            )
+            binades = -self.unused_binades
+            beyond = f"{binades:.1f} binades" if binades >= 0.05 else "less than 0.1 binade"
+            return f"saturates {self.saturated / self.elements:.2g}: the scale is {beyond} high"
         if self.amax == 0:
             return "only zeros"
         if self.flushed > 0.01 * self.elements:
@@ -101,7 +101,7 @@ class Monitor:
         self._samples: list[Sample] = []
         self._pending: dict[tuple[int, str, str], _Count] = {}  # still on the device
         self._model = weakref.ref(model)
-        self._optimizer: weakref.ref | None = None  # the one whose steps count
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
         self._hooks: list[Any] = []
         self._stance = None
         _monitors.setdefault(model, []).append(self)
@@ -148,22 +148,24 @@ class Monitor:
             self._stance = None
 
     def _before_forward(self, name: str) -> Callable[..., None]:
-        def hook(layer: Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _records(layer):
-                self._count(name, layer, "input", args[0] if args else kwargs["input"])
+                self._count(name, layer, "input", args[0] if args else kwargs.get("input"))
                 if (self.step, name, "weight") not in self._pending:
                     self._count(name, layer, "weight", layer.weight)
 
         return hook
 
     def _after_forward(self, name: str) -> Callable[..., None]:
-        def hook(layer: Linear, args: tuple[Any, ...], out: Tensor) -> None:
+        def hook(layer: Layer, args: tuple[Any, ...], out: Tensor) -> None:
             if _records(layer) and out.requires_grad:
                 out.register_hook(lambda dy: self._count(name, layer, "grad_output", dy))
 
         return hook
 
-    def _count(self, name: str, layer: Linear, role: str, x: Tensor) -> None:
+    def _count(self, name: str, layer: Layer, role: str, x: Any) -> None:
+        if not _is_countable(x):
+            return  # the layer itself refuses it, in its words
         x = x.to_local() if is_dtensor(x) else x.detach()
         state, index = layer.fp8_state, ROLES.index(role)
         cast = state.options.cast(index)
@@ -220,18 +222,13 @@ class Monitor:
 
     def __str__(self) -> str:
         """The latest sample as a table, what loses most on top."""
-        latest = sorted(self.latest, key=lambda s: (-s.nan - s.inf, -s.saturated / s.elements, -s.flushed / s.elements))
-        if not latest:
-            return (
-                "torch_fp8.monitor: no step was sampled yet (the hooks of compiled code and of CUDA graphs do not run)"
-            )
-        head = ("layer", "role", "scale", "amax", "unused binades", "saturated", "flushed", "")
-        rows = [
-            (s.layer or "(root)", s.role, f"{s.scale:.4g}", f"{s.amax:.4g}", f"{s.unused_binades:.1f}",
-             f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
-            for s in latest
-        ]  # fmt: skip
-        return f"step {latest[0].step}\n{plain(head, rows)}"
+        latest = self.latest
+        return f"step {latest[0].step}\n{plain(_HEAD, _cells(latest))}" if latest else _NOTHING
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        latest = self.latest
+        return f"<p>step {latest[0].step}</p>{html(_HEAD, _cells(latest))}" if latest else f"<p>{_NOTHING}</p>"
 
     def write(self, writer: Any) -> None:
         """Give the latest sample to what has ``add_scalar(tag, value, step)``. Tags: ``fp8/QUANTITY/ROLE/LAYER``."""
@@ -259,16 +256,14 @@ class Monitor:
                 if sample.role == role:
                     by_step.setdefault(sample.step, []).append(sample)
             steps = list(by_step)
-            scales = [torch.tensor([math.log2(s.scale) for s in samples]) for samples in by_step.values()]
+            scales = [_numbers(math.log2(s.scale) for s in samples) for samples in by_step.values()]
             quantiles = [[x.quantile(q).item() for x in scales] for q in (0, 0.1, 0.5, 0.9, 1)]
             for low, high, alpha in ((0, 4, 0.15), (1, 3, 0.3)):
                 left.fill_between(steps, quantiles[low], quantiles[high], color="tab:orange", alpha=alpha, linewidth=0)
             left.plot(steps, quantiles[2], color="tab:orange", marker="." if len(steps) == 1 else "")
             left.set(ylabel=f"log2 scale of {role}")
             for what, color in (("saturated", "tab:red"), ("flushed", "tab:blue")):
-                shares = [
-                    torch.tensor([getattr(s, what) / s.elements for s in samples]) for samples in by_step.values()
-                ]
+                shares = [_numbers(getattr(s, what) / s.elements for s in samples) for samples in by_step.values()]
                 right.plot(steps, [x.max().item() for x in shares], color=color, label=f"{what}, worst layer")
                 right.plot(steps, [x.median().item() for x in shares], color=color, linestyle=":", label="median")
             right.set(ylabel="share of elements")
@@ -278,6 +273,23 @@ class Monitor:
         figure.axes[1].set_title("what the casts lose")
         figure.axes[1].legend(fontsize="small")
         figure.savefig(path, dpi=120)
+
+
+_NOTHING = "torch_fp8.monitor: no step was sampled yet (the hooks of compiled code and of CUDA graphs do not run)"
+_HEAD = ("layer", "role", "scale", "amax", "unused binades", "saturated", "flushed", "")
+
+
+def _cells(samples: list[Sample]) -> list[tuple[str, ...]]:
+    samples = sorted(samples, key=lambda s: (-s.nan - s.inf, -s.saturated / s.elements, -s.flushed / s.elements))
+    return [
+        (s.layer or "(root)", s.role, f"{s.scale:.4g}", f"{s.amax:.4g}", f"{s.unused_binades:.1f}",
+         f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
+        for s in samples
+    ]  # fmt: skip
+
+
+def _numbers(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32, device="cpu")
 
 
 class _Count:
@@ -295,7 +307,18 @@ class _Count:
         self.elements, self.counts, self.values = self.elements + elements, counts, values
 
 
-def _records(layer: Linear) -> bool:
+def _is_countable(x: Any) -> bool:
+    """Counts that are made within a transform of torch.func or torch.autograd.functional would die with it."""
+    functorch = torch._C._functorch
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in SUPPORTED_DTYPES
+        and functorch.peek_interpreter_stack() is None
+        and not functorch.is_legacy_batchedtensor(x)
+    )
+
+
+def _records(layer: Layer) -> bool:
     if layer.fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # or every replay would count
     return layer.fp8_enabled and layer.training and torch.is_grad_enabled()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from .. import progress
 from ..format import BLOCK, E4M3_MAX, quantize
+from ..layers.classes import is_conv1d
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot, scale_shape
-from ..layers.linear import SUPPORTED_DTYPES, Linear
-from .select import Filter, by_patterns, check_device, output_heads
+from ..layers.linear import Layer
+from .readers import weights_read
+from .select import NOT_FP8, Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
+
+#: What is to be done when a model has got frozen layers; transformers' models know of theirs by this.
+after_freeze: list[Callable[[nn.Module], None]] = []
 
 _AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float
 
@@ -30,11 +35,13 @@ def freeze(
     activations: str = "token",
     weight: str = "channel",
     filter: Filter | Sequence[str] | None = None,
+    *,
+    linear_types: Iterable[type[nn.Module]] = (),
 ) -> nn.Module:
     """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference or as a base
     of adapters (LoRA).
 
-    Takes ``nn.Linear``, ``fp8.Linear`` and transformers' ``Conv1D`` (GPT-2). They stay the same objects under the same
+    Takes what :func:`torch_fp8.convert` takes, and FP8 layers. They stay the same objects under the same
     names; their weights are quantised once and the 16-bit ones let go. The output head, embeddings and norms stay as
     they are. No parameter of the model requires a gradient afterwards; adapters come after that.
 
@@ -42,17 +49,21 @@ def freeze(
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
         up to a power of two: a scale too large costs nothing, one too small saturates.
     weight: "channel": a scale for each output; "tensor"; or "block", one for each 128 x 128.
-    filter: which layers: by default all but the output head; otherwise as in :func:`torch_fp8.convert`.
+    filter: which layers: by default all but the output head; otherwise as in :func:`torch_fp8.convert`. A layer whose
+        weight other code of the model reads itself, as far as can be seen, is never taken: T5's ``wo``, Mamba's
+        ``dt_proj``. ``summary`` says which and why.
+    linear_types: subclasses of ``nn.Linear`` to vouch for, as in :func:`torch_fp8.convert`.
 
-    Raises ValueError, with the model as it was, where no layer would be frozen or a listed name matches none; a weight
-    holds Inf or NaN or is on the meta device; or a static scale has nothing to come from.
+    Raises ValueError, with the model as it was, where no layer would be frozen; a listed name matches none, or one that
+    cannot be; a weight holds Inf or NaN or is on the meta device; or a static scale has nothing to come from.
     """
     check_choices(activations, weight)
-    layers = layers_to_freeze(model, filter)
-    weights = {name: _weight_of(layer) for name, layer in layers.items()}
+    left_out = why_not_to_freeze(model, filter, linear_types)
+    layers = {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
+    weights = {name: weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
-        _check_weight(name, weights[name])
+        check_weight(name, weights[name])
         if activations == "static":
             static_scale(name, layer)
 
@@ -64,9 +75,10 @@ def freeze(
             shared[id(parameter)] = quantize_weight(weights[name], weight)
         become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
-    for module in model.modules():
-        if isinstance(module._modules.get("base_layer"), FrozenLinear):
-            module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
+    for name, layer in linear_layers(model).items():
+        setattr(layer, NOT_FP8, left_out[name])
+    for tell in after_freeze:
+        tell(model)
     return model.requires_grad_(False)
 
 
@@ -80,14 +92,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Raises ValueError where the model has no linear layer, there was no batch, or a layer saw Inf or NaN.
     """
-    layers = _linears(model)
+    layers = linear_layers(model)
     if not layers:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no linear layer to calibrate")
     seen: dict[str, Tensor] = {}
 
-    def note(name: str):
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            x: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if x.numel():
                 amax = x.detach().abs().amax().float()
                 seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
@@ -100,7 +112,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
+        for module, mode in training.items():
+            stack.callback(setattr, module, "training", mode)
         model.eval()
         with torch.no_grad():
             for batch in progress.bar(batches, desc="calibrate", unit="batch"):
@@ -156,15 +169,15 @@ def _bfloat16_above(x: Tensor) -> Tensor:
 
 
 def become_frozen(
-    layer: nn.Module, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
+    layer: Any, weight: Tensor, weight_scale: Tensor, input_slot: Tensor | None, activations: str,
     granularity: str,
 ) -> None:  # fmt: skip
     """Change the class of a linear layer in place, as convert does: the object, its name and its hooks stay."""
-    if isinstance(layer, Linear):
+    if isinstance(layer, Layer):
         layer._make_plain()
     bias = layer.bias
     del layer.weight, layer.bias
-    for name in (_AMAX, "_not_fp8"):
+    for name in (_AMAX, NOT_FP8):
         layer.__dict__.pop(name, None)
     layer.__class__ = FrozenLinear
     layer._make_frozen(
@@ -172,46 +185,38 @@ def become_frozen(
     )
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, without importing transformers: a linear layer whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Linear) or is_conv1d(m)}
-
-
-def _weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: Any) -> Tensor:
     """(out, in)"""
-    return layer.weight.detach().t() if is_conv1d(layer) else layer.weight.detach()
+    weight: Tensor = layer.weight.detach()
+    return weight.t() if is_conv1d(layer) else weight
 
 
 def layers_to_freeze(model: nn.Module, filter: Filter | Sequence[str] | None) -> dict[str, nn.Module]:
-    layers = _linears(model)
-    cannot = {name: _why_not(layer) for name, layer in layers.items()}
-    if filter is None:
-        left_out = output_heads(model, layers)
-        chosen = {name for name in layers if name not in left_out}
-    elif callable(filter):
-        chosen = {name for name, layer in layers.items() if filter(layer, name)}
-    else:
-        chosen = by_patterns(filter, layers, cannot)
-    chosen = {name: layer for name, layer in layers.items() if name in chosen and not cannot[name]}
-    if not chosen:
+    left_out = why_not_to_freeze(model, filter)
+    return {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
+
+
+def why_not_to_freeze(
+    model: nn.Module, filter: Filter | Sequence[str] | None, linear_types: Iterable[type[nn.Module]] = ()
+) -> dict[str, str]:
+    """Why each linear layer is not to be frozen; "" where it is."""
+    types = check_types(linear_types)
+    layers = linear_layers(model)
+    readers = weights_read(model, layers)
+    cannot = {
+        name: why_not_frozen(layer, types) or (f"{readers[name]} reads its weight itself" if name in readers else "")
+        for name, layer in layers.items()
+    }
+    left_out = chosen_layers(model, layers, filter, cannot)
+    if all(left_out.values()):
         raise ValueError(
             f"torch_fp8: no layer of {type(model).__name__} would be frozen. It has {len(layers)} linear layers in 16 "
-            f"or 32 bits and {len(frozen_layers(model))} frozen ones; change the filter"
+            f"or 32 bits{some(left_out)} and {len(frozen_layers(model))} frozen ones; change the filter"
         )
-    return chosen
+    return left_out
 
 
-def _why_not(layer: nn.Module) -> str:
-    if layer.weight.dtype not in SUPPORTED_DTYPES:
-        return f"{layer.weight.dtype} parameters"
-    return "" if layer.weight.numel() else "empty"
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"torch_fp8: {name or '(root)'} is on the meta device; load its weights before freezing it")
     if not weight.abs().amax().isfinite():
@@ -224,7 +229,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
 def static_scale(name: str, layer: nn.Module) -> float:
     """Twice the amax that was seen, over 448, rounded up to a power of two."""
     amax = getattr(layer, _AMAX, None)
-    if amax is None and isinstance(layer, Linear) and not layer.fp8_slots.is_meta:
+    if amax is None and isinstance(layer, Layer) and not layer.fp8_slots.is_meta:
         amax = max(layer.fp8_history[0].max().item(), layer.fp8_slots[0, 2].item())
         amax = amax if amax > 0 else None
     if amax is None or not math.isfinite(amax):

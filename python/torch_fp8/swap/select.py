@@ -1,102 +1,172 @@
-"""Which layers of a model a swap takes, and why not the others."""
+"""Which layers of a model a swap takes, and why not the others: the one rule of ``convert`` and ``freeze``."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .. import _C
+from ..layers.classes import conv1d, is_conv1d, shape_of
+from ..layers.dtensor import is_dtensor
 from ..layers.frozen import FrozenLinear
-from ..layers.linear import SUPPORTED_DTYPES, Linear
+from ..layers.linear import SUPPORTED_DTYPES, Layer
 from .worth import speedup
 
 Filter = Callable[[nn.Module, str], bool]
 
+NOT_FP8 = "_not_fp8"  # on a layer that was left out: why
 TOO_SMALL = "too small for FP8 to be faster at {} tokens"
 
 # Names that output heads have in the published GPT and Llama code bases; only outside of numbered blocks.
-_HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "output_head", "unembed", "classifier", "score"}
+_HEAD_NAMES = {
+    "lm_head", "lm_heads", "head", "heads", "output_head", "out_head", "output", "embed_out", "unembed", "unembedding",
+    "classifier", "score", "logits", "to_logits", "logits_proj", "generator", "output_projection", "vocab_proj",
+}  # fmt: skip
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Those in 16 or 32 bits, and fp8.Linear."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, FrozenLinear)
-    }
+_PLAIN = (torch.Tensor, nn.Parameter, nn.parameter.Buffer)
 
 
-def why_left_out(
-    model: nn.Module, linears: dict[str, nn.Linear], filter: Filter | Sequence[str] | None, tokens: int | None
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer in 16 or 32 bits and every ``Layer``, by name."""
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    return {name: module for name, module in modules.items() if not isinstance(module, FrozenLinear)}
+
+
+def check_types(types: Iterable[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    """What the user vouches for, as a tuple."""
+    if isinstance(types, type) or not isinstance(types, Iterable):
+        raise TypeError(f"torch_fp8: linear_types must be a list of classes, got {types!r}; write [MyLinear]")
+    types = tuple(types)
+    for cls in types:
+        if not isinstance(cls, type) or not issubclass(cls, nn.Linear):
+            raise TypeError(
+                f"torch_fp8: linear_types takes subclasses of nn.Linear, got {cls!r}; FP8 layers keep an nn.Linear's "
+                "weight and bias"
+            )
+    return types
+
+
+def why_not(module: nn.Module, types: Sequence[type[nn.Module]] = ()) -> str:
+    """Why a linear layer cannot be an FP8 layer; "" where it can. types: classes that the user vouches for."""
+    if isinstance(module, Layer):  # it is one already
+        return _why_not_weight(module)
+    return _why_not_forward(module, types) or _why_not_weight(module)
+
+
+def why_not_frozen(module: nn.Module, types: Sequence[type[nn.Module]] = ()) -> str:
+    """Why the weight of a linear layer cannot be quantised for good; "" where it can."""
+    if not {"weight", "bias"} <= module._parameters.keys():
+        return (
+            "its parameters are computed anew in each forward, as parametrize, weight_norm and pruning do; make them "
+            "permanent before (remove_parametrizations, remove_weight_norm, prune.remove)"
+        )
+    if is_dtensor(module.weight):
+        return "its weight is a DTensor; freeze the whole model before it is sharded"
+    return _why_not_forward(module, types) or _why_not_weight(module)
+
+
+def _why_not_forward(module: nn.Module, types: Sequence[type[nn.Module]]) -> str:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object, as accelerate's device_map does; convert or freeze before that"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) and type(module) not in types:
+        return "nn.MultiheadAttention multiplies by its weight itself, and never calls it"
+    known: list[type[nn.Module]] = [nn.Linear, Layer, *types, *filter(None, [conv1d()])]
+    if type(module).forward not in [cls.forward for cls in known]:
+        return (
+            f"{type(module).__name__} has a forward of its own; if it computes what nn.Linear does, say so: "
+            f"linear_types=[{type(module).__name__}]"
+        )
+    return ""
+
+
+def _why_not_weight(module: Any) -> str:
+    weight = module.weight
+    if nn.parameter.is_lazy(weight):
+        return "not initialised yet; run the model once before"
+    if not (type(weight) in _PLAIN or is_dtensor(weight)):
+        return f"its weight is a {type(weight).__name__}, which may be more than a matrix of numbers"
+    if weight.dtype not in SUPPORTED_DTYPES:
+        return f"{weight.dtype} parameters"
+    return "" if all(shape_of(module)) else "empty"
+
+
+def chosen_layers(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    filter: Filter | Sequence[str] | None,
+    cannot: dict[str, str],
+    by_default: Callable[[nn.Module], str] = lambda module: "",
 ) -> dict[str, str]:
-    """Why each linear layer is not to be converted; "" where it is."""
-    cannot = {name: why_not(module) for name, module in linears.items()}
+    """Why each layer is not to be taken; "" where it is. cannot: why it must not be, which a list of names may not
+    overrule; by_default: why the default filter leaves it out, besides output heads."""
     if filter is None:
-        heads = output_heads(model, linears)
-        left_out = {
-            name: "output head" if name in heads else _too_small(module, tokens) for name, module in linears.items()
-        }
+        heads = output_heads(model, layers)
+        left_out = {name: "output head" if name in heads else by_default(m) for name, m in layers.items()}
     elif callable(filter):
         left_out = {
             name: "" if cannot[name] or filter(module, name) else "left out by the filter"
-            for name, module in linears.items()
+            for name, module in layers.items()
         }
     else:
-        chosen = by_patterns(filter, linears, cannot)
-        left_out = {name: "" if name in chosen else "not in the list of names" for name in linears}
-    return {name: cannot[name] or left_out[name] for name in linears}
+        chosen = by_patterns(filter, layers, cannot)
+        left_out = {name: "" if name in chosen else "not in the list of names" for name in layers}
+    return {name: cannot[name] or left_out[name] for name in layers}
 
 
-def _too_small(module: nn.Linear, tokens: int | None) -> str:
+def too_small(module: nn.Module, tokens: int | None) -> str:
     """Whether FP8 would not make a layer faster, in words; "" where it would, or where the user has chosen already."""
-    if tokens is None or isinstance(module, Linear) or speedup(tokens, module.in_features, module.out_features) > 1:
+    if tokens is None or isinstance(module, Layer) or speedup(tokens, *reversed(shape_of(module))) > 1:
         return ""
     return TOO_SMALL.format(tokens)
 
 
-def why_not(module: nn.Linear) -> str:
-    """Why FP8 cannot take a layer; "" where it can."""
-    if type(module) not in (nn.Linear, Linear):
-        return f"{type(module).__name__} may compute something else than nn.Linear"
-    if not isinstance(module, Linear) and "forward" in module.__dict__:
-        return "its forward was replaced on the object, as accelerate's device_map does; convert before that"
-    if module.weight.dtype not in SUPPORTED_DTYPES:
-        return f"{module.weight.dtype} parameters"
-    if module.in_features == 0 or module.out_features == 0:
-        return "empty"
-    return ""
+def output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Layers that make the logits. A layer in none of the numbered blocks is one if it or a module around it is named
+    like a head, or if it has an output for each entry of an embedding. Any layer is one if its weight is an
+    embedding's, or if it belongs to what a module declares as its output embeddings, as transformers' models do."""
+    modules = list(model.modules())
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+    tied = {id(embedding.weight) for embedding in embeddings}
+    vocabularies = {embedding.num_embeddings for embedding in embeddings}
+    declared = {id(module) for head in map(_declared_head, modules) if head is not None for module in head.modules()}
 
-
-def output_heads(model: nn.Module, linears: dict[str, nn.Linear]) -> set[str]:
-    """Layers that make the logits: what transformers calls the output embeddings, what shares its weight with an
-    embedding, or what is named like a head and stands outside of the numbered blocks."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    get_output = getattr(model, "get_output_embeddings", None)
-    declared = get_output() if callable(get_output) else None
-
-    def is_head(name: str, module: nn.Linear) -> bool:
+    def is_head(name: str, module: nn.Module) -> bool:
+        if id(module) in declared or id(module.weight) in tied:
+            return True
         parts = name.split(".")
-        named = parts[-1] in _HEAD_NAMES and not any(part.isdigit() for part in parts)
-        return named or module is declared or id(module.weight) in embeddings
+        before_blocks = parts[: next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))]
+        if not _HEAD_NAMES.isdisjoint(before_blocks):
+            return True
+        return before_blocks == parts and shape_of(module)[0] in vocabularies
 
-    return {name for name, module in linears.items() if is_head(name, module)}
+    return {name for name, module in layers.items() if is_head(name, module)}
 
 
-def by_patterns(patterns: Sequence[str], linears: dict[str, nn.Linear], cannot: dict[str, str]) -> set[str]:
+def _declared_head(module: nn.Module) -> nn.Module | None:
+    get_output = getattr(module, "get_output_embeddings", None)
+    try:
+        head = get_output() if callable(get_output) else None
+    except (AttributeError, NotImplementedError):  # of a model without one
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def by_patterns(patterns: Sequence[str], layers: dict[str, nn.Module], cannot: dict[str, str]) -> set[str]:
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"torch_fp8: filter must be a function of (module, name) or a list of names, got {patterns!r}")
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = [name for name in linears if fnmatch.fnmatchcase(name, pattern)]
+        matches = [name for name in layers if fnmatch.fnmatchcase(name, pattern)]
         if not matches:
-            close = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.3)
+            close = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3)
             raise ValueError(
-                f"torch_fp8: {pattern!r} matches none of the {len(linears)} linear layers"
+                f"torch_fp8: {pattern!r} matches none of the {len(layers)} linear layers"
                 + (f"; did you mean {', '.join(close)}?" if close else "")
             )
         for name in matches:
@@ -104,6 +174,12 @@ def by_patterns(patterns: Sequence[str], linears: dict[str, nn.Linear], cannot: 
                 raise ValueError(f"torch_fp8: {name} (matched by {pattern!r}) cannot be FP8: {cannot[name]}")
         chosen.update(matches)
     return chosen
+
+
+def some(reasons: dict[str, str]) -> str:
+    """The first few layers that are left out, each with its reason."""
+    found = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(reasons.items())[:5])
+    return f" ({found})" if found else ""
 
 
 def check_tokens(tokens: int | None) -> None:

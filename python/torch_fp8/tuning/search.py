@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import _C, progress
 from ..checks import check, is_int
 from ..layers.frozen import ACTIVATIONS, FrozenLinear, frozen_layers
-from ..layers.linear import Linear, fp8_layers
+from ..layers.linear import Layer, Linear, fp8_layers
 from .tuning import Problem, TunedGemm, Tuning, here
 
 _MIN_ROUNDS = 20
@@ -104,7 +104,7 @@ def choose(candidates: Sequence[tuple[bytes, Sequence[float]]], margin: float) -
     return min(better, key=lambda i: median(candidates[i][1]), default=0)
 
 
-def problems_of(layers: Iterable[tuple[Linear | FrozenLinear, int]]) -> list[Problem]:
+def problems_of(layers: Iterable[tuple[Layer | FrozenLinear, int]]) -> list[Problem]:
     """The GEMMs of one forward and backward of each (layer, tokens), each problem once."""
     problems: dict[Problem, None] = {}
     for layer, tokens in layers:
@@ -141,9 +141,9 @@ def _run_frozen(layer: FrozenLinear, tokens: int) -> None:
 
 
 @torch.no_grad()
-def _run_linear(layer: Linear, tokens: int) -> None:
+def _run_linear(layer: Layer, tokens: int) -> None:
     state = layer.fp8_state
-    weight, bias, slots = _on_meta(layer.weight), _if_any(layer.bias), _on_meta(state.slots)
+    weight, bias, slots = _on_meta(layer.matrix), _if_any(layer.bias), _on_meta(state.slots)
     main_grad = None
     if layer.fuse_main_grad:
         kept = getattr(layer.weight, "main_grad", None)
@@ -163,10 +163,10 @@ def _run_linear(layer: Linear, tokens: int) -> None:
             )  # fmt: skip
 
 
-def _layers_of(what: Any, tokens: int) -> list[tuple[Linear | FrozenLinear, int]]:
+def _layers_of(what: Any, tokens: int) -> list[tuple[Layer | FrozenLinear, int]]:
     """The layers to tune, each with its number of tokens; for a shape, a layer without memory."""
     if isinstance(what, nn.Module):
-        found: list[Linear | FrozenLinear] = [*fp8_layers(what).values(), *frozen_layers(what).values()]
+        found: list[Layer | FrozenLinear] = [*fp8_layers(what).values(), *frozen_layers(what).values()]
         layers = [(layer, tokens) for layer in found]
         if not layers:
             raise ValueError(f"torch_fp8: {type(what).__name__} has no FP8 layer to tune; torch_fp8.convert it first")

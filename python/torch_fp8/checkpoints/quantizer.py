@@ -1,0 +1,213 @@
+"""torch_fp8 as a quantiser of transformers: it makes frozen layers while weights arrive, and writes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..format import E4M3
+from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
+from ..observe.emulate import dequantize
+from ..swap.freeze import check_weight, layers_to_freeze, quantize_weight
+from ..swap.select import Filter, check_device
+from . import scheme
+from .errors import CheckpointError
+from .load import check_readable
+from .names import Names, reading, shaping, with_scales, written_names
+from .save import as_is, ignored_names, in_files, state_to_write
+from .shard import read_header
+from .stored import freeze_as_stored, freeze_empty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class QuantizationConfig(QuantizationConfigMixin):
+    """``torch_fp8.QuantizationConfig`` makes these; its docstring says what for."""
+
+    def __init__(
+        self, activations: str = "token", weight: str = "channel", filter: Filter | Sequence[str] | None = None
+    ) -> None:
+        check_choices(activations, weight)
+        self.quant_method = scheme.METHOD
+        self.activations, self.weight, self.filter = activations, weight, filter
+        self.scheme: scheme.Scheme | None = None  # of the checkpoint, if that is FP8 already
+        self.kinds = [(weight, activations)]  # of the model's layers
+        self.ignored: list[str] = []
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        found = scheme.read({"quantization_config": values}, None, Path("config.json"))
+        assert found is not None
+        config = cls(found.activations, found.weights[0])
+        config.scheme, config.kinds = found, [(weight, found.activations) for weight in found.weights]
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return scheme.written("compressed-tensors", self.kinds, self.ignored)
+
+
+class Quantizer(HfQuantizer):
+    """Of a model that has frozen layers, or is about to get them."""
+
+    requires_calibration = False
+    quantization_config: QuantizationConfig
+    is_trainable = True  # by adapters
+    is_compileable = True
+    quantized_element_size = 1
+
+    def is_serializable(self) -> bool:
+        return True
+
+    # Reading: transformers asks, in this order.
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized and self.quantization_config.activations == "static":
+            raise ValueError(
+                'torch_fp8: activations="static" needs typical inputs: load the model in 16 bits, run '
+                "torch_fp8.calibrate, then torch_fp8.freeze"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            layers = layers_to_freeze(model, config.filter)
+            tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+            if shared := sorted(tied & layers.keys()):
+                raise ValueError(
+                    f"torch_fp8: {shared[0]} shares its weight with another module; load the model in 16 bits and "
+                    "torch_fp8.freeze it, or leave the layer out by the filter"
+                )
+            for layer in layers.values():
+                freeze_empty(layer, config.activations, config.weight)
+            return
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files or not all(file.suffix == ".safetensors" for file in files):
+            raise ValueError("torch_fp8: an FP8 model is read from a folder of safetensors files")
+        entries = {name: entry for file in files for name, entry in read_header(file).items()}
+        freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
+        untie(model)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        path, _, key = param_name.rpartition(".")
+        return not self.pre_quantized and key == "weight" and isinstance(model.get_submodule(path), FrozenLinear)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # Of modules that a class keeps in float32 the codes are codes all the same.
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
+        return None if stored in ("F8_E4M3", E4M3) else super().get_new_dtype(converter, param, dtype)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Quantize()
+
+    def update_weight_conversions(self, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if not self.pre_quantized:
+            return with_scales(conversions)
+        return reading() + with_scales(conversions, shaped=True) + shaping()
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in frozen_layers(model).items():
+            weight = layer.get_buffer("weight")
+            if not getattr(weight, "_is_hf_initialized", False):
+                raise CheckpointError(model.config.name_or_path, f"has no tensor {name}.weight")
+            check_device(weight.device)
+        declare(model)
+        return model.requires_grad_(False)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        layers = frozen_layers(model)
+        if conv1d := [name for name, layer in layers.items() if hasattr(layer, "nf")]:
+            raise ValueError(f"torch_fp8: {conv1d[0]} was a Conv1D; load the 16-bit checkpoint instead")
+        for layer in layers.values():
+            thaw(layer, dtype)
+        return model
+
+    # Writing.
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state that transformers then renames, splits and writes. Raises ValueError, with nothing written, where
+        the format cannot hold the model."""
+        declare(model)
+        state = state_to_write(model, "compressed-tensors")
+        config = self.quantization_config
+        items = [as_is(name, tensor) for name, tensor in written_names(model, state, empty=True).items()]
+        plan = check_readable({"quantization_config": config.to_dict()}, items, type(model).__name__, like=model)
+        config.ignored = in_files(plan.names, ignored_names(model))
+        return state, {}
+
+
+class Quantize(ConversionOps):
+    """A 16-bit weight, when it arrives, into codes and scales."""
+
+    def convert(self, input_dict: dict[str, Any], **more: Any) -> dict[str, Tensor]:
+        model, result = more["model"], {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            path = name.rpartition(".")[0]
+            layer = model.get_submodule(path)
+            if not isinstance(layer, FrozenLinear):
+                result[name] = tensor
+                continue
+            tensor = tensor.t() if hasattr(layer, "nf") else tensor
+            expected = layer.get_buffer("weight").shape
+            if tensor.shape != expected or not tensor.is_floating_point():
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {list(expected)}")
+            check_weight(path, tensor)
+            result[name], result[f"{path}.weight_scale"] = quantize_weight(tensor, layer.granularity)
+        if more.get("missing_keys") is not None:
+            more["missing_keys"].difference_update(result)
+        return result
+
+
+def thaw(layer: FrozenLinear, dtype: torch.dtype | None) -> None:
+    """Make a frozen layer an nn.Linear again, in place; of its weight there is what FP8 left."""
+    state = {name: layer.get_buffer(name) for name in ("weight", "weight_scale")}
+    weight, bias = dequantize(state["weight"], state["weight_scale"]), layer._buffers["bias"]
+    layer._buffers.clear()
+    del layer.activations, layer.granularity
+    plain = cast("nn.Linear", layer)
+    plain.__class__ = nn.Linear
+    plain.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype or bias.dtype), False))
+
+
+def declare(root: nn.Module) -> None:
+    """Let transformers know of the frozen layers of a model, or of models within: by config, quantiser and ties."""
+    from transformers import PreTrainedModel
+
+    inner: set[nn.Module] = set()
+    for model in root.modules():
+        if not isinstance(model, PreTrainedModel) or not (layers := frozen_layers(model)):
+            continue
+        quantizer = getattr(model, "hf_quantizer", None)
+        if not isinstance(quantizer, Quantizer):
+            quantizer = model.hf_quantizer = Quantizer(QuantizationConfig())
+        if model in inner:
+            continue
+        inner |= set(model.modules())
+        config = quantizer.quantization_config
+        config.kinds = list(dict.fromkeys((layer.granularity, layer.activations) for layer in layers.values()))
+        config.ignored = ignored_names(model)
+        model.config.quantization_config = config
+        untie(model)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """A frozen layer has a weight of its own: what was tied to it is no longer."""
+    layers, tied = frozen_layers(model), model.all_tied_weights_keys
+    if gone := [pair for pair in tied.items() if any(name.rpartition(".")[0] in layers for name in pair)]:
+        for target, _ in gone:
+            del tied[target]
+        head = model.get_output_embeddings()
+        if isinstance(head, FrozenLinear):
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False

@@ -1,0 +1,108 @@
+"""How transformers learns of FP8 layers: :class:`QuantizationConfig` for ``from_pretrained``.
+
+torch_fp8 does not import transformers, and either may be imported first. So transformers' tables are entered when it
+loads them, or at once where it has.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..swap.freeze import after_freeze
+from ..swap.select import Filter
+from .errors import need_transformers
+from .scheme import METHOD, is_ours
+
+_TABLES = "transformers.quantizers.auto"
+
+
+def QuantizationConfig(
+    activations: str = "token", weight: str = "channel", filter: Filter | Sequence[str] | None = None
+) -> Any:
+    """What ``from_pretrained(..., quantization_config=)`` of transformers takes to make FrozenLinear layers of a 16-bit
+    checkpoint as its weights arrive, so that no 16-bit model is ever held.
+
+    activations, weight, filter: as in :func:`freeze`; not "static", which needs :func:`calibrate`.
+
+    A model that was made so, frozen, or loaded from a folder of ours has the config that says so, and
+    ``model.save_pretrained`` writes compressed-tensors with it. With torch_fp8 imported,
+    ``AutoModel....from_pretrained(folder)`` reads a folder of ours into FrozenLinear layers; without it, transformers
+    reads it as any other compressed-tensors checkpoint. Needs transformers.
+    """
+    need_transformers()
+    from .quantizer import QuantizationConfig
+
+    return QuantizationConfig(activations, weight, filter)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Enters transformers' tables once they are loaded."""
+
+    searching = False
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != _TABLES or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _enter(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _enter(tables: Any) -> None:
+    try:
+        from . import quantizer
+    except ImportError as error:  # of a transformers that is not supported: it must not fail because of us
+        warnings.warn(f"torch_fp8: this transformers cannot read or write FP8 models by itself: {error}", stacklevel=2)
+        return
+    config = quantizer.QuantizationConfig
+
+    tables.register_quantizer(METHOD)(quantizer.Quantizer)
+    tables.register_quantization_config(METHOD)(config)
+
+    def unless_ours(theirs: Any) -> Any:
+        class Either(theirs):
+            @classmethod
+            def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
+                return (config if is_ours(values) else theirs).from_dict(values, **kwargs)
+
+        return Either
+
+    # Folders of ours name a method that any reader knows: who has not imported torch_fp8 reads them right, too.
+    configs = tables.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method in ("compressed-tensors", "fp8"):
+        configs[method] = unless_ours(configs[method])
+
+
+def _declare(model: nn.Module) -> None:
+    if "transformers.modeling_utils" in sys.modules:  # else the model is none of transformers
+        from .quantizer import declare
+
+        declare(model)
+
+
+def register() -> None:
+    """Once, when torch_fp8 is imported."""
+    after_freeze.append(_declare)
+    if _TABLES in sys.modules:
+        _enter(sys.modules[_TABLES])
+    else:
+        sys.meta_path.insert(0, _Finder())
