@@ -18,6 +18,7 @@ from . import folder, scheme
 from .errors import need_transformers
 from .folder import Folder
 from .load import EXTRA, SOURCE, check_readable
+from .model import dtype_of
 from .shard import Item
 
 if TYPE_CHECKING:
@@ -91,12 +92,6 @@ def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
         if slot is not None:
             state[f"{name}.input_scale"] = slot[0, 0].reshape(shape).to(dtype)
     return state
-
-
-def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """Of what is not FP8; a model whose weights are all FP8 has it from its config."""
-    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return next(floats, getattr(model.config, "dtype", None) or torch.bfloat16)
 
 
 def layer_items(
