@@ -186,6 +186,11 @@ TORCH_LIBRARY(torch_fp8, m) {
 
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
+// Of no use there: the function refuses such an input in words, where the dispatcher would say that an op is missing.
+TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCPU, m) { m.impl("frozen_linear", frozen_linear); }
+TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCUDA, m) { m.impl("frozen_linear", frozen_linear); }
+TORCH_LIBRARY_IMPL(torch_fp8, SparseCPU, m) { m.impl("frozen_linear", frozen_linear); }
+TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
   for (const char* name :
        {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",

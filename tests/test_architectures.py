@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch_fp8 as fp8
 import transformers
+from torch_fp8.checkpoints.folder import Folder
 from torch_fp8.layers.frozen import frozen_layers
 
 TOOL = Path(__file__).parent.parent / "tools" / "architectures.py"
@@ -60,3 +61,28 @@ def test_weights_that_files_hold_in_one(tool, tmp_path, weight, activations):
             with pytest.raises(ValueError):
                 save(path)
             assert not list(path.glob("*"))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "gpt_neox"])
+@pytest.mark.parametrize("save", ["ours", "transformers", "quantize"])
+def test_what_is_not_fp8_is_ignored_by_name(tool, tmp_path, model_type, save):
+    """Of every matrix in the files: a reader would take the others for FP8."""
+    model = tool.build(model_type)
+    model.save_pretrained(tmp_path / "in")
+    if save == "quantize":
+        tool.quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    else:
+        fp8.freeze(model)
+        (model.save_pretrained if save == "transformers" else lambda path: fp8.save_pretrained(model, path))(
+            tmp_path / "out"
+        )
+    opened = Folder(tmp_path / "out")
+    ignored = opened.config["quantization_config"]["ignore"]
+    plain = {
+        name.removesuffix(".weight")
+        for name, entry in opened.entries.items()
+        if len(entry.shape) > 1 and entry.dtype == tool.torch.bfloat16 and "embed" not in name and "scale" not in name
+    }
+    plain.add("embed_out" if model_type == "gpt_neox" else "lm_head")
+    assert plain <= set(ignored)
+    assert all(f"{name}.weight_scale" not in opened.entries for name in ignored)

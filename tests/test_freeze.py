@@ -359,6 +359,16 @@ class TestStatic:
             fp8.calibrate(linear(), ["text"])
 
 
+def test_a_frozen_layer_is_a_linear_layer_that_nothing_converts(tmp_path):
+    model = nn.Sequential(fp8.freeze(nn.Linear(32, 48)), nn.Linear(48, 32))
+    assert isinstance(model[0], nn.Linear) and not list(model[0].parameters())
+    fp8.convert(model, tokens=None)
+    assert type(model[0]) is fp8.FrozenLinear and "_not_fp8" not in model[0].__dict__ and type(model[1]) is fp8.Linear
+    fp8.save_pretrained(fp8.freeze(llama()), tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.quantization_config["ignore"] == ["lm_head"]
+
+
 def test_summary_lists_frozen_layers():
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
     fp8.freeze(model, "token", "block", filter=["0"])

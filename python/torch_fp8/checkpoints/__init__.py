@@ -9,7 +9,7 @@ Files come from anywhere, so whatever is read is checked before it is used; a fi
 """
 
 from .errors import CheckpointError
-from .load import load_pretrained
+from .pretrained import load_pretrained
 from .register import QuantizationConfig, register
 from .save import save_pretrained
 

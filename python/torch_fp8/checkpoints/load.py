@@ -1,4 +1,4 @@
-"""A checkpoint into a model: FP8 weights go straight into FrozenLinear layers."""
+"""Which tensor of a checkpoint goes where in a model, and how it gets there: by transformers' own loading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,10 @@ from torch import Tensor
 from ..format import E4M3
 from ..layers.experts import frozen_experts
 from ..layers.frozen import frozen_layers
-from ..swap.select import check_device
 from . import scheme
-from .errors import CheckpointError, need_transformers
-from .folder import CONFIG, Folder
-from .model import bounded, empty_model
+from .errors import CheckpointError
+from .folder import CONFIG
+from .model import bounded, dtype_of, empty_model
 from .shard import DTYPES, Entry, Item
 
 if TYPE_CHECKING:
@@ -29,50 +27,6 @@ if TYPE_CHECKING:
 
 EXTRA = "fp8_extra"  # attribute of a loaded model: the tensors that it has no place for, {name: Entry}
 SOURCE = "fp8_source"  # attribute of a loaded model: the folder it came from
-
-
-def load_pretrained(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    activations: str | None = None,
-) -> PreTrainedModel:
-    """The causal language model of transformers in a folder, in eval mode and without gradients.
-
-    Layers whose weights are FP8 become :class:`FrozenLinear`, the others stay in 16 bits; so a plain BF16 checkpoint
-    loads too. No 16-bit copy of an FP8 weight is ever made, and tensors are read one by one. Read are vLLM's and
-    AutoFP8's ``fp8``, compressed-tensors ``float-quantized``, transformers' fine-grained ``fp8`` with blocks or one
-    scale, FBGEMM and ModelOpt.
-
-    dtype: of everything but the FP8 weights; the config's unless given.
-    activations: instead of the checkpoint's.
-
-    Tensors without a place in the model, KV-cache scales among them, are kept aside for :func:`save_pretrained`; where
-    weights are among them, a warning says so.
-
-    Raises CheckpointError (a ValueError), which names file and tensor, before any weight is read where headers tell;
-    RuntimeError for a GPU that FP8 layers cannot run on.
-    """
-    need_transformers()
-    folder = Folder(path)
-    model = empty_model(folder.path, folder.config, folder.entries, dtype)
-    if folder.has("generation_config.json"):
-        model.generation_config = folder.generation_config()
-    device = torch.device(device)
-    plan = Plan(model, folder.entries, folder.scheme(), folder.path, activations)
-    if frozen_layers(model) or frozen_experts(model):
-        check_device(device)
-    plan.fill(device)
-    unused = [name for name in plan.extra if name.endswith(".weight")]
-    if unused:
-        warnings.warn(
-            f"torch_fp8: {len(unused)} weights of {folder.path} have no place in {type(model).__name__} and are not "
-            f"used: {', '.join(unused[:3])}...",
-            stacklevel=2,
-        )
-    setattr(model, EXTRA, plan.extra)
-    setattr(model, SOURCE, folder.path)
-    return model.requires_grad_(False).eval()
 
 
 class Plan:
@@ -97,7 +51,7 @@ class Plan:
     def _fit(self, entries: Mapping[str, Entry], found: scheme.Scheme | None, activations: str | None) -> None:
         from .experts import freeze_as_stored
         from .names import Names
-        from .quantizer import untie
+        from .stored import untie
 
         self.names = Names(self.model, entries)
         for name, targets in self.names.targets.items():
@@ -113,12 +67,9 @@ class Plan:
         self._load({name: Lazy(entry, meta=True) for name, entry in entries.items() if name not in self.extra}, "meta")
 
     def fill(self, device: torch.device) -> None:
-        from .quantizer import declare
-
         tensors = {name: Lazy(entry) for name, entry in self.names.entries.items() if name not in self.extra}
         info, how = self._load(tensors, device)
         self.model._finalize_model_loading(self.model, how, info)  # ties, and buffers that no file holds
-        declare(self.model)
 
     def _load(self, tensors: dict[str, Lazy], device: Any) -> tuple[Any, Any]:
         """Into the model, by transformers' own way; what it tells of that, and how it was done."""
@@ -126,15 +77,14 @@ class Plan:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        from .quantizer import QuantizationConfig, Quantizer
+        from .reader import Reader
 
-        model, quantizer = self.model, None
-        if frozen_layers(model) or frozen_experts(model):
-            quantizer = Quantizer(QuantizationConfig(), pre_quantized=True)
+        model, dtype = self.model, dtype_of(self.model)
+        quantizer = Reader(None) if frozen_layers(model) or frozen_experts(model) else None
         how = LoadStateDictConfig(
             device_map={"": device},
-            dtype=model.dtype,
-            dtype_plan=model._get_dtype_plan(model.dtype),
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
             hf_quantizer=quantizer,
             weight_mapping=get_model_conversion_mapping(model, None, quantizer),
         )
@@ -221,5 +171,5 @@ def check_readable(
         own = copy.deepcopy(like.config)
         own.__dict__.pop("quantization_config", None)
         with bounded(len(entries)), torch.device("meta"):
-            model = type(like)._from_config(own, dtype=like.dtype)
+            model = type(like)._from_config(own, dtype=dtype_of(like))
     return Plan(model, entries, scheme.read(dict(config), None, path / CONFIG), path)

@@ -117,3 +117,9 @@ def bounded(tensors: int) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def dtype_of(model: PreTrainedModel) -> torch.dtype:
+    """Of what is not FP8; a model whose weights are all FP8 has it from its config."""
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(floats, getattr(model.config, "dtype", None) or torch.bfloat16)

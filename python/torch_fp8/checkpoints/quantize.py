@@ -17,8 +17,9 @@ from ..swap.weights import quantize_weight
 from . import folder, scheme
 from .errors import CheckpointError, need_transformers
 from .folder import Folder
-from .load import Plan, check_readable, load_pretrained
+from .load import Plan, check_readable
 from .model import empty_model
+from .pretrained import load_pretrained
 from .save import check_sizes, ignored_names, in_files, layer_items
 from .shard import Entry, Item
 

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..format import E4M3
 from ..layers.experts import FrozenExperts, frozen_experts, is_experts
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
 from ..observe.emulate import dequantize
@@ -22,10 +20,11 @@ from ..swap.weights import quantize_matrices, quantize_weight
 from . import experts, scheme
 from .errors import CheckpointError
 from .load import check_readable
-from .names import Names, reading, shaping, taken_apart, with_scales, written_names
+from .names import Names, taken_apart, with_scales, written_names
+from .reader import Reader
 from .save import as_is, ignored_names, in_files, state_to_write
 from .shard import read_header
-from .stored import freeze_empty
+from .stored import freeze_empty, untie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,17 +55,12 @@ class QuantizationConfig(QuantizationConfigMixin):
         return scheme.written("compressed-tensors", self.kinds, self.ignored)
 
 
-class Quantizer(HfQuantizer):
+class Quantizer(Reader):
     """Of a model that has frozen layers, or is about to get them."""
 
-    requires_calibration = False
     quantization_config: QuantizationConfig
-    is_trainable = True  # by adapters
     is_compileable = True
     quantized_element_size = 1
-
-    def is_serializable(self) -> bool:
-        return True
 
     # Reading: transformers asks, in this order.
 
@@ -107,18 +101,11 @@ class Quantizer(HfQuantizer):
         of_experts = isinstance(layer, FrozenExperts) and key.removesuffix("_bias") in layer.projections()
         return not self.pre_quantized and (of_layer or of_experts)
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        # Of modules that a class keeps in float32 the codes are codes all the same.
-        stored = param.get_dtype() if hasattr(param, "get_dtype") else param.dtype
-        return None if stored in ("F8_E4M3", E4M3) else super().get_new_dtype(converter, param, dtype)
-
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize()
 
     def update_weight_conversions(self, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        if not self.pre_quantized:
-            return with_scales(conversions)
-        return reading() + with_scales(conversions, shaped=True) + experts.converters(model, conversions) + shaping()
+        return super().update_weight_conversions(conversions, model) if self.pre_quantized else with_scales(conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         weights = {f"{name}.weight": layer.get_buffer("weight") for name, layer in frozen_layers(model).items()}
@@ -129,6 +116,7 @@ class Quantizer(HfQuantizer):
                 raise CheckpointError(model.config.name_or_path, f"has no tensor {name}")
             check_device(weight.device)
         declare(model)
+        model.is_quantized = False  # Trainer, half() and others need not beware: frozen layers look after themselves
         return model.requires_grad_(False)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -146,6 +134,8 @@ class Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state that transformers then renames, splits and writes. Raises ValueError, with nothing written, where
         the format cannot hold the model."""
+        if model._hf_peft_config_loaded:
+            return model.state_dict(), {}  # of which the adapters alone are written
         declare(model)
         state = state_to_write(model, "compressed-tensors")
         config = self.quantization_config
@@ -229,15 +219,3 @@ def declare(root: nn.Module) -> None:
         config.ignored = ignored_names(model)
         model.config.quantization_config = config
         untie(model)
-
-
-def untie(model: PreTrainedModel) -> None:
-    """A frozen layer has a weight of its own: what was tied to it is no longer."""
-    layers, tied = frozen_layers(model), model.all_tied_weights_keys
-    if gone := [pair for pair in tied.items() if any(name.rpartition(".")[0] in layers for name in pair)]:
-        for target, _ in gone:
-            del tied[target]
-        head = model.get_output_embeddings()
-        if isinstance(head, FrozenLinear):
-            for config in (model.config, model.config.get_text_config()):
-                config.tie_word_embeddings = False

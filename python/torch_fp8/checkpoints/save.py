@@ -19,6 +19,7 @@ from . import folder, scheme
 from .errors import need_transformers
 from .folder import Folder
 from .load import EXTRA, SOURCE, check_readable
+from .model import dtype_of
 from .shard import Item
 
 if TYPE_CHECKING:
@@ -101,12 +102,6 @@ def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
     return state
 
 
-def dtype_of(model: PreTrainedModel) -> torch.dtype:
-    """Of what is not FP8; a model whose weights are all FP8 has it from its config."""
-    floats = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return next(floats, getattr(model.config, "dtype", None) or torch.bfloat16)
-
-
 def layer_items(
     format: str,
     name: str,
@@ -162,7 +157,7 @@ def check_sizes(format: str, weight: str, name: str, n: int, k: int) -> None:
 def kind_of(model: nn.Module) -> tuple[str, str]:
     """weight and activations of all layers. Of small layers one word may stand for another: an only block is a whole
     tensor, and an only channel too."""
-    layers = [*frozen_layers(model).values(), *frozen_experts(model).values()]
+    layers: list[FrozenLinear | FrozenExperts] = [*frozen_layers(model).values(), *frozen_experts(model).values()]
     activations = {layer.activations for layer in layers}
     words = {layer.granularity for layer in layers}
     weights = list(words) if len(words) == 1 else [kind for kind in WEIGHTS if all(_is_also(m, kind) for m in layers)]

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ..format import E4M3
-from ..layers.frozen import scale_shape
+from ..layers.frozen import FrozenLinear, frozen_layers, scale_shape
 from ..swap.freeze import become_frozen, weight_of
+from ..swap.select import why_not_frozen
 from .errors import CheckpointError
 from .scheme import INPUT_SCALES, WEIGHT_SCALES, Scheme
 from .shard import Entry
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .names import Names
 
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -99,7 +102,8 @@ def freeze_empty(layer: nn.Module, activations: str, granularity: str) -> None:
 
 def _is_linear(modules: Mapping[str, nn.Module], name: str) -> bool:
     path, _, key = name.rpartition(".")
-    return key == "weight" and type(modules.get(path)) is nn.Linear
+    module = modules.get(path)
+    return key == "weight" and isinstance(module, nn.Linear) and not why_not_frozen(module)
 
 
 def _scale(entries: Mapping[str, Entry], stem: str, names: tuple[str, ...]) -> Entry | None:
@@ -122,6 +126,18 @@ def _granularity(scheme: Scheme, scale: Entry, n: int, k: int) -> str:
             return kind
     expected = " or ".join(f"{list(scale_shape(kind, n, k))} ({kind})" for kind in scheme.weights)
     raise CheckpointError(scale.path, f"{scale.name} has shape {list(scale.shape)}, expected {expected}")
+
+
+def untie(model: PreTrainedModel) -> None:
+    """A frozen layer has a weight of its own: what was tied to it is no longer."""
+    layers, tied = frozen_layers(model), model.all_tied_weights_keys
+    if gone := [pair for pair in tied.items() if any(name.rpartition(".")[0] in layers for name in pair)]:
+        for target, _ in gone:
+            del tied[target]
+        head = model.get_output_embeddings()
+        if isinstance(head, FrozenLinear):
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
 
 
 def check_scale(scale: Tensor, least: float = 0, most: float = math.inf) -> None:

@@ -103,9 +103,6 @@ def freeze(
         become_frozen_experts(module, up, down, activations, weight)
     for name, layer in {**linear_layers(model), **experts_in(model)}.items():
         setattr(layer, NOT_FP8, left_out[name])
-    for module in model.modules():
-        if isinstance(module._modules.get("base_layer"), FrozenLinear):
-            module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
     for tell in after_freeze:
         tell(model)
     return model.requires_grad_(False)
