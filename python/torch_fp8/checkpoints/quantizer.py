@@ -74,6 +74,12 @@ class Quantizer(Reader):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        self._make_empty(model, checkpoint_files)
+        for module in [*frozen_layers(model).values(), *frozen_experts(model).values()]:
+            # A model's class draws what is missing at random, which codes cannot be: here it is an error, below.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _make_empty(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             layers = layers_to_freeze(model, config.filter)
