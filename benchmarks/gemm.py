@@ -12,11 +12,21 @@ os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "32768")  # KiB: _scaled_mm get
 import torch
 import torch_fp8 as fp8
 from lib.common import SHAPES, gpu_ms, options, scaled, start
-from lib.report import BF16, FOURTH, FP8, OTHER, bars, header, legend, plot, table, write
+from lib.report import bars, header, layer_name, legend, numbers, table, write
 from lib.steps import Call, Layer
+from torch_fp8.picture import BF16, FP8, SECOND, THIRD
 
-KINDS = ("fprop", "dgrad", "wgrad", "wgrad +=")
-ARMS = {"heuristic": FP8, "tuned": FOURTH, "torch._scaled_mm": OTHER, "BF16": BF16}
+KINDS = {
+    "fprop": "Output (fprop)",
+    "dgrad": "Gradient of the input (dgrad)",
+    "wgrad": "Gradient of the weight (wgrad)",
+    "wgrad +=": "Gradient of the weight, added to one in float32 (wgrad +=)",
+}
+ARMS = {"heuristic": FP8, "tuned": SECOND, "torch._scaled_mm": THIRD, "BF16": BF16}
+NAMES = {
+    "heuristic": "torch_fp8", "tuned": "torch_fp8 after fp8.tune", "torch._scaled_mm": "PyTorch's FP8 (_scaled_mm)",
+    "BF16": "PyTorch's BF16",
+}  # fmt: skip
 
 
 def fp8_gemm(layer: Layer, kind: str) -> Call:
@@ -39,6 +49,17 @@ def others(layer: Layer, kind: str) -> dict[str, Call]:
         ),
         "BF16": lambda: left @ right,
     }
+
+
+def draw(figure, tables) -> None:
+    figure.set_figheight(11)
+    for axes, (kind, title) in zip(figure.subplots(4, 1, sharey=True), KINDS.items()):
+        rows = [row for row in tables[0] if row["GEMM"] == kind]
+        speeds = {arm: [x for row in rows for x in numbers(row[f"{arm}, TFLOP/s"])] for arm in ARMS}
+        series = {NAMES[arm]: (ARMS[arm], speed) for arm, speed in speeds.items() if speed}
+        bars(axes, [layer_name(row["shape"]) for row in rows], series, "%.0f")
+        axes.set(title=title, ylabel="TFLOP/s, GPU\nhigher is better")
+    legend(figure.axes[0])
 
 
 def main() -> None:
@@ -78,22 +99,13 @@ def main() -> None:
         "best over BF16",
     ]
 
-    def draw(figure) -> None:
-        for axes, kind in zip(figure.subplots(2, 2, sharey=True).flat, KINDS):
-            of_kind = {problem[:3]: speed for problem, speed in speeds.items() if problem[3] == kind}
-            arms = [arm for arm in ARMS if all(arm in speed for speed in of_kind.values())]
-            groups = ["M{}\nK{}\nN{}".format(*size) for size in of_kind]
-            bars(axes, groups, {arm: (ARMS[arm], [speed[arm] for speed in of_kind.values()]) for arm in arms})
-            axes.set(title=kind, ylabel="TFLOP/s")
-        legend(figure)
-
     write(
         "gemm",
         header("FP8 GEMMs against torch._scaled_mm and BF16"),
         f"*GPU* regime. {' '.join(__doc__.split(chr(10) * 2)[1].split())}\n",
         table(head, rows),
-        plot("gemm", draw, height=8),
         account,
+        draw=draw,
     )
 
 

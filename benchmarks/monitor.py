@@ -2,7 +2,7 @@
 results/monitor.md.
 
 Forward, backward and optimizer step (SGD), 4 x 2048 tokens; a sampled step reads each layer's input, weight and output
-gradient once more. The last column is the average at the default, one sampled step in a hundred; the bar is 2 %.
+gradient once more. The last column is the average at the default, one sampled step in a hundred.
 """
 
 from __future__ import annotations

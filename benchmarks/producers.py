@@ -8,7 +8,8 @@ import math
 import torch
 import torch_fp8 as fp8
 from lib.common import graph_us, options, randn, scaled, start
-from lib.report import BF16, FP8, bars, header, plot, table, write
+from lib.report import bars, header, legend, level, numbers, table, write
+from torch_fp8.picture import FP8, SECOND
 
 SHAPES = [(8192, 4096), (8192, 14336)]
 BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2
@@ -67,32 +68,36 @@ def measure(rows: int, cols: int) -> dict[str, float]:
     return graph_us(arms, sets, launches)
 
 
+def draw(figure, tables) -> None:
+    (rows,) = tables
+    axes, matrices = figure.subplots(), dict.fromkeys(row["BF16 matrix"] for row in rows)
+    series = {
+        matrix.replace("x", "×"): (color, [numbers(r["share of copy"])[0] for r in rows if r["BF16 matrix"] == matrix])
+        for matrix, color in zip(matrices, (FP8, SECOND))
+    }
+    names = dict.fromkeys(row["pass"] for row in rows)
+    bars(axes, [name.replace(" backward", "\nbackward").replace(", ", ",\n") for name in names], series, "%.0f %%")
+    level(axes, "copy", 100)
+    axes.set(ylabel="% of the copy's speed\nhigher is better", title="Time per launch, graph")
+    legend(axes)
+
+
 def main() -> None:
     start(__doc__)
-    rows, labels, shares = [], [], {name: [] for name in PASSES}
+    rows = []
     for shape in SHAPES:
         size = scaled(*shape)
         us = measure(*size)
-        labels.append("{} x {}".format(*size))
         for name, moved in PASSES.items():
             share = us[f"copy of {moved}"] / us[name]
-            shares[name].append(share)
             speed = moved * math.prod(size) / us[name] / 1e3
             rows.append(
-                [labels[-1], name, moved, f"{us[f'copy of {moved}']:.1f}", f"{us[name]:.1f}", f"{speed:.0f}",
-                 f"**{share:.0%}**"]
+                ["{} x {}".format(*size), name, moved, f"{us[f'copy of {moved}']:.1f}", f"{us[name]:.1f}",
+                 f"{speed:.0f}", f"**{share:.0%}**"]
             )  # fmt: skip
 
-    def draw(figure) -> None:
-        axes = figure.subplots()
-        colors = dict(zip(labels, (FP8, BF16)))
-        bars(axes, list(PASSES), {label: (colors[label], [shares[name][i] for name in PASSES])
-                                  for i, label in enumerate(labels)})  # fmt: skip
-        axes.set(ylabel="share of a copy's speed", ylim=(0, None), title="Made and cast in one pass: 1 is a plain copy")
-        axes.legend()
-
     head = ["BF16 matrix", "pass", "bytes an element", "copy, µs", "pass, µs", "GB/s", "share of copy"]
-    write("producers", header("Producers against a device copy"), NOTE, table(head, rows), plot("producers", draw))
+    write("producers", header("Producers against a device copy"), NOTE, table(head, rows), draw=draw)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ LAUNCHES = 100
 STATIC, TOKEN = 1, 3
 FROZEN = torch.ops.torch_fp8.frozen_linear
 NOTE = f"""*graph* regime, {LAUNCHES} launches or more, weights of {BEYOND_L2 / 1e9} GB or more in rotation, µs a call.
-Targets: M = 1 within 1.2 of read (1.1 at N = 28672), M up to 8 within 1.35, M = 1 to 8 at 1.8 of BF16 or more, M from
-16 on no slower than BF16 or cast + GEMM.
 """
 
 # A block reads 16 KB in order; the sum is kept from being optimised away. Started early, as the kernels it is held to.

@@ -6,11 +6,14 @@ no bias. The prediction is that of torch_fp8.swap.worth, and knows loops alone.
 
 from __future__ import annotations
 
+import math
+
 import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, randn, scaled, start
-from lib.report import BF16, FP8, OTHER, header, pair, plot, table, write
+from lib.report import GPU, LOOP, header, numbers, pair, table, write
 from lib.steps import linear, step_of
 from torch import nn
+from torch_fp8.picture import FAINT, FP8, INK, SECOND
 from torch_fp8.swap.worth import speedup
 
 TOKENS = (512, 2048, 8192, 32768)
@@ -24,6 +27,27 @@ def measure(m: int, k: int, n: int) -> tuple[float, float]:
     arms = {name: step_of(linear(kind, k, n), x, dy) for name, kind in (("bf16", nn.Linear), ("fp8", fp8.Linear))}
     gpu, loop = gpu_ms(arms, rounds=10), loop_ms(arms, seconds=0.1)
     return gpu["bf16"] / gpu["fp8"], loop["bf16"] / loop["fp8"]
+
+
+def draw(figure, tables) -> None:
+    cells = [(row["layer"], head, numbers(cell)) for row in tables[0] for head, cell in row.items() if head != "layer"]
+    flop = [6 * math.prod(numbers(layer)) * numbers(tokens)[0] for layer, tokens, _ in cells]
+    gpu, loop, predicted = zip(*(ratios for *_, ratios in cells))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for ratios, color, label in ((gpu, SECOND, GPU), (loop, FP8, LOOP)):
+        left.scatter(flop, ratios, s=28, color=color, label=label, zorder=3)
+    left.set(xscale="log", xlabel="work of forward + backward, FLOP", ylabel="times as fast as BF16\nhigher is better",
+             title="The larger the layer, the more FP8 gives", ylim=(0, None))  # fmt: skip
+    left.legend(loc="lower right")
+    right.scatter(predicted, loop, s=28, color=FP8, zorder=3)
+    right.set(xlabel="times as fast as BF16, predicted by convert's rule", title="What convert expects, and the loop",
+              xlim=(0, None))  # fmt: skip
+    right.axline((0, 0), slope=1, color=FAINT, linewidth=1, linestyle="--")
+    right.axvline(1, color=INK, linewidth=1)
+    for x, words in ((0.25, "convert leaves\nthese in BF16"), (0.75, "convert takes\nthese into FP8")):
+        right.text(x, 0.05, words, transform=right.transAxes, ha="center", color=FAINT)
+    for axes in (left, right):
+        axes.axhline(1, color=INK, linewidth=1)
 
 
 def main() -> None:
@@ -46,21 +70,6 @@ def main() -> None:
         + ".\n"
     )
 
-    def draw(figure) -> None:
-        left, right = figure.subplots(1, 2, sharey=True)
-        flop = [6 * m * k * n for m, k, n in sizes]
-        for place, (regime, color) in enumerate((("GPU", OTHER), ("loop", FP8))):
-            left.scatter(flop, [ratios[place] for ratios in measured], s=18, color=color, label=regime)
-        left.set(xscale="log", xlabel="FLOP of forward + backward", ylabel="measured, over BF16")
-        right.scatter(predicted, [loop for _, loop in measured], s=18, color=FP8, label="loop")
-        right.axline((1, 1), slope=1, color=BF16, linewidth=1)
-        right.axvline(1, color=BF16, linewidth=1, linestyle="--")
-        right.set(xlabel="predicted by torch_fp8.swap.worth", title="above the line: faster than predicted")
-        for axes in (left, right):
-            axes.axhline(1, color=BF16, linewidth=1, linestyle="--")
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
-
     write(
         "small",
         header("Small layers: FP8 over BF16, forward + backward"),
@@ -68,7 +77,7 @@ def main() -> None:
         "\nFP8 over BF16, GPU / loop (predicted loop); bold where FP8 is not slower in the loop:\n",
         table(["layer", *(f"{tokens} tokens" for tokens in TOKENS)], rows),
         verdict,
-        plot("small", draw),
+        draw=draw,
     )
 
 

@@ -127,14 +127,21 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "frozen_way",
       [](int64_t rows, int64_t n, int64_t k, const std::string& weight, const std::string& activations,
-         at::ScalarType x, at::ScalarType y, bool is_aligned, bool on_cuda) {
-        const Way way = way_of({rows, n, k, from_word<WeightScale>(kWeightScales, "weight", weight),
-                                from_word<Activations>(kActivations, "activations", activations), type_of(x, "x"),
-                                type_of(y, "y"), is_aligned, on_cuda});
-        return kWays[static_cast<size_t>(way)];
+         at::ScalarType x, at::ScalarType y, bool is_aligned, bool on_cuda, bool gradient) {
+        const FrozenProduct product{rows,
+                                    n,
+                                    k,
+                                    from_word<WeightScale>(kWeightScales, "weight", weight),
+                                    from_word<Activations>(kActivations, "activations", activations),
+                                    type_of(x, "x"),
+                                    type_of(y, "y"),
+                                    is_aligned,
+                                    on_cuda};
+        return kWays[static_cast<size_t>(gradient ? way_of_gradient(product) : way_of(product))];
       },
       py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(), py::arg("weight"), py::arg("activations"),
-      py::arg("x_dtype"), py::arg("dtype"), py::arg("is_aligned") = true, py::arg("on_cuda") = true);
+      py::arg("x_dtype"), py::arg("dtype"), py::arg("is_aligned") = true, py::arg("on_cuda") = true,
+      py::arg("gradient") = false);
   m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0);
 
   py::class_<GemmProblem>(m, "GemmProblem")

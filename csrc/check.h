@@ -66,6 +66,9 @@ inline Slot* slots_of(const at::Tensor& slots) { return static_cast<Slot*>(slots
 
 // What every linear layer asks of its input (..., in) and bias (out) beside a weight (out, in).
 inline void check_input(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(!x.is_nested() && x.layout() == at::kStrided, "torch_fp8: the input must be a dense tensor, got a ",
+              x.is_nested() ? "nested" : "sparse", " one; use .values() or .to_padded_tensor(0) of a nested tensor, ",
+              ".to_dense() of a sparse one");
   TORCH_CHECK(x.dim() >= 1 && x.sym_size(-1) == weight.sym_size(1),
               "torch_fp8: the input's last dimension must be "
               "in_features = ",

@@ -31,6 +31,7 @@ const Kernels& meta_kernels() {
     none.gemm = [](const GemmArgs&) {};
     none.rescale = [](const RescaleArgs&) {};
     none.dequantize = [](const DequantizeArgs&) {};
+    none.transpose = [](const TransposeArgs&) {};
     none.skinny = [](const SkinnyArgs&) {};
     none.skinny_fp8 = [](const SkinnyFp8Args&) {};
     return none;

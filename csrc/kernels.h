@@ -97,10 +97,13 @@ struct ActivationBackwardArgs {
 };
 
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
+// With col_scale it is x * col_scale that is cast, a product in float32: one that is not finite counts as an x that is
+// not.
 struct QuantizeRowsArgs {
   Matrix x;
-  uint8_t* q;        // E4M3 (rows, padded(cols)), zero behind cols
-  float* scale_inv;  // rows
+  uint8_t* q;              // E4M3 (rows, padded(cols)), zero behind cols
+  float* scale_inv;        // rows
+  const float* col_scale;  // cols, or null
 };
 
 // The same for each kScaleBlock columns of a row, as cuBLASLt takes it. cols is a multiple of kScaleBlock.
@@ -185,6 +188,13 @@ struct DequantizeArgs {
   Type type;  // of out
 };
 
+// out (padded(cols), padded(rows)) = the transpose of codes (rows, cols), contiguous; zero behind it.
+struct TransposeArgs {
+  int64_t rows, cols;
+  const uint8_t* codes;
+  uint8_t* out;  // 16-byte aligned
+};
+
 // What a cast of x with that slot loses.
 enum Loss : int { kSaturated, kFlushed, kInf, kNaN, kLosses };  // finite but too large, to zero, ...
 struct LossArgs {
@@ -264,6 +274,7 @@ struct Kernels {
   void (*gemm)(const GemmArgs& args);
   void (*rescale)(const RescaleArgs& args);
   void (*dequantize)(const DequantizeArgs& args);
+  void (*transpose)(const TransposeArgs& args);
   // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
   // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
   void (*update_scales)(const RoleState* roles, int64_t count);

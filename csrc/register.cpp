@@ -1,7 +1,6 @@
 // The table of contents: every op's schema, and where it runs.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -23,6 +22,13 @@ void gemm_accumulate_meta(const at::Tensor& out, const at::Tensor& a, const at::
 at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                               const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                               int64_t activations, c10::optional<at::ScalarType> dtype);
+at::Tensor frozen_linear_backward_meta(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
+                                       int64_t activations, at::ScalarType x_dtype);
+// csrc/frozen_autograd.cpp
+at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
+                                  const c10::optional<at::Tensor>& input_slot, int64_t activations,
+                                  c10::optional<at::ScalarType> dtype);
 
 namespace {
 
@@ -42,27 +48,12 @@ std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at
   return count_losses(x, slots, role, dtype, options);
 }
 
-// Not the boxed fallback of the other ops, since the host's time decides in decoding.
-at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
-                                  const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
-                                  const c10::optional<at::Tensor>& input_slot, int64_t activations,
-                                  c10::optional<at::ScalarType> dtype) {
-  using torch::autograd::compute_requires_grad, torch::autograd::isFwGradDefined;
-  TORCH_CHECK(!compute_requires_grad(x, weight, weight_scale, bias, input_slot) && !isFwGradDefined(x),
-              "torch_fp8: a FrozenLinear computes no gradient, but its input requires one; run inference under "
-              "torch.no_grad() or torch.inference_mode(), and train with fp8.Linear (torch_fp8.convert)");
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weight, weight_scale, bias, input_slot, activations,
-                       dtype);
-}
-
 // One function serves both backends: it checks, allocates, and runs kernels of the tensors' device.
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
+  m.impl("frozen_linear_backward", frozen_linear_backward);
   m.impl("cast", cast);
   m.impl("linear_forward", linear_forward);
   m.impl("linear_backward", linear_backward);
@@ -75,7 +66,8 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-// The ops are not differentiable by themselves; linear (linear.h) is the differentiable function over them.
+// The ops are not differentiable by themselves, but for frozen_linear; linear (linear.h) is the differentiable function
+// over the others.
 TORCH_LIBRARY(torch_fp8, m) {
   // x (..., K) float32, float16 or bfloat16, any strides, seen as (M, K).
   // -> q (pad16(M), pad16(K)), q_t its transpose, scale_inv (1) float32, dbias (K): the column sums of x.
@@ -147,7 +139,7 @@ TORCH_LIBRARY(torch_fp8, m) {
       "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record) -> (Tensor gate_q, "
       "Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv)");
 
-  // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, for inference. weight (N, K) float8_e4m3fn;
+  // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
   // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax or,
   // where weight_scale is a grid of blocks, each 128 columns of a row. Few rows are never quantised, nor with a grid of
@@ -155,6 +147,13 @@ TORCH_LIBRARY(torch_fp8, m) {
   m.def(
       "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
       "ScalarType? dtype=None) -> Tensor");
+
+  // dx (..., K) of x_dtype = dy (..., N) . (weight * weight_scale), the gradient of frozen_linear's input: its own
+  // arguments. More than 32 rows of dy are quantised, each by its own amax, where activations is not 0 and, with a grid
+  // of blocks, N is a multiple of 128 (way_of_gradient in ops/frozen_route.h).
+  m.def(
+      "frozen_linear_backward(Tensor dy, Tensor weight, Tensor weight_scale, int activations, ScalarType x_dtype) -> "
+      "Tensor");
 
   // out (..., N) float32 or bfloat16 += a . b^T * a_scale_inv * b_scale_inv
   m.def(
@@ -169,9 +168,15 @@ TORCH_LIBRARY(torch_fp8, m) {
 
 TORCH_LIBRARY_IMPL(torch_fp8, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(torch_fp8, CUDA, m) { implement(m); }
+// Of no use there: the function refuses such an input in words, where the dispatcher would say that an op is missing.
+TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCPU, m) { m.impl("frozen_linear", frozen_linear); }
+TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCUDA, m) { m.impl("frozen_linear", frozen_linear); }
+TORCH_LIBRARY_IMPL(torch_fp8, SparseCPU, m) { m.impl("frozen_linear", frozen_linear); }
+TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
-                           "linear_backward", "activation_cast", "activation_backward_cast", "update_scales_"}) {
+  for (const char* name :
+       {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
+        "activation_cast", "activation_backward_cast", "frozen_linear_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
@@ -189,6 +194,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("activation_cast", activation_cast_meta);
   m.impl("activation_backward_cast", activation_backward_cast_meta);
   m.impl("frozen_linear", frozen_linear_meta);
+  m.impl("frozen_linear_backward", frozen_linear_backward_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);
   m.impl("update_scales_", [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});
 }

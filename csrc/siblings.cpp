@@ -24,12 +24,11 @@ bool can_be_told_apart(const at::Tensor& x) { return has_values(x) && !x.is_infe
 }  // namespace
 
 bool Siblings::is_offered(const at::Tensor& x) const {
-  const auto same = [](const auto& a, const auto& b) { return !a.owner_before(b) && !b.owner_before(a); };
   return left_ > 0 && can_be_told_apart(x) && tensor_._unsafe_get_target() == x.unsafeGetTensorImpl() &&
          data_ == x.const_data_ptr() && storage_._unsafe_get_target() == x.storage().unsafeGetStorageImpl() &&
          version_ == static_cast<uint32_t>(x._version()) && x.sizes() == at::IntArrayRef(sizes_) &&
          x.strides() == at::IntArrayRef(strides_) && requires_grad_ == x.requires_grad() &&
-         same(grad_fn_, std::weak_ptr<torch::autograd::Node>(x.grad_fn()));
+         is_same(grad_fn_, weak(x.grad_fn()));
 }
 
 c10::optional<Siblings::Shared> Siblings::take(const at::Tensor& x, int member, const Wanted& wanted) {
@@ -60,7 +59,7 @@ void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, cons
   storage_ = x.storage().getWeakStorageImpl();
   data_ = x.const_data_ptr();
   version_ = static_cast<uint32_t>(x._version());
-  requires_grad_ = x.requires_grad(), grad_fn_ = x.grad_fn();
+  requires_grad_ = x.requires_grad(), grad_fn_ = weak(x.grad_fn());
   sizes_ = x.sizes().vec(), strides_ = x.strides().vec();
   maker_ = member, wanted_ = wanted, shared_ = shared;
   const auto takes = [&](const Member& other) { return !wanted.by_history || other.follows == member; };
@@ -69,7 +68,7 @@ void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, cons
 
 Siblings::Shared Siblings::withdraw() {
   left_ = 0, maker_ = -1;
-  tensor_.reset(), storage_.reset(), grad_fn_.reset();
+  tensor_.reset(), storage_.reset(), grad_fn_ = weak(Node());
   return std::exchange(shared_, {});
 }
 

@@ -7,7 +7,10 @@
 // maker. end_step keeps the rows equal, and lets go of a layer that has seen other tensors than the maker.
 #pragma once
 
+#include <memory>
 #include <mutex>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <ATen/core/Tensor.h>
@@ -17,6 +20,27 @@
 #include "torch_fp8/cast.h"
 
 namespace torch_fp8 {
+
+// The node behind a tensor, std::shared_ptr in PyTorch 2.11 and c10::intrusive_ptr in 2.15; and what keeps its address
+// from being given to another.
+using Node = std::decay_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
+template <class T>
+std::weak_ptr<T> weak(const std::shared_ptr<T>& node) {
+  return node;
+}
+template <class T>
+c10::weak_intrusive_ptr<T> weak(const c10::intrusive_ptr<T>& node) {
+  return c10::weak_intrusive_ptr<T>(node);
+}
+template <class T>
+bool is_same(const std::weak_ptr<T>& a, const std::weak_ptr<T>& b) {
+  return !a.owner_before(b) && !b.owner_before(a);
+}
+template <class T>
+bool is_same(const c10::weak_intrusive_ptr<T>& a, const c10::weak_intrusive_ptr<T>& b) {
+  return a == b;
+}
+using WeakNode = decltype(weak(Node()));
 
 class Siblings {
  public:
@@ -73,7 +97,7 @@ class Siblings {
   const void* data_ = nullptr;
   uint32_t version_ = 0;
   bool requires_grad_ = false;
-  std::weak_ptr<torch::autograd::Node> grad_fn_;
+  WeakNode grad_fn_ = weak(Node());
   std::vector<int64_t> sizes_, strides_;
   int maker_ = -1, left_ = 0;  // how many may still take it; 0: there is no offer
   Wanted wanted_{};

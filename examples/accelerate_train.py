@@ -1,7 +1,7 @@
 """accelerate: convert, and the scaling state registered beside the rest. Trains a small Llama on the bytes of a text
 file, saves halfway and resumes: python examples/accelerate_train.py [FOLDER [TEXT]]"""
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -9,8 +9,11 @@ import torch_fp8 as fp8
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-folder, text = (*sys.argv[1:], *("runs/accelerate", __file__)[len(sys.argv) - 1 :])
-tokens = torch.tensor(list(Path(text).read_bytes())).unfold(0, 64, 16)
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", default="runs/accelerate", help="for checkpoints (default: %(default)s)")
+parser.add_argument("text", nargs="?", default=__file__, help="a file to learn (default: this one)")
+args = parser.parse_args()
+folder, tokens = args.folder, torch.tensor(list(Path(args.text).read_bytes())).unfold(0, 64, 16)
 
 
 def start():

@@ -1,8 +1,12 @@
 """Lightning: convert, and one callback. Trains a small Llama on the bytes of a text file, stops halfway and resumes:
 python examples/lightning_train.py [FOLDER [TEXT]]"""
 
-import sys
+import argparse
+import os
 from pathlib import Path
+
+if "LOCAL_RANK" not in os.environ:  # one GPU, of however many; torchrun starts a process for each
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 import lightning
 import torch
@@ -10,8 +14,11 @@ import torch_fp8 as fp8
 from torch_fp8.integrations import lightning_callback
 from transformers import LlamaConfig, LlamaForCausalLM
 
-folder, text = (*sys.argv[1:], *("runs/lightning", __file__)[len(sys.argv) - 1 :])
-tokens = torch.tensor(list(Path(text).read_bytes())).unfold(0, 64, 16)
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", nargs="?", default="runs/lightning", help="for checkpoints (default: %(default)s)")
+parser.add_argument("text", nargs="?", default=__file__, help="a file to learn (default: this one)")
+args = parser.parse_args()
+folder, tokens = args.folder, torch.tensor(list(Path(args.text).read_bytes())).unfold(0, 64, 16)
 
 
 class Llama(lightning.LightningModule):

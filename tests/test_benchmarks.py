@@ -1,13 +1,18 @@
 """The benchmarks measure on a GPU only, but everything they call must go on existing."""
 
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from torch_fp8.table import markdown, read_markdown
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def test_every_benchmark_runs_dry():
@@ -20,6 +25,28 @@ def test_every_benchmark_runs_dry():
     for name in names:
         text = (results / f"{name}.md").read_text()
         assert "a dry run, the figures mean nothing" in text and text.count("\n|") >= 3, name
+
+
+@pytest.mark.parametrize("name", [p.stem for p in SCRIPTS if (RESULTS / f"{p.stem}.png").exists()])
+def test_pictures_show_figures_of_the_page_and_begin_at_0(name, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page, figure = (RESULTS / f"{name}.md").read_text(), Figure()
+    runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))["draw"](figure, read_markdown(page))
+    words = " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+    assert "is better" in words and any(regime in words for regime in ("GPU", "loop", "graph"))
+    there = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", page)}
+    for axes in figure.axes:
+        assert axes.get_ylim()[0] == 0
+        assert {bar.get_height() for bar in axes.patches} <= there
+
+
+def test_a_table_is_read_as_it_was_written():
+    rows = [{"a": "1.50 / 1.56", "b": "–"}, {"a": "x", "b": ""}]
+    text = f"words\n\n{markdown(['a', 'b'], [['**1.50 / 1.56**', '–'], ['x', '']])}\n\n| c |\n| --- |\n"
+    assert read_markdown(text) == [rows, []]
 
 
 def test_a_cached_decode_step_gives_the_logits_of_the_whole_prompt(monkeypatch):

@@ -136,6 +136,22 @@ class TestLinear:
         with pytest.raises(TypeError, match="the bias is Half but the weight is Float"):
             layer(torch.randn(4, 32, device=device))
 
+    @pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_tensors_that_are_not_dense(self, device, frozen):
+        layer = torch.nn.Linear(32, 48, device=device)
+        fp8.freeze(layer) if frozen else fp8.convert(layer, tokens=None)
+        parts = [torch.randn(rows, 32, device=device) for rows in (3, 5)]
+        with torch.no_grad():
+            with pytest.raises(RuntimeError, match=r"must be a dense tensor, got a nested one; use .values\(\)"):
+                layer(torch.nested.nested_tensor(parts))
+            with pytest.raises(RuntimeError, match=r"must be a dense .*to_dense\(\)"):
+                layer(parts[0].to_sparse())
+            jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+            with pytest.raises(RuntimeError, match="frozen_linear" if frozen else "got a nested one"):
+                layer(jagged)
+            assert layer(jagged.values()).shape == (8, 48)
+
     def test_shapes(self, device):
         layer = fp8.Linear(32, 48, device=device)
         with pytest.raises(RuntimeError, match=r"in_features = 32, got an input of shape \[4, 33\]"):

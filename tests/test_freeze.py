@@ -141,15 +141,6 @@ class TestForward:
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), layer(x), rtol=2**-7, atol=2**-8)
 
-    def test_no_gradient(self):
-        layer, x = frozen(), torch.randn(2, K).bfloat16().requires_grad_()
-        with pytest.raises(RuntimeError, match="computes no gradient.*no_grad"):
-            layer(x)
-        with torch.no_grad():
-            layer(x)
-        with torch.inference_mode():
-            layer(x)
-
     def test_wrong_shape(self):
         with pytest.raises(RuntimeError, match=r"in_features = 272, got an input of shape \[2, 271\]"):
             frozen()(torch.randn(2, K - 1).bfloat16())
@@ -366,6 +357,16 @@ class TestStatic:
             fp8.calibrate(nn.ReLU(), [torch.ones(1)])
         with pytest.raises(TypeError, match="a batch must be"):
             fp8.calibrate(linear(), ["text"])
+
+
+def test_a_frozen_layer_is_a_linear_layer_that_nothing_converts(tmp_path):
+    model = nn.Sequential(fp8.freeze(nn.Linear(32, 48)), nn.Linear(48, 32))
+    assert isinstance(model[0], nn.Linear) and not list(model[0].parameters())
+    fp8.convert(model, tokens=None)
+    assert type(model[0]) is fp8.FrozenLinear and "_not_fp8" not in model[0].__dict__ and type(model[1]) is fp8.Linear
+    fp8.save_pretrained(fp8.freeze(llama()), tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.quantization_config["ignore"] == ["lm_head"]
 
 
 def test_summary_lists_frozen_layers():

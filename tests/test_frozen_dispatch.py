@@ -240,23 +240,6 @@ def test_autocast_is_part_of_the_graph(layer, device, dtype):
     assert torch.equal(graph(x), y) and torch.equal(traced(x), y)
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda layer, x: layer(x.requires_grad_()),
-        lambda layer, x: OP(x.requires_grad_(), layer.weight, layer.weight_scale, None, None, 3),
-        lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
-        lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
-        lambda layer, x: torch.compile(layer, backend="eager", fullgraph=True)(x.requires_grad_()),
-        lambda layer, x: torch.func.functional_call(layer, {"bias": layer.bias.clone().requires_grad_()}, (x,)),
-    ],
-    ids=["eager", "op", "grad", "jvp", "compiled", "bias"],
-)
-def test_no_gradient(layer, device, transform):
-    with pytest.raises(RuntimeError, match=r"computes no gradient.*no_grad\(\)"):
-        transform(layer, inputs(17, device))
-
-
 def call_eager(layer, x):
     return layer(x)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from torch_fp8 import progress
+from torch_fp8.__main__ import main
 
 # What torch has not loaded already must be ours or Python's: torch._dynamo, sympy, transformers, matplotlib and
 # torch.distributed.tensor each take about as long as torch itself.
@@ -42,6 +43,22 @@ def test_version_on_the_command_line():
     info = fp8.build_info()
     backends = f"CUDA {info['cuda']}" if info["cuda"] else "the CPU alone"
     assert run.stdout == f"torch_fp8 {fp8.__version__} for PyTorch {info['torch']}, {backends}\n"
+
+
+def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an ImportError
+    named = 'transformers, which is not installed; pip install "transformers", or torch_fp8 with its extra'
+    with pytest.raises(ImportError, match=named):
+        fp8.load_pretrained(tmp_path)
+    folder, new = str(tmp_path), str(tmp_path / "new")
+    for command in (
+        ["quantize", folder, new],
+        ["quantize", folder, new, "--format", "static", "--calibrate", __file__],
+        ["evaluate", folder, folder, "--text", __file__],
+    ):
+        assert main(command) == 1
+        assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_bars_do_without_tqdm(monkeypatch):

@@ -25,6 +25,10 @@ def samples(device):
     yield ops.quantize, (x * 1e6, slots, 1, E4M3), {"columnwise": True, "dbias": torch.bfloat16, "recast": True}
     yield ops.count_losses, (x, slots, 0, E4M3), {"own_amax": True}
     yield ops.frozen_linear, (x, fp8(24, 40, E4M3, device), torch.ones(24, 1, device=device), None, None, 3), {}
+    dy, weight = torch.randn(3, 20, 128, device=device).bfloat16(), fp8(128, 40, E4M3, device)
+    for size in ((1,), (128, 1), (1, 1)):
+        scale = torch.ones(size, device=device)
+        yield ops.frozen_linear_backward, (dy, weight, scale, 3, torch.float32), {}
     yield ops.gemm, (a, b, one, one.clone(), None, [4, 5, 48], torch.bfloat16), {}
     yield ops.gemm, (a, b, one, one.clone(), torch.randn(41, device=device), [20, 41], torch.float32), {}
     yield ops.gemm_accumulate_, (torch.zeros(20, 48, device=device), a, b, one, one.clone()), {}
@@ -40,7 +44,7 @@ def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(14))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -50,7 +54,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(11))
+@pytest.mark.parametrize("index", range(14))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fp8 as fp8
+from torch_fp8.picture import picture
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(fp8.__file__).parents[1])}  # the package imported here
@@ -110,8 +111,10 @@ def test_both_arms_run_and_learn(text, tmp_path):
     first = [log(out / f"{arm}.jsonl")[0]["loss"] for arm in ("bf16", "fp8")]
     assert 0 < abs(first[0] - first[1]) < 0.01
     assert 0 < abs(final["bf16"] - final["fp8"]) < 0.1
-    scales = next(r for r in reversed(log(out / "fp8.jsonl")) if "scales" in r)["scales"]
-    assert len(scales) == 16 and all(scale > 0 for by_role in scales.values() for scale in by_role.values())
+    over_time = {r["step"]: r["scales"] for r in log(out / "fp8.jsonl") if "scales" in r}
+    assert list(over_time) == list(range(1, 25))
+    for scales in over_time.values():
+        assert len(scales) == 16 and all(scale > 0 for by_role in scales.values() for scale in by_role.values())
 
 
 def test_only_layers_that_fp8_makes_faster_are_converted_unless_that_is_none(monkeypatch, capsys):
@@ -143,6 +146,36 @@ def test_report(uninterrupted):
     assert width > height > 500
     for half in (image[:, : width // 2], image[:, width // 2 :]):  # losses, scales: not blank, not black
         assert 0.01 < (half[..., :3].min(axis=2) < 0.9).mean() < 0.5
+
+
+def test_the_picture_shows_the_scales_over_the_steps(tmp_path, monkeypatch):
+    """Three panels, each with the range of all layers and the median of a kind of layer at every logged step."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(TRAIN.parent)
+    from gpt.arm import Progress
+    from gpt.plot import fill
+    from gpt.report import Result
+
+    def scales(step):
+        first = {"input": step, "weight": 2.0 * step, "grad_output": None if step == 1 else 4.0 * step}
+        return {"blocks.0.mlp.up": first, "blocks.1.mlp.up": dict.fromkeys(first, 16.0)}
+
+    records = [{"step": step, "loss": 3.0 / step, "val_loss": 3.0} for step in range(1, 6)]
+    results = [Result(arm, Progress(), list(records), 1.0, 1.0) for arm in ("bf16", "fp8")]
+    results[1].records.extend({"step": step, "scales": scales(step)} for step in range(1, 6))
+    with picture(tmp_path / "loss_and_scales.png", "title", (13, 7)) as figure:
+        fill(figure, results)
+    panels = figure.axes[2:]
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "Scales of the inputs", "Scales of the weights", "Scales of the output gradients"
+    ]  # fmt: skip
+    for axes, factor in zip(panels, (1, 2, 4)):
+        (line,) = axes.lines
+        assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+        expected = [(16 + factor * step) / 2 for step in range(1, 6)]
+        if factor == 4:
+            expected[0] = 16.0  # the other layer had no history
+        assert list(line.get_ydata()) == expected
 
 
 def test_tokenizer_and_folder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch_fp8 as fp8
 from torch_fp8.files import replacing
-from torch_fp8.table import markdown
+from torch_fp8.picture import INK, caption, picture
+from torch_fp8.table import markdown, read_markdown
 
 from .common import clocks, options
 
@@ -20,7 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BF16, FP8, OTHER, FOURTH = "tab:gray", "tab:orange", "tab:blue", "tab:green"
+Draw = Callable[["Figure", list[list[dict[str, str]]]], None]
+GPU, LOOP = "GPU time (kernels alone)", "loop (wall time, host included)"
+REGIMES = {
+    "GPU": "GPU: time of the kernels alone, while the host runs ahead and is hidden.",
+    "loop": "loop: wall time of calls back to back, host included, at the clock that the power limit leaves.",
+    "graph": "graph: what one launch adds to a CUDA graph of many, over buffers larger than the cache.",
+}
 
 
 def header(title: str) -> str:
@@ -67,49 +75,74 @@ def pair(gpu: float, loop: float, digits: int = 2) -> str:
     return f"{gpu:.{digits}f} / {loop:.{digits}f}"
 
 
-def write(name: str, *parts: str) -> None:
-    text = "\n".join(parts).rstrip() + "\n"
+def write(name: str, *parts: str, draw: Draw | None = None) -> None:
+    """NAME.md of these parts and, where there is a ``draw``, NAME.png of what is written there."""
+    drawn = [f"![{name}]({name}.png)\n"] if draw else []
+    text = "\n".join([*parts, *drawn]).rstrip() + "\n"
     with replacing(_folder() / f"{name}.md") as temporary:
         temporary.write_text(text)
     print(text, flush=True)
+    if draw:
+        try:
+            redraw(name, draw)
+        except ImportError:
+            print("no picture: matplotlib is missing; later, python benchmarks --redraw draws it", flush=True)
 
 
-def plot(name: str, draw: Callable[[Figure], None], height: float = 4.5) -> str:
-    """Draw NAME.png; the Markdown that shows it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "(No picture: matplotlib is missing.)\n"
-    figure = Figure(figsize=(11, height), layout="constrained")  # without pyplot, so without a display
-    draw(figure)
-    with replacing(_folder() / f"{name}.png") as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    return f"![{name}]({name}.png)\n"
+# ---- pictures, from the tables as they were written ------------------------------------------------------------------
 
 
-def bars(
-    axes: Axes,
-    groups: Sequence[str],
-    series: Mapping[str, tuple[str, Sequence[float]]],
-    targets: Sequence[float | None] = (),
-) -> None:
-    """Grouped bars: series are label -> (colour, one value a group); a target is a black line over its group."""
-    width = 0.8 / len(series)
+def redraw(name: str, draw: Draw) -> None:
+    """NAME.png of NAME.md. ``draw`` fills a figure with the page's tables; the regimes that it names are explained."""
+    from matplotlib.text import Text
+
+    text = (_folder() / f"{name}.md").read_text()
+    title = text.partition("\n")[0].removeprefix("# ")
+    gpu, date = (re.search(rf"^\* {key}: ([^;\n]*)", text, re.MULTILINE)[1] for key in ("GPU", "date"))
+    with picture(_folder() / f"{name}.png", title, size=(11, 5)) as figure:
+        draw(figure, read_markdown(text))
+        said = " ".join(words.get_text() for words in figure.findobj(Text))
+        foot = [words for regime, words in REGIMES.items() if regime in said]
+        caption(figure, "\n".join([*foot, f"{gpu}, {date}; figures: {name}.md"]))
+
+
+def numbers(cell: str) -> list[float]:
+    """Those of a cell such as "1.50 / 1.56"; none of "–"."""
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", ""))]
+
+
+def layer_name(shape: str) -> str:
+    """What "M8192 K4096 N6144" means."""
+    m, k, n = map(int, numbers(shape))
+    return f"{m:,} tokens\n{k} → {n}"
+
+
+def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, tuple[str, Sequence[float]]], form: str) -> None:
+    """Grouped bars from 0, each with its figure: series are label -> (colour, one value a group)."""
+    from matplotlib.patheffects import withStroke
+
+    above_lines = {"zorder": 4, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
+    width = 0.84 / len(series)
     for i, (label, (color, values)) in enumerate(series.items()):
-        places = [group - 0.4 + (i + 0.5) * width for group in range(len(groups))]
-        axes.bar(places, values, width, label=label, color=color)
-    aims = [(group, target) for group, target in enumerate(targets) if target]
-    if aims:
-        axes.hlines([t for _, t in aims], [g - 0.42 for g, _ in aims], [g + 0.42 for g, _ in aims],
-                    color="black", linewidth=1.5, label="target")  # fmt: skip
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+        places = [group - 0.42 + (i + 0.5) * width for group in range(len(groups))]
+        drawn = axes.bar(places, values, width * 0.94, label=label, color=color)
+        axes.bar_label(drawn, fmt=form, padding=2, fontsize=7.5, color=INK, **above_lines)
+    axes.set_xticks(range(len(groups)), groups, fontsize=8.5)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.12)  # above the bars; below them it stays at 0
 
 
-def legend(figure: Figure) -> None:
-    """One for all panels, below them: bars leave no room inside."""
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+def level(axes: Axes, name: str, at: float = 1) -> None:
+    """The line that bars are held to, with its name at the right end."""
+    axes.axhline(at, color=INK, linewidth=1)
+    axes.annotate(name, (1, at), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
+                  va="center", fontsize=8.5)  # fmt: skip
+
+
+def legend(axes: Axes) -> None:
+    """One for all panels, beside the title of the first: bars leave no room inside."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=len(axes.get_legend_handles_labels()[1]))
 
 
 def _folder() -> Path:

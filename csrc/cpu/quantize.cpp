@@ -112,14 +112,15 @@ void quantize_rows(const QuantizeRowsArgs& args) {
   with_type(x.type, [&](auto t) {
     at::parallel_for(0, x.rows, grain(x.cols), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
+        const auto value = [&](int64_t col) {
+          const float of_x = col < x.cols ? element<decltype(t)>(x, row, col) : 0.0f;
+          return args.col_scale && col < x.cols ? of_x * args.col_scale[col] : of_x;
+        };
         uint32_t seen = 0;
-        for (int64_t col = 0; col < x.cols; ++col) seen = std::max(seen, magnitude(element<decltype(t)>(x, row, col)));
+        for (int64_t col = 0; col < x.cols; ++col) seen = std::max(seen, magnitude(value(col)));
         const Slot slot = own_slot(float_of(seen), E4M3::kMax, /*power_of_two=*/false);
         args.scale_inv[row] = slot.scale_inv;
-        for (int64_t col = 0; col < cols; ++col) {
-          const float value = col < x.cols ? element<decltype(t)>(x, row, col) : 0.0f;
-          args.q[row * cols + col] = encode<E4M3>(value, slot.scale);
-        }
+        for (int64_t col = 0; col < cols; ++col) args.q[row * cols + col] = encode<E4M3>(value(col), slot.scale);
       }
     });
   });
@@ -200,6 +201,18 @@ void dequantize(const DequantizeArgs& args) {
   });
 }
 
+void transpose(const TransposeArgs& args) {
+  const int64_t rows = padded(args.rows), cols = padded(args.cols);
+  at::parallel_for(0, cols, grain(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t col = begin; col < end; ++col) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const bool inside = row < args.rows && col < args.cols;
+        args.out[col * rows + row] = inside ? args.codes[row * args.cols + col] : 0;
+      }
+    }
+  });
+}
+
 void add_column_sums(const ColumnSums& sums) {
   with_type(sums.type, [&](auto t) {
     using T = decltype(t);
@@ -223,6 +236,7 @@ void add_column_sums(const ColumnSums& sums) {
   table.add_column_sums = add_column_sums;
   table.rescale = rescale;
   table.dequantize = dequantize;
+  table.transpose = transpose;
   return true;
 }();
 

@@ -1,4 +1,5 @@
-// frozen_linear: a linear layer whose weight is stored in FP8. Checks, and each way that frozen_route.h knows.
+// frozen_linear, frozen_linear_backward: a linear layer whose weight is stored in FP8, and the gradient of its input.
+// Checks, and each way that frozen_route.h knows.
 #include <algorithm>
 
 #include <c10/core/DeviceGuard.h>
@@ -26,21 +27,26 @@ WeightScale kind_of(const at::Tensor& scale, const c10::SymInt& n, const c10::Sy
   return WeightScale::kBlock;
 }
 
-// All that shapes, dtypes and devices tell; sizes may be symbols. Returns the kind of the weight's scales.
-WeightScale check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                         int64_t activations, c10::optional<at::ScalarType> dtype) {
-  type_of(x.scalar_type(), "x");
-  check_strided(x, "x");
+// All that shapes, dtypes and devices tell; sizes may be symbols.
+void check_weight(const at::Tensor& weight, const at::Tensor& weight_scale, int64_t activations) {
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "torch_fp8: a frozen weight must be float8_e4m3fn, got ",
                    weight.scalar_type());
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(),
               "torch_fp8: a frozen weight must be a contiguous matrix (out_features, in_features), got ",
               weight.sym_sizes(), " with strides ", weight.sym_strides());
-  check_input(x, weight);
   check_same_device(weight, "the weight", weight_scale, "weight_scale");
   TORCH_CHECK_VALUE(activations >= 0 && activations <= 3, "torch_fp8: activations must be 0, 1, 2 or 3, got ",
                     activations);
+}
+
+// Returns the kind of the weight's scales.
+WeightScale check_frozen(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                         int64_t activations, c10::optional<at::ScalarType> dtype) {
+  type_of(x.scalar_type(), "x");
+  check_strided(x, "x");
+  check_weight(weight, weight_scale, activations);
+  check_input(x, weight);
   if (static_cast<Activations>(activations) == Activations::kStatic) {
     TORCH_CHECK(input_slot, "torch_fp8: static activations need an input_slot; calibrate the model first");
     check_slots(*input_slot, 1);
@@ -51,7 +57,21 @@ WeightScale check_frozen(const at::Tensor& x, const at::Tensor& weight, const at
   return kind_of(weight_scale, weight.sym_size(0), weight.sym_size(1));
 }
 
-// A call that was checked, seen as y (m, n) = x (m, k) . weight^T.
+WeightScale check_frozen_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
+                                  int64_t activations, at::ScalarType x_dtype) {
+  type_of(dy.scalar_type(), "the output's gradient");
+  type_of(x_dtype, "x_dtype");
+  check_strided(dy, "the output's gradient");
+  check_weight(weight, weight_scale, activations);
+  TORCH_CHECK(dy.dim() >= 1 && dy.sym_size(-1) == weight.sym_size(0),
+              "torch_fp8: the last dimension of the output's gradient must be out_features = ", weight.sym_size(0),
+              ", got a gradient of shape ", dy.sym_sizes());
+  check_same_device(weight, "the weight", dy, "the output's gradient");
+  return kind_of(weight_scale, weight.sym_size(0), weight.sym_size(1));
+}
+
+// A call that was checked, seen as y (m, n) = x (m, k) . weight^T. Of a gradient x is dy and weight the transpose,
+// padded.
 struct Product {
   FrozenProduct route;
   const Kernels& kernels;
@@ -61,6 +81,9 @@ struct Product {
   const c10::optional<at::Tensor>& input_slot;
   std::vector<int64_t> size;  // of y as the caller sees it
   at::ScalarType dtype;       // of y
+  // Of a gradient, whose sums are promoted to float32 as in all training: what x's columns are multiplied by, or null.
+  bool is_gradient = false;
+  const float* col_scale = nullptr;
 
   bool has_one_weight_scale() const { return route.weight_scale == WeightScale::kTensor; }
   const uint8_t* codes() const { return static_cast<const uint8_t*>(weight.const_data_ptr()); }
@@ -92,13 +115,21 @@ at::Tensor few_rows(const Product& p) {
   return out;
 }
 
-// In float32 (CPU, float32 inputs) or in x's 16 bits.
+// The weight in float32 (CPU, float32 inputs) or in x's 16 bits.
+at::Tensor dequantized_weight(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                              WeightScale kind, bool in_float) {
+  const at::ScalarType compute = in_float || x.is_cpu() ? at::kFloat : x.scalar_type();
+  at::Tensor out = at::empty(weight.sizes(), weight.options().dtype(compute));
+  kernels_of(x).dequantize({weight.size(0), weight.size(1), static_cast<const uint8_t*>(weight.const_data_ptr()),
+                            static_cast<const float*>(weight_scale.const_data_ptr()), kind, out.data_ptr(),
+                            type_of(compute, "x")});
+  return out;
+}
+
 at::Tensor dequantized(const Product& p) {
-  const bool in_float = p.x.is_cpu() || p.route.x == Type::kFloat32 || p.route.y == Type::kFloat32;
-  const at::ScalarType compute = in_float ? at::kFloat : p.x.scalar_type();
-  const at::Tensor weight = at::empty(p.weight.sizes(), p.weight.options().dtype(compute));
-  p.kernels.dequantize(
-      {p.route.n, p.route.k, p.codes(), p.scales(), p.route.weight_scale, weight.data_ptr(), type_of(compute, "x")});
+  const bool in_float = p.route.x == Type::kFloat32 || p.route.y == Type::kFloat32;
+  const at::Tensor weight = dequantized_weight(p.x, p.weight, p.weight_scale, p.route.weight_scale, in_float);
+  const at::ScalarType compute = weight.scalar_type();
   at::Tensor y = at::mm(p.x.to(compute), weight.t());
   if (p.bias) y = y.add(p.bias->to(compute));
   return y.to(p.dtype).reshape(p.size);
@@ -144,7 +175,7 @@ QuantizedInput quantized_input(const Product& p, bool with_sums) {
     return out;
   }
   if (by_rows) {
-    p.kernels.quantize_rows({matrix, out.q, scale});
+    p.kernels.quantize_rows({matrix, out.q, scale, p.col_scale});
     return out;
   }
   const Slot* slot = reinterpret_cast<const Slot*>(scale);
@@ -194,7 +225,7 @@ at::Tensor rescaled(const Product& p) {
   const at::Tensor codes = padded_codes(p.weight, padded(p.route.n), padded(p.route.k));
   at::Tensor out = p.new_output();
   GemmArgs args = gemm_args(p, x, codes);
-  args.out = x.sums, args.out_type = Type::kFloat32, args.fast_accum = true;
+  args.out = x.sums, args.out_type = Type::kFloat32, args.fast_accum = !p.is_gradient;
   GemmRecord::run(p.kernels, args);
   p.kernels.rescale({x.sums, p.route.m, p.route.n, args.n, x.scale, p.scales(), x.has_one_scale,
                      p.has_one_weight_scale(), p.bias_data(), out.data_ptr(), p.route.y});
@@ -235,7 +266,8 @@ at::Tensor scaled(const Product& p) {
   const at::Tensor target = is_padded ? at::empty({args.m, args.n}, out.options()) : out;
   args.a_scale_inv = x_scale.defined() ? static_cast<const float*>(x_scale.const_data_ptr()) : x.scale;
   args.b_scale_inv = static_cast<const float*>(w_scale.const_data_ptr());
-  args.scales = scales, args.fast_accum = scales != Scales::kBlocks;  // those add up each block in float32 anyway
+  args.scales = scales;
+  args.fast_accum = scales != Scales::kBlocks && !p.is_gradient;  // blocks are added up in float32 anyway
   args.bias = in_epilogue ? address_of(bias) : nullptr;
   args.out = target.data_ptr(), args.out_type = p.route.y;
   GemmRecord::run(p.kernels, args);
@@ -281,6 +313,55 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
     case Way::kScaled: return scaled(p);
   }
   TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
+                                  int64_t activations, at::ScalarType x_dtype) {
+  const WeightScale kind = check_frozen_backward(dy, weight, weight_scale, activations, x_dtype);
+  const c10::DeviceGuard guard(dy.device());
+  const NoAutocast no_autocast;
+  const int64_t m = leading_size(dy.sizes()), n = weight.size(0), k = weight.size(1);
+  std::vector<int64_t> size = dy.sizes().vec();
+  size.back() = k;
+  const Type type = type_of(dy.scalar_type(), "dy");
+  const FrozenProduct forward{m, n, k, kind, static_cast<Activations>(activations), type, type, true, !dy.is_cpu()};
+  const Way way = way_of_gradient(forward);
+  if (way == Way::kZeros) return at::zeros(size, dy.options().dtype(x_dtype));
+
+  const at::Tensor matrix = dy.dim() == 2 ? dy : dy.reshape({m, n});
+  if (way == Way::kDequantized) {
+    const at::Tensor wide = dequantized_weight(dy, weight, weight_scale, kind, type == Type::kFloat32);
+    return at::mm(matrix.to(wide.scalar_type()), wide).to(x_dtype).reshape(size);
+  }
+
+  const Kernels& kernels = kernels_of(dy);
+  const at::Tensor transposed = at::empty({padded(k), padded(n)}, weight.options());
+  kernels.transpose(
+      {n, k, static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<uint8_t*>(transposed.data_ptr())});
+  at::Tensor scale = weight_scale;
+  if (kind == WeightScale::kChannel) scale = at::ones({k, 1}, weight_scale.options());
+  if (kind == WeightScale::kBlock) scale = weight_scale.t().contiguous();
+  Product p{.route = gradient_of(forward),
+            .kernels = kernels,
+            .x = matrix,
+            .weight = transposed,
+            .weight_scale = scale,
+            .bias = {},
+            .input_slot = {},
+            .size = size,
+            .dtype = dy.scalar_type(),
+            .is_gradient = true};
+  if (kind == WeightScale::kChannel) p.col_scale = static_cast<const float*>(weight_scale.const_data_ptr());
+  return (way == Way::kRescaled ? rescaled(p) : scaled(p)).to(x_dtype);
+}
+
+at::Tensor frozen_linear_backward_meta(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
+                                       int64_t activations, at::ScalarType x_dtype) {
+  if (GemmRecord::is_open()) return frozen_linear_backward(dy, weight, weight_scale, activations, x_dtype);
+  check_frozen_backward(dy, weight, weight_scale, activations, x_dtype);
+  auto size = dy.sym_sizes().vec();
+  size.back() = weight.sym_size(1);
+  return at::empty_symint(size, dy.options().dtype(x_dtype));
 }
 
 at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,

@@ -66,4 +66,24 @@ constexpr Way way_of(const FrozenProduct& p) {
   return scales == Scales::kRows && (is_idle || p.y == Type::kFloat32) ? Way::kRescaled : Way::kScaled;
 }
 
+// The product that gives x's gradient: dy (m, n) . weight (n, k), seen as dy on the weight's transpose (k, n). There
+// the scale of an output lies along the sum: dy's column takes it with it into its cast, and the transpose has scales
+// of 1.
+constexpr FrozenProduct gradient_of(const FrozenProduct& p) {
+  FrozenProduct gradient = p;
+  gradient.n = p.k, gradient.k = p.n;
+  // Each row of dy by its own amax, however x is quantised: a static scale is made for x, and one amax of all rows
+  // would flush those of tokens with small gradients. Who wants x in 16 bits gets dy in 16 bits too.
+  if (p.activations != Activations::kNone) gradient.activations = Activations::kToken;
+  gradient.is_aligned = true;  // the transpose is made by the call
+  return gradient;
+}
+
+// Its way. For few rows, and where dy is not quantised, the weight is written in 16 bits as it lies: to transpose it
+// would cost as much.
+constexpr Way way_of_gradient(const FrozenProduct& p) {
+  const Way way = way_of(gradient_of(p));
+  return way == Way::kZeros || (is_quantized(way) && p.m > kSkinnyFp8Rows) ? way : Way::kDequantized;
+}
+
 }  // namespace torch_fp8

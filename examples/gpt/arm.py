@@ -20,6 +20,7 @@ from .settings import SIZES, Settings
 from .tokens import Corpus, even_starts, random_starts, windows
 
 _WARM_UP = 10  # steps of a process that say nothing of its speed: allocator, cuBLASLt, first-use scaling
+_SCALES = 100  # times in a run that the scales are logged, for their curves
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Arm:
         self._pending: list[tuple[int, float, Tensor]] = []  # step, learning rate, loss and gradient norm, unfetched
         # Fetching a number waits for the GPU, which then waits for the host.
         self._fetch_every = 10 if self.device.type == "cuda" else 1
+        self._scales_every = max(1, settings.steps // _SCALES)
         self._shown = ""  # beside the progress bar
         if state := checkpoint.load(self.path, self._identity()):
             self._restore(state)
@@ -81,6 +83,8 @@ class Arm:
                 stop = done or interrupted()
                 if progress.step % self._fetch_every == 0:
                     self._log_pending()
+                if self.name == "fp8" and (done or progress.step % self._scales_every == 0):
+                    self._log_scales()
                 if done or progress.step % settings.eval_every == 0:
                     self._evaluate()
                 if stop or progress.step % settings.save_every == 0:
@@ -138,6 +142,12 @@ class Arm:
         self._pending.clear()
         self._mark += elapsed
 
+    def _log_scales(self) -> None:
+        self._log_pending()
+        scales = {row.name: row.scales for row in fp8.summary(self.model) if row.fp8}
+        self.journal.write(step=self.progress.step, scales=scales)
+        self._mark = time.perf_counter()
+
     @torch.no_grad()
     def _evaluate(self) -> None:
         self._log_pending()
@@ -151,9 +161,6 @@ class Arm:
         self.model.train()
         val_loss = torch.stack(losses).mean().item()
         self.journal.write(step=step, val_loss=val_loss)
-        if self.name == "fp8":
-            scales = {row.name: row.scales for row in fp8.summary(self.model) if row.fp8}
-            self.journal.write(step=step, scales=scales)
         tqdm.write(f"{self.name}: step {step} of {settings.steps}, validation loss {val_loss:.4f}")
         self._mark = time.perf_counter()
 

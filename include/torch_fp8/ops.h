@@ -58,12 +58,17 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
 // How the input of a frozen layer is quantised.
 enum class Activations : uint8_t { kNone, kStatic, kTensor, kToken };
 
-// y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, without gradients. weight (N, K) float8_e4m3fn;
+// y (..., N) = x (..., K) . (weight * weight_scale)^T + bias. weight (N, K) float8_e4m3fn;
 // weight_scale float32: one, (N, 1), or (ceil(N / 128), ceil(K / 128)); input_slot (1, 4) float32 {scale_inv, scale, -,
 // -} for kStatic. Which x are quantised: is_input_quantized (csrc/ops/frozen_route.h) says it.
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                          int64_t activations, c10::optional<at::ScalarType> dtype);
+
+// The gradient of its input: dx (..., K) of x_dtype = dy (..., N) . (weight * weight_scale). dy is quantised by row
+// where way_of_gradient (csrc/ops/frozen_route.h) says it.
+at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
+                                  int64_t activations, at::ScalarType x_dtype);
 
 // out (..., N) += a . b^T * a_scale_inv * b_scale_inv; out float32 or bfloat16, contiguous.
 void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,

@@ -30,12 +30,14 @@ _check_torch()
 
 from . import _C  # noqa: E402
 from .checkpoints import CheckpointError, QuantizationConfig, load_pretrained, save_pretrained  # noqa: E402
+from .layers import replicas as _replicas  # noqa: E402, F401  DDP finds it there
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .layers.siblings import share_input  # noqa: E402
 from .observe.monitor import Monitor, monitor  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
+from .swap import adapters as _adapters  # noqa: E402, F401  peft finds it there
 from .swap.convert import convert, disabled, revert  # noqa: E402
 from .swap.freeze import calibrate, freeze  # noqa: E402
 from .swap.summary import summary  # noqa: E402

@@ -100,6 +100,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _batches(source: str, text: Path, tokens: int) -> list[Any]:
     """The beginning of a text as windows of token ids, by the tokenizer of the checkpoint."""
+    from .checkpoints.errors import need_transformers
+
+    need_transformers()
     import torch
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Rows of cells as text: for a terminal, in Markdown, and for a notebook."""
+"""Rows of cells as text: for a terminal, for a notebook, and in Markdown, from where they are read again."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ def html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     body = "".join(line(row, "td") for row in rows)
     return f"<table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def read_markdown(text: str) -> list[list[dict[str, str]]]:
+    """The tables of a page, a row of each as {head: cell}, without the stars of bold type."""
+    tables: list[list[dict[str, str]]] = []
+    head: list[str] | None = None
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            head = None
+            continue
+        cells = [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
+        if head is None:
+            head = cells
+            tables.append([])
+        elif cells[0].strip("-:"):  # not the rule below the head
+            tables[-1].append(dict(zip(head, cells)))
+    return tables
 
 
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:

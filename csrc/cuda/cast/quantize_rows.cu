@@ -19,26 +19,52 @@ __device__ Pack<T> load_pack(const Matrix& x, bool vectorised, int64_t row, int6
   return pack;
 }
 
-// kPacks: how many packs of a row a thread holds; 0: the row is longer, and is read twice.
-template <class T, int kPacks>
+// What is cast: x or, in float32, x * col_scale.
+template <class T, bool kScaled>
+using Value = std::conditional_t<kScaled, float, T>;
+
+template <class T, bool kScaled>
+__device__ Pack<Value<T, kScaled>> load_values(const QuantizeRowsArgs& args, bool vectorised, int64_t row,
+                                               int64_t col) {
+  const Pack<T> pack = load_pack<T>(args.x, vectorised, row, col);
+  if constexpr (!kScaled) {
+    return pack;
+  } else {
+    const float* const source = args.col_scale + col;
+    Pack<float> scales;
+    if (col + kPackSize <= args.x.cols && reinterpret_cast<uintptr_t>(args.col_scale) % 16 == 0) {
+      scales = *reinterpret_cast<const Pack<float>*>(source);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPackSize; ++j) scales.values[j] = col + j < args.x.cols ? source[j] : 0.0f;
+    }
+    Pack<float> products;
+#pragma unroll
+    for (int j = 0; j < kPackSize; ++j) products.values[j] = to_float(pack.values[j]) * scales.values[j];
+    return products;
+  }
+}
+
+// kPacks: how many packs of a row a thread holds; 0: the row is longer, and is read twice. kScaled: by col_scale.
+template <class T, int kPacks, bool kScaled>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArgs args, bool vectorised) {
   __shared__ uint32_t of_warp[kWarps];
   const int64_t row = blockIdx.x, packs = padded(args.x.cols) / kPackSize;
   uint8_t* const q = args.q + row * packs * kPackSize;
   begin_dependent();
 
-  Pack<T> held[kPacks > 0 ? kPacks : 1];
+  Pack<Value<T, kScaled>> held[kPacks > 0 ? kPacks : 1];
   uint32_t seen = 0;
   if constexpr (kPacks > 0) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      held[i] = load_pack<T>(args.x, vectorised, row, (int64_t{i} * kThreads + threadIdx.x) * kPackSize);
+      held[i] = load_values<T, kScaled>(args, vectorised, row, (int64_t{i} * kThreads + threadIdx.x) * kPackSize);
     }
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) seen = max_of_pack(held[i], seen);
   } else {
     for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
-      seen = max_of_pack(load_pack<T>(args.x, vectorised, row, pack * kPackSize), seen);
+      seen = max_of_pack(load_values<T, kScaled>(args, vectorised, row, pack * kPackSize), seen);
     }
   }
   stage_max(of_warp, seen);
@@ -55,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArg
     }
   } else {
     for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
-      store_codes<Format::kE4M3>(q + pack * kPackSize, load_pack<T>(args.x, vectorised, row, pack * kPackSize),
+      store_codes<Format::kE4M3>(q + pack * kPackSize, load_values<T, kScaled>(args, vectorised, row, pack * kPackSize),
                                  slot.scale);
     }
   }
@@ -63,9 +89,9 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArg
     return;
   const T* const x = static_cast<const T*>(args.x.data) + row * args.x.row_stride;
   for (int64_t pack = threadIdx.x; pack < packs; pack += kThreads) {
-    const int64_t col = pack * kPackSize;
-    mark_infinities(q + col, x + col * args.x.col_stride, args.x.col_stride,
-                    min(int64_t{kPackSize}, args.x.cols - col));
+    const int64_t col = pack * kPackSize, count = min(int64_t{kPackSize}, args.x.cols - col);
+    const float* const col_scale = kScaled ? args.col_scale + col : nullptr;
+    mark_infinities(q + col, x + col * args.x.col_stride, args.x.col_stride, count, col_scale);
   }
 }
 
@@ -101,11 +127,15 @@ void launch_quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
   with_type(args.x.type, [&](auto t) {
     using T = decltype(t);
     const int64_t packs = padded(args.x.cols) / kPackSize;
-    const auto kernel = packs <= kThreads       ? quantize_rows_kernel<T, 1>
-                        : packs <= 2 * kThreads ? quantize_rows_kernel<T, 2>
-                        : packs <= 4 * kThreads ? quantize_rows_kernel<T, 4>
-                                                : quantize_rows_kernel<T, 0>;
-    launch(kernel, blocks_for(args.x.rows, 1), kThreads, stream, args, is_vectorised(args.x));
+    const auto run = [&](auto scaled) {
+      constexpr bool kScaled = decltype(scaled)::value;
+      const auto kernel = packs <= kThreads       ? quantize_rows_kernel<T, 1, kScaled>
+                          : packs <= 2 * kThreads ? quantize_rows_kernel<T, 2, kScaled>
+                          : packs <= 4 * kThreads ? quantize_rows_kernel<T, 4, kScaled>
+                                                  : quantize_rows_kernel<T, 0, kScaled>;
+      launch(kernel, blocks_for(args.x.rows, 1), kThreads, stream, args, is_vectorised(args.x));
+    };
+    args.col_scale ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 

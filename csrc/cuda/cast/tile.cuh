@@ -8,6 +8,7 @@
 
 #include "cuda/common/block.cuh"
 #include "cuda/common/encode.cuh"
+#include "cuda/common/transpose.cuh"
 
 namespace torch_fp8::cuda {
 
@@ -19,16 +20,6 @@ constexpr int kWarps = kThreads / 32;
 static_assert(kTile == kBiasRows, "a tile makes one row of column sums");
 static_assert(kTile % kAlignment == 0 && kAlignment % kPackSize == 0 && kAlignment % kPatchRows == 0,
               "padding leaves no tile and cuts no patch");
-
-// Rows of four bytes to columns of four bytes.
-__device__ inline void transpose4x4(const uint32_t (&rows)[4], uint32_t (&columns)[4]) {
-  const uint32_t low01 = __byte_perm(rows[0], rows[1], 0x5140), high01 = __byte_perm(rows[0], rows[1], 0x7362);
-  const uint32_t low23 = __byte_perm(rows[2], rows[3], 0x5140), high23 = __byte_perm(rows[2], rows[3], 0x7362);
-  columns[0] = __byte_perm(low01, low23, 0x5410);
-  columns[1] = __byte_perm(low01, low23, 0x7632);
-  columns[2] = __byte_perm(high01, high23, 0x5410);
-  columns[3] = __byte_perm(high01, high23, 0x7632);
-}
 
 struct Tile {
   int64_t row, col;          // of the tile's first element

@@ -39,12 +39,13 @@ __device__ bool is_infinite(T x) {
 }
 
 // In codes that this thread has stored. Few threads ever meet an Inf, so x is read again, in a loop that is not
-// unrolled: what was loaded, kept until here, would take registers from all.
+// unrolled: what was loaded, kept until here, would take registers from all. scale: what each x was multiplied by, or
+// null.
 template <class T>
-__device__ void mark_infinities(uint8_t* q, const T* x, int64_t stride, int64_t count) {
+__device__ void mark_infinities(uint8_t* q, const T* x, int64_t stride, int64_t count, const float* scale = nullptr) {
 #pragma unroll 1
   for (int64_t j = 0; j < count; ++j) {
-    if (is_infinite(x[j * stride])) q[j] = kNaNCode;
+    if (is_infinite(to_float(x[j * stride]) * (scale ? scale[j] : 1.0f))) q[j] = kNaNCode;
   }
 }
 

@@ -1,4 +1,5 @@
-"""Inference: the layer whose weight is E4M3 for good. ``swap/freeze.py`` says how a model gets it."""
+"""The layer whose weight is E4M3 for good: for inference, and under adapters that are trained. ``swap/freeze.py`` says
+how a model gets it."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ ACTIVATIONS = ("none", "static", "tensor", "token")
 WEIGHTS = ("channel", "tensor", "block")
 
 
-class FrozenLinear(nn.Module):
-    """``y = x W^T + b`` of an E4M3 weight, for inference. ``freeze`` and ``load_pretrained`` make these.
+class FrozenLinear(nn.Linear):
+    """``y = x W^T + b`` of an E4M3 weight that is not trained. ``freeze`` and ``load_pretrained`` make these.
 
     Input (..., in_features), output (..., out_features) of the input's dtype or of the autocast dtype. All state is
     buffers, and all of it is in ``state_dict()``:
@@ -41,13 +42,21 @@ class FrozenLinear(nn.Module):
     of reading the weight. Nor are those of layers with block scales and other activations than "token", or whose
     in_features is no multiple of 128.
 
-    The constructor makes a layer of zeros to load a state into. There is no gradient: where one is wanted for the
-    input, forward raises RuntimeError, as it does for an input of a wrong shape.
+    The input gets its gradient, so that adapters (LoRA) train over a frozen model: ``dy W``, by an FP8 GEMM too where
+    dy has more than 32 rows and activations is not "none"; each row of dy is scaled by its own amax. Weight, scales
+    and bias get none.
+
+    It is an ``nn.Linear`` for code that looks for linear layers, peft among it, though its weight is no Parameter. The
+    constructor makes a layer of zeros to load a state into. Raises RuntimeError for an input of a wrong shape, and
+    where a gradient is asked of anything but the input, in forward mode or twice (``create_graph=True``).
     """
+
+    #: What peft makes adapters of this layer in; without it that would be the weight's FP8.
+    compute_dtype = torch.float32
 
     weight: Tensor
     weight_scale: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]  # nn.Linear's are Parameters
     input_slot: Tensor | None
 
     def __init__(
@@ -61,7 +70,7 @@ class FrozenLinear(nn.Module):
         activations: str = "token",
         weight: str = "channel",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a Parameter
         check_choices(activations, weight)
         codes = torch.zeros(out_features, in_features, device=device, dtype=E4M3)
         scale = torch.ones(scale_shape(weight, out_features, in_features), device=device, dtype=torch.float32)
@@ -80,6 +89,13 @@ class FrozenLinear(nn.Module):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
         self.register_buffer("input_slot", input_slot)
+
+    def reset_parameters(self) -> None:
+        """Raises RuntimeError: the values of codes come from a checkpoint or a 16-bit weight."""
+        raise RuntimeError(
+            "torch_fp8: a FrozenLinear has no parameters to reset; load a state into it, or reset the 16-bit layer "
+            "before torch_fp8.freeze"
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type

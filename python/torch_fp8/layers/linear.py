@@ -166,7 +166,8 @@ class Layer(nn.Module):
     def _replicate_for_data_parallel(self) -> Layer:
         raise RuntimeError(
             "torch_fp8: nn.DataParallel copies the layers in every forward, and what the copies record is lost; use "
-            "DistributedDataParallel or fully_shard"
+            "DistributedDataParallel or fully_shard under torchrun, or let the program see one GPU "
+            "(CUDA_VISIBLE_DEVICES=0). transformers' Trainer wraps in nn.DataParallel wherever it sees several"
         )
 
     def __copy__(self) -> Layer:

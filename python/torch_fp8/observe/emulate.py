@@ -11,18 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _C
-from ..format import BLOCK, E4M3_MAX, quantize
+from ..format import BLOCK, E4M3_MAX, dequantize, quantize
 from ..layers.frozen import ACTIVATIONS
-
-
-def dequantize(weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """The float32 values of an (N, K) E4M3 weight; weight_scale of 1 element, (N, 1) or (ceil(N/128), ceil(K/128))."""
-    n, k = weight.shape
-    if weight_scale.numel() > 1 and weight_scale.shape != (n, 1):
-        weight_scale = weight_scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
-    elif weight_scale.numel() == 1:
-        weight_scale = weight_scale.reshape(1, 1)
-    return weight.float() * weight_scale
 
 
 def emulated_linear(

@@ -38,11 +38,12 @@ def freeze(
     *,
     linear_types: Iterable[type[nn.Module]] = (),
 ) -> nn.Module:
-    """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference only.
+    """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference or as a base
+    of adapters (LoRA).
 
     Takes what :func:`torch_fp8.convert` takes, and FP8 layers. They stay the same objects under the same
     names; their weights are quantised once and the 16-bit ones let go. The output head, embeddings and norms stay as
-    they are. No parameter of the model requires a gradient afterwards.
+    they are. No parameter of the model requires a gradient afterwards; adapters come after that.
 
     activations: how inputs are quantised, see :class:`FrozenLinear`. "static" takes twice the largest input that
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
@@ -78,6 +79,9 @@ def freeze(
         setattr(layer, NOT_FP8, left_out[name])
     for tell in after_freeze:
         tell(model)
+    for module in model.modules():
+        if isinstance(module._modules.get("base_layer"), FrozenLinear):
+            module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
     return model.requires_grad_(False)
 
 

@@ -1,0 +1,90 @@
+// The gradient of frozen_linear: of its input, and of nothing else. A registration with the dispatcher, so that eager
+// mode and traces follow the same formula.
+#include <ATen/ATen.h>
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include "torch_fp8/ops.h"
+
+namespace torch_fp8 {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const auto& forward_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
+  return op;
+}
+
+struct FrozenFunction : torch::autograd::Function<FrozenFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
+                            const c10::optional<at::Tensor>& input_slot, int64_t activations,
+                            c10::optional<at::ScalarType> dtype) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({weight, weight_scale});
+    ctx->saved_data["activations"] = activations;
+    ctx->saved_data["x_dtype"] = static_cast<int64_t>(x.scalar_type());
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return forward_op().call(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(7);  // of forward's arguments
+    if (!grads[0].defined()) return result;
+    TORCH_CHECK(
+        !at::GradMode::is_enabled(),
+        "torch_fp8: the backward of a FrozenLinear cannot be differentiated again (create_graph=True); keep the "
+        "layer in 16 bits for that, by the filter of torch_fp8.freeze");
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("torch_fp8::frozen_linear_backward", "")
+                               .typed<decltype(frozen_linear_backward)>();
+    const variable_list saved = ctx->get_saved_variables();
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    result[0] = op.call(grads[0], saved[0], saved[1], ctx->saved_data["activations"].toInt(),
+                        static_cast<at::ScalarType>(ctx->saved_data["x_dtype"].toInt()));
+    return result;
+  }
+};
+
+// PyTorch would refuse too, but in words that name nothing.
+void check_no_transform() {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (!functorch) return;
+  try {
+    functorch->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK(false,
+                "torch_fp8: a FrozenLinear gives its input no gradient under torch.func's transforms (grad, vjp, ...); "
+                "use loss.backward() or torch.autograd.grad");
+  }
+}
+
+}  // namespace
+
+at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
+                                  const c10::optional<at::Tensor>& input_slot, int64_t activations,
+                                  c10::optional<at::ScalarType> dtype) {
+  using torch::autograd::compute_requires_grad, torch::autograd::isFwGradDefined;
+  TORCH_CHECK(!isFwGradDefined(x),
+              "torch_fp8: a FrozenLinear has no forward-mode derivative; use loss.backward(), or keep the layer in 16 "
+              "bits, by the filter of torch_fp8.freeze");
+  if (!compute_requires_grad(x, weight, weight_scale, bias, input_slot)) {
+    // Not the boxed fallback of the other ops, since the host's time decides in decoding.
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return forward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weight, weight_scale, bias, input_slot,
+                                   activations, dtype);
+  }
+  TORCH_CHECK(!compute_requires_grad(weight, weight_scale, bias, input_slot),
+              "torch_fp8: a FrozenLinear computes the gradient of its input only, but one of its own tensors requires "
+              "one; train an adapter beside it (LoRA), or all of the layer with fp8.Linear (torch_fp8.convert)");
+  check_no_transform();
+  return FrozenFunction::apply(x, weight, weight_scale, bias, input_slot, activations, dtype);
+}
+
+}  // namespace torch_fp8
