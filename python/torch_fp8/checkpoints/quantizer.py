@@ -122,7 +122,11 @@ class Quantizer(Reader):
                 raise CheckpointError(model.config.name_or_path, f"has no tensor {name}")
             check_device(weight.device)
         declare(model)
-        model.is_quantized = False  # Trainer, half() and others need not beware: frozen layers look after themselves
+        # Frozen layers look after themselves: half(), Trainer, and forwards that take another way for quantised models,
+        # need not.
+        model.is_quantized = False
+        for module in model.modules():
+            getattr(module, "config", self).__dict__.pop("_is_quantized", None)
         return model.requires_grad_(False)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
