@@ -41,6 +41,9 @@ SIZES: dict[str, Any] = {
 
 # What some classes want besides.
 OWN: dict[str, dict[str, Any]] = {
+    **{name: {"num_key_value_heads": 4} for name in ("axk2", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa")},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "inkling2_text": {"unpadded_vocab_size": 90},
     "inkling2_loop_text": {"unpadded_vocab_size": 90},
@@ -81,7 +84,7 @@ def logits(model: Any) -> torch.Tensor | None:
     """Of a few tokens; None where the 16-bit model takes more than tokens, or does not run on this machine."""
     ids = torch.arange(40).view(2, 20) + 3
     with contextlib.suppress(Exception), torch.no_grad():
-        out: torch.Tensor = model(input_ids=ids).logits
+        out: torch.Tensor = model(input_ids=ids, use_cache=False).logits
         return out
     return None
 

@@ -74,6 +74,12 @@ class Quantizer(Reader):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        self._make_empty(model, checkpoint_files)
+        for module in [*frozen_layers(model).values(), *frozen_experts(model).values()]:
+            # A model's class draws what is missing at random, which codes cannot be: here it is an error, below.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _make_empty(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
             layers = layers_to_freeze(model, config.filter)
@@ -116,7 +122,11 @@ class Quantizer(Reader):
                 raise CheckpointError(model.config.name_or_path, f"has no tensor {name}")
             check_device(weight.device)
         declare(model)
-        model.is_quantized = False  # Trainer, half() and others need not beware: frozen layers look after themselves
+        # Frozen layers look after themselves: half(), Trainer, and forwards that take another way for quantised models,
+        # need not.
+        model.is_quantized = False
+        for module in model.modules():
+            getattr(module, "config", self).__dict__.pop("_is_quantized", None)
         return model.requires_grad_(False)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -45,12 +45,12 @@ class FrozenState(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle, other than torch.save, does not know FP8.
-        codes = {name: getattr(self, name).view(torch.uint8) for name in self._codes()}
+        codes = {name: self.get_buffer(name).view(torch.uint8) for name in self._codes()}
         return {**self.__dict__, "_buffers": {**self._buffers, **codes}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers.update({name: self._buffers[name].view(E4M3) for name in self._codes()})
+        self._buffers.update({name: self.get_buffer(name).view(E4M3) for name in self._codes()})
 
     def _codes(self) -> list[str]:
         return [name for name, dtype in self.fp8_state().items() if dtype == E4M3]
@@ -164,7 +164,8 @@ class FrozenLinear(FrozenState, nn.Linear):
     def _state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         buffers = self._buffers  # not by nn.Module.__getattr__, which would cost a third of the call
         try:
-            return buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
+            state = buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
+            return state  # type: ignore[return-value]  # the first two are never None
         except KeyError:  # one of them was parametrised, or made a Parameter
             return self.weight, self.weight_scale, self.bias, self.input_slot
 
