@@ -71,6 +71,7 @@ def test_the_code_of_readme_runs(tmp_path, monkeypatch):
         "f": io.BytesIO(),
         "evaluate": lambda model: model.eval()(tokens),
     }
+    transformers.LlamaForCausalLM(names["config"]).bfloat16().save_pretrained("in")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:

@@ -73,6 +73,9 @@ class Quantizer(Reader):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        files = [Path(file) for file in checkpoint_files or () if file.endswith(".safetensors")]
+        entries = {name: entry for file in files for name, entry in read_header(file).items()}
+        names = Names(model, entries)
         if not self.pre_quantized:
             layers = layers_to_freeze(model, config.filter)
             tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -81,14 +84,14 @@ class Quantizer(Reader):
                     f"torch_fp8: {shared[0]} shares its weight with another module; load the model in 16 bits and "
                     "torch_fp8.freeze it, or leave the layer out by the filter"
                 )
-            for layer in layers.values():
+            for name, layer in layers.items():
+                if files and f"{name}.weight" not in names.sources:
+                    raise CheckpointError(files[0].parent, f"has no tensor {name}.weight")
                 freeze_empty(layer, config.activations, config.weight)
             return
-        files = [Path(file) for file in checkpoint_files or ()]
-        if not files or not all(file.suffix == ".safetensors" for file in files):
+        if not files:
             raise ValueError("torch_fp8: an FP8 model is read from a folder of safetensors files")
-        entries = {name: entry for file in files for name, entry in read_header(file).items()}
-        freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
+        freeze_as_stored(model, names, config.scheme, files[0].with_name("config.json"))
         untie(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
