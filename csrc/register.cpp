@@ -1,6 +1,7 @@
 // The table of contents: every op's schema, and where it runs.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -53,6 +54,8 @@ void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
+  m.impl("frozen_experts", frozen_experts);
+  m.impl("frozen_experts_backward", frozen_experts_backward);
   m.impl("frozen_linear_backward", frozen_linear_backward);
   m.impl("cast", cast);
   m.impl("linear_forward", linear_forward);
@@ -148,6 +151,21 @@ TORCH_LIBRARY(torch_fp8, m) {
       "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
       "ScalarType? dtype=None) -> Tensor");
 
+  // y (rows, N) of x (rows, K), whose rows are sorted by expert: rows offsets[e] to offsets[e + 1] are multiplied with
+  // weight[e] as frozen_linear does, rows behind offsets[E] are zero. offsets (E + 1) int64, on the CPU whatever the
+  // device of the others, since the host must know how many rows an expert has. weight (E, N, K), bias (E, N),
+  // input_slot (E, 4). The N outputs are in equal parts (gate and up: 2), each with scales of its own: weight_scale (E,
+  // parts), (E, N, 1), or (E, parts * ceil(N / parts / 128), ceil(K / 128)). Differentiable in x. The fakes of these
+  // two and the gradient are in layers/experts.py.
+  m.def(
+      "frozen_experts(Tensor x, Tensor offsets, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, "
+      "int activations, int parts=1, ScalarType? dtype=None) -> Tensor");
+
+  // dx (rows, K) of x_dtype, the gradient of frozen_experts' x: of its own arguments and dy (rows, N).
+  m.def(
+      "frozen_experts_backward(Tensor dy, Tensor offsets, Tensor weight, Tensor weight_scale, int activations, "
+      "int parts, ScalarType x_dtype) -> Tensor");
+
   // dx (..., K) of x_dtype = dy (..., N) . (weight * weight_scale), the gradient of frozen_linear's input: its own
   // arguments. More than 32 rows of dy are quantised, each by its own amax, where activations is not 0 and, with a grid
   // of blocks, N is a multiple of 128 (way_of_gradient in ops/frozen_route.h).
@@ -176,7 +194,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_li
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
   for (const char* name :
        {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
-        "activation_cast", "activation_backward_cast", "frozen_linear_backward", "update_scales_"}) {
+        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);

@@ -1,4 +1,4 @@
-"""tools/architectures.py, for a plain model and for those whose files name, merge or split weights differently."""
+"""tools/architectures.py, for some: a plain one, and those whose files name, merge or split weights in their way."""
 
 import importlib.util
 from pathlib import Path

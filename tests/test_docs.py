@@ -71,7 +71,10 @@ def test_the_code_of_readme_runs(tmp_path, monkeypatch):
         "f": io.BytesIO(),
         "evaluate": lambda model: model.eval()(tokens),
     }
-    transformers.LlamaForCausalLM(names["config"]).bfloat16().save_pretrained("in")
+    small = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(small).bfloat16().save_pretrained("in")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:

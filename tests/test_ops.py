@@ -26,6 +26,10 @@ def samples(device):
     yield ops.count_losses, (x, slots, 0, E4M3), {"own_amax": True}
     yield ops.frozen_linear, (x, fp8(24, 40, E4M3, device), torch.ones(24, 1, device=device), None, None, 3), {}
     dy, weight = torch.randn(3, 20, 128, device=device).bfloat16(), fp8(128, 40, E4M3, device)
+    stack, of_stack = fp8(3 * 24, 40, E4M3, device).view(3, 24, 40), torch.ones(3, 24, 1, device=device)
+    yield ops.frozen_experts, (x[0], torch.tensor([0, 2, 2, 4]), stack, of_stack, None, None, 3), {"parts": 2}
+    rows = torch.tensor([0, 2, 2, 19])
+    yield ops.frozen_experts_backward, (dy[0, :, :24], rows, stack, of_stack, 3, 2, torch.float32), {}
     for size in ((1,), (128, 1), (1, 1)):
         scale = torch.ones(size, device=device)
         yield ops.frozen_linear_backward, (dy, weight, scale, 3, torch.float32), {}
@@ -44,7 +48,7 @@ def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(16))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -54,7 +58,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(16))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

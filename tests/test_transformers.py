@@ -178,6 +178,17 @@ class TestSaving:
         assert set(ignored) == {name for name, m in model.named_modules() if type(m) is nn.Linear}
 
 
+def test_another_transformers_freezes_and_does_not_write(tmp_path, monkeypatch):
+    """One that lacks something: freezing works, and no codes are written as if they were weights."""
+    monkeypatch.setitem(sys.modules, "torch_fp8.checkpoints.quantizer", None)
+    model = fp8.freeze(llama())
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    for write in (model.save_pretrained, lambda path: fp8.save_pretrained(model, path)):
+        with pytest.raises(ImportError, match=r'lacks something.*pip install "transformers>=5.24"'):
+            write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class TestLoading:
     @pytest.mark.parametrize("weight", ["channel", "block", "tensor"])
     @pytest.mark.parametrize("size", ["5GB", "300KB"])

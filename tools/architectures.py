@@ -14,7 +14,6 @@ import torch
 import torch_fp8 as fp8
 import transformers
 from torch_fp8.checkpoints.quantize import quantize_checkpoint
-from torch_fp8.layers.frozen import frozen_layers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -121,8 +120,7 @@ def attempt(model_type: str, folder: Path) -> tuple[str, str]:
             fp8.freeze(ours)
         except ValueError as error:
             return "refused", str(error)
-        quantized_count = sum(layer.get_buffer("weight").numel() for layer in frozen_layers(ours).values())
-        share = quantized_count / (quantized_count + sum(parameter.numel() for parameter in ours.parameters()))
+        share = fp8.summary(ours).parameters.share
         quantized = logits(ours)
         for name, save, load in (
             ("save_pretrained", lambda path: fp8.save_pretrained(ours, path), fp8.load_pretrained),
@@ -170,7 +168,7 @@ def page(rows: list[tuple[str, str, str]]) -> str:
 Written by `python tools/architectures.py` with {versions}. Each architecture that could be built tiny was saved in 16
 bits; loaded by `fp8.load_pretrained`, to the bits and logits of transformers' own loading; frozen; saved by
 `fp8.save_pretrained`, by its own `save_pretrained` and by `quantize`; and each of the three loaded, to the bit and
-to the logits of the frozen model.
+to the logits of the frozen model. What stays in 16 bits is named as ignored by the config.
 
 {counts["passes"]} pass, {counts["refused"]} are refused by name with nothing written, {counts["fails"]} fail. Not built
 here were {counts["not built"]}: configs that want more than small sizes, or packages that are not there.

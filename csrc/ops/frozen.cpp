@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
+#include "ops/frozen.h"
 #include "ops/frozen_route.h"
 #include "ops/record.h"
 #include "ops/standing.h"
@@ -81,6 +82,7 @@ struct Product {
   const c10::optional<at::Tensor>& input_slot;
   std::vector<int64_t> size;  // of y as the caller sees it
   at::ScalarType dtype;       // of y
+  at::Tensor y = {};          // where it goes, contiguous; or undefined: into a tensor of its own
   // Of a gradient, whose sums are promoted to float32 as in all training: what x's columns are multiplied by, or null.
   bool is_gradient = false;
   const float* col_scale = nullptr;
@@ -89,7 +91,7 @@ struct Product {
   const uint8_t* codes() const { return static_cast<const uint8_t*>(weight.const_data_ptr()); }
   const float* scales() const { return static_cast<const float*>(weight_scale.const_data_ptr()); }
   const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
-  at::Tensor new_output() const { return at::empty(size, x.options().dtype(dtype)); }
+  at::Tensor output() const { return y.defined() ? y : at::empty(size, x.options().dtype(dtype)); }
   bool stands() const { return x.is_cuda() && weight_stands(weight, weight_scale, bias, cuda::current_stream()); }
 };
 
@@ -98,7 +100,7 @@ struct Product {
 at::Tensor few_rows(const Product& p) {
   at::Tensor x = p.x.to(p.dtype).contiguous();
   if (!is_aligned(x.const_data_ptr())) x = x.clone();
-  at::Tensor out = p.new_output();
+  at::Tensor out = p.output();
   const auto* const x_bytes = static_cast<const uint8_t*>(x.const_data_ptr());
   auto* const out_bytes = static_cast<uint8_t*>(out.data_ptr());
   SkinnyArgs args{};
@@ -132,7 +134,7 @@ at::Tensor dequantized(const Product& p) {
   const at::ScalarType compute = weight.scalar_type();
   at::Tensor y = at::mm(p.x.to(compute), weight.t());
   if (p.bias) y = y.add(p.bias->to(compute));
-  return y.to(p.dtype).reshape(p.size);
+  return p.y.defined() ? p.y.copy_(y) : y.to(p.dtype).reshape(p.size);
 }
 
 // ---- x is quantised -------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ QuantizedInput quantized_input(const Product& p, bool with_sums) {
 
 at::Tensor streamed(const Product& p) {
   const QuantizedInput x = quantized_input(p, /*with_sums=*/false);
-  at::Tensor out = p.new_output();
+  at::Tensor out = p.output();
   SkinnyFp8Args args{};
   args.m = p.route.m, args.n = p.route.n, args.k = p.route.k;
   args.x = x.q, args.w = p.codes();
@@ -223,7 +225,7 @@ GemmArgs gemm_args(const Product& p, const QuantizedInput& x, const at::Tensor& 
 at::Tensor rescaled(const Product& p) {
   const QuantizedInput x = quantized_input(p, /*with_sums=*/true);
   const at::Tensor codes = padded_codes(p.weight, padded(p.route.n), padded(p.route.k));
-  at::Tensor out = p.new_output();
+  at::Tensor out = p.output();
   GemmArgs args = gemm_args(p, x, codes);
   args.out = x.sums, args.out_type = Type::kFloat32, args.fast_accum = !p.is_gradient;
   GemmRecord::run(p.kernels, args);
@@ -250,7 +252,7 @@ at::Tensor scaled(const Product& p) {
   const Scales scales = scales_of(p.route.weight_scale, p.route.activations);
   const QuantizedInput x = quantized_input(p, /*with_sums=*/false);
   const at::Tensor codes = padded_codes(p.weight, padded(p.route.n), padded(p.route.k));
-  at::Tensor out = p.new_output();
+  at::Tensor out = p.output();
   GemmArgs args = gemm_args(p, x, codes);
   const bool in_epilogue = p.bias && p.route.y != Type::kFloat32;  // which has no float32
   const bool is_padded = args.m != p.route.m || args.n != p.route.n;
@@ -278,16 +280,13 @@ at::Tensor scaled(const Product& p) {
 
 }  // namespace
 
-at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                         int64_t activations, c10::optional<at::ScalarType> dtype_given) {
-  const WeightScale kind = check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype_given);
-  const c10::DeviceGuard guard(x.device());
-  const NoAutocast no_autocast;
-  const at::ScalarType dtype = dtype_given.value_or(x.scalar_type());
+at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                          WeightScale kind, const c10::optional<at::Tensor>& bias,
+                          const c10::optional<at::Tensor>& input_slot, Activations activations, at::ScalarType dtype,
+                          const at::Tensor& y) {
   const int64_t m = leading_size(x.sizes()), n = weight.size(0), k = weight.size(1);
-  Product p{.route = {m, n, k, kind, static_cast<Activations>(activations), type_of(x.scalar_type(), "x"),
-                      type_of(dtype, "dtype"), is_aligned(weight.const_data_ptr()), !x.is_cpu()},
+  Product p{.route = {m, n, k, kind, activations, type_of(x.scalar_type(), "x"), type_of(dtype, "dtype"),
+                      is_aligned(weight.const_data_ptr()), !x.is_cpu()},
             .kernels = kernels_of(x),
             .x = x,
             .weight = weight,
@@ -295,7 +294,8 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
             .bias = bias,
             .input_slot = input_slot,
             .size = x.sizes().vec(),
-            .dtype = dtype};
+            .dtype = dtype,
+            .y = y};
   p.size.back() = n;
   if (bias) p.bias = bias->to(dtype).contiguous();
 
@@ -303,7 +303,7 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
   if (way != Way::kZeros && x.dim() != 2) p.x = x.reshape({m, k});
   switch (way) {
     case Way::kZeros: {
-      at::Tensor out = at::zeros(p.size, x.options().dtype(dtype));
+      at::Tensor out = p.output().zero_();
       return p.bias ? out.add_(*p.bias) : out;
     }
     case Way::kFewRows: return few_rows(p);
@@ -313,6 +313,16 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
     case Way::kScaled: return scaled(p);
   }
   TORCH_INTERNAL_ASSERT(false);
+}
+
+at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                         const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                         int64_t activations, c10::optional<at::ScalarType> dtype) {
+  const WeightScale kind = check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  const c10::DeviceGuard guard(x.device());
+  const NoAutocast no_autocast;
+  return frozen_product(x, weight, weight_scale, kind, bias, input_slot, static_cast<Activations>(activations),
+                        dtype.value_or(x.scalar_type()));
 }
 
 at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,

@@ -65,6 +65,20 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                          int64_t activations, c10::optional<at::ScalarType> dtype);
 
+// y (rows, N) of x (rows, K): rows offsets[e] to offsets[e + 1] by weight[e] and the rest of expert e, as frozen_linear
+// has it; rows behind offsets[E] are zero. offsets (E + 1) int64 on the CPU; weight (E, N, K) float8_e4m3fn; bias (E,
+// N); input_slot (E, 4). The N outputs are in equal parts (a gate above what it gates: 2), each with scales of its own:
+// weight_scale float32 (E, parts), (E, N, 1), or (E, parts * ceil(N / parts / 128), ceil(K / 128)).
+at::Tensor frozen_experts(const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& weight,
+                          const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
+                          const c10::optional<at::Tensor>& input_slot, int64_t activations, int64_t parts,
+                          c10::optional<at::ScalarType> dtype);
+
+// The gradient of its input, of x_dtype.
+at::Tensor frozen_experts_backward(const at::Tensor& dy, const at::Tensor& offsets, const at::Tensor& weight,
+                                   const at::Tensor& weight_scale, int64_t activations, int64_t parts,
+                                   at::ScalarType x_dtype);
+
 // The gradient of its input: dx (..., K) of x_dtype = dy (..., N) . (weight * weight_scale). dy is quantised by row
 // where way_of_gradient (csrc/ops/frozen_route.h) says it.
 at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,

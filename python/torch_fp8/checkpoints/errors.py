@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 
 
@@ -13,8 +15,17 @@ class CheckpointError(ValueError):
 
 
 def need_transformers() -> None:
+    """Raise ImportError, in words, where there is none, or one without what names.py and others take from it."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError(
             'torch_fp8: models are read and written by transformers, which is not installed; pip install "transformers"'
             ", or torch_fp8 with its extra of that name"
         )
+    try:
+        importlib.import_module(f"{__package__}.quantizer")
+    except ImportError as error:
+        raise ImportError(
+            "torch_fp8: models are read and written by transformers, and the one that is installed, "
+            f"{importlib.metadata.version('transformers')}, lacks something for that ({error}); pip install "
+            '"transformers>=5.24", or torch_fp8 with its extra "transformers"'
+        ) from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..format import E4M3
+from ..layers.experts import frozen_experts
 from ..layers.frozen import frozen_layers
 from . import scheme
 from .errors import CheckpointError
@@ -48,8 +49,9 @@ class Plan:
             raise CheckpointError(path / CONFIG, f"does not fit its tensors: {error}") from error
 
     def _fit(self, entries: Mapping[str, Entry], found: scheme.Scheme | None, activations: str | None) -> None:
+        from .experts import freeze_as_stored
         from .names import Names
-        from .stored import freeze_as_stored, untie
+        from .stored import untie
 
         self.names = Names(self.model, entries)
         for name, targets in self.names.targets.items():
@@ -78,7 +80,7 @@ class Plan:
         from .reader import Reader
 
         model, dtype = self.model, dtype_of(self.model)
-        quantizer = Reader(None) if frozen_layers(model) else None
+        quantizer = Reader(None) if frozen_layers(model) or frozen_experts(model) else None
         how = LoadStateDictConfig(
             device_map={"": device},
             dtype=dtype,

@@ -6,7 +6,7 @@ they do to a weight's rows is done to its scales too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 
 from ..format import BLOCK
 from ..layers.frozen import FrozenLinear, new_slot
+from . import experts
 from .errors import CheckpointError
 from .scheme import INPUT_SCALES, WEIGHT_SCALES
 from .shard import Entry
@@ -42,18 +43,22 @@ _OF_WEIGHTS, _OF_INPUTS = (SCALE, "weight_scale_inv"), (SLOT, "input_scale")
 class Names:
     """What becomes of the tensors of a file in a model, by their names.
 
-    entries: the tensors of the file; state: those of the model; targets: where each of the file's goes, one name, or
-    several that it is split into; sources: what each target is made of. A target need not be in the model.
+    entries: the tensors of the file; state: those of the model; conversions: the rules; targets: where each of the
+    file's goes, one name, or several that it is split into; sources: what each target is made of. A target need not be
+    in the model.
     """
 
     def __init__(self, model: PreTrainedModel, entries: Mapping[str, Entry]) -> None:
         conversions = get_model_conversion_mapping(model)
+        self.conversions = conversions + experts.converters(model, conversions, scales=False)
+        conversions = self.conversions
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self.entries = entries
         self.state: dict[str, Tensor] = model.state_dict()
         self.targets: dict[str, list[str]] = {}
         self.sources: dict[str, list[Entry]] = {}
+        self._converted: set[str] = set()
         for name, entry in entries.items():
             renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, self.state)
             if renamed not in self.state and name in self.state:
@@ -65,8 +70,14 @@ class Names:
             elif renamed in self.sources and renamed in self.state:
                 raise CheckpointError(entry.path, f"{name} and {self.sources[renamed][0].name} are both {renamed}")
             self.targets[name] = targets
+            if pattern is not None:
+                self._converted.add(name)
             for target in targets:
                 self.sources.setdefault(target, []).append(entry)
+
+    def is_converted(self, name: str) -> bool:
+        """Whether more becomes of a file's tensor than another name."""
+        return name in self._converted
 
 
 def with_scales(conversions: Iterable[Any], shaped: bool = False) -> list[Any]:
@@ -109,7 +120,7 @@ def writing(model: PreTrainedModel) -> list[Any]:
     if conversions is None:  # not loaded: as transformers has it then
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-    conversions = [conversion for conversion in conversions if not _is_reading(conversion)]
+    conversions = [c for c in conversions if not _is_reading(c) and not experts.is_ours(c)]
     return with_scales(conversions)
 
 
@@ -118,7 +129,9 @@ def _is_reading(conversion: Any) -> bool:
     return all(target.endswith((*_OF_WEIGHTS, *_OF_INPUTS)) for target in conversion._original_target_patterns)
 
 
-def written_names(model: PreTrainedModel, state: dict[str, Tensor], empty: bool = False) -> dict[str, Tensor]:
+def written_names(
+    model: PreTrainedModel, state: dict[str, Tensor], format: str, empty: bool = False
+) -> dict[str, Tensor]:
     """A state under the names that files of the model have, without what is tied. empty: scales alone have values."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict  # which imports us, see register.py
 
@@ -129,7 +142,24 @@ def written_names(model: PreTrainedModel, state: dict[str, Tensor], empty: bool 
         scales = (*_OF_WEIGHTS, *_OF_INPUTS)
         state = {name: tensor if name.endswith(scales) else tensor.to("meta") for name, tensor in state.items()}
     model._weight_conversions = writing(model)
-    return revert_weight_conversion(model, state)
+    return revert_weight_conversion(model, taken_apart(model, state, format))
+
+
+def taken_apart(model: PreTrainedModel, state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
+    """A state whose FP8 experts are matrices, by names that ``revert_weight_conversion`` makes those of files of."""
+    return experts.taken_apart(model, get_model_conversion_mapping(model, add_legacy=False), state, format)
+
+
+def file_names(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Names of tensors of the model, of which none is converted, as files have them."""
+    places = {name: torch.empty(0, device="meta") for name in names}
+    kept = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = writing(model)
+    try:
+        written = {id(tensor): name for name, tensor in revert_weight_conversion(model, places).items()}
+    finally:
+        model._weight_conversions = kept
+    return [written[id(place)] for place in places.values()]
 
 
 class Rows(ConversionOps):

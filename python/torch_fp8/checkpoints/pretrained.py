@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..layers.experts import frozen_experts
 from ..layers.frozen import frozen_layers
 from ..swap.select import check_device
 from .errors import need_transformers
@@ -50,7 +51,7 @@ def load_pretrained(
         model.generation_config = folder.generation_config()
     device = torch.device(device)
     plan = Plan(model, folder.entries, folder.scheme(), folder.path, activations)
-    if frozen_layers(model):
+    if frozen_layers(model) or frozen_experts(model):
         check_device(device)
     plan.fill(device)
     declare(model)

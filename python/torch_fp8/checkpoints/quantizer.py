@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..layers.experts import FrozenExperts, frozen_experts, is_experts
 from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
 from ..observe.emulate import dequantize
-from ..swap.freeze import check_weight, layers_to_freeze, quantize_weight
+from ..swap.freeze import check_weight, layers_to_freeze
 from ..swap.select import Filter, check_device
-from . import scheme
+from ..swap.weights import quantize_matrices, quantize_weight
+from . import experts, scheme
 from .errors import CheckpointError
 from .load import check_readable
-from .names import Names, with_scales, written_names
+from .names import Names, taken_apart, with_scales, written_names
 from .reader import Reader
 from .save import as_is, ignored_names, in_files, state_to_write
 from .shard import read_header
-from .stored import freeze_as_stored, freeze_empty, untie
+from .stored import freeze_empty, untie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,10 +74,13 @@ class Quantizer(Reader):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        self._make_empty(model, checkpoint_files)
+        for module in [*frozen_layers(model).values(), *frozen_experts(model).values()]:
+            # A model's class draws what is missing at random, which codes cannot be: here it is an error, below.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _make_empty(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None) -> None:
         config = self.quantization_config
-        files = [Path(file) for file in checkpoint_files or () if file.endswith(".safetensors")]
-        entries = {name: entry for file in files for name, entry in read_header(file).items()}
-        names = Names(model, entries)
         if not self.pre_quantized:
             layers = layers_to_freeze(model, config.filter)
             tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
@@ -84,19 +89,23 @@ class Quantizer(Reader):
                     f"torch_fp8: {shared[0]} shares its weight with another module; load the model in 16 bits and "
                     "torch_fp8.freeze it, or leave the layer out by the filter"
                 )
-            for name, layer in layers.items():
-                if files and f"{name}.weight" not in names.sources:
-                    raise CheckpointError(files[0].parent, f"has no tensor {name}.weight")
-                freeze_empty(layer, config.activations, config.weight)
+            for layer in layers.values():
+                empty = experts.freeze_empty if is_experts(layer) else freeze_empty
+                empty(layer, config.activations, config.weight)
             return
-        if not files:
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files or not all(file.suffix == ".safetensors" for file in files):
             raise ValueError("torch_fp8: an FP8 model is read from a folder of safetensors files")
-        freeze_as_stored(model, names, config.scheme, files[0].with_name("config.json"))
+        entries = {name: entry for file in files for name, entry in read_header(file).items()}
+        experts.freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
         untie(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         path, _, key = param_name.rpartition(".")
-        return not self.pre_quantized and key == "weight" and isinstance(model.get_submodule(path), FrozenLinear)
+        layer = model.get_submodule(path)
+        of_layer = key == "weight" and isinstance(layer, FrozenLinear)
+        of_experts = isinstance(layer, FrozenExperts) and key.removesuffix("_bias") in layer.projections()
+        return not self.pre_quantized and (of_layer or of_experts)
 
     def get_quantize_ops(self) -> ConversionOps:
         return Quantize()
@@ -105,10 +114,12 @@ class Quantizer(Reader):
         return super().update_weight_conversions(conversions, model) if self.pre_quantized else with_scales(conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, layer in frozen_layers(model).items():
-            weight = layer.get_buffer("weight")
+        weights = {f"{name}.weight": layer.get_buffer("weight") for name, layer in frozen_layers(model).items()}
+        for name, module in frozen_experts(model).items():
+            weights |= {f"{name}.{projection}": getattr(module, projection) for projection in module.projections()}
+        for name, weight in weights.items():
             if not getattr(weight, "_is_hf_initialized", False):
-                raise CheckpointError(model.config.name_or_path, f"has no tensor {name}.weight")
+                raise CheckpointError(model.config.name_or_path, f"has no tensor {name}")
             check_device(weight.device)
         declare(model)
         # Frozen layers look after themselves: half(), Trainer, and forwards that take another way for quantised models,
@@ -124,6 +135,8 @@ class Quantizer(Reader):
             raise ValueError(f"torch_fp8: {conv1d[0]} was a Conv1D; load the 16-bit checkpoint instead")
         for layer in layers.values():
             thaw(layer, dtype)
+        for module in frozen_experts(model).values():
+            experts.thaw(module, dtype)
         return model
 
     # Writing.
@@ -136,21 +149,26 @@ class Quantizer(Reader):
         declare(model)
         state = state_to_write(model, "compressed-tensors")
         config = self.quantization_config
-        items = [as_is(name, tensor) for name, tensor in written_names(model, state, empty=True).items()]
+        written = written_names(model, state, "compressed-tensors", empty=True)
+        items = [as_is(name, tensor) for name, tensor in written.items()]
         plan = check_readable({"quantization_config": config.to_dict()}, items, type(model).__name__, like=model)
         config.ignored = in_files(plan.names, ignored_names(model))
-        return state, {}
+        return taken_apart(model, state, "compressed-tensors"), {}
 
 
 class Quantize(ConversionOps):
     """A 16-bit weight, when it arrives, into codes and scales."""
 
     def convert(self, input_dict: dict[str, Any], **more: Any) -> dict[str, Tensor]:
-        model, result = more["model"], {}
+        model: PreTrainedModel = more["model"]
+        result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
             layer = model.get_submodule(path)
+            if isinstance(layer, FrozenExperts):
+                result |= _quantized_stack(name, layer, tensor)
+                continue
             if not isinstance(layer, FrozenLinear):
                 result[name] = tensor
                 continue
@@ -163,6 +181,20 @@ class Quantize(ConversionOps):
         if more.get("missing_keys") is not None:
             more["missing_keys"].difference_update(result)
         return result
+
+
+def _quantized_stack(name: str, module: FrozenExperts, tensor: Tensor) -> dict[str, Tensor]:
+    """A 16-bit stack of experts, or its bias, as the frozen module has it."""
+    path, _, key = name.rpartition(".")
+    projection, layout = key.removesuffix("_bias"), module.layout
+    rows = tensor.transpose(1, 2) if layout.is_transposed and key == projection else tensor
+    if rows.shape != getattr(module, key).shape or not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, which is not what the config says")
+    if key != projection:
+        return {name: layout.separated(rows, projection, dim=1)}
+    check_weight(name, tensor)
+    codes, scale = quantize_matrices(rows, layout, projection, module.granularity)
+    return {name: codes, f"{path}.{projection}_scale": scale}
 
 
 def thaw(layer: FrozenLinear, dtype: torch.dtype | None) -> None:
@@ -183,7 +215,8 @@ def declare(root: nn.Module) -> None:
 
     inner: set[nn.Module] = set()
     for model in root.modules():
-        if not isinstance(model, PreTrainedModel) or not (layers := frozen_layers(model)):
+        layers: list[FrozenLinear | FrozenExperts] = [*frozen_layers(model).values(), *frozen_experts(model).values()]
+        if not isinstance(model, PreTrainedModel) or not layers:
             continue
         quantizer = getattr(model, "hf_quantizer", None)
         if not isinstance(quantizer, Quantizer):
@@ -192,7 +225,7 @@ def declare(root: nn.Module) -> None:
             continue
         inner |= set(model.modules())
         config = quantizer.quantization_config
-        config.kinds = list(dict.fromkeys((layer.granularity, layer.activations) for layer in layers.values()))
+        config.kinds = list(dict.fromkeys((layer.granularity, layer.activations) for layer in layers))
         config.ignored = ignored_names(model)
         model.config.quantization_config = config
         untie(model)

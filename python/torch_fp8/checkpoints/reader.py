@@ -8,6 +8,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 
 from ..format import E4M3
+from . import experts
 from .names import reading, shaping, with_scales
 
 if TYPE_CHECKING:
@@ -27,4 +28,4 @@ class Reader(HfQuantizer):
         return None if stored in ("F8_E4M3", E4M3) else super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        return reading() + with_scales(conversions, shaped=True) + shaping()
+        return reading() + with_scales(conversions, shaped=True) + experts.converters(model, conversions) + shaping()

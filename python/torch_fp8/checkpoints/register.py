@@ -6,6 +6,7 @@ loads them, or at once where it has.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
@@ -93,10 +94,25 @@ def _enter(tables: Any) -> None:
 
 
 def _declare(model: nn.Module) -> None:
-    if "transformers.modeling_utils" in sys.modules:  # else the model is none of transformers
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return
+    theirs = [module for module in model.modules() if isinstance(module, modeling.PreTrainedModel)]
+    try:
+        if theirs:
+            need_transformers()
+    except ImportError as error:
+        for module in theirs:  # it would write codes as if they were weights
+            module.save_pretrained = functools.partial(_cannot_write, str(error))
+        return
+    if theirs:
         from .quantizer import declare
 
         declare(model)
+
+
+def _cannot_write(why: str, *args: Any, **kwargs: Any) -> None:
+    raise ImportError(why)
 
 
 def register() -> None:

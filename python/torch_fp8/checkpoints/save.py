@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..files import check_free
 from ..format import BLOCK, E4M3
+from ..layers.experts import FrozenExperts, frozen_experts, stack_scale_shape
 from ..layers.frozen import WEIGHTS, FrozenLinear, frozen_layers, scale_shape
 from . import folder, scheme
 from .errors import need_transformers
@@ -51,7 +52,7 @@ def save_pretrained(
 
     state = state_to_write(model, format)
     check_free(path)
-    groups = [[as_is(name, tensor)] for name, tensor in written_names(model, state).items()]
+    groups = [[as_is(name, tensor)] for name, tensor in written_names(model, state, format).items()]
     config = {
         **json.loads(model.config.to_json_string()),
         "architectures": [type(model).__name__],
@@ -74,8 +75,8 @@ def save_pretrained(
 def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
     """The state of a model with its FP8 layers as a format has them, by the names that it has in the model. Raises
     ValueError where the format cannot hold it."""
-    layers = frozen_layers(model)
-    if not layers:
+    layers, mixtures = frozen_layers(model), frozen_experts(model)
+    if not layers and not mixtures:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FrozenLinear layer; torch_fp8.freeze it first")
     weight, activations = kind_of(model)
     scheme.check_writable(format, weight, activations)
@@ -88,9 +89,16 @@ def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
         dtype = scale_dtype(format, dtype_of(model), [scale] if slot is None else [scale, slot[0, :1]])
         shape = () if format == "static" else (1,)
         size = scale_shape(weight, layer.out_features, layer.in_features) if format != "static" else ()
-        state[f"{name}.{scale_name(format)}"] = scale.reshape(size).to(dtype)
+        state[f"{name}.{scheme.scale_name(format)}"] = scale.reshape(size).to(dtype)
         if slot is not None:
             state[f"{name}.input_scale"] = slot[0, 0].reshape(shape).to(dtype)
+    for name, module in mixtures.items():
+        for projection in module.projections():
+            codes, scale, _, slot = module.stack(projection)
+            _, n, k = codes.shape
+            check_sizes(format, weight, f"{name}.{projection}", n // module.layout.parts(projection), k)
+            dtype = scale_dtype(format, dtype_of(model), [scale] if slot is None else [scale, slot[:, :1]])
+            state[f"{name}.{projection}_scale"] = scale.to(dtype)
     return state
 
 
@@ -115,7 +123,7 @@ def layer_items(
 
     items = [
         Item(f"{name}.weight", E4M3, shape, codes),
-        Item(f"{name}.{scale_name(format)}", dtype, size, scales.pop),
+        Item(f"{name}.{scheme.scale_name(format)}", dtype, size, scales.pop),
     ]
     if input_scale is not None:
         value = (
@@ -125,10 +133,6 @@ def layer_items(
         )
         items.append(as_is(f"{name}.input_scale", value))
     return items
-
-
-def scale_name(format: str) -> str:
-    return "weight_scale_inv" if format == "block" else "weight_scale"
 
 
 def as_is(name: str, tensor: Tensor) -> Item:
@@ -153,21 +157,24 @@ def check_sizes(format: str, weight: str, name: str, n: int, k: int) -> None:
 def kind_of(model: nn.Module) -> tuple[str, str]:
     """weight and activations of all layers. Of small layers one word may stand for another: an only block is a whole
     tensor, and an only channel too."""
-    layers = frozen_layers(model)
-    activations = {layer.activations for layer in layers.values()}
-    words = {layer.granularity for layer in layers.values()}
-    weights = list(words) if len(words) == 1 else [
-        kind
-        for kind in WEIGHTS
-        if all(math.prod(scale_shape(kind, m.out_features, m.in_features)) == m.weight_scale.numel()
-               for m in layers.values())
-    ]  # fmt: skip
+    layers: list[FrozenLinear | FrozenExperts] = [*frozen_layers(model).values(), *frozen_experts(model).values()]
+    activations = {layer.activations for layer in layers}
+    words = {layer.granularity for layer in layers}
+    weights = list(words) if len(words) == 1 else [kind for kind in WEIGHTS if all(_is_also(m, kind) for m in layers)]
     if len(activations) > 1 or not weights:
         raise ValueError(
             "torch_fp8: a checkpoint holds FP8 layers of one kind, but these were frozen with activations "
             f"{sorted(activations)} and weights by {sorted(words)}"
         )
     return weights[0], activations.pop()
+
+
+def _is_also(layer: FrozenLinear | FrozenExperts, kind: str) -> bool:
+    """Whether scales of that kind would be as many as the layer has."""
+    if isinstance(layer, FrozenLinear):
+        return math.prod(scale_shape(kind, layer.out_features, layer.in_features)) == layer.weight_scale.numel()
+    stacks = [(layer.stack(projection), layer.layout.parts(projection)) for projection in layer.projections()]
+    return all(math.prod(stack_scale_shape(kind, s.codes.shape, parts)) == s.scale.numel() for s, parts in stacks)
 
 
 def ignored_names(model: nn.Module) -> list[str]:

@@ -150,6 +150,10 @@ def check_writable(form: str, weight: str, activations: str) -> None:
         )
 
 
+def scale_name(form: str) -> str:
+    return "weight_scale_inv" if form == "block" else "weight_scale"
+
+
 def is_ours(quantization: dict[str, Any]) -> bool:
     """Whether a quantization_config is of a checkpoint that was written here."""
     return quantization.get("producer") == _PRODUCER

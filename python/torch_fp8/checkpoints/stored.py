@@ -27,23 +27,23 @@ _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0
 
 
 def freeze_as_stored(
-    model: nn.Module, names: Names, scheme: Scheme | None, path: Path, activations: str | None = None
+    model: nn.Module, names: Names, scheme: Scheme | None, path: Path, activations: str | None, taken: set[str]
 ) -> set[str]:
     """Make frozen layers, on the meta device, of the linear layers whose weights are E4M3; return the names of their
-    tensors in the files. path: of the config. Raises CheckpointError for what the headers show to be none."""
-    used: set[str] = set()
+    tensors in the files, and of those taken already. path: of the config. Raises CheckpointError for what the headers
+    show to be none."""
+    used = set(taken)
     modules = dict(model.named_modules())
     layers: dict[str, tuple[nn.Module, str, str]] = {}
-    for entry in [entry for entry in names.entries.values() if entry.dtype == E4M3]:
+    for entry in [entry for entry in names.entries.values() if entry.dtype == E4M3 and entry.name not in used]:
         targets = names.targets[entry.name]
         if not all(_is_linear(modules, name) for name in targets):
             if any(name in names.state for name in targets):
                 raise CheckpointError(
-                    entry.path, f"{entry.name} is {E4M3}; FP8 is read as E4M3 weights of linear layers only"
+                    entry.path,
+                    f"{entry.name} is {E4M3}; FP8 is read as E4M3 weights of linear layers and of experts only",
                 )
             continue  # it has no place in the model
-        if scheme is None:
-            raise CheckpointError(entry.path, f"{entry.name} is FP8, but {path.name} has no quantization_config")
         for name in targets:
             parts = names.sources[name]
             expected = list(names.state[name].shape)
@@ -53,23 +53,9 @@ def freeze_as_stored(
                 raise CheckpointError(entry.path, f"{entry.name} is FP8, {odd[0]}, a part of the same layer, is not")
         if len(entry.shape) != 2:
             raise CheckpointError(entry.path, f"{entry.name} has shape {list(entry.shape)}, expected a matrix")
-        stem, how = entry.name.rpartition(".")[0], activations or scheme.activations
-        scale = _scale(names.entries, stem, WEIGHT_SCALES)
-        if scale is None:
-            raise CheckpointError(entry.path, f"{entry.name} is FP8 and has no scale ({', '.join(WEIGHT_SCALES)})")
-        input_scale = _scale(names.entries, stem, INPUT_SCALES)
-        if how == "static":
-            if input_scale is None:
-                raise CheckpointError(entry.path, f"{entry.name} has static activations but no input_scale")
-            one = 4 if input_scale.name.endswith("input_slot") else 1
-            if input_scale.nbytes != one * input_scale.dtype.itemsize:
-                raise CheckpointError(
-                    input_scale.path, f"{input_scale.name} has shape {list(input_scale.shape)}, expected one element"
-                )
-        granularity = _granularity(scheme, scale, *entry.shape)
+        (how, granularity), its = stored_layer(names.entries, scheme, entry, path, activations)
         layers |= {name: (modules[name.rpartition(".")[0]], how, granularity) for name in targets}
-        used |= {entry.name, scale.name, f"{stem}.weight_zero_point"}  # a symmetric weight's zero points are zeros
-        used |= {input_scale.name} if input_scale else set()
+        used |= its
     for stem, _, key in (name.rpartition(".") for name in names.entries):
         if scheme is not None and key in WEIGHT_SCALES and f"{stem}.weight" not in names.entries:
             raise CheckpointError(
@@ -78,6 +64,31 @@ def freeze_as_stored(
     for layer, how, granularity in layers.values():
         freeze_empty(layer, how, granularity)
     return used
+
+
+def stored_layer(
+    entries: Mapping[str, Entry], scheme: Scheme | None, entry: Entry, path: Path, activations: str | None
+) -> tuple[tuple[str, str], set[str]]:
+    """Of an E4M3 matrix in a file: how its inputs are quantised and what shares a scale, and the names of its tensors.
+    Raises CheckpointError where they do not make a layer."""
+    if scheme is None:
+        raise CheckpointError(entry.path, f"{entry.name} is FP8, but {path.name} has no quantization_config")
+    stem, how = entry.name.rpartition(".")[0], activations or scheme.activations
+    scale = _scale(entries, stem, WEIGHT_SCALES)
+    if scale is None:
+        raise CheckpointError(entry.path, f"{entry.name} is FP8 and has no scale ({', '.join(WEIGHT_SCALES)})")
+    input_scale = _scale(entries, stem, INPUT_SCALES)
+    if how == "static":
+        if input_scale is None:
+            raise CheckpointError(entry.path, f"{entry.name} has static activations but no input_scale")
+        one = 4 if input_scale.name.endswith("input_slot") else 1
+        if input_scale.nbytes != one * input_scale.dtype.itemsize:
+            raise CheckpointError(
+                input_scale.path, f"{input_scale.name} has shape {list(input_scale.shape)}, expected one element"
+            )
+    used = {entry.name, scale.name, f"{stem}.weight_zero_point"}  # a symmetric weight's zero points are zeros
+    used |= {input_scale.name} if input_scale else set()
+    return (how, _granularity(scheme, scale, *entry.shape)), used
 
 
 def freeze_empty(layer: nn.Module, activations: str, granularity: str) -> None:

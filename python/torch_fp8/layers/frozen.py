@@ -19,7 +19,59 @@ ACTIVATIONS = ("none", "static", "tensor", "token")
 WEIGHTS = ("channel", "tensor", "block")
 
 
-class FrozenLinear(nn.Linear):
+class FrozenState(nn.Module):
+    """A module some of whose buffers are FP8 for good: they keep their dtype when the module is cast, and no state of
+    another dtype is loaded into them."""
+
+    def fp8_state(self) -> dict[str, torch.dtype]:
+        """The dtypes of those buffers, E4M3 or float32; one of them may be None."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenState:
+        # Seen as integers codes and scales are moved by .cuda() and left alone by .bfloat16(), to the bit.
+        state = {name: self._buffers.pop(name) for name in self.fp8_state()}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(state)
+        for name, old in state.items():
+            if old is not None:
+                integer = torch.uint8 if old.dtype == E4M3 else torch.int32
+                new = fn(old.view(integer))
+                if new.dtype != integer:  # Module.type() casts integers too
+                    new = old.to(new.device).view(integer)
+                self._buffers[name] = new.view(old.dtype)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickle, other than torch.save, does not know FP8.
+        codes = {name: self.get_buffer(name).view(torch.uint8) for name in self._codes()}
+        return {**self.__dict__, "_buffers": {**self._buffers, **codes}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers.update({name: self.get_buffer(name).view(E4M3) for name in self._codes()})
+
+    def _codes(self) -> list[str]:
+        return [name for name, dtype in self.fp8_state().items() if dtype == E4M3]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        # A copy would cast what is not FP8, unscaled and without saturation.
+        for name, dtype in self.fp8_state().items():
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.dtype != dtype:
+                errors.append(
+                    f"torch_fp8: {prefix}{name} must be {dtype}, got {value.dtype}; load 16-bit weights before "
+                    "torch_fp8.freeze"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class FrozenLinear(FrozenState, nn.Linear):
     """``y = x W^T + b`` of an E4M3 weight that is not trained. ``freeze`` and ``load_pretrained`` make these.
 
     Input (..., in_features), output (..., out_features) of the input's dtype or of the autocast dtype. All state is
@@ -90,6 +142,9 @@ class FrozenLinear(nn.Linear):
         self.register_buffer("bias", bias)
         self.register_buffer("input_slot", input_slot)
 
+    def fp8_state(self) -> dict[str, torch.dtype]:
+        return {"weight": E4M3, "weight_scale": torch.float32, "input_slot": torch.float32}
+
     def reset_parameters(self) -> None:
         """Raises RuntimeError: the values of codes come from a checkpoint or a 16-bit weight."""
         raise RuntimeError(
@@ -98,11 +153,8 @@ class FrozenLinear(nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        device = input.device.type
-        has_autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if has_autocast else None
         state = self._state()
-        arguments = (input, *state, ACTIVATIONS.index(self.activations), dtype)
+        arguments = (input, *state, ACTIVATIONS.index(self.activations), autocast_dtype(input))
         # What takes part in Python (the compiler, a mode, a subclass) is shown Python's op; all others go through the
         # dispatcher too, past half of the host's time.
         if torch.compiler.is_compiling() or has_torch_function((input, *state)):
@@ -112,51 +164,15 @@ class FrozenLinear(nn.Linear):
     def _state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         buffers = self._buffers  # not by nn.Module.__getattr__, which would cost a third of the call
         try:
-            return buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
+            state = buffers["weight"], buffers["weight_scale"], buffers["bias"], buffers["input_slot"]
+            return state  # type: ignore[return-value]  # the first two are never None
         except KeyError:  # one of them was parametrised, or made a Parameter
             return self.weight, self.weight_scale, self.bias, self.input_slot
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
-        # Seen as integers weight and scales are moved by .cuda() and left alone by .bfloat16(), to the bit.
-        seen_as = {"weight": torch.uint8, "weight_scale": torch.int32, "input_slot": torch.int32}
-        state = {name: self._buffers.pop(name) for name in seen_as}
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(state)
-        for name, integer in seen_as.items():
-            old = state[name]
-            if old is not None:
-                new = fn(old.view(integer))
-                if new.dtype != integer:  # Module.type() casts integers too
-                    new = old.to(new.device).view(integer)
-                self._buffers[name] = new.view(old.dtype)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pickle, other than torch.save, does not know FP8.
-        return {**self.__dict__, "_buffers": {**self._buffers, "weight": self.weight.view(torch.uint8)}}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers["weight"] = self._buffers["weight"].view(E4M3)
         if "granularity" not in self.__dict__:  # of an older version
             self.granularity = _granularity_of(self.weight_scale, self.out_features)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
-        missing: list[str], unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        # A copy would cast what is not FP8, unscaled and without saturation.
-        for name, dtype in (("weight", E4M3), ("weight_scale", torch.float32), ("input_slot", torch.float32)):
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and value.dtype != dtype:
-                errors.append(
-                    f"torch_fp8: {prefix}{name} must be {dtype}, got {value.dtype}; load 16-bit weights before "
-                    "torch_fp8.freeze"
-                )
-                return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return (
@@ -168,6 +184,13 @@ class FrozenLinear(nn.Linear):
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
     """The frozen layers of a model by name; a layer that occurs twice has its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """What autocast asks an output for; None where it asks for nothing."""
+    device = input.device.type
+    has_autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if has_autocast else None
 
 
 def _granularity_of(weight_scale: Tensor, out_features: int) -> str:

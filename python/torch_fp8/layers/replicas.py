@@ -13,13 +13,17 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from .frozen import frozen_layers
+from .frozen import FrozenState
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, FrozenState)]
 
 
 def _watch(module: nn.Module, name: str, child: nn.Module | None) -> None:
     if name != "module" or child is None or not isinstance(module, DistributedDataParallel):
         return
-    prefixes = tuple(f"{name}." if name else "" for name in frozen_layers(child))
+    prefixes = tuple(f"{name}." if name else "" for name in _frozen(child))
     if not prefixes:
         return
     group = module.process_group

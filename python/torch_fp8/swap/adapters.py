@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..format import E4M3, dequantize
 from ..layers.frozen import FrozenLinear
-from .freeze import quantize_weight
+from .freeze import after_freeze, quantize_weight
 
 #: The families of ``peft.tuners`` that use of a base layer what it computes, and not its weight.
 _RIGHT = {
@@ -117,4 +117,11 @@ def _watch(module: nn.Module, name: str, child: nn.Module | None) -> None:
     module.__class__ = _over_codes(type(module))
 
 
+def _watch_all(model: nn.Module) -> None:
+    """Of adapters that were there before their bases were frozen."""
+    for module in model.modules():
+        _watch(module, "base_layer", module._modules.get("base_layer"))
+
+
 register_module_module_registration_hook(_watch)
+after_freeze.append(_watch_all)

@@ -17,17 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import progress
-from ..format import BLOCK, E4M3_MAX, quantize
+from ..format import E4M3_MAX
 from ..layers.classes import is_conv1d
-from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot, scale_shape
+from ..layers.experts import (
+    become_frozen_experts,
+    experts_in,
+    input_amaxes,
+    layout_of,
+    routers,
+    stacks,
+    why_not_experts,
+)
+from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot
 from ..layers.linear import Layer
 from .readers import weights_read
 from .select import NOT_FP8, Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
+from .weights import power_of_two_above, quantize_stack, quantize_weight
 
 #: What is to be done when a model has got frozen layers; transformers' models know of theirs by this.
 after_freeze: list[Callable[[nn.Module], None]] = []
 
-_AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float
+_AMAX = "_fp8_input_amax"  # what calibrate leaves on a layer for freeze: a float, or of experts a list of two
 
 
 def freeze(
@@ -41,17 +51,19 @@ def freeze(
     """Make the linear layers of ``model`` FrozenLinear layers, in place; returns the model, for inference or as a base
     of adapters (LoRA).
 
-    Takes what :func:`torch_fp8.convert` takes, and FP8 layers. They stay the same objects under the same
-    names; their weights are quantised once and the 16-bit ones let go. The output head, embeddings and norms stay as
-    they are. No parameter of the model requires a gradient afterwards; adapters come after that.
+    Takes what :func:`torch_fp8.convert` takes, FP8 layers, and transformers' experts (Mixtral, Qwen-MoE, DeepSeek,
+    gpt-oss, Llama 4...), which become FrozenExperts. They stay the same objects under the same names; their weights are
+    quantised once and the 16-bit ones let go. The output head, routers, embeddings and norms stay as they are, and so
+    do experts that are not understood; ``summary`` names them. No parameter of the model requires a gradient
+    afterwards; adapters come after that.
 
     activations: how inputs are quantised, see :class:`FrozenLinear`. "static" takes twice the largest input that
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
         up to a power of two: a scale too large costs nothing, one too small saturates.
     weight: "channel": a scale for each output; "tensor"; or "block", one for each 128 x 128.
-    filter: which layers: by default all but the output head; otherwise as in :func:`torch_fp8.convert`. A layer whose
-        weight other code of the model reads itself, as far as can be seen, is never taken: T5's ``wo``, Mamba's
-        ``dt_proj``. ``summary`` says which and why.
+    filter: which layers: by default all but the output head and routers; otherwise as in :func:`torch_fp8.convert`,
+        where the experts of a layer count as one. A layer whose weight other code of the model reads itself, as far as
+        can be seen, is never taken: T5's ``wo``, Mamba's ``dt_proj``. ``summary`` says which and why.
     linear_types: subclasses of ``nn.Linear`` to vouch for, as in :func:`torch_fp8.convert`.
 
     Raises ValueError, with the model as it was, where no layer would be frozen; a listed name matches none, or one that
@@ -60,12 +72,19 @@ def freeze(
     check_choices(activations, weight)
     left_out = why_not_to_freeze(model, filter, linear_types)
     layers = {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
+    mixtures = {name: module for name, module in experts_in(model).items() if not left_out[name]}
     weights = {name: weight_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
         check_device(weights[name].device)
         check_weight(name, weights[name])
         if activations == "static":
             static_scale(name, layer)
+    for name, module in mixtures.items():
+        for projection, stack in stacks(module).items():
+            check_device(stack.device)
+            check_weight(f"{name}.{projection}", stack)
+        if activations == "static":
+            static_scales(name, module)
 
     shared: dict[int, tuple[Tensor, Tensor]] = {}  # of layers that share a weight
     for name, layer in layers.items():
@@ -75,13 +94,17 @@ def freeze(
             shared[id(parameter)] = quantize_weight(weights[name], weight)
         become_frozen(layer, *shared[id(parameter)], slot, activations, weight)
         del weights[name], parameter  # and with them the last 16-bit copy
-    for name, layer in linear_layers(model).items():
+    for name, module in mixtures.items():
+        up_scale, down_scale = static_scales(name, module) if activations == "static" else (None, None)
+        up = quantize_stack(module, layout_of(module).up, weight, up_scale)
+        down = quantize_stack(module, "down_proj", weight, down_scale)
+        for key in (_AMAX, NOT_FP8):
+            module.__dict__.pop(key, None)
+        become_frozen_experts(module, up, down, activations, weight)
+    for name, layer in {**linear_layers(model), **experts_in(model)}.items():
         setattr(layer, NOT_FP8, left_out[name])
     for tell in after_freeze:
         tell(model)
-    for module in model.modules():
-        if isinstance(module._modules.get("base_layer"), FrozenLinear):
-            module.base_layer = module.base_layer  # of an adapter that was there first: adapters.py sees it now
     return model.requires_grad_(False)
 
 
@@ -96,16 +119,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Raises ValueError where the model has no linear layer, there was no batch, or a layer saw Inf or NaN.
     """
     layers = linear_layers(model)
-    if not layers:
+    mixtures = {name: module for name, module in experts_in(model).items() if not why_not_experts(module)}
+    if not layers and not mixtures:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no linear layer to calibrate")
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}  # for experts the amaxes of both projections' inputs
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if x.numel():
+            if name in mixtures:
+                amax = input_amaxes(module, *args, *kwargs.values())
+            else:
+                x: Any = args[0] if args else kwargs.get("input", kwargs.get("x"))
+                if not x.numel():
+                    return
                 amax = x.detach().abs().amax().float()
-                seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
+            seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
 
         return hook
 
@@ -113,7 +141,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     count = 0
     with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
+        for name, layer in {**layers, **mixtures}.items():
             stack.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         for module, mode in training.items():
             stack.callback(setattr, module, "training", mode)
@@ -125,50 +153,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 count += 1
     if not count:
         raise ValueError("torch_fp8: calibrate got no batch; give it some inputs of the model")
-    amaxes = {name: amax.item() for name, amax in seen.items()}
-    for name, amax in amaxes.items():
-        if not math.isfinite(amax):
+    amaxes = {name: amax.tolist() for name, amax in seen.items()}
+    for name in amaxes:
+        if not seen[name].isfinite().all():
             raise ValueError(f"torch_fp8: the input of {name or '(root)'} has Inf or NaN: nothing to calibrate by")
-    for name, layer in layers.items():
+    for name, layer in {**layers, **mixtures}.items():
         layer.__dict__.pop(_AMAX, None)
         if name in amaxes:
             setattr(layer, _AMAX, amaxes[name])
     return model
-
-
-def quantize_weight(weight: Tensor, granularity: str) -> tuple[Tensor, Tensor]:
-    """The E4M3 codes of a finite (N, K) weight, and their float32 multipliers.
-
-    Every multiplier is a bfloat16 value, amax / 448 rounded up, so that readers with bfloat16 scales and with float32
-    ones see the same number. With one scale a tensor it is a power of two: readers that fuse q, k and v requantise at
-    the largest of their scales, and only factors of two lose nothing there. It costs 0.06 dB of 31.56 on Gaussian
-    weights; with long tails more (Student's t of 3 degrees: 29.1 for 32.3 dB), for then the largest weights carry the
-    signal, and amax / 448 puts them upon a code. So channels and blocks, which nobody requantises, do without.
-    """
-    n, k = weight.shape
-    if granularity == "block":
-        grid = scale_shape("block", n, k)
-        padded = nn.functional.pad(weight.float(), (0, grid[1] * BLOCK - k, 0, grid[0] * BLOCK - n))
-        amax = padded.view(grid[0], BLOCK, grid[1], BLOCK).abs().amax((1, 3))
-    elif granularity == "channel":
-        amax = weight.abs().amax(1, keepdim=True).float()
-    else:
-        amax = weight.abs().amax().float().reshape(1)
-    scale = (_power_of_two_above if granularity == "tensor" else _bfloat16_above)(amax / E4M3_MAX)
-    scale = torch.where(amax > 0, scale, 1.0).clamp(min=2.0**-126)
-    inverse = scale.reciprocal()
-    if granularity == "block":
-        inverse = inverse.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
-    return quantize(weight.float(), inverse).contiguous(), scale
-
-
-def _power_of_two_above(x: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(x)  # mantissa in [0.5, 1)
-    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
-
-
-def _bfloat16_above(x: Tensor) -> Tensor:
-    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
 def become_frozen(
@@ -195,22 +188,27 @@ def weight_of(layer: Any) -> Tensor:
 
 
 def layers_to_freeze(model: nn.Module, filter: Filter | Sequence[str] | None) -> dict[str, nn.Module]:
+    """The linear layers and the experts that are to be frozen."""
     left_out = why_not_to_freeze(model, filter)
-    return {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
+    return {name: layer for name, layer in {**linear_layers(model), **experts_in(model)}.items() if not left_out[name]}
 
 
 def why_not_to_freeze(
     model: nn.Module, filter: Filter | Sequence[str] | None, linear_types: Iterable[type[nn.Module]] = ()
 ) -> dict[str, str]:
-    """Why each linear layer is not to be frozen; "" where it is."""
+    """Why each linear layer, or the experts of a layer, are not to be frozen; "" where they are."""
     types = check_types(linear_types)
-    layers = linear_layers(model)
+    layers, mixtures = linear_layers(model), experts_in(model)
     readers = weights_read(model, layers)
     cannot = {
         name: why_not_frozen(layer, types) or (f"{readers[name]} reads its weight itself" if name in readers else "")
         for name, layer in layers.items()
     }
-    left_out = chosen_layers(model, layers, filter, cannot)
+    cannot |= {name: why_not_experts(module) for name, module in mixtures.items()}
+    choosing = {layers[name] for name in routers(model, layers)}
+    left_out = chosen_layers(
+        model, {**layers, **mixtures}, filter, cannot, lambda layer: "router" if layer in choosing else ""
+    )
     if all(left_out.values()):
         raise ValueError(
             f"torch_fp8: no layer of {type(model).__name__} would be frozen. It has {len(layers)} linear layers in 16 "
@@ -240,8 +238,24 @@ def static_scale(name: str, layer: nn.Module) -> float:
             f"torch_fp8: no input of {name or '(root)'} was seen, so it has no static scale; run torch_fp8.calibrate "
             'on typical inputs first, or freeze with activations="token"'
         )
+    return _static_scale(amax)
+
+
+def static_scales(name: str, module: nn.Module) -> tuple[float, float]:
+    """The same of experts: of the input of either projection, one for all of them, since one that was given no token
+    has seen nothing."""
+    amaxes = getattr(module, _AMAX, None)
+    if amaxes is None:
+        raise ValueError(
+            f"torch_fp8: no input of {name or '(root)'} was seen, so it has no static scale; run torch_fp8.calibrate "
+            'on typical inputs first, or freeze with activations="token"'
+        )
+    return _static_scale(amaxes[0]), _static_scale(amaxes[1])
+
+
+def _static_scale(amax: float) -> float:
     scale = torch.tensor(2 * amax / E4M3_MAX, dtype=torch.float32, device="cpu")
-    return _power_of_two_above(scale).clamp(min=2.0**-126).item() if amax > 0 else 1.0
+    return power_of_two_above(scale).clamp(min=2.0**-126).item() if amax > 0 else 1.0
 
 
 def _arguments(batch: Any, device: torch.device) -> tuple[list[Any], dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import nn
 from .. import _C
 from ..layers.classes import conv1d, is_conv1d, shape_of
 from ..layers.dtensor import is_dtensor
+from ..layers.experts import is_experts
 from ..layers.frozen import FrozenLinear
 from ..layers.linear import SUPPORTED_DTYPES, Layer
 from .worth import speedup
@@ -145,7 +146,7 @@ def output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
             return True
         return before_blocks == parts and shape_of(module)[0] in vocabularies
 
-    return {name for name, module in layers.items() if is_head(name, module)}
+    return {name for name, module in layers.items() if not is_experts(module) and is_head(name, module)}
 
 
 def _declared_head(module: nn.Module) -> nn.Module | None:

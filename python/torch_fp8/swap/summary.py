@@ -1,13 +1,16 @@
-"""What is what: every linear layer of a model, in FP8 or not, and why not."""
+"""What is what: every linear layer and all experts of a model, in FP8 or not, and why not; and how much of it is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.classes import is_conv1d, shape_of
-from ..layers.frozen import FrozenLinear
+from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
+from ..layers.frozen import FrozenLinear, FrozenState
 from ..layers.linear import Layer, fp8_layers
 from ..layers.traced import traced_training
 from ..recipe import ConstantScaling
@@ -20,21 +23,37 @@ from .select import NOT_FP8, why_not
 @dataclass(frozen=True)
 class LayerSummary:
     name: str
-    shape: str  # "out x in"
+    shape: str  # "out x in", of experts that of each projection
     fp8: bool
     note: str  # the recipe, or why the layer is not in FP8
     scales: dict[str, float]  # by role; NaN without history; empty where not in FP8
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """How many elements the weights of a model have."""
+
+    fp8: int = 0  # that GEMMs read in FP8, also where training keeps them in 16 bits besides
+    others: Counter[str] = field(default_factory=Counter)  # of the others, by module; numbers in names are *
+
+    @property
+    def share(self) -> float:
+        """What of all is in FP8."""
+        return self.fp8 / max(1, self.fp8 + self.others.total())
+
+
 class Summary(list[LayerSummary]):
-    """One row for each linear layer; prints as a table, and is one in a notebook."""
+    """One row for each linear layer, where the experts of a layer count as one; prints as a table, and is one in a
+    notebook. ``parameters`` counts the weights."""
+
+    parameters: Parameters = Parameters()
 
     def __str__(self) -> str:
-        return f"{plain(_HEAD, self._cells())}\n{self._count()}"
+        return "\n".join([plain(_HEAD, self._cells()), self._count(), *self._others()])
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return f"{html(_HEAD, self._cells())}<p>{self._count()}</p>"
+        return html(_HEAD, self._cells()) + "".join(f"<p>{line}</p>" for line in [self._count(), *self._others()])
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -50,20 +69,34 @@ class Summary(list[LayerSummary]):
         ]
 
     def _count(self) -> str:
-        return f"{sum(row.fp8 for row in self)} of {len(self)} linear layers in FP8"
+        share = f"{100 * self.parameters.share:.3g} % of the parameters"
+        return f"{sum(row.fp8 for row in self)} of {len(self)} linear layers in FP8, {share}"
+
+    def _others(self) -> list[str]:
+        others = self.parameters.others
+        most = [f"{name or '(root)'} {numel:,}" for name, numel in others.most_common(_NAMED)]
+        rest = others.total() - sum(numel for _, numel in others.most_common(_NAMED))
+        return [f"not in FP8: {', '.join(most)}" + (f", all others {rest:,}" if rest else "")] if most else []
+
+
+_NAMED = 8  # of the modules that are not in FP8
 
 
 _HEAD = ("layer", "out x in", "FP8", "scale: input", "weight", "grad_output", "recipe, or why not")
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every linear layer of ``model``: in FP8 or not, why not, its recipe and its current scales. ``print`` it.
+    """Every linear layer of ``model``, and the experts of every layer that has some: in FP8 or not, why not, its recipe
+    and its current scales; what share of the parameters is in FP8, and where the others are. ``print`` it.
 
     After training steps the note of a layer says so if it was never called: the model computes without it then, and
     what multiplies by its weight itself does so in 16 bits."""
     rows = Summary()
+    rows.parameters = _parameters(model)
     steps = max((_steps(layer) for layer in fp8_layers(model).values()), default=0)
     for name, module in model.named_modules():
+        if isinstance(module, FrozenExperts) or is_experts(module):
+            rows.append(_of_experts(name, module))
         if not (isinstance(module, nn.Linear | FrozenLinear) or is_conv1d(module)):
             continue
         shape = "{} x {}".format(*shape_of(module))
@@ -92,3 +125,36 @@ def _was_called(layer: Layer) -> bool:
     if not traced_training() or isinstance(state.recipe, ConstantScaling):
         return state.memo.updates > 0 or state.memo.used_roles > 0
     return state.slots.is_meta or bool((state.slots[ROLES.index("input"), 2:] != 0).any())
+
+
+def _of_experts(name: str, module: nn.Module) -> LayerSummary:
+    if isinstance(module, FrozenExperts):
+        shapes = [getattr(module, projection).shape for projection in module.projections()]
+        note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
+    else:
+        shapes = [stack.shape for stack in stacks(module).values()]
+        note = why_not_experts(module) or getattr(module, NOT_FP8, "") or _TRAINED
+    shape = ", ".join(" x ".join(map(str, size)) for size in shapes)
+    return LayerSummary(name, shape, isinstance(module, FrozenExperts), note, {})
+
+
+_TRAINED = "experts train in 16 bits; torch_fp8.freeze takes them"
+
+
+def _parameters(model: nn.Module) -> Parameters:
+    fp8, others, seen = 0, Counter[str](), set[int]()
+    for name, module in model.named_modules():
+        owned: dict[str, Tensor | None] = {**module._parameters}
+        in_fp8 = {"weight"} if isinstance(module, Layer) else set()
+        if isinstance(module, FrozenState):
+            owned = {key: tensor for key, tensor in module._buffers.items() if not key.endswith(("_scale", "_slot"))}
+            in_fp8 = set(module.fp8_state())
+        for key, tensor in owned.items():
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if key in in_fp8:
+                fp8 += tensor.numel()
+            else:
+                others[re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)] += tensor.numel()
+    return Parameters(fp8, others)
