@@ -17,7 +17,7 @@ from ..observe.emulate import dequantize
 from ..swap.freeze import check_weight, layers_to_freeze
 from ..swap.select import Filter, check_device
 from ..swap.weights import quantize_matrices, quantize_weight
-from . import experts, scheme
+from . import experts, scheme, tables
 from .errors import CheckpointError
 from .load import check_readable
 from .names import Names, taken_apart, with_scales, written_names
@@ -229,3 +229,6 @@ def declare(root: nn.Module) -> None:
         config.ignored = ignored_names(model)
         model.config.quantization_config = config
         untie(model)
+
+
+tables.enter(QuantizationConfig, Quantizer)

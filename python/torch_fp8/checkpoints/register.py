@@ -19,7 +19,6 @@ from torch import nn
 from ..swap.freeze import after_freeze
 from ..swap.select import Filter
 from .errors import need_transformers
-from .scheme import METHOD, is_ours
 
 _TABLES = "transformers.quantizers.auto"
 
@@ -62,35 +61,17 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            _enter(module)
+            _enter()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _enter(tables: Any) -> None:
+def _enter() -> None:
     try:
-        from . import quantizer
+        from . import quantizer  # noqa: F401  (enters itself, at its end; it may be in the middle of its own imports)
     except ImportError as error:  # of a transformers that is not supported: it must not fail because of us
         warnings.warn(f"torch_fp8: this transformers cannot read or write FP8 models by itself: {error}", stacklevel=2)
-        return
-    config = quantizer.QuantizationConfig
-
-    tables.register_quantizer(METHOD)(quantizer.Quantizer)
-    tables.register_quantization_config(METHOD)(config)
-
-    def unless_ours(theirs: Any) -> Any:
-        class Either(theirs):
-            @classmethod
-            def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
-                return (config if is_ours(values) else theirs).from_dict(values, **kwargs)
-
-        return Either
-
-    # Folders of ours name a method that any reader knows: who has not imported torch_fp8 reads them right, too.
-    configs = tables.AUTO_QUANTIZATION_CONFIG_MAPPING
-    for method in ("compressed-tensors", "fp8"):
-        configs[method] = unless_ours(configs[method])
 
 
 def _declare(model: nn.Module) -> None:
@@ -119,6 +100,6 @@ def register() -> None:
     """Once, when torch_fp8 is imported."""
     after_freeze.append(_declare)
     if _TABLES in sys.modules:
-        _enter(sys.modules[_TABLES])
+        _enter()
     else:
         sys.meta_path.insert(0, _Finder())
