@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from models.llama import FFN, DecoderLayer
 
 TOKENS, RANK, ALPHA = 8192, 16, 32
-TARGET_SPEED, TARGET_MEMORY = 1.15, 0.55
 GRANULARITIES = ("channel", "tensor", "block")
 LINEARS = [("q, o", 4096, 4096), ("k, v", 4096, 1024), ("gate, up", 4096, 14336), ("down", 14336, 4096)]  # in, out
 MIB = 2**20
@@ -149,7 +148,7 @@ def main() -> None:
         "adapters",
         header("LoRA over an FP8 base, against LoRA over a BF16 base"),
         __doc__.split("\n\n")[1],
-        f"LoRA: {lora}. Targets: {TARGET_SPEED} × forward + backward, {TARGET_MEMORY} × the memory of base weights.\n",
+        f"LoRA: {lora}.\n",
         table(head, rows),
     )
 

@@ -22,9 +22,6 @@ def need_transformers() -> None:
             ", or torch_fp8 with its extra of that name"
         )
     try:
-        importlib.import_module(
-            "transformers.quantizers.auto"
-        )  # which enters the quantizer in its tables (register.py)
         importlib.import_module(f"{__package__}.quantizer")
     except ImportError as error:
         raise ImportError(
