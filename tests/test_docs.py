@@ -90,7 +90,7 @@ def test_figures_of_readme_stand_in_the_files_that_it_names():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     measured = text[text.index("## Measured") : text.index("## Recipes")]
     parts = re.split(r"\n\n(?=\|)", measured)[1:]
-    assert len(parts) == 5
+    assert len(parts) >= 5
     for part in parts:
         there = set()
         for file in re.findall(r"\((benchmarks/results/[\w-]+\.md)\)", part):
