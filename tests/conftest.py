@@ -10,7 +10,7 @@ import torch_fp8 as fp8
 from fake_cublaslt import CublasLt
 from torch_fp8.checkpoints.errors import need_transformers
 
-_OF_TRANSFORMERS = ["architectures", "checkpoints", "expert_files", "hostile_files", "transformers"]
+_OF_TRANSFORMERS = ["architectures", "checkpoints", "experts", "expert_files", "hostile_files", "transformers"]
 
 
 def pytest_ignore_collect(collection_path):

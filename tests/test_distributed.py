@@ -383,7 +383,7 @@ def train_tensor_parallel(device, state, sequence_parallel):
     fp8.load_state_dict(model, state)  # otherwise the first step is scaled by each shard's own amax
     fp8.reduce_amaxes(model)
     losses, grads = [], None
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, foreach=False)  # DTensors and tensors beside each other
     for step in range(STEPS):
         loss = loss_of(model, batch(step, device))
         loss.backward()

@@ -56,7 +56,7 @@ def test_commands_of_make_exist(page):
 
 def test_the_code_of_readme_runs(tmp_path, monkeypatch):
     """All of it, in its order, on a model whose layers are just large enough for convert to take them."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     tokens = torch.arange(32)[None]

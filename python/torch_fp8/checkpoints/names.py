@@ -147,7 +147,7 @@ def taken_apart(model: PreTrainedModel, state: dict[str, Tensor], format: str) -
 
 def file_names(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
     """Names of tensors of the model, of which none is converted, as files have them."""
-    places = {name: torch.empty(0, device="meta") for name in names}
+    places = {name: torch.empty(0, dtype=torch.float32, device="meta") for name in names}
     kept = getattr(model, "_weight_conversions", None)
     model._weight_conversions = writing(model)
     try:
