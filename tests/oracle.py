@@ -1,5 +1,7 @@
 """What the library must compute, in a few lines of plain PyTorch and numpy that share nothing with it."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -64,3 +66,24 @@ def accumulation(device: torch.device, k: int) -> float:
     """
     scaling = 5 * 2.0**-24
     return scaling + (k * 2.0**-24 if device.type == "cpu" else min(k / 32 + 1, 32) * 2.0**-12)
+
+
+def weight_of(n: int, k: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a frozen layer: random codes, scales of powers of two and others, and the weight in float64."""
+    weight = (torch.randn(n, k) * 100).clamp(-448, 448).to(E4M3)
+    size = {"tensor": (1,), "channel": (n, 1), "block": (math.ceil(n / 128), math.ceil(k / 128))}[kind]
+    scale = torch.rand(size) * 2.0**-7 + 2.0**-9
+    spread = scale
+    if kind == "block":
+        spread = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    return weight, scale, weight.double() * spread.double()
+
+
+def by_own_amax(x: torch.Tensor) -> torch.Tensor:
+    """x in float64 as its own amax has it in FP8."""
+    return quantised(x, exact_scale(amax(x), E4M3), E4M3)
+
+
+def by_row(x: torch.Tensor) -> torch.Tensor:
+    """The same of each row."""
+    return torch.stack([by_own_amax(row) for row in x])

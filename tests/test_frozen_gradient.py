@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch_fp8 as fp8
-from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, codes, exact_scale
+from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, by_row, weight_of
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,26 +18,6 @@ NONE, STATIC, TENSOR, TOKEN = range(4)
 FEW = 32  # rows of dy up to which dy is not quantised
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 backward_op = torch.ops.torch_fp8.frozen_linear_backward
-
-
-def weight_of(n, k, kind):
-    """Random codes, scales of powers of two and others, and the weight in float64."""
-    weight = (torch.randn(n, k) * 100).clamp(-448, 448).to(E4M3)
-    size = {"tensor": (1,), "channel": (n, 1), "block": (math.ceil(n / 128), math.ceil(k / 128))}[kind]
-    scale = torch.rand(size) * 2.0**-7 + 2.0**-9
-    spread = scale
-    if kind == "block":
-        spread = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return weight, scale, weight.double() * spread.double()
-
-
-def by_row(dy):
-    """Each row as its own amax has it in FP8, in float64."""
-    parts = []
-    for row in dy:
-        scale = exact_scale(row.abs().max().item(), E4M3)
-        parts.append(codes(row, scale, E4M3).view(E4M3).double() / scale)
-    return torch.stack(parts)
 
 
 def as_quantised(dy, kind, scale):

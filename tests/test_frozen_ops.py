@@ -5,23 +5,22 @@ import math
 import pytest
 import torch
 import torch_fp8 as fp8
-from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, codes, exact_scale
+from oracle import (
+    E4M3,
+    OUTPUT,
+    OUTPUT_SUBNORMAL,
+    accumulation,
+    by_own_amax,
+    by_row,
+    codes,
+    exact_scale,
+    weight_of,
+)
 from torch_fp8.observe.emulate import emulated_linear
 
 NONE, STATIC, TENSOR, TOKEN = range(4)
 FEW, WIDE = 16, 8192  # rows of x up to which x is not quantised; half as many with more outputs
 frozen_linear = torch.ops.torch_fp8.frozen_linear
-
-
-def weight_of(n, k, kind):
-    """Random codes, scales of powers of two and others, and the weight in float64."""
-    weight = (torch.randn(n, k) * 100).clamp(-448, 448).to(E4M3)
-    size = {"tensor": (1,), "channel": (n, 1), "block": (math.ceil(n / 128), math.ceil(k / 128))}[kind]
-    scale = torch.rand(size) * 2.0**-7 + 2.0**-9
-    spread = scale
-    if kind == "block":
-        spread = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return weight, scale, weight.double() * spread.double()
 
 
 def as_quantised(x, activations, slot, by_groups=False):
@@ -32,12 +31,7 @@ def as_quantised(x, activations, slot, by_groups=False):
         return x.double()
     if activations == STATIC:
         return codes(x, slot[0, 1].item(), E4M3).view(E4M3).double() * slot[0, 0].double()
-    groups = [x] if activations == TENSOR else list(x)
-    parts = []
-    for group in groups:
-        scale = exact_scale(group.abs().max().item(), E4M3)
-        parts.append(codes(group, scale, E4M3).view(E4M3).double() / scale)
-    return parts[0] if activations == TENSOR else torch.stack(parts)
+    return by_own_amax(x) if activations == TENSOR else by_row(x)
 
 
 def check(device, m, n, k, kind, activations, dtype=torch.bfloat16, bias=True, layout=lambda x: x):
