@@ -85,6 +85,7 @@ def test_a_small_layer_casts_input_and_weight_in_one_kernel(cuda, recipe):
     layer = fp8.Linear(256, 512, device=cuda, dtype=torch.bfloat16, recipe=recipe)
     x = torch.randn(100, 256, device=cuda, dtype=torch.bfloat16)
     with torch.no_grad():
+        layer(x)  # the host reads once whether the roles have a history
         names = [name for name in device_work(lambda: layer(x)) if not name.startswith("Memset")]
     assert len(names) == 2 and "small_cast" in names[0], names
 
