@@ -218,7 +218,7 @@ struct ColumnSums {
 enum class Scales : uint8_t { kOne, kRows, kBlocks };
 constexpr int64_t scale_stride(int64_t k) { return (k + 4 * kScaleBlock - 1) / (4 * kScaleBlock) * 4; }
 
-// out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ out]
+// out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ addend (m, n)]
 struct GemmArgs {
   int64_t m, n, k;  // n and k multiples of 16; with scales of blocks k of 128 and m of 4
   const uint8_t *a, *b;
@@ -228,8 +228,8 @@ struct GemmArgs {
   const void* bias;  // of type out_type (not float32), or null
   void* out;         // 16-byte aligned
   Type out_type;
-  bool accumulate;  // add to what out holds
-  bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
+  const void* addend;  // of type out_type, 16-byte aligned, may be out itself; or null
+  bool fast_accum;     // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
   Scales scales;
 };
 

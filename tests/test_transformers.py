@@ -56,7 +56,9 @@ def same(a, b):
 
 
 def trainer_saves(model, path):
-    trainer = transformers.Trainer(model, transformers.TrainingArguments(str(path) + "-run", report_to="none"))
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(path) + "-run", report_to="none", use_cpu=True)
+    )
     trainer.save_model(str(path))
 
 

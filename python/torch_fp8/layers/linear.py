@@ -85,7 +85,7 @@ class Layer(nn.Module):
         weight = self.matrix
         if is_dtensor(weight):
             return dtensor.linear(self, input)
-        main_grad = self._main_grad() if self.fuse_main_grad else ()
+        main_grad = self.main_grad() if self.fuse_main_grad else ()
         # Compiled autograd hands no tensor that a backward changes to what it traces: there the layer stays eager.
         if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
             return traced.linear(self, input, *main_grad)
@@ -111,7 +111,7 @@ class Layer(nn.Module):
         state.follow(weight)  # it was moved past every method of a module
         return self._linear(input, weight, bias, main_grad, dummy)
 
-    def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
+    def main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
         """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
         weight: Any = self.weight
         if not (weight.requires_grad and torch.is_grad_enabled()):
