@@ -80,8 +80,8 @@ constexpr bool is_small(const Matrix& x) {
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
 
 // quantize(cast) of what an activation makes, computed in float32 and rounded once. cast.x is gate; up.data is null
-// where there is no second factor, else up is of the same size and type. No column sums. Rows are 16-byte aligned and
-// can be read to the end of a pack of 8.
+// where there is no second factor, else up is of the same size and type. No column sums here. Rows are 16-byte aligned
+// and can be read to the end of a pack of 8.
 struct ActivationArgs {
   Activation activation;
   QuantizeArgs cast;
@@ -89,7 +89,7 @@ struct ActivationArgs {
 };
 
 // The same of the two gradients: of gate, dy * up * f'(gate), and of up, dy * f(gate). up.x.data is null where there is
-// no second factor; gate.x, up.x and dy are of one size and type.
+// no second factor; gate.x, up.x and dy are of one size and type. Column sums are of both or of none.
 struct ActivationBackwardArgs {
   Activation activation;
   Matrix dy;

@@ -137,11 +137,14 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool training, bool record, bool rowwise, bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
 
   // The gradients of gate, dy * up * f'(gate), and of up, dy * f(gate), cast so for the layers that made the two: their
-  // slots, one list of casts, the history of each. Without up its results have 0 elements.
+  // slots, one list of casts, the history of each. dbias, where given, asks for the column sums of the two gradients,
+  // in that dtype: the gradients of those layers' biases. What was not asked for, and all of up where there is none,
+  // comes with 0 elements.
   m.def(
       "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
-      "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record) -> (Tensor gate_q, "
-      "Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv)");
+      "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record, "
+      "ScalarType? dbias=None) -> (Tensor gate_q, Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, "
+      "Tensor up_scale_inv, Tensor gate_dbias, Tensor up_dbias)");
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0

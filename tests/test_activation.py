@@ -4,7 +4,8 @@ against float64."""
 import pytest
 import torch
 import torch_fp8 as fp8
-from oracle import E4M3, E5M2, MAX, amax, codes, exact_scale
+from oracle import E4M3, E5M2, MAX, OUTPUT, amax, codes, exact_scale
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 ops = torch.ops.torch_fp8
@@ -93,7 +94,7 @@ def test_backward(device, shape, dtype, activation, gated, e4m3):
         dy, gate, up if gated else None, activation, gate_slots, up_slots if gated else None, 2, casts_of(recipe),
         histories, True, True,
     )  # fmt: skip
-    for t, slots, scale, (q, q_t, scale_inv) in zip(wide, (gate_slots, up_slots), (8.0, 32.0), (made[:3], made[3:])):
+    for t, slots, scale, (q, q_t, scale_inv) in zip(wide, (gate_slots, up_slots), (8.0, 32.0), (made[:3], made[3:6])):
         if t.grad is None:
             assert q.numel() == 0
             continue
@@ -110,6 +111,71 @@ def test_backward(device, shape, dtype, activation, gated, e4m3):
         assert ((value >= low.minimum(high)) & (value <= low.maximum(high))).all()
         assert torch.equal(q.view(torch.uint8).t(), q_t.view(torch.uint8))
         assert slots[2, 2].item() == pytest.approx(exact.abs().max().item(), rel=1e-4, abs=1e-6)
+
+
+def gradients(shape, dtype, device, activation, gated):
+    """dy, gate, up, and what the exact gradients of gate and up are, in float64."""
+    gate, up, dy = tensors(shape, dtype, device)
+    wide = [t.double().requires_grad_() for t in ((gate, up) if gated else (gate,))]
+    product = FUNCTIONS[activation](wide[0]) * (wide[1] if gated else 1)
+    product.backward(dy.double())
+    return dy, gate, up if gated else None, [t.grad.reshape(-1, shape[-1]) for t in wide]
+
+
+@pytest.mark.parametrize("dbias", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 32), (600, 520)])
+def test_column_sums(device, shape, activation, gated, dbias):
+    """The gradients of two biases: sums of what is cast, as it was before the cast. The codes are the same."""
+    dy, gate, up, exact = gradients(shape, torch.bfloat16, device, activation, gated)
+    slots = [slots_with(8.0, device) for _ in range(2)]
+    arguments = (dy, gate, up, activation, slots[0], slots[1] if gated else None, 2, casts_of(fp8.DelayedScaling()),
+                 [7, 7] if gated else [7], True, True)  # fmt: skip
+    plain, made = ops.activation_backward_cast(*arguments), ops.activation_backward_cast(*arguments, dbias=dbias)
+    assert plain[6].numel() == plain[7].numel() == 0
+    for without, with_sums in zip(plain[:6], made):
+        assert not dy.numel() or torch.equal(without.view(torch.uint8), with_sums.view(torch.uint8))
+    assert len(made) == 8 and (gated or made[7].numel() == 0)
+    for sums, terms in zip(made[6:], exact):
+        assert sums.dtype == dbias and sums.shape == shape[-1:]
+        error = 1e-6 * terms.abs().sum(0) + 4e-7 * dy.numel() / shape[-1] + OUTPUT[dbias] * terms.sum(0).abs()
+        assert ((sums.double() - terms.sum(0)).abs() <= error).all()
+
+
+def test_column_sums_in_two_passes(device):
+    """A sum that is not finite is its own column's alone, and it makes no difference which of the two has a scale."""
+    gate, up, dy = tensors((70, 90), torch.float32, device)
+    dy[3, 7] = float("inf")
+    casts = casts_of(fp8.CurrentScaling())
+    for histories in [[0, 0], [0, 7], [7, 0]]:
+        slots = [fp8._C.new_slots(device) for _ in range(2)]
+        made = ops.activation_backward_cast(dy, gate, up, 0, *slots, 2, casts, histories, True, True, torch.float32)
+        assert [torch.nonzero(~sums.isfinite()).tolist() for sums in made[6:]] == [[[7]], [[7]]]
+        d_up = (dy.double() * F.silu(gate.double())).sum(0)
+        d_up[7] = made[7][7]
+        torch.testing.assert_close(made[7].double(), d_up, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dbias", [None, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_fakes(device, gated, dbias):
+    """What tracing believes of the results is what they are."""
+    gate, up, dy = tensors((3, 5, 40), torch.bfloat16, device)
+    slots = slots_with(8.0, device)
+
+    def results(dy, gate, up, slots):
+        up, casts = up if gated else None, casts_of(fp8.DelayedScaling())
+        forward = ops.activation_cast(gate, up, 0, slots, 0, casts, 7, True, True, True, False)
+        backward = ops.activation_backward_cast(
+            dy, gate, up, 0, slots, slots if gated else None, 2, casts, [7, 7] if gated else [7], True, True, dbias
+        )
+        return [*forward, *backward]
+
+    real = results(dy, gate, up, slots)
+    with FakeTensorMode() as mode:
+        fake = results(*(mode.from_tensor(t) for t in (dy, gate, up, slots)))
+    assert [(t.shape, t.dtype, t.device) for t in real] == [(t.shape, t.dtype, t.device) for t in fake]
 
 
 def test_first_gradients_scale_themselves(device):
@@ -181,6 +247,8 @@ def test_refusals(device):
             call(**arguments)
     with pytest.raises(RuntimeError, match="dy must have gate's shape"):
         ops.activation_backward_cast(dy[:3], gate, up, 0, slots, slots, 2, casts, [7, 7], True, True)
+    with pytest.raises(TypeError, match="dbias must be bfloat16"):
+        ops.activation_backward_cast(dy, gate, up, 0, slots, slots, 2, casts, [7, 7], True, True, torch.int32)
     with pytest.raises(RuntimeError, match="come together"):
         ops.activation_backward_cast(dy, gate, up, 0, slots, None, 2, casts, [7, 7], True, True)
     assert amax(slots[:, 2].cpu()) == 0

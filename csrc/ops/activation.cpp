@@ -63,12 +63,12 @@ struct Made {
   QuantizeArgs args;
   QuantizeOptions options;
   float target;
-  at::Tensor own;
+  at::Tensor own, column_sums;
 };
 
 Made prepare(const at::Tensor& x, const at::Tensor& slots, const Cast& cast, int64_t role,
              const QuantizeOptions& options) {
-  Made made{{}, {}, options, static_cast<float>(cast.target()), {}};
+  Made made{{}, {}, options, static_cast<float>(cast.target()), {}, {}};
   const Matrix matrix = matrix_of(x);
   const int64_t rows = padded(matrix.rows), cols = padded(matrix.cols);
   const auto fp8 = x.options().dtype(cast.dtype());
@@ -85,6 +85,10 @@ Made prepare(const at::Tensor& x, const at::Tensor& slots, const Cast& cast, int
                static_cast<float*>(made.codes.scale_inv.data_ptr()),
                options.record ? &slot->amax : nullptr,
                nullptr};
+  if (options.dbias) {
+    made.column_sums = at::empty({(matrix.rows + kBiasRows - 1) / kBiasRows, cols}, x.options().dtype(at::kFloat));
+    made.args.column_sums = static_cast<float*>(made.column_sums.data_ptr());
+  }
   if (options.own_amax) made.own = at::zeros({4 + kAmaxParts}, x.options().dtype(at::kFloat));
   return made;
 }
@@ -92,6 +96,7 @@ Made prepare(const at::Tensor& x, const at::Tensor& slots, const Cast& cast, int
 // The first of two passes, where what is made is scaled by its own amax: it writes nothing but that.
 QuantizeArgs amax_only(const Made& made) {
   QuantizeArgs args = made.args;
+  args.column_sums = nullptr;
   if (made.own.defined()) {
     args.q = args.q_t = nullptr, args.scale_inv = nullptr;
     args.amax = static_cast<float*>(made.own.data_ptr()) + 4;
@@ -109,6 +114,17 @@ void scale_by_own(Made& made) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> tensors(const Made& made) {
   const auto filled = [&](const at::Tensor& t) { return t.defined() ? t : nothing(made.codes.scale_inv); };
   return {filled(made.codes.q), filled(made.codes.q_t), made.codes.scale_inv};
+}
+
+at::Tensor dbias_of(const Made& made) {
+  if (!made.column_sums.defined()) return nothing(made.codes.scale_inv);
+  const int64_t cols = made.args.x.cols;
+  const at::ScalarType dtype = *made.options.dbias;
+  at::Tensor dbias = at::empty({cols}, made.column_sums.options().dtype(dtype));
+  kernels_of(dbias).add_column_sums({static_cast<const float*>(made.column_sums.const_data_ptr()),
+                                     made.column_sums.size(0), cols, padded(cols), dbias.data_ptr(),
+                                     type_of(dtype, "dbias")});
+  return dbias;
 }
 
 }  // namespace
@@ -138,10 +154,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
   return tensors(made);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast(
-    const at::Tensor& dy, const at::Tensor& gate, const OptionalTensor& up, int64_t activation,
-    const at::Tensor& gate_slots, const OptionalTensor& up_slots, int64_t role, at::IntArrayRef casts,
-    at::IntArrayRef histories, bool training, bool record) {
+GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate, const OptionalTensor& up,
+                                       int64_t activation, const at::Tensor& gate_slots, const OptionalTensor& up_slots,
+                                       int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
+                                       bool record, c10::optional<at::ScalarType> dbias) {
   const Activation f = activation_of(activation);
   check_gate(gate, up);
   check_like(dy, "dy", gate);
@@ -149,6 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   TORCH_CHECK(up.has_value() == up_slots.has_value(), "torch_fp8: up and up_slots come together");
   TORCH_CHECK_VALUE(histories.size() == (up ? 2 : 1), "torch_fp8: histories must be of gate and, with it, of up");
   if (up_slots) check_role(*up_slots, "up_slots", gate, casts, role);
+  if (dbias) type_of(*dbias, "dbias");
   RECORD_FUNCTION("torch_fp8::activation_backward_cast", std::vector<c10::IValue>());
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   const c10::DeviceGuard on_device(gate.device());
@@ -157,6 +174,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto prepared = [&](const at::Tensor& x, const at::Tensor& slots, int64_t history) {
     QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
     options.rowwise = options.columnwise = true;
+    options.dbias = dbias;
     return prepare(x, slots, cast, role, options);
   };
   Made of_gate = prepared(gate_2d, gate_slots, histories[0]);
@@ -170,9 +188,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   }
   run(of_gate.args, of_up.args);
   const auto [gate_q, gate_q_t, gate_scale_inv] = tensors(of_gate);
-  if (!up) return {gate_q, gate_q_t, gate_scale_inv, nothing(gate), nothing(gate), nothing(gate)};
+  const auto none = [&] { return nothing(gate); };
+  if (!up) return {gate_q, gate_q_t, gate_scale_inv, none(), none(), none(), dbias_of(of_gate), none()};
   const auto [up_q, up_q_t, up_scale_inv] = tensors(of_up);
-  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv};
+  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, dbias_of(of_gate), dbias_of(of_up)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(const at::Tensor& gate, const OptionalTensor&,
@@ -183,14 +202,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(const at::Te
   return cast_meta(gate, slots, role, casts, history, training, record, rowwise, columnwise);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast_meta(
-    const at::Tensor&, const at::Tensor& gate, const OptionalTensor& up, int64_t, const at::Tensor& gate_slots,
-    const OptionalTensor&, int64_t role, at::IntArrayRef casts, at::IntArrayRef, bool, bool) {
+GradientCasts activation_backward_cast_meta(const at::Tensor&, const at::Tensor& gate, const OptionalTensor& up,
+                                            int64_t, const at::Tensor& gate_slots, const OptionalTensor&, int64_t role,
+                                            at::IntArrayRef casts, at::IntArrayRef, bool, bool,
+                                            c10::optional<at::ScalarType> dbias) {
   const auto made = [&] { return cast_meta(gate, gate_slots, role, casts, 0, false, false, true, true); };
+  const auto none = [&] { return nothing(gate); };
+  const auto sums = [&] {
+    return dbias ? at::empty_symint({gate.sym_size(-1)}, gate.options().dtype(*dbias)) : none();
+  };
   const auto [gate_q, gate_q_t, gate_scale_inv] = made();
-  if (!up) return {gate_q, gate_q_t, gate_scale_inv, nothing(gate), nothing(gate), nothing(gate)};
+  if (!up) return {gate_q, gate_q_t, gate_scale_inv, none(), none(), none(), sums(), none()};
   const auto [up_q, up_q_t, up_scale_inv] = made();
-  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv};
+  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, sums(), sums()};
 }
 
 }  // namespace torch_fp8

@@ -313,9 +313,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, co
                                                          bool columnwise) {
   const auto fp8 = t.options().dtype(Cast::unpacked(casts[role]).dtype());
   const c10::SymInt rows = padded_symbolic(rows_of(t)), cols = padded_symbolic(t.sym_size(-1));
-  return {rowwise ? at::empty_symint({rows, cols}, fp8) : at::empty({0}, fp8),
-          columnwise ? at::empty_symint({cols, rows}, fp8) : at::empty({0}, fp8),
-          at::empty({1}, t.options().dtype(at::kFloat))};
+  return {rowwise ? at::empty_symint({rows, cols}, fp8) : nothing(t),
+          columnwise ? at::empty_symint({cols, rows}, fp8) : nothing(t), at::empty({1}, t.options().dtype(at::kFloat))};
 }
 
 // What tracing sees. It checks nothing: the op itself does when the graph runs, in the words and types of eager mode,

@@ -85,13 +85,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(
     const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation, const at::Tensor& slots,
     int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast(
-    const at::Tensor& dy, const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation,
-    const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots, int64_t role, at::IntArrayRef casts,
-    at::IntArrayRef histories, bool training, bool record);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast_meta(
-    const at::Tensor& dy, const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation,
-    const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots, int64_t role, at::IntArrayRef casts,
-    at::IntArrayRef histories, bool training, bool record);
+using GradientCasts =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate,
+                                       const c10::optional<at::Tensor>& up, int64_t activation,
+                                       const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
+                                       int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
+                                       bool record, c10::optional<at::ScalarType> dbias);
+GradientCasts activation_backward_cast_meta(const at::Tensor& dy, const at::Tensor& gate,
+                                            const c10::optional<at::Tensor>& up, int64_t activation,
+                                            const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
+                                            int64_t role, at::IntArrayRef casts, at::IntArrayRef histories,
+                                            bool training, bool record, c10::optional<at::ScalarType> dbias);
 
 }  // namespace torch_fp8

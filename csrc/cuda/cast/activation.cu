@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   begin_dependent();
   const Made made{{args.cast.x}, {args.up}};
   const float scale = args.cast.slot->scale;
-  Patch patch;
+  Patch<> patch;
 #pragma unroll
   for (int i = 0; i < kPatchRows; ++i) {
     const Pack<T> gate = made.gate.load(row + i, col), up = kGated ? made.up.load(row + i, col) : Pack<T>{};
@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     encode_row<Format::kE4M3>(patch, i, product, scale);
   }
-  float no_sums[kPackSize];
-  store_tile<kTransposed, false>(patch, no_sums, made, args.cast, tile, of_warp);
+  store_tile<kTransposed>(patch, made, args.cast, tile, of_warp);
   store_scalars(args.cast, of_warp);
 }
 
@@ -83,7 +82,7 @@ struct Gradient {
   }
 };
 
-template <class T, Format kFormat, Activation kActivation, bool kGated>
+template <class T, Format kFormat, Activation kActivation, bool kGated, bool kSums>
 __global__ void __launch_bounds__(kThreads, 2)
     activate_backward_kernel(__grid_constant__ const ActivationBackwardArgs args, uint32_t tiles_across) {
   __shared__ uint32_t of_warp[kWarps];
@@ -93,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Gradient<T, kActivation, kGated, true> of_gate{{args.dy}, {args.gate.x}, {args.up.x}};
   const Gradient<T, kActivation, kGated, false> of_up{{args.dy}, {args.gate.x}, {args.up.x}};
   const float gate_scale = args.gate.slot->scale, up_scale = kGated ? args.up.slot->scale : 1.0f;
-  Patch gate_patch, up_patch;
+  Patch<kSums> gate_patch, up_patch;
 #pragma unroll
   for (int i = 0; i < kPatchRows; ++i) {
     const Pack<T> dy = of_gate.dy.load(row + i, col), gate = of_gate.gate.load(row + i, col);
@@ -109,12 +108,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     encode_row<kFormat>(gate_patch, i, d_gate, gate_scale);
     if constexpr (kGated) encode_row<kFormat>(up_patch, i, d_up, up_scale);
   }
-  float no_sums[kPackSize];
-  store_tile<true, false>(gate_patch, no_sums, of_gate, args.gate, tile, of_warp);
+  store_tile<true>(gate_patch, of_gate, args.gate, tile, of_warp);
   store_scalars(args.gate, of_warp);
   if constexpr (kGated) {
-    __syncthreads();  // before the maxima of the second take the place of those of the first
-    store_tile<true, false>(up_patch, no_sums, of_up, args.up, tile, of_warp);
+    __syncthreads();  // before the second takes the place of the first
+    store_tile<true>(up_patch, of_up, args.up, tile, of_warp);
     store_scalars(args.up, of_warp);
   }
 }
@@ -147,10 +145,12 @@ void launch_activate_backward(const ActivationBackwardArgs& args, cudaStream_t s
   with_type(x.type, [&](auto t) {
     with_activation(args.activation, [&](auto activation) {
       with_bool(gated, [&](auto g) {
-        const auto kernel = args.gate.format == Format::kE4M3
-                                ? activate_backward_kernel<decltype(t), Format::kE4M3, activation(), g()>
-                                : activate_backward_kernel<decltype(t), Format::kE5M2, activation(), g()>;
-        launch(kernel, tiles_of(x), kThreads, stream, args, tiles_across(x));
+        with_bool(args.gate.column_sums, [&](auto sums) {
+          const auto kernel = args.gate.format == Format::kE4M3
+                                  ? activate_backward_kernel<decltype(t), Format::kE4M3, activation(), g(), sums()>
+                                  : activate_backward_kernel<decltype(t), Format::kE5M2, activation(), g(), sums()>;
+          launch(kernel, tiles_of(x), kThreads, stream, args, tiles_across(x));
+        });
       });
     });
   });
