@@ -25,8 +25,10 @@ enum class Type : uint8_t { kFloat32, kFloat16, kBFloat16 };
 constexpr int64_t kAlignment = 16;
 TORCH_FP8_HOST_DEVICE constexpr int64_t padded(int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
-constexpr int64_t kBiasRows = 128;  // rows of x that one row of column sums covers
-constexpr int kAmaxParts = 512;     // in how many parts an amax is taken
+constexpr int kTile = 128;            // rows and columns of a tile, which is what a block casts at a time
+constexpr int64_t kBiasRows = kTile;  // rows of x that one row of column sums covers
+constexpr int kAmaxParts = 512;       // in how many parts an amax is taken
+constexpr int64_t tiles_along(int64_t n) { return (padded(n) + kTile - 1) / kTile; }
 
 struct Matrix {  // (rows, cols), any strides, in elements
   const void* data;
@@ -69,10 +71,9 @@ struct SmallCasts {
   SmallCast casts[2];  // of one type and format
   int count;
 };
-constexpr int64_t kSmallTiles =
-    16;  // of 128 x 128: with more of them, several launches take less time than one cluster
+constexpr int64_t kSmallTiles = 16;  // with more of them, several launches take less time than one cluster
 constexpr bool is_small(const Matrix& x) {
-  const int64_t down = (padded(x.rows) + 127) / 128, across = (padded(x.cols) + 127) / 128;
+  const int64_t down = tiles_along(x.rows), across = tiles_along(x.cols);
   return down > 0 && across > 0 && down <= kSmallTiles && across <= kSmallTiles && down * across <= kSmallTiles;
 }
 

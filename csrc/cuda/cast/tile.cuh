@@ -12,12 +12,10 @@
 
 namespace torch_fp8::cuda {
 
-constexpr int kTile = 128;                                              // rows and columns of a tile
 constexpr int kPatchRows = 4;                                           // of a thread's patch
 constexpr int kAcross = kTile / kPackSize, kDown = kTile / kPatchRows;  // patches of a tile
 constexpr int kThreads = kAcross * kDown;
 constexpr int kWarps = kThreads / 32;
-static_assert(kTile == kBiasRows, "a tile makes one row of column sums");
 static_assert(kTile % kAlignment == 0 && kAlignment % kPackSize == 0 && kAlignment % kPatchRows == 0,
               "padding leaves no tile and cuts no patch");
 
