@@ -78,13 +78,20 @@ constexpr bool is_small(const Matrix& x) {
 }
 
 // What stands between the linear layers of an MLP: f(gate), or f(gate) * up.
-enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kXielu, kReluSquared };
+
+// What xielu has beside its argument.
+struct XieluArgs {
+  const float* alphas;  // 2: of positive and of negative x; null for the other activations
+  float beta;
+};
 
 // quantize(cast) of what an activation makes, computed in float32 and rounded once. cast.x is gate; up.data is null
 // where there is no second factor, else up is of the same size and type. No column sums here. Rows are 16-byte aligned
 // and can be read to the end of a pack of 8.
 struct ActivationArgs {
   Activation activation;
+  XieluArgs xielu;
   QuantizeArgs cast;
   Matrix up;
 };
@@ -93,8 +100,10 @@ struct ActivationArgs {
 // no second factor; gate.x, up.x and dy are of one size and type. Column sums are of both or of none.
 struct ActivationBackwardArgs {
   Activation activation;
+  XieluArgs xielu;
   Matrix dy;
   QuantizeArgs gate, up;
+  float* alpha_sums;  // (tiles_along(rows), tiles_along(cols), 2): each tile's part of the gradients of alphas, or null
 };
 
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.

@@ -31,7 +31,8 @@ c10::SmallVector<at::Tensor, 3> product_of(const at::Tensor& gate, const Optiona
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Call& down = call.down;
   auto [q, q_t, scale_inv] = activate.call(gate, up, call.activation, down.slots, kInput, down.casts, down.history,
-                                           down.training, down.record, /*rowwise=*/true, down.grad_weight);
+                                           down.training, down.record, /*rowwise=*/true, down.grad_weight,
+                                           /*alphas=*/{}, /*beta=*/0);
   return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 
@@ -116,9 +117,10 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return activate_backward.call(of_down.x, gate_y, gated ? OptionalTensor(up_y) : c10::nullopt,
                                     data["activation"].toInt(), held(data, std::string(kGate) + "slots"), up_slots,
-                                    kGradOutput, gate.casts, histories, gate.training, gate.record);
+                                    kGradOutput, gate.casts, histories, gate.training, gate.record, /*dbias=*/{},
+                                    /*alphas=*/{}, /*beta=*/0);
     }();
-    const auto& [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv] = codes;
+    const auto& [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, gate_dbias, up_dbias, dalphas] = codes;
     of_down.x.reset();  // its memory serves what follows
 
     const std::string sum_name = std::string(kGate) + "sum";

@@ -131,20 +131,25 @@ TORCH_LIBRARY(torch_fp8, m) {
       "Tensor dweight, Tensor dbias)");
 
   // f(gate), or f(gate) * up, all (..., K) of one dtype, computed in float32 and cast to E4M3 as a layer casts that
-  // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh.
+  // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh, 3 xielu, 4 relu squared.
+  // xielu alone has alphas (2) float32 and beta: alpha_p x^2 + beta x where x > 0, else alpha_n (e^x - 1 - x) + beta x.
+  // alphas are these two factors and not the parameters that they are made of: torch.cat([softplus(p), beta +
+  // softplus(n)]), as arXiv 2411.13010 and transformers' XIELUActivation have it.
   m.def(
       "activation_cast(Tensor gate, Tensor? up, int activation, Tensor(a!) slots, int role, int[] casts, int history, "
-      "bool training, bool record, bool rowwise, bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
+      "bool training, bool record, bool rowwise, bool columnwise, Tensor? alphas=None, float beta=0.5) -> (Tensor q, "
+      "Tensor q_t, Tensor scale_inv)");
 
   // The gradients of gate, dy * up * f'(gate), and of up, dy * f(gate), cast so for the layers that made the two: their
   // slots, one list of casts, the history of each. dbias, where given, asks for the column sums of the two gradients,
-  // in that dtype: the gradients of those layers' biases. What was not asked for, and all of up where there is none,
-  // comes with 0 elements.
+  // in that dtype: the gradients of those layers' biases. dalphas (2) float32: the gradients of alphas. What was not
+  // asked for, and what belongs to an up or to alphas that are not there, comes with 0 elements.
   m.def(
       "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
       "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record, "
-      "ScalarType? dbias=None) -> (Tensor gate_q, Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, "
-      "Tensor up_scale_inv, Tensor gate_dbias, Tensor up_dbias)");
+      "ScalarType? dbias=None, Tensor? alphas=None, float beta=0.5) -> (Tensor gate_q, Tensor gate_q_t, "
+      "Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor gate_dbias, Tensor up_dbias, "
+      "Tensor dalphas)");
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0

@@ -81,21 +81,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
                                                                const c10::optional<at::Tensor>& up, int64_t activation,
                                                                const at::Tensor& slots, int64_t role,
                                                                at::IntArrayRef casts, int64_t history, bool training,
-                                                               bool record, bool rowwise, bool columnwise);
+                                                               bool record, bool rowwise, bool columnwise,
+                                                               const c10::optional<at::Tensor>& alphas, double beta);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(
     const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation, const at::Tensor& slots,
-    int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise);
-using GradientCasts =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+    int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise,
+    const c10::optional<at::Tensor>& alphas, double beta);
+using GradientCasts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                 at::Tensor, at::Tensor>;
 GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate,
                                        const c10::optional<at::Tensor>& up, int64_t activation,
                                        const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
                                        int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
-                                       bool record, c10::optional<at::ScalarType> dbias);
+                                       bool record, c10::optional<at::ScalarType> dbias,
+                                       const c10::optional<at::Tensor>& alphas, double beta);
 GradientCasts activation_backward_cast_meta(const at::Tensor& dy, const at::Tensor& gate,
                                             const c10::optional<at::Tensor>& up, int64_t activation,
                                             const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
                                             int64_t role, at::IntArrayRef casts, at::IntArrayRef histories,
-                                            bool training, bool record, c10::optional<at::ScalarType> dbias);
+                                            bool training, bool record, c10::optional<at::ScalarType> dbias,
+                                            const c10::optional<at::Tensor>& alphas, double beta);
 
 }  // namespace torch_fp8

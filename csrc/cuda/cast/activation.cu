@@ -41,20 +41,20 @@ struct Factor {
 template <class T, Activation kActivation, bool kGated>
 struct Product {
   Factor<T> gate, up;
+  Shape shape;
 
-  __device__ static float of(float gate, float up) { return activate<kActivation, Math>(gate) * up; }
+  __device__ float of(float gate, float up) const { return activate<kActivation, Math>(gate, shape) * up; }
   __device__ float at(int64_t row, int64_t col) const { return of(gate.at(row, col), kGated ? up.at(row, col) : 1.0f); }
 };
 
 template <class T, Activation kActivation, bool kGated, bool kTransposed>
 __global__ void __launch_bounds__(kThreads, 2)
     activate_kernel(__grid_constant__ const ActivationArgs args, uint32_t tiles_across) {
-  using Made = Product<T, kActivation, kGated>;
   __shared__ uint32_t of_warp[kWarps];
   const Tile tile = tile_of(args.cast.x, blockIdx.x, tiles_across);
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
   begin_dependent();
-  const Made made{{args.cast.x}, {args.up}};
+  const Product<T, kActivation, kGated> made{{args.cast.x}, {args.up}, shape_of(args.xielu)};
   const float scale = args.cast.slot->scale;
   Patch<> patch;
 #pragma unroll
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     float product[kPackSize];
 #pragma unroll
     for (int j = 0; j < kPackSize; ++j) {
-      product[j] = Made::of(to_float(gate.values[j]), kGated ? to_float(up.values[j]) : 1.0f);
+      product[j] = made.of(to_float(gate.values[j]), kGated ? to_float(up.values[j]) : 1.0f);
     }
     encode_row<Format::kE4M3>(patch, i, product, scale);
   }
@@ -75,12 +75,33 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, Activation kActivation, bool kGated, bool kOfGate>
 struct Gradient {
   Factor<T> dy, gate, up;
+  Shape shape;
 
   __device__ float at(int64_t row, int64_t col) const {
-    const Derivative f = differentiate<kActivation, Math>(gate.at(row, col));
+    const Derivative f = differentiate<kActivation, Math>(gate.at(row, col), shape);
     return dy.at(row, col) * (kOfGate ? (kGated ? up.at(row, col) : 1.0f) * f.slope : f.value);
   }
 };
+
+// The tile's part of the gradients of xielu's two factors: each warp's first, and behind a __syncthreads() the block's.
+__device__ void stage_alphas(float (&of_warp)[kWarps][2], float by_positive, float by_negative) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    by_positive += __shfl_xor_sync(0xFFFFFFFF, by_positive, lanes);
+    by_negative += __shfl_xor_sync(0xFFFFFFFF, by_negative, lanes);
+  }
+  if (threadIdx.x % 32 != 0) return;
+  of_warp[threadIdx.x / 32][0] = by_positive;
+  of_warp[threadIdx.x / 32][1] = by_negative;
+}
+
+__device__ void store_alphas(const ActivationBackwardArgs& args, const float (&of_warp)[kWarps][2]) {
+  if (!args.alpha_sums || threadIdx.x >= 2) return;
+  float sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += of_warp[warp][threadIdx.x];
+  args.alpha_sums[2 * int64_t{blockIdx.x} + threadIdx.x] = sum;
+}
 
 template <class T, Format kFormat, Activation kActivation, bool kGated, bool kSums>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -89,10 +110,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Tile tile = tile_of(args.gate.x, blockIdx.x, tiles_across);
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
   begin_dependent();
-  const Gradient<T, kActivation, kGated, true> of_gate{{args.dy}, {args.gate.x}, {args.up.x}};
-  const Gradient<T, kActivation, kGated, false> of_up{{args.dy}, {args.gate.x}, {args.up.x}};
+  const Shape shape = shape_of(args.xielu);
+  const Gradient<T, kActivation, kGated, true> of_gate{{args.dy}, {args.gate.x}, {args.up.x}, shape};
+  const Gradient<T, kActivation, kGated, false> of_up{{args.dy}, {args.gate.x}, {args.up.x}, shape};
   const float gate_scale = args.gate.slot->scale, up_scale = kGated ? args.up.slot->scale : 1.0f;
   Patch<kSums> gate_patch, up_patch;
+  float by_positive = 0, by_negative = 0;
 #pragma unroll
   for (int i = 0; i < kPatchRows; ++i) {
     const Pack<T> dy = of_gate.dy.load(row + i, col), gate = of_gate.gate.load(row + i, col);
@@ -100,15 +123,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     float d_gate[kPackSize], d_up[kPackSize];
 #pragma unroll
     for (int j = 0; j < kPackSize; ++j) {
-      const Derivative f = differentiate<kActivation, Math>(to_float(gate.values[j]));
+      const float x = to_float(gate.values[j]), factor = kGated ? to_float(up.values[j]) : 1.0f;
+      const Derivative f = differentiate<kActivation, Math>(x, shape);
       const float gradient = to_float(dy.values[j]);
-      d_gate[j] = gradient * ((kGated ? to_float(up.values[j]) : 1.0f) * f.slope);
+      d_gate[j] = gradient * (factor * f.slope);
       d_up[j] = gradient * f.value;
+      if constexpr (kActivation == Activation::kXielu) {
+        const float by_alpha = gradient * factor * f.by_alpha;
+        x > 0 ? by_positive += by_alpha : by_negative += by_alpha;
+      }
     }
     encode_row<kFormat>(gate_patch, i, d_gate, gate_scale);
     if constexpr (kGated) encode_row<kFormat>(up_patch, i, d_up, up_scale);
   }
+  __shared__ float of_alphas[kWarps][2];
+  if constexpr (kActivation == Activation::kXielu) stage_alphas(of_alphas, by_positive, by_negative);
   store_tile<true>(gate_patch, of_gate, args.gate, tile, of_warp);
+  if constexpr (kActivation == Activation::kXielu) store_alphas(args, of_alphas);
   store_scalars(args.gate, of_warp);
   if constexpr (kGated) {
     __syncthreads();  // before the second takes the place of the first

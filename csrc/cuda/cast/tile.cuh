@@ -188,13 +188,14 @@ __device__ __forceinline__ void store_tile(Patch<kSums>& patch, const Source& so
     for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(place + i * padded_cols) = patch.codes[i];
   }
   stage_max(of_warp, patch.seen);
-  Columns* const columns = kTransposed ? &shared_columns() : nullptr;
-  if constexpr (kTransposed) stage_transposed(*columns, patch.codes, tile);
+  if constexpr (kTransposed) stage_transposed(shared_columns(), patch.codes, tile);
   if (patch.seen >= kInfinity) [[unlikely]]
-    mark_patch(source, args, tile, columns);
+    mark_patch(source, args, tile, kTransposed ? &shared_columns() : nullptr);
   if constexpr (kSums) stage_sums(shared_sums(), patch.sums, tile);
   __syncthreads();
-  if (kTransposed && args.q_t) store_transposed(*columns, tile, args.q_t, padded_rows, padded_cols);
+  if constexpr (kTransposed) {
+    if (args.q_t) store_transposed(shared_columns(), tile, args.q_t, padded_rows, padded_cols);
+  }
   if constexpr (kSums) store_sums(shared_sums(), tile, args.column_sums, padded_cols);
 }
 
