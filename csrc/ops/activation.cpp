@@ -6,7 +6,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 
-#include "check.h"
+#include "ops/cast_plan.h"
 #include "ops/linear.h"
 
 namespace torch_fp8 {
@@ -46,10 +46,6 @@ at::Tensor as_rows(const at::Tensor& t) {
   return at::constant_pad_nd(rows, {0, (cols + kPack - 1) / kPack * kPack - cols}).contiguous().narrow(1, 0, cols);
 }
 
-Matrix matrix_of(const at::Tensor& x) {
-  return {x.const_data_ptr(), type_of(x.scalar_type(), "x"), x.size(0), x.size(1), x.stride(0), 1};
-}
-
 void check_like(const at::Tensor& t, const char* name, const at::Tensor& gate) {
   TORCH_CHECK_TYPE(t.scalar_type() == gate.scalar_type(), "torch_fp8: ", name, " must have gate's dtype ",
                    gate.scalar_type(), ", got ", t.scalar_type());
@@ -78,76 +74,8 @@ XieluArgs xielu_of(const at::Tensor& alphas, double beta) {
   return {alphas.defined() ? static_cast<const float*>(alphas.const_data_ptr()) : nullptr, static_cast<float>(beta)};
 }
 
-// A cast of what is made of x: its results, where they go, and how it is scaled.
-struct Made {
-  Codes codes;
-  QuantizeArgs args;
-  QuantizeOptions options;
-  float target;
-  at::Tensor own, column_sums;
-};
-
-Made prepare(const at::Tensor& x, const at::Tensor& slots, const Cast& cast, int64_t role,
-             const QuantizeOptions& options) {
-  Made made{{}, {}, options, static_cast<float>(cast.target()), {}, {}};
-  const Matrix matrix = matrix_of(x);
-  const int64_t rows = padded(matrix.rows), cols = padded(matrix.cols);
-  const auto fp8 = x.options().dtype(cast.dtype());
-  if (options.rowwise) made.codes.q = at::empty({rows, cols}, fp8);
-  if (options.columnwise) made.codes.q_t = at::empty({cols, rows}, fp8);
-  made.codes.scale_inv = at::empty({1}, x.options().dtype(at::kFloat));
-  const auto address = [](const at::Tensor& t) { return t.defined() ? static_cast<uint8_t*>(t.data_ptr()) : nullptr; };
-  Slot* const slot = slots_of(slots) + role;
-  made.args = {matrix,
-               cast.format,
-               slot,
-               address(made.codes.q),
-               address(made.codes.q_t),
-               static_cast<float*>(made.codes.scale_inv.data_ptr()),
-               options.record ? &slot->amax : nullptr,
-               nullptr};
-  if (options.dbias) {
-    made.column_sums = at::empty({(matrix.rows + kBiasRows - 1) / kBiasRows, cols}, x.options().dtype(at::kFloat));
-    made.args.column_sums = static_cast<float*>(made.column_sums.data_ptr());
-  }
-  if (options.own_amax) made.own = at::zeros({4 + kAmaxParts}, x.options().dtype(at::kFloat));
-  return made;
-}
-
-// The first of two passes, where what is made is scaled by its own amax: it writes nothing but that.
-QuantizeArgs amax_only(const Made& made) {
-  QuantizeArgs args = made.args;
-  args.column_sums = nullptr;
-  if (made.own.defined()) {
-    args.q = args.q_t = nullptr, args.scale_inv = nullptr;
-    args.amax = static_cast<float*>(made.own.data_ptr()) + 4;
-  }
-  return args;
-}
-
-void scale_by_own(Made& made) {
-  if (!made.own.defined()) return;
-  const float* const parts = static_cast<const float*>(made.own.data_ptr()) + 4;
-  kernels_of(made.own).scale_from_amax(parts, slots_of(made.own), made.target, made.options.power_of_two);
-  made.args.slot = slots_of(made.own);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> tensors(const Made& made) {
-  const auto filled = [&](const at::Tensor& t) { return t.defined() ? t : nothing(made.codes.scale_inv); };
-  return {filled(made.codes.q), filled(made.codes.q_t), made.codes.scale_inv};
-}
-
-// The sums of the first cols columns of parts, in dtype.
-at::Tensor column_sums(const at::Tensor& parts, int64_t cols, at::ScalarType dtype) {
-  at::Tensor out = at::empty({cols}, parts.options().dtype(dtype));
-  kernels_of(parts).add_column_sums({static_cast<const float*>(parts.const_data_ptr()), parts.size(0), cols,
-                                     parts.size(1), out.data_ptr(), type_of(dtype, "dbias")});
-  return out;
-}
-
-at::Tensor dbias_of(const Made& made) {
-  if (!made.column_sums.defined()) return nothing(made.codes.scale_inv);
-  return column_sums(made.column_sums, made.args.x.cols, *made.options.dbias);
+at::Tensor dbias_of(const CastPlan& plan, c10::optional<at::ScalarType> dtype) {
+  return dtype ? sum_columns(plan.column_sums, plan.x.size(1), *dtype) : nothing(plan.x);
 }
 
 }  // namespace
@@ -170,15 +98,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
   QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
   options.rowwise = rowwise, options.columnwise = columnwise;
   const at::Tensor gate_2d = as_rows(gate), up_2d = up ? as_rows(*up) : at::Tensor();
-  Made made = prepare(gate_2d, slots, cast, role, options);
+  CastPlan plan = plan_cast(gate_2d, slots, role, cast.format, options);
   const at::Tensor dense_alphas = alphas ? alphas->contiguous() : at::Tensor();
   const XieluArgs xielu = xielu_of(dense_alphas, beta);
-  const auto run = [&](const QuantizeArgs& args) {
-    kernels_of(gate).activate({f, xielu, args, up_2d.defined() ? matrix_of(up_2d) : Matrix{}});
-  };
-  if (made.own.defined()) run(amax_only(made)), scale_by_own(made);
-  run(made.args);
-  return tensors(made);
+  make_and_cast(
+      [&](const QuantizeArgs& args) {
+        kernels_of(gate).activate({f, xielu, args, up_2d.defined() ? matrix_of(up_2d) : Matrix{}});
+      },
+      plan);
+  return codes_of(plan);
 }
 
 GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate, const OptionalTensor& up,
@@ -200,37 +128,38 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
   const c10::DeviceGuard on_device(gate.device());
   const NoAutocast no_autocast;
   const at::Tensor dy_2d = as_rows(dy), gate_2d = as_rows(gate), up_2d = up ? as_rows(*up) : at::Tensor();
-  const auto prepared = [&](const at::Tensor& x, const at::Tensor& slots, int64_t history) {
+  const auto planned = [&](const at::Tensor& x, const at::Tensor& slots, int64_t history) {
     QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
     options.rowwise = options.columnwise = true;
     options.dbias = dbias;
-    return prepare(x, slots, cast, role, options);
+    return plan_cast(x, slots, role, cast.format, options);
   };
-  Made of_gate = prepared(gate_2d, gate_slots, histories[0]);
-  Made of_up = up ? prepared(up_2d, *up_slots, histories[1]) : Made{};
+  CastPlan of_gate = planned(gate_2d, gate_slots, histories[0]);
+  CastPlan of_up = up ? planned(up_2d, *up_slots, histories[1]) : CastPlan{};
   const at::Tensor dense_alphas = alphas ? alphas->contiguous() : at::Tensor();
   const XieluArgs xielu = xielu_of(dense_alphas, beta);
-  const Matrix& matrix = of_gate.args.x;
+  const Matrix& matrix = of_gate.steps.cast.x;
   const at::Tensor by_tile =
       alphas ? at::empty({tiles_along(matrix.rows), 2 * tiles_along(matrix.cols)}, alphas->options()) : at::Tensor();
-  const auto run = [&](const QuantizeArgs& gate_args, const QuantizeArgs& up_args, float* alpha_sums) {
-    kernels_of(gate).activate_backward({f, xielu, matrix_of(dy_2d), gate_args, up_args, alpha_sums});
-  };
-  if (of_gate.own.defined() || of_up.own.defined()) {
-    run(amax_only(of_gate), amax_only(of_up), nullptr);
-    scale_by_own(of_gate), scale_by_own(of_up);
-  }
-  run(of_gate.args, of_up.args, alphas ? static_cast<float*>(by_tile.data_ptr()) : nullptr);
+  float* const alpha_sums = alphas ? static_cast<float*>(by_tile.data_ptr()) : nullptr;
+  make_and_cast(
+      [&](const QuantizeArgs& of_gate, const QuantizeArgs& of_up) {
+        kernels_of(gate).activate_backward({f, xielu, matrix_of(dy_2d), of_gate, of_up, alpha_sums});
+      },
+      of_gate, of_up);
   // Down the tiles, and then across them.
   const auto d_alphas = [&] {
-    return alphas ? column_sums(column_sums(by_tile, by_tile.size(1), at::kFloat).view({-1, 2}), 2, at::kFloat)
+    return alphas ? sum_columns(sum_columns(by_tile, by_tile.size(1), at::kFloat).view({-1, 2}), 2, at::kFloat)
                   : nothing(gate);
   };
-  const auto [gate_q, gate_q_t, gate_scale_inv] = tensors(of_gate);
+  const auto [gate_q, gate_q_t, gate_scale_inv] = codes_of(of_gate);
   const auto none = [&] { return nothing(gate); };
-  if (!up) return {gate_q, gate_q_t, gate_scale_inv, none(), none(), none(), dbias_of(of_gate), none(), d_alphas()};
-  const auto [up_q, up_q_t, up_scale_inv] = tensors(of_up);
-  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, dbias_of(of_gate), dbias_of(of_up), d_alphas()};
+  if (!up)
+    return {gate_q, gate_q_t, gate_scale_inv, none(), none(), none(), dbias_of(of_gate, dbias), none(), d_alphas()};
+  const auto [up_q, up_q_t, up_scale_inv] = codes_of(of_up);
+  return {gate_q,    gate_q_t,     gate_scale_inv,           up_q,
+          up_q_t,    up_scale_inv, dbias_of(of_gate, dbias), dbias_of(of_up, dbias),
+          d_alphas()};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(const at::Tensor& gate, const OptionalTensor&,
