@@ -14,6 +14,10 @@ TORCH_FP8_HOST_DEVICE inline Shape shape_of(const XieluArgs& xielu) {
   return xielu.alphas ? Shape{xielu.alphas[0], xielu.alphas[1], xielu.beta} : Shape{};
 }
 
+struct Normal {
+  float cdf, density;
+};
+
 struct Derivative {
   float value, slope;  // f(x), f'(x)
   float by_alpha;      // xielu: the derivative by alphas[x > 0 ? 0 : 1], which is all that f(x) depends on
@@ -55,8 +59,8 @@ TORCH_FP8_HOST_DEVICE inline Derivative differentiate(float x, const Shape& shap
     const float s = Math::reciprocal(1.0f + Math::exp(-x));
     return {x * s, s * (1.0f + x * (1.0f - s)), 0.0f};
   } else if constexpr (kActivation == Activation::kGelu) {
-    const float e = Math::exp(-0.5f * x * x), p = Math::normal_cdf(x, e);
-    return {x * p, p + x * e * 0.39894228f, 0.0f};
+    const Normal normal = Math::normal(x);
+    return {x * normal.cdf, normal.cdf + x * normal.density, 0.0f};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     const float s = Math::reciprocal(1.0f + Math::exp(-1.5957691f * (x + 0.044715f * x * x * x)));
     return {x * s, s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * x * x), 0.0f};
