@@ -156,8 +156,19 @@ class Layer(nn.Module):
             state.memo.set_gathered(True)
             state.gathered = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize == 1:
+            # A copy would take the codes for values.
+            errors.append(
+                f"torch_fp8: {prefix}weight must be 16-bit or float32, got {weight.dtype}, codes of a frozen layer; "
+                "load them into a model that was frozen alike"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         # Other weights came without their scaling state, so the old state says nothing of them; unless
         # torch_fp8.load_state_dict was called first.
         if prefix + "weight" in state_dict and not self.fp8_state.was_loaded:
