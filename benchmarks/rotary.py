@@ -41,11 +41,13 @@ def measure(batch: int, tokens: int, q_heads: int, k_heads: int, dims: int) -> d
     sources = [randn(math.ceil(1.5 * elements)) for _ in range(2)]
     targets = [torch.empty_like(source) for source in sources]
     cos, sin = (randn(1, tokens, dims) for _ in range(2))
+    columns = slice(dims // 2)  # GPT-J's and GLM's tables of interleaved pairs: one column each
     q_gain, k_gain = (randn(dims) for _ in range(2))
 
     def forward(interleaved: bool, norm: int):
         gains = (q_gain, k_gain) if norm else (None, None)
-        return lambda i: OPS.rotary(qs[i], ks[i], cos, sin, dims, interleaved, False, norm, *gains)
+        c, s = (cos[..., columns], sin[..., columns]) if interleaved else (cos, sin)
+        return lambda i: OPS.rotary(qs[i], ks[i], c, s, dims, interleaved, False, norm, *gains)
 
     def backward(norm: int):
         gains = (q_gain, k_gain) if norm else (None, None)

@@ -82,8 +82,8 @@ def assert_close(ours, exact, scale=None):
 
 
 def both(q, k, cos, sin, **options):
-    """Ours and float64's: results, and gradients of random weights. options are rotary's; cos and sin have one column for
-    each pair."""
+    """Ours and float64's: results, and gradients of random weights. options are rotary's; cos and sin have one column
+    for each pair."""
     interleaved = options.get("interleaved", False)
     gains = options.pop("q_gain", None), options.pop("k_gain", None)
     leaves = [None if t is None else t.detach().requires_grad_() for t in (q, k, *gains)]

@@ -8,9 +8,15 @@ namespace torch_fp8::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPairs = 8;                                                       // of a lane: two packs
-constexpr int kPersistent = static_cast<int>(kRotaryParts / kMultiprocessors);  // blocks of a multiprocessor
+constexpr int kPairs = 8;                                                    // of a lane: two packs
+constexpr int kStaying = static_cast<int>(kRotaryParts / kMultiprocessors);  // blocks of a multiprocessor
 static_assert(kPairs == kPackSize && kRotaryDims == 2 * 32 * kPairs, "a head fits a warp");
+
+// Without a norm a block takes one head a group. With one, whose sums make a head's way long, few blocks stay, load the
+// gain once, and each head while the one before it is worked on.
+constexpr int kPassing = 5;  // blocks of a multiprocessor, at least
+template <RotaryNorm kNorm>
+constexpr int kBlocks = kNorm == RotaryNorm::kNone ? kPassing : kStaying;
 
 struct Pairs {
   float first[kPairs], second[kPairs];
@@ -21,38 +27,88 @@ struct Division {
   uint32_t q_blocks, blocks, lanes;  // lanes of a head, a power of two
 };
 
+// Eight elements as they were loaded. All loads of a head are on their way before the first is waited for; a conversion
+// by a type that is known only when it runs would wait inside of its branch.
+struct Raw {
+  uint32_t words[kPairs];  // one element each where they are spread, or as they lie in memory
+};
+
 template <class T>
-__device__ void load_pack(const T* data, float (&values)[kPackSize]) {
-  const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(data);
+constexpr Type kTypeOf = std::is_same_v<T, float>    ? Type::kFloat32
+                         : std::is_same_v<T, __half> ? Type::kFloat16
+                                                     : Type::kBFloat16;
+
+__device__ __forceinline__ const char* address(const void* data, Type type, int64_t at) {
+  return static_cast<const char*>(data) + at * (type == Type::kFloat32 ? 4 : 2);
+}
+
+__device__ __forceinline__ void load_words(uint32_t* words, const char* from) {
+  const uint4 loaded = *reinterpret_cast<const uint4*>(from);
+  words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+}
+
+__device__ __forceinline__ Raw load_pack(const void* data, Type type, int64_t at) {
+  Raw raw{};
+  load_words(raw.words, address(data, type, at));
+  if (type == Type::kFloat32) load_words(raw.words + 4, address(data, type, at + 4));
+  return raw;
+}
+
+// Four elements and four others.
+__device__ __forceinline__ Raw load_halves(const void* data, Type type, int64_t at, int64_t other) {
+  Raw raw{};
+  const char *const first = address(data, type, at), *const second = address(data, type, other);
+  if (type == Type::kFloat32) {
+    load_words(raw.words, first), load_words(raw.words + 4, second);
+  } else {
+    const uint2 low = *reinterpret_cast<const uint2*>(first), high = *reinterpret_cast<const uint2*>(second);
+    raw.words[0] = low.x, raw.words[1] = low.y, raw.words[2] = high.x, raw.words[3] = high.y;
+  }
+  return raw;
+}
+
+__device__ __forceinline__ uint32_t load_bits(const void* data, Type type, int64_t at) {
+  const char* const from = address(data, type, at);
+  return type == Type::kFloat32 ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from);
+}
+
+__device__ __forceinline__ float float_of(uint32_t bits, Type type) {
+  if (type == Type::kFloat32) return __uint_as_float(bits);
+  if (type == Type::kBFloat16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+__device__ __forceinline__ void to_floats(const Raw& raw, Type type, bool spread, float (&values)[kPairs]) {
 #pragma unroll
-  for (int j = 0; j < kPackSize; ++j) values[j] = to_float(pack.values[j]);
-}
-
-__device__ void load_pack(const void* data, Type type, int64_t at, float (&values)[kPackSize]) {
-  switch (type) {
-    case Type::kFloat16: return load_pack(static_cast<const __half*>(data) + at, values);
-    case Type::kBFloat16: return load_pack(static_cast<const __nv_bfloat16*>(data) + at, values);
-    default: return load_pack(static_cast<const float*>(data) + at, values);
+  for (int j = 0; j < kPairs; ++j) {
+    const uint32_t packed = j % 2 ? raw.words[j / 2] >> 16 : raw.words[j / 2] & 0xFFFF;
+    values[j] = float_of(spread || type == Type::kFloat32 ? raw.words[j] : packed, type);
   }
 }
 
-__device__ float element(const void* data, Type type, int64_t at) {
-  switch (type) {
-    case Type::kFloat16: return to_float(static_cast<const __half*>(data)[at]);
-    case Type::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
-    default: return static_cast<const float*>(data)[at];
-  }
-}
+__device__ float element(const void* data, Type type, int64_t at) { return float_of(load_bits(data, type, at), type); }
 
-// The pairs of one lane, the same in each head. kPacked: they are neighbours, and their elements two whole packs.
+struct RawPairs {
+  Raw first, second;  // of a lane whose pairs are packed: its two packs
+};
+
+// The pairs of one lane, the same in each head. kPacked: their elements are two whole packs.
 template <bool kPacked, bool kInterleaved>
 struct Lane {
   const RotaryArgs& args;
   int lane;
 
-  __device__ int pair(int j) const { return kPacked ? lane * kPairs + j : lane + 32 * j; }
-  __device__ bool exists(int j) const { return pair(j) < static_cast<int>(args.dims / 2); }
-  __device__ bool turns(int j) const { return pair(j) < static_cast<int>(args.rotary_dims / 2); }
+  __device__ int pair(int j) const {
+    if (!kPacked) return lane + 32 * j;
+    if (!kInterleaved) return lane * kPairs + j;
+    return lane * (kPairs / 2) + j % (kPairs / 2) + (j < kPairs / 2 ? 0 : static_cast<int>(args.dims / 4));
+  }
+  // Alike for all pairs of a pack.
+  __device__ int first_beside(int j) const { return !kPacked ? j : kInterleaved ? j / 4 * 4 : 0; }
+  __device__ bool exists(int j) const {
+    return kPacked ? lane < static_cast<int>(args.dims / (2 * kPairs)) : pair(j) < static_cast<int>(args.dims / 2);
+  }
+  __device__ bool turns(int j) const { return pair(first_beside(j)) < static_cast<int>(args.rotary_dims / 2); }
   // Elements that are not turned are paired in the same manner.
   __device__ int2 elements(int pair) const {
     if (kPacked ? kInterleaved : args.interleaved) return {2 * pair, 2 * pair + 1};
@@ -60,46 +116,41 @@ struct Lane {
     if (pair < turned) return {pair, pair + turned};
     return {pair + turned, pair + static_cast<int>(args.dims / 2)};
   }
+  __device__ int2 packs() const {
+    if (kInterleaved) return {2 * pair(0), 2 * pair(kPairs / 2)};
+    return elements(pair(0));
+  }
 
-  template <class Load>
-  __device__ Pairs loaded(const Load& load_at, bool active) const {
-    Pairs x{};
-    if (!active || !exists(0)) return x;
+  __device__ __forceinline__ RawPairs load(const void* data, Type type, int64_t at) const {
+    RawPairs raw{};
     if constexpr (kPacked) {
-      const int first = elements(pair(0)).x, second = kInterleaved ? first + kPackSize : elements(pair(0)).y;
-      float low[kPackSize], high[kPackSize];
-      load_at(first, low), load_at(second, high);
+      if (!exists(0)) return raw;
+      const int2 from = packs();
+      return {load_pack(data, type, at + from.x), load_pack(data, type, at + from.y)};
+    }
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      if (!exists(j)) continue;
+      const int2 from = elements(pair(j));
+      raw.first.words[j] = load_bits(data, type, at + from.x);
+      raw.second.words[j] = load_bits(data, type, at + from.y);
+    }
+    return raw;
+  }
+  __device__ __forceinline__ Pairs pairs(const RawPairs& raw, Type type) const {
+    Pairs x;
+    if constexpr (kPacked && kInterleaved) {
+      float low[kPairs], high[kPairs];
+      to_floats(raw.first, type, false, low), to_floats(raw.second, type, false, high);
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
-        const float* const half = j < kPairs / 2 ? low : high;
-        x.first[j] = kInterleaved ? half[2 * j % kPairs] : low[j];
-        x.second[j] = kInterleaved ? half[2 * j % kPairs + 1] : high[j];
+        const float* const pack = j < kPairs / 2 ? low : high;
+        x.first[j] = pack[2 * j % kPairs], x.second[j] = pack[2 * j % kPairs + 1];
       }
     } else {
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        if (!exists(j)) continue;
-        const int2 at = elements(pair(j));
-        x.first[j] = load_at(at.x), x.second[j] = load_at(at.y);
-      }
+      to_floats(raw.first, type, !kPacked, x.first), to_floats(raw.second, type, !kPacked, x.second);
     }
     return x;
-  }
-
-  template <class T>
-  __device__ Pairs load(const T* head, bool active) const {
-    if constexpr (kPacked) {
-      return loaded([&](int at, float (&values)[kPackSize]) { load_pack(head + at, values); }, active);
-    } else {
-      return loaded([&](int at) { return to_float(head[at]); }, active);
-    }
-  }
-  __device__ Pairs load(const void* data, Type type) const {
-    if constexpr (kPacked) {
-      return loaded([&](int at, float (&values)[kPackSize]) { load_pack(data, type, at, values); }, true);
-    } else {
-      return loaded([&](int at) { return element(data, type, at); }, true);
-    }
   }
 
   template <class T>
@@ -109,12 +160,12 @@ struct Lane {
       Pack<T> low, high;
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
-        Pack<T>& half = j < kPairs / 2 ? low : high;
-        (kInterleaved ? half.values[2 * j % kPairs] : low.values[j]) = static_cast<T>(x.first[j]);
-        (kInterleaved ? half.values[2 * j % kPairs + 1] : high.values[j]) = static_cast<T>(x.second[j]);
+        Pack<T>& pack = j < kPairs / 2 ? low : high;
+        (kInterleaved ? pack.values[2 * j % kPairs] : low.values[j]) = static_cast<T>(x.first[j]);
+        (kInterleaved ? pack.values[2 * j % kPairs + 1] : high.values[j]) = static_cast<T>(x.second[j]);
       }
-      const int first = elements(pair(0)).x, second = kInterleaved ? first + kPackSize : elements(pair(0)).y;
-      store_whole(head + first, low), store_whole(head + second, high);
+      const int2 to = packs();
+      store_whole(head + to.x, low), store_whole(head + to.y, high);
     } else {
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
@@ -125,30 +176,35 @@ struct Lane {
     }
   }
 
-  // cos as first, sin as second; of pairs that turn.
-  __device__ Pairs angles(int64_t row, bool packed) const {
-    Pairs angles{};
-    if (!turns(0)) return angles;
-    const int64_t step = args.table_pair_stride;
+  // cos and sin of the pairs that turn. packed: columns are neighbours.
+  __device__ __forceinline__ Raw load_table(const void* table, int64_t row, bool packed) const {
+    Raw raw{};
     if (kPacked && packed) {
-      load_pack(args.cos, args.table_type, row + pair(0), angles.first);
-      load_pack(args.sin, args.table_type, row + pair(0), angles.second);
-      return angles;
+      if (!kInterleaved && turns(0)) raw = load_pack(table, args.table_type, row + pair(0));
+      if (kInterleaved && turns(0)) {
+        const int other = turns(kPairs / 2) ? pair(kPairs / 2) : pair(0);
+        raw = load_halves(table, args.table_type, row + pair(0), row + other);
+      }
+      return raw;
     }
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      if (!turns(j)) continue;
-      angles.first[j] = element(args.cos, args.table_type, row + pair(j) * step);
-      angles.second[j] = element(args.sin, args.table_type, row + pair(j) * step);
+      if (turns(j)) raw.words[j] = load_bits(table, args.table_type, row + pair(j) * args.table_pair_stride);
     }
-    return angles;
+    return raw;
+  }
+  __device__ __forceinline__ RawPairs load_angles(int64_t row, bool packed) const {
+    return {load_table(args.cos, row, packed), load_table(args.sin, row, packed)};
   }
   // sign -1 turns back by the same angles: the transposed map.
-  __device__ void turn(Pairs& x, const Pairs& angles, float sign) const {
+  __device__ __forceinline__ void turn(Pairs& x, const RawPairs& angles, bool packed, float sign) const {
+    float cos[kPairs], sin[kPairs];
+    to_floats(angles.first, args.table_type, !(kPacked && packed), cos);
+    to_floats(angles.second, args.table_type, !(kPacked && packed), sin);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
+      const float c = cos[j], s = sign * sin[j], x1 = x.first[j], x2 = x.second[j];
       if (!turns(j)) continue;
-      const float c = angles.first[j], s = sign * angles.second[j], x1 = x.first[j], x2 = x.second[j];
       x.first[j] = x1 * c - x2 * s;
       x.second[j] = x2 * c + x1 * s;
     }
@@ -169,14 +225,12 @@ __device__ float sum_of_group(float value, uint32_t lanes) {
   return value;
 }
 
-// The factors behind an RMS norm; with tanh the one before it is in args.
-template <RotaryNorm kNorm, class Lane>
-__device__ Pairs gain_of(const RotaryArgs& args, const RotarySide& side, const Lane& lane) {
-  Pairs gain;
-  for_each([&](auto part, int j) { (gain.*part)[j] = 1.0f; });
-  if (kNorm != RotaryNorm::kRms || !side.gain) return gain;
-  gain = lane.load(side.gain, side.gain_type);
-  for_each([&](auto part, int j) { (gain.*part)[j] += args.gain_offset; });
+// The factors behind an RMS norm; without a gain 1.
+template <class Lane>
+__device__ __forceinline__ Pairs gain_of(const RotaryArgs& args, const RotarySide& side, const Lane& lane,
+                                         const RawPairs& raw) {
+  Pairs gain = lane.pairs(raw, side.gain_type);
+  for_each([&](auto part, int j) { (gain.*part)[j] = side.gain ? (gain.*part)[j] + args.gain_offset : 1.0f; });
   return gain;
 }
 
@@ -202,16 +256,29 @@ struct Work {
     }
   };
 
-  // All lanes of a block call the function equally often, also where there is no head for them.
-  template <class Function>
-  __device__ void for_heads(Function&& function) const {
+  __device__ Head head_at(uint32_t first, uint32_t count) const {
     const auto heads = static_cast<uint32_t>(side.heads), tokens = static_cast<uint32_t>(args.tokens);
-    const uint32_t count = static_cast<uint32_t>(args.batch) * tokens * heads, together = kThreads / lanes;
-    const uint32_t group = threadIdx.x / lanes;
-    for (uint32_t first = block * together; first < count; first += blocks * together) {
-      const uint32_t index = min(first + group, count - 1), row = index / heads;
-      function(Head{index, row / tokens, row % tokens, index % heads, first + group < count});
+    const uint32_t found = first + threadIdx.x / lanes, index = min(found, count - 1), row = index / heads;
+    return {index, row / tokens, row % tokens, index % heads, found < count};
+  }
+  // All lanes of a block call the functions equally often, also where there is no head for them. kAhead: the next head
+  // is loaded before this one is used.
+  template <bool kAhead, class Load, class Use>
+  __device__ __forceinline__ void for_heads(const Load& load, const Use& use) const {
+    const uint32_t count = static_cast<uint32_t>(args.batch * args.tokens * side.heads), together = kThreads / lanes;
+    uint32_t first = block * together;
+    if (first >= count) return;
+    Head head = head_at(first, count);
+    auto loaded = load(head);
+    for (first += blocks * together; first < count; first += blocks * together) {
+      const Head next = head_at(first, count);
+      auto ahead = loaded;
+      if constexpr (kAhead) ahead = load(next);
+      use(head, loaded);
+      if constexpr (!kAhead) ahead = load(next);
+      head = next, loaded = ahead;
     }
+    use(head, loaded);
   }
   __device__ int64_t table_row(const Head& head) const {
     return head.batch * args.table_batch_stride + head.token * args.table_token_stride;
@@ -219,25 +286,33 @@ struct Work {
 };
 
 template <class T, RotaryNorm kNorm, bool kPacked, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks<kNorm>)
     rotary_kernel(__grid_constant__ const RotaryArgs args, const Division division, bool packed_tables) {
   const Work work(args, division);
   const Lane<kPacked, kInterleaved> lane{args, static_cast<int>(threadIdx.x % division.lanes)};
   begin_dependent();
-  work.for_heads([&](const Work::Head& head) {
-    Pairs x = lane.load(static_cast<const T*>(work.side.x.data) + head.of(work.side.x), head.exists);
-    const Pairs angles = lane.angles(work.table_row(head), packed_tables);
+  RawPairs raw_gain{};
+  if (kNorm == RotaryNorm::kRms && work.side.gain) raw_gain = lane.load(work.side.gain, work.side.gain_type, 0);
+  const Pairs gain = gain_of(args, work.side, lane, raw_gain);
+  const float factor = kNorm == RotaryNorm::kTanh ? element(work.side.gain, work.side.gain_type, 0) : 0.0f;
+  struct Loaded {
+    RawPairs x, angles;
+  };
+  const auto load = [&](const Work::Head& head) {
+    return Loaded{lane.load(work.side.x.data, kTypeOf<T>, head.of(work.side.x)),
+                  lane.load_angles(work.table_row(head), packed_tables)};
+  };
+  work.for_heads<kNorm != RotaryNorm::kNone>(load, [&](const Work::Head& head, const Loaded& loaded) {
+    Pairs x = lane.pairs(loaded.x, kTypeOf<T>);
     if constexpr (kNorm == RotaryNorm::kRms) {
-      const Pairs gain = gain_of<kNorm>(args, work.side, lane);
       float squares = 0;
       for_each([&](auto part, int j) { squares += (x.*part)[j] * (x.*part)[j]; });
       const float rstd = rsqrtf(sum_of_group(squares, work.lanes) / static_cast<float>(args.dims) + args.eps);
       for_each([&](auto part, int j) { (x.*part)[j] *= rstd * (gain.*part)[j]; });
     } else if constexpr (kNorm == RotaryNorm::kTanh) {
-      const float factor = element(work.side.gain, work.side.gain_type, 0);
       for_each([&](auto part, int j) { (x.*part)[j] = tanhf(factor * (x.*part)[j]); });
     }
-    lane.turn(x, angles, 1.0f);
+    lane.turn(x, loaded.angles, packed_tables, 1.0f);
     if (head.exists) lane.store(static_cast<T*>(work.side.out) + head.index * args.dims, x);
   });
 }
@@ -261,7 +336,6 @@ __device__ void store_sums(const RotaryArgs& args, const Lane& lane, uint32_t la
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (!lane.exists(j)) continue;
-      // Interleaved packs hold their pairs in order, as elements() has them.
       const int2 at = lane.elements(lane.pair(j));
       row[at.x] = sums.first[j], row[at.y] = sums.second[j];
     }
@@ -275,21 +349,30 @@ __device__ void store_sums(const RotaryArgs& args, const Lane& lane, uint32_t la
 }
 
 template <class T, RotaryNorm kNorm, bool kPacked, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, kNorm == RotaryNorm::kNone ? 4 : kPersistent)
+__global__ void __launch_bounds__(kThreads, kBlocks<kNorm>)
     rotary_backward_kernel(__grid_constant__ const RotaryArgs args, const Division division, bool packed_tables) {
   const Work work(args, division);
   const Lane<kPacked, kInterleaved> lane{args, static_cast<int>(threadIdx.x % division.lanes)};
   begin_dependent();
-  const Pairs gain = gain_of<kNorm>(args, work.side, lane);
+  RawPairs raw_gain{};
+  if (kNorm == RotaryNorm::kRms && work.side.gain) raw_gain = lane.load(work.side.gain, work.side.gain_type, 0);
+  const Pairs gain = gain_of(args, work.side, lane, raw_gain);
   const float factor = kNorm == RotaryNorm::kTanh ? element(work.side.gain, work.side.gain_type, 0) : 0.0f;
   Pairs sums{};
-  work.for_heads([&](const Work::Head& head) {
-    Pairs d = lane.load(static_cast<const T*>(work.side.dy.data) + head.of(work.side.dy), head.exists);
-    Pairs x;
-    if constexpr (kNorm != RotaryNorm::kNone) {
-      x = lane.load(static_cast<const T*>(work.side.x.data) + head.of(work.side.x), head.exists);
-    }
-    lane.turn(d, lane.angles(work.table_row(head), packed_tables), -1.0f);
+  struct Loaded {
+    RawPairs d, x, angles;
+  };
+  const auto load = [&](const Work::Head& head) {
+    Loaded loaded{lane.load(work.side.dy.data, kTypeOf<T>, head.of(work.side.dy)),
+                  {},
+                  lane.load_angles(work.table_row(head), packed_tables)};
+    if (kNorm != RotaryNorm::kNone) loaded.x = lane.load(work.side.x.data, kTypeOf<T>, head.of(work.side.x));
+    return loaded;
+  };
+  work.for_heads<kNorm != RotaryNorm::kNone>(load, [&](const Work::Head& head, const Loaded& loaded) {
+    Pairs d = lane.pairs(loaded.d, kTypeOf<T>);
+    const Pairs x = lane.pairs(loaded.x, kTypeOf<T>);
+    lane.turn(d, loaded.angles, packed_tables, -1.0f);
     if constexpr (kNorm == RotaryNorm::kRms) {
       float squares = 0, dot = 0;
       for_each([&](auto part, int j) {
@@ -307,7 +390,7 @@ __global__ void __launch_bounds__(kThreads, kNorm == RotaryNorm::kNone ? 4 : kPe
     } else if constexpr (kNorm == RotaryNorm::kTanh) {
       for_each([&](auto part, int j) {
         const float t = tanhf(factor * (x.*part)[j]), slope = (d.*part)[j] * (1.0f - t * t);
-        (sums.*part)[j] += slope * (x.*part)[j];
+        if (head.exists) (sums.*part)[j] += slope * (x.*part)[j];
         (d.*part)[j] = slope * factor;
       });
     }
@@ -371,15 +454,14 @@ bool has_packed_tables(const RotaryArgs& args) {
          reinterpret_cast<uintptr_t>(args.sin) % 16 == 0;
 }
 
-// most: of blocks, or 0.
-Division divide(const RotaryArgs& args, bool packed, uint32_t most) {
+Division divide(const RotaryArgs& args, bool packed) {
   const int64_t rows = args.batch * args.tokens, heads = args.q.heads + args.k.heads;
   blocks_for(rows * heads, 1);  // whose numbers have 31 bits
   const uint32_t lanes = packed ? std::bit_ceil(static_cast<uint32_t>(args.dims / (2 * kPairs))) : 32;
   const auto blocks_of = [&](const RotarySide& side) {
     const uint32_t needed = blocks_for(rows * side.heads, kThreads / lanes);
-    if (most == 0 || needed == 0) return needed;
-    const uint32_t share = static_cast<uint32_t>(most * side.heads / heads);
+    if (args.norm == RotaryNorm::kNone || needed == 0) return needed;
+    const uint32_t share = static_cast<uint32_t>(kRotaryParts * side.heads / heads);
     return std::min(needed, std::max(share, 1u));
   };
   const uint32_t q_blocks = blocks_of(args.q);
@@ -397,7 +479,7 @@ void with_norm(RotaryNorm norm, Function&& function) {
 
 void launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
   const bool packed = is_packed(args);
-  const Division division = divide(args, packed, 0);
+  const Division division = divide(args, packed);
   if (division.blocks == 0) return;
   with_type(args.type, [&](auto t) {
     with_norm(args.norm, [&](auto norm) {
@@ -412,7 +494,7 @@ void launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
 
 void launch_rotary_backward(const RotaryArgs& args, cudaStream_t stream) {
   const bool packed = is_packed(args), sums = args.parts;
-  const Division division = divide(args, packed, sums ? kRotaryParts : 0);
+  const Division division = divide(args, packed);
   if (division.blocks > 0) {
     with_type(args.type, [&](auto t) {
       with_norm(args.norm, [&](auto norm) {
