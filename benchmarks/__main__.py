@@ -15,6 +15,7 @@ from pathlib import Path
 NAMES = (
     "quantize",
     "producers",
+    "rotary",
     "gemm",
     "linear",
     "block",

@@ -1,12 +1,12 @@
 // The gradient of frozen_linear: of its input, and of nothing else. A registration with the dispatcher, so that eager
 // mode and traces follow the same formula.
 #include <ATen/ATen.h>
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include "torch_fp8/ops.h"
+#include "transforms.h"
 
 namespace torch_fp8 {
 namespace {
@@ -51,19 +51,6 @@ struct FrozenFunction : torch::autograd::Function<FrozenFunction> {
   }
 };
 
-// PyTorch would refuse too, but in words that name nothing.
-void check_no_transform() {
-  const auto& functorch = at::functorch::functorchTLSAccessor();
-  if (!functorch) return;
-  try {
-    functorch->checkSupportsCppAutogradFunction();
-  } catch (const c10::Error&) {
-    TORCH_CHECK(false,
-                "torch_fp8: a FrozenLinear gives its input no gradient under torch.func's transforms (grad, vjp, ...); "
-                "use loss.backward() or torch.autograd.grad");
-  }
-}
-
 }  // namespace
 
 at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
@@ -83,7 +70,7 @@ at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
   TORCH_CHECK(!compute_requires_grad(weight, weight_scale, bias, input_slot),
               "torch_fp8: a FrozenLinear computes the gradient of its input only, but one of its own tensors requires "
               "one; train an adapter beside it (LoRA), or all of the layer with fp8.Linear (torch_fp8.convert)");
-  check_no_transform();
+  check_no_transform("a FrozenLinear gives its input");
   return FrozenFunction::apply(x, weight, weight_scale, bias, input_slot, activations, dtype);
 }
 

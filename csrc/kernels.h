@@ -106,6 +106,45 @@ struct ActivationBackwardArgs {
   float* alpha_sums;  // (tiles_along(rows), tiles_along(cols), 2): each tile's part of the gradients of alphas, or null
 };
 
+// What stands between the projections and the attention: each head of q and k is normalised, and its pairs of elements
+// are turned by the angle of their token.
+enum class RotaryNorm : uint8_t { kNone, kRms, kTanh };
+
+struct Heads {  // (batch, tokens, heads, dims), strides in elements; dims are neighbours
+  const void* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// One of the two tensors; without heads it is not touched.
+struct RotarySide {
+  int64_t heads;
+  Heads x;           // forward: the input; backward: the same, and null without a norm
+  Heads dy;          // backward alone
+  void* out;         // (batch, tokens, heads, dims), contiguous and 16-byte aligned: the result, or the gradient of x
+  const void* gain;  // kRms: dims, or null; kTanh: 1; of gain_type
+  Type gain_type;
+  void* dgain;  // backward: the gradient of gain, of its size and type; of both sides, or null
+};
+
+// dims <= kRotaryDims. Pair i < rotary_dims / 2 is elements i and i + rotary_dims / 2 or, interleaved, 2 i and 2 i + 1;
+// (x1, x2) -> (x1 c - x2 s, x2 c + x1 s). The other elements pass. In front of it
+//   kRms   x / sqrt(mean(x^2) + eps) * (gain + gain_offset), or without gain x / sqrt(mean(x^2) + eps)
+//   kTanh  tanh(gain x)
+// In float32, rounded once. Backward is the transpose of the linear map, whatever c and s are, and then the norm's.
+constexpr int64_t kRotaryDims = 512, kRotaryParts = 264;
+struct RotaryArgs {
+  Type type;  // of x, dy and out
+  int64_t batch, tokens, dims, rotary_dims;
+  const void *cos, *sin;  // (batch, tokens, rotary_dims / 2) of table_type, strides in elements
+  Type table_type;
+  int64_t table_batch_stride, table_token_stride, table_pair_stride;
+  bool interleaved;
+  RotaryNorm norm;
+  float eps, gain_offset;
+  RotarySide q, k;
+  float* parts;  // backward: room for kRotaryParts x dims sums, or null where dgain is
+};
+
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
 // With col_scale it is x * col_scale that is cast, a product in float32: one that is not finite counts as an x that is
 // not.
@@ -277,6 +316,8 @@ struct Kernels {
   void (*recast)(const RecastArgs& args);
   void (*activate)(const ActivationArgs& args);
   void (*activate_backward)(const ActivationBackwardArgs& args);
+  void (*rotary)(const RotaryArgs& args);
+  void (*rotary_backward)(const RotaryArgs& args);
   void (*quantize_rows)(const QuantizeRowsArgs& args);
   void (*quantize_groups)(const QuantizeGroupsArgs& args);
   void (*count_losses)(const LossArgs& args);

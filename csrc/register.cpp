@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "ops/linear.h"
+#include "ops/rotary.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -62,6 +63,8 @@ void implement(torch::Library& m) {
   m.impl("linear_backward", linear_backward);
   m.impl("activation_cast", activation_cast);
   m.impl("activation_backward_cast", activation_backward_cast);
+  m.impl("rotary", rotary);
+  m.impl("rotary_backward", rotary_backward);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -69,8 +72,8 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-// The ops are not differentiable by themselves, but for frozen_linear; linear (linear.h) is the differentiable function
-// over the others.
+// The ops are not differentiable by themselves, but for frozen_linear and rotary; linear (linear.h) is the
+// differentiable function over the others.
 TORCH_LIBRARY(torch_fp8, m) {
   // x (..., K) float32, float16 or bfloat16, any strides, seen as (M, K).
   // -> q (pad16(M), pad16(K)), q_t its transpose, scale_inv (1) float32, dbias (K): the column sums of x.
@@ -151,6 +154,24 @@ TORCH_LIBRARY(torch_fp8, m) {
       "Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor gate_dbias, Tensor up_dbias, "
       "Tensor dalphas)");
 
+  // q (B, S, Hq, D) and k (B, S, Hk, D) or, heads_first, (B, Hq, S, D) and (B, Hk, S, D): each head normalised, and
+  // then its pairs of elements turned, (x1 c - x2 s, x2 c + x1 s), in float32 and rounded once. Differentiable in q, k
+  // and the gains. cos, sin ([B or 1,] S, R / 2) have one column for each pair or, as transformers gives them, (.., R)
+  // for each element; R is rotary_dims <= D, elements behind it are not turned. A pair is elements i and i + R / 2 or,
+  // interleaved, 2 i and 2 i + 1. norm: 0 none; 1 x / sqrt(mean(x^2) + eps) * (gain (D) + gain_offset), or without the
+  // factor; 2 tanh(gain (1) x). Results lie in memory as (B, S, H, D) does, whatever the inputs' strides.
+  m.def(
+      "rotary(Tensor q, Tensor k, Tensor? cos, Tensor? sin, int rotary_dims, bool interleaved=False, "
+      "bool heads_first=False, int norm=0, Tensor? q_gain=None, Tensor? k_gain=None, float eps=1e-6, "
+      "float gain_offset=0.0) -> (Tensor q_out, Tensor k_out)");
+
+  // Its gradients: the transposed map, whatever cos and sin are, and then the norm's. dq or dk may be missing, q and k
+  // where there is no norm; what belongs to a missing one, or was not asked for, comes with 0 elements.
+  m.def(
+      "rotary_backward(Tensor? dq, Tensor? dk, Tensor? q, Tensor? k, Tensor? cos, Tensor? sin, int rotary_dims, "
+      "bool interleaved, bool heads_first, int norm, Tensor? q_gain, Tensor? k_gain, float eps, float gain_offset, "
+      "bool gain_grads) -> (Tensor dq_in, Tensor dk_in, Tensor dq_gain, Tensor dk_gain)");
+
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
   // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax or,
@@ -203,10 +224,11 @@ TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_li
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
   for (const char* name :
        {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
-        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "update_scales_"}) {
+        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "rotary_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
+  m.impl("rotary", rotary_autograd);
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
@@ -220,6 +242,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("linear_backward", linear_backward_meta);
   m.impl("activation_cast", activation_cast_meta);
   m.impl("activation_backward_cast", activation_backward_cast_meta);
+  m.impl("rotary", rotary_meta);
+  m.impl("rotary_backward", rotary_backward_meta);
   m.impl("frozen_linear", frozen_linear_meta);
   m.impl("frozen_linear_backward", frozen_linear_backward_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);
