@@ -17,6 +17,7 @@
 #include "siblings.h"
 #include "torch_fp8/linear.h"
 #include "torch_fp8/mlp.h"
+#include "torch_fp8/norm.h"
 #include "torch_fp8/ops.h"
 
 namespace py = pybind11;
@@ -28,7 +29,7 @@ namespace {
 constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};
 constexpr std::array<const char*, 3> kWeightScales = {"tensor", "channel", "block"};
 constexpr std::array<const char*, 4> kActivations = {"none", "static", "tensor", "token"};
-constexpr std::array<const char*, 3> kFunctions = {"silu", "gelu", "gelu_tanh"};
+constexpr std::array<const char*, 5> kFunctions = {"silu", "gelu", "gelu_tanh", "xielu", "relu_squared"};
 constexpr std::array<const char*, 6> kWays = {"zeros", "few_rows", "dequantized", "streamed", "rescaled", "scaled"};
 
 template <class Enum, size_t kCount>
@@ -144,6 +145,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gate"), py::arg("up"),
       py::arg("down"), py::arg("activation"));
+  m.def(
+      "norm",
+      [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
+         const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
+         const OwnedLayer* reader) {
+        const NormOptions options{eps, layer_norm, gain_offset};
+        if (!reader) return norm(x, residual, gain, bias, options, nullptr);
+        const LinearLayer layer = reader->layer();
+        return norm(x, residual, gain, bias, options, &layer);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gain"), py::arg("bias"),
+      py::arg("eps"), py::arg("layer_norm"), py::arg("gain_offset"), py::arg("reader"));
   // Through the dispatcher, so that tracers, modes and subclasses see the op, but not through Python's wrapper of it.
   m.def("frozen_linear", [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                             const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,

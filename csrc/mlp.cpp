@@ -41,30 +41,39 @@ struct Forward {
   OptionalTensor up_y;
 };
 
+struct Layers {
+  const at::Tensor& gate;
+  const OptionalTensor &gate_bias, &up, &up_bias;
+  const at::Tensor& down;
+  const OptionalTensor& down_bias;
+};
+
 // down's call then holds the product's codes; of its input nothing else is read but size and dtype, which are gate's.
-Forward forward_all(const at::Tensor& x, const at::Tensor& x_up, const OptionalTensor& residual, const at::Tensor& gate,
-                    const OptionalTensor& up, const at::Tensor& down, const OptionalTensor& bias, MlpCall& call) {
+Forward forward_all(const at::Tensor& x, const at::Tensor& x_up, const OptionalTensor& residual, const Layers& layers,
+                    MlpCall& call) {
   Forward made;
-  made.gate = forward_of(x, gate, {}, call.gate);
+  made.gate = forward_of(x, layers.gate, layers.gate_bias, call.gate);
   if (call.gated) {
-    made.up = forward_of(x_up, *up, {}, call.up);
+    made.up = forward_of(x_up, *layers.up, layers.up_bias, call.up);
     made.up_y = std::get<0>(made.up);
   }
   const at::Tensor& gate_y = std::get<0>(made.gate);
   call.down.x_codes = product_of(gate_y, made.up_y, call);
-  made.down = forward_of(gate_y, down, bias, call.down, residual);
+  made.down = forward_of(gate_y, layers.down, layers.down_bias, call.down, residual);
   return made;
 }
 
-enum Input : int { kX, kXUp, kResidual, kGateWeight, kUpWeight, kDownWeight, kDownBias, kInputs };
+enum Input : int { kX, kXUp, kResidual, kGateWeight, kGateBias, kUpWeight, kUpBias, kDownWeight, kDownBias, kInputs };
 
 struct MlpFunction : torch::autograd::Function<MlpFunction> {
   // x_up is another tensor than x only where gate and up do not share their codes.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& x_up,
-                            const OptionalTensor& residual, const at::Tensor& gate, const OptionalTensor& up,
-                            const at::Tensor& down, const OptionalTensor& bias, MlpCall& call) {
+                            const OptionalTensor& residual, const at::Tensor& gate, const OptionalTensor& gate_bias,
+                            const OptionalTensor& up, const OptionalTensor& up_bias, const at::Tensor& down,
+                            const OptionalTensor& down_bias, MlpCall& call) {
     ctx->set_materialize_grads(false);
-    Forward made = forward_all(x, x_up.value_or(x), residual, gate, up, down, bias, call);
+    const Forward made =
+        forward_all(x, x_up.value_or(x), residual, {gate, gate_bias, up, up_bias, down, down_bias}, call);
     variable_list tensors;
     tensors.reserve(3 * kSaved + 2);
     save(call.gate, x, gate, made.gate, kGate, tensors, ctx->saved_data);
@@ -79,8 +88,8 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     ctx->save_for_backward(std::move(tensors));
     ctx->saved_data["activation"] = call.activation;
     ctx->saved_data["given"] = 1 << kX | x_up.has_value() << kXUp | residual.has_value() << kResidual |
-                               1 << kGateWeight | up.has_value() << kUpWeight | 1 << kDownWeight |
-                               bias.has_value() << kDownBias;
+                               1 << kGateWeight | gate_bias.has_value() << kGateBias | up.has_value() << kUpWeight |
+                               up_bias.has_value() << kUpBias | 1 << kDownWeight | down_bias.has_value() << kDownBias;
     return std::get<0>(made.down);
   }
 
@@ -101,7 +110,8 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     };
     const bool gated = up_y.defined(), apart = given >> kXUp & 1;
 
-    const bool beyond = wants(kX) || wants(kXUp) || wants(kGateWeight) || wants(kUpWeight);
+    const bool beyond =
+        wants(kX) || wants(kXUp) || wants(kGateWeight) || wants(kGateBias) || wants(kUpWeight) || wants(kUpBias);
     Gradients of_down = backward_of(data, kDown, numbers_of(data, kDown), of(2), dy, {},
                                     {beyond, wants(kDownWeight), wants(kDownBias)}, at::Tensor());
     if (wants(kResidual)) result[kResidual] = dy;
@@ -113,14 +123,18 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     c10::SmallVector<int64_t, 2> histories{gate.history};
     if (gated) histories.push_back(up.history);
     const OptionalTensor up_slots = gated ? OptionalTensor(held(data, std::string(kUp) + "slots")) : c10::nullopt;
+    c10::optional<at::ScalarType> dbias;
+    if (wants(kGateBias) || wants(kUpBias)) dbias = at::kFloat;
     const auto codes = [&] {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
       return activate_backward.call(of_down.x, gate_y, gated ? OptionalTensor(up_y) : c10::nullopt,
                                     data["activation"].toInt(), held(data, std::string(kGate) + "slots"), up_slots,
-                                    kGradOutput, gate.casts, histories, gate.training, gate.record, /*dbias=*/{},
+                                    kGradOutput, gate.casts, histories, gate.training, gate.record, dbias,
                                     /*alphas=*/{}, /*beta=*/0);
     }();
     const auto& [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, gate_dbias, up_dbias, dalphas] = codes;
+    if (wants(kGateBias)) result[kGateBias] = gate_dbias.to(gate.bias_dtype);
+    if (wants(kUpBias)) result[kUpBias] = up_dbias.to(up.bias_dtype);
     of_down.x.reset();  // its memory serves what follows
 
     const std::string sum_name = std::string(kGate) + "sum";
@@ -152,8 +166,9 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
 void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const LinearLayer& gate, const LinearLayer* up,
                const LinearLayer& down, int64_t activation, c10::optional<at::ScalarType> autocast) {
   check_no_transform(x, gate.weight);
-  TORCH_CHECK_VALUE(activation >= 0 && activation <= 2,
-                    "torch_fp8: activation must be 0 (silu), 1 (gelu) or 2 (gelu, tanh), got ", activation);
+  TORCH_CHECK_VALUE((activation >= 0 && activation <= 2) || activation == 4,
+                    "torch_fp8: activation must be 0 (silu), 1 (gelu), 2 (gelu, tanh) or 4 (relu squared), got ",
+                    activation);
   check_layer(x, gate.weight, gate.bias, gate.slots, autocast);
   const auto check_alike = [&](const LinearLayer& layer, const char* name) {
     TORCH_CHECK_VALUE(layer.options == gate.options, "torch_fp8: ", name,
@@ -171,8 +186,6 @@ void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const Linear
   const Gemms all{true, true, true};
   TORCH_CHECK_VALUE(gate.options.fp8_gemms() == all,
                     "torch_fp8: an MLP in one piece runs all its GEMMs in FP8; run the layers one by one");
-  TORCH_CHECK(!gate.bias && (!up || !up->bias), "torch_fp8: gate and up of an MLP in one piece have no bias; run the ",
-              "layers one by one");
   TORCH_CHECK(down.weight.dim() == 2 && down.weight.sym_size(1) == gate.weight.sym_size(0),
               "torch_fp8: down must have gate's ", gate.weight.sym_size(0),
               " outputs as inputs, got a weight of shape ", down.weight.sym_sizes());
@@ -199,14 +212,17 @@ at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const 
   find_codes(gate, call.gate, &x);
   if (up) find_codes(*up, call.up, &x_up);
   find_codes(down, call.down, nullptr);
-  const OptionalTensor up_weight = up ? OptionalTensor(up->weight) : c10::nullopt;
+  const OptionalTensor up_weight = up ? OptionalTensor(up->weight) : c10::nullopt, none;
+  const OptionalTensor& up_bias = up ? up->bias : none;
   const bool residual_differentiable = at::GradMode::is_enabled() && residual && residual->requires_grad();
   if (!call.down.is_differentiable() && !residual_differentiable) {
-    return std::get<0>(forward_all(x, x_up, residual, gate.weight, up_weight, down.weight, down.bias, call).down);
+    return std::get<0>(
+        forward_all(x, x_up, residual, {gate.weight, gate.bias, up_weight, up_bias, down.weight, down.bias}, call)
+            .down);
   }
   const bool apart = up && !x_up.is_same(x);
-  return MlpFunction::apply(x, apart ? OptionalTensor(x_up) : c10::nullopt, residual, gate.weight, up_weight,
-                            down.weight, down.bias, call);
+  return MlpFunction::apply(x, apart ? OptionalTensor(x_up) : c10::nullopt, residual, gate.weight, gate.bias, up_weight,
+                            up_bias, down.weight, down.bias, call);
 }
 
 }  // namespace torch_fp8

@@ -13,7 +13,7 @@
 namespace torch_fp8 {
 
 Siblings::Siblings(int members) : members_(static_cast<size_t>(members)) {
-  TORCH_CHECK_VALUE(members >= 2 && members <= 32, "torch_fp8: 2 to 32 layers can read one tensor together, got ",
+  TORCH_CHECK_VALUE(members >= 1 && members <= 32, "torch_fp8: 1 to 32 layers can read one tensor together, got ",
                     members);
 }
 
@@ -36,9 +36,14 @@ c10::optional<Siblings::Shared> Siblings::take(const at::Tensor& x, int member, 
   const std::lock_guard lock(mutex_);
   Member& taker = members_[static_cast<size_t>(member)];
   ++taker.forwards;
-  if (maker_ == member || !is_offered(x) || !(wanted == wanted_)) return c10::nullopt;
-  if (wanted.by_history && taker.follows != maker_) return c10::nullopt;
-  ++taker.taken, taker.taken_from |= 1u << maker_;
+  const bool makes = maker_ == member;
+  if ((makes && !made_outside_) || !is_offered(x) || !(wanted == wanted_)) return c10::nullopt;
+  if (wanted.by_history && !makes && taker.follows != maker_) return c10::nullopt;
+  if (makes) {
+    ++taker.made;  // in its place, and recorded in its slot
+  } else {
+    ++taker.taken, taker.taken_from |= 1u << maker_;
+  }
   Shared shared = shared_;
   if (--left_ == 0) dying = withdraw();
   return shared;
@@ -50,7 +55,7 @@ bool Siblings::has_takers(int member, const Wanted& wanted) const {
   return std::any_of(members_.begin(), members_.end(), [&](const Member& other) { return other.follows == member; });
 }
 
-void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared) {
+void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared, bool made_outside) {
   if (!can_be_told_apart(x)) return;
   Shared dying;
   const std::lock_guard lock(mutex_);
@@ -61,9 +66,9 @@ void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, cons
   version_ = static_cast<uint32_t>(x._version());
   requires_grad_ = x.requires_grad(), grad_fn_ = weak(x.grad_fn());
   sizes_ = x.sizes().vec(), strides_ = x.strides().vec();
-  maker_ = member, wanted_ = wanted, shared_ = shared;
+  maker_ = member, made_outside_ = made_outside, wanted_ = wanted, shared_ = shared;
   const auto takes = [&](const Member& other) { return !wanted.by_history || other.follows == member; };
-  left_ = static_cast<int>(std::count_if(members_.begin(), members_.end(), takes)) - !wanted.by_history;
+  left_ = static_cast<int>(std::count_if(members_.begin(), members_.end(), takes)) - !wanted.by_history + made_outside;
 }
 
 Siblings::Shared Siblings::withdraw() {

@@ -45,6 +45,7 @@ using WeakNode = decltype(weak(Node()));
 class Siblings {
  public:
   explicit Siblings(int members);
+  int size() const { return static_cast<int>(members_.size()); }
 
   // What decides which codes a member makes of a tensor.
   struct Wanted {
@@ -64,7 +65,8 @@ class Siblings {
   c10::optional<Shared> take(const at::Tensor& x, int member, const Wanted& wanted);
   // Whether somebody would take what this member makes.
   bool has_takers(int member, const Wanted& wanted) const;
-  void offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared);
+  // made_outside: what makes x cast it too, in place of that member, which takes the codes as well.
+  void offer(const at::Tensor& x, int member, const Wanted& wanted, const Shared& shared, bool made_outside = false);
   // The member cast a tensor that no other member sees.
   void note_cast(int member);
 
@@ -100,6 +102,7 @@ class Siblings {
   WeakNode grad_fn_ = weak(Node());
   std::vector<int64_t> sizes_, strides_;
   int maker_ = -1, left_ = 0;  // how many may still take it; 0: there is no offer
+  bool made_outside_ = false;
   Wanted wanted_{};
   Shared shared_;
 };

@@ -104,6 +104,16 @@ class LinearLayer:
 def mlp(
     x: Tensor, residual: Tensor | None, gate: LinearLayer, up: LinearLayer | None, down: LinearLayer, activation: str
 ) -> Tensor: ...
+def norm(
+    x: Tensor,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    layer_norm: bool,
+    gain_offset: float,
+    reader: LinearLayer | None,
+) -> tuple[Tensor, Tensor]: ...
 def frozen_linear(
     x: Tensor,
     weight: Tensor,

@@ -31,6 +31,7 @@ _check_torch()
 from . import _C  # noqa: E402
 from .checkpoints import CheckpointError, QuantizationConfig, load_pretrained, save_pretrained  # noqa: E402
 from .layers import replicas as _replicas  # noqa: E402, F401  DDP finds it there
+from .layers.block import MLP, LayerNorm, RMSNorm, TransformerBlock  # noqa: E402
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .layers.siblings import share_input  # noqa: E402
@@ -40,6 +41,7 @@ from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, u
 from .swap import adapters as _adapters  # noqa: E402, F401  peft finds it there
 from .swap.convert import convert, disabled, revert  # noqa: E402
 from .swap.freeze import calibrate, freeze  # noqa: E402
+from .swap.fuse import fuse, unfuse  # noqa: E402
 from .swap.summary import summary  # noqa: E402
 from .tuning.search import tune  # noqa: E402
 from .tuning.tuning import Tuning, forget_tuning, load_tuning  # noqa: E402
@@ -71,16 +73,20 @@ if not _C.toolkit_version() and _torch.cuda.is_available():
     _warnings.warn(f"torch_fp8 was built with {build_info()['note']}; the GPU is of no use to it", stacklevel=2)
 
 __all__ = [
+    "MLP",
     "CheckpointError",
     "ConstantScaling",
     "CurrentScaling",
     "DelayedScaling",
     "FrozenLinear",
+    "LayerNorm",
     "Linear",
     "Monitor",
     "QuantizationConfig",
+    "RMSNorm",
     "Recipe",
     "ScalingState",
+    "TransformerBlock",
     "Tuning",
     "build_info",
     "calibrate",
@@ -89,6 +95,7 @@ __all__ = [
     "disabled",
     "forget_tuning",
     "freeze",
+    "fuse",
     "load_pretrained",
     "load_state_dict",
     "load_tuning",
@@ -100,6 +107,7 @@ __all__ = [
     "state_dict",
     "summary",
     "tune",
+    "unfuse",
     "update_scales",
 ]
 

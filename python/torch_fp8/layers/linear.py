@@ -241,6 +241,17 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]  # nn.Linear's stubs take 
 _NO_MAIN_GRAD = (None, False)
 
 
+def linear_layer(layer: Layer) -> _C.LinearLayer:
+    """The layer as C++ takes it where it computes with more than one."""
+    state = layer.fp8_state
+    if state.slots.device != layer.weight.device:
+        state.follow(layer.weight)
+    main_grad, dummy = (layer.main_grad() if layer.fuse_main_grad else ()) or _NO_MAIN_GRAD
+    return _C.LinearLayer(
+        layer.matrix, layer.bias, state.slots, state.options, state.memo, layer.training, main_grad, dummy, state.place
+    )
+
+
 def alive_layers() -> list[Layer]:
     """Every FP8 layer of the process."""
     found = [layer for ref in list(_alive.values()) if (layer := ref()) is not None]

@@ -17,14 +17,15 @@ from torch.nn import functional as F
 from .. import _C
 from . import traced
 from .dtensor import is_dtensor
-from .linear import Layer
+from .linear import Layer, linear_layer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu_squared": lambda x: F.relu(x).square(),
 }
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 4}
 
 
 def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
@@ -37,16 +38,12 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
             return f"{name} is disabled"
         if has_hooks(layer):
             return f"{name} has hooks, or a forward of its own"
-        if layer.is_transposed:
-            return f"{name} is a {type(layer).__name__}"
         if layer.recipe != layers["up"].recipe:
             return f"{name} has another recipe than up"
         if layer.training != layers["up"].training:
             return f"{name} and up are not both in training"
         if is_dtensor(layer.weight):
             return f"the weight of {name} is a DTensor"
-        if name != "down" and layer.bias is not None:
-            return f"{name} has a bias"
     if not all(layers["up"].fp8_state.fp8_gemms):
         return "the recipe keeps a GEMM in 16 bits"
     return ""
@@ -73,20 +70,9 @@ def mlp(
     layers: list[Any] = [up, down] if gate is None else [gate, up, down]
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, layers, activation, residual)
-    for layer in layers:
-        if layer.fp8_state.slots.device != layer.weight.device:
-            layer.fp8_state.follow(layer.weight)
-    given = [_given(layer) for layer in layers]
+    given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
     return _C.mlp(x, residual, first, second, given[-1], activation)
-
-
-def _given(layer: Layer) -> _C.LinearLayer:
-    state = layer.fp8_state
-    main_grad, dummy = (layer.main_grad() if layer.fuse_main_grad else ()) or (None, False)
-    return _C.LinearLayer(
-        layer.weight, layer.bias, state.slots, state.options, state.memo, layer.training, main_grad, dummy, state.place
-    )
 
 
 def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:
@@ -94,7 +80,7 @@ def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | No
     beyond = x.requires_grad
     for layer in layers[:-1]:
         call = traced.call_of(layer, x, x.requires_grad)
-        beyond = beyond or call.grad_weight
+        beyond = beyond or call.grad_weight or call.grad_bias
         calls.append(call)
     calls.append(traced.call_of(layers[-1], x, beyond))
     for i, layer in enumerate(layers):
@@ -102,11 +88,11 @@ def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | No
         main_grad, dummy = (layer.main_grad() if layer.fuse_main_grad else ()) or (None, False)
         calls[i] = calls[i]._replace(dummy_grad=dummy)
         codes = (None, None, None) if i == len(layers) - 1 else traced.shared_codes(state, x, calls[i])
-        tensors += [layer.weight, state.slots, state.grad_slots, main_grad, *codes]
-    return _Mlp.apply(x, residual, layers[-1].bias, _CODES[activation], calls, *tensors)
+        tensors += [layer.matrix, layer.bias, state.slots, state.grad_slots, main_grad, *codes]
+    return _Mlp.apply(x, residual, _CODES[activation], calls, *tensors)
 
 
-_PER_LAYER = 7  # tensors of a layer among _Mlp's arguments
+_PER_LAYER = 8  # tensors of a layer among _Mlp's arguments
 
 
 class _Mlp(torch.autograd.Function):
@@ -114,18 +100,17 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: int, calls: list[traced.Call],
-        *tensors: Any,
+        ctx: Any, x: Tensor, residual: Tensor | None, activation: int, calls: list[traced.Call], *tensors: Any
     ) -> Tensor:  # fmt: skip
         layers = [tensors[i : i + _PER_LAYER] for i in range(0, len(tensors), _PER_LAYER)]
         outputs, saved, ctx.kept = [], [], []
-        for (weight, slots, grad_slots, main_grad, *codes), call in zip(layers[:-1], calls[:-1], strict=True):
-            y, kept = traced.forward(x, weight, None, slots, tuple(codes), call)
+        for (weight, bias, slots, grad_slots, main_grad, *codes), call in zip(layers[:-1], calls[:-1], strict=True):
+            y, kept = traced.forward(x, weight, bias, slots, tuple(codes), call)
             outputs.append(y)
             saved += kept
-            ctx.kept.append(traced.kept_of(x, weight, None, grad_slots, main_grad, call))
+            ctx.kept.append(traced.kept_of(x, weight, bias, grad_slots, main_grad, call))
         gate, up = outputs[0], outputs[1] if len(outputs) > 1 else None
-        weight, slots, grad_slots, main_grad, *_ = layers[-1]
+        weight, bias, slots, grad_slots, main_grad, *_ = layers[-1]
         down = calls[-1]
         product = torch.ops.torch_fp8.activation_cast(
             gate, up, activation, slots, 0, down.casts, down.history, down.training, down.record, True,
@@ -144,23 +129,28 @@ class _Mlp(torch.autograd.Function):
         kept: list[traced.Kept] = ctx.kept
         dproduct, ddown, dbias = traced.backward(dy, [], of[-1], kept[-1])
         dx: Tensor | None = None
-        dweights: list[Tensor | None] = [None] * (len(kept) - 1)
+        gradients: list[Tensor | None] = []  # of weight and bias, layer by layer
+        outputs = [gate] if up is None else [gate, up]
+        codes: Any = ()
         if dproduct is not None:
             calls = [k.call for k in kept]
             codes = torch.ops.torch_fp8.activation_backward_cast(
                 dproduct, gate, up, ctx.activation, kept[0].slots, None if up is None else kept[1].slots, 2,
                 calls[0].casts, [call.history for call in calls[:-1]], calls[0].training, calls[0].record,
+                torch.float32 if any(call.grad_bias for call in calls[:-1]) else None,
             )  # fmt: skip
-            for i, output in enumerate([gate] if up is None else [gate, up]):
-                # A GEMM adds to float32 and bfloat16.
+        for i, output in enumerate(outputs):
+            made = dweight = of_bias = None
+            if dproduct is not None:
+                # The bias's gradient was summed with the casts. A GEMM adds to float32 and bfloat16.
+                without_bias = kept[i]._replace(call=kept[i].call._replace(grad_bias=False), bias_dtype=None)
                 adds = dx is not None and dx.dtype != torch.float16
                 made, dweight, _ = traced.backward(
-                    output, list(codes[3 * i : 3 * i + 3]), of[i], kept[i], dx if adds else None
+                    output, list(codes[3 * i : 3 * i + 3]), of[i], without_bias, dx if adds else None
                 )
-                dweights[i] = dweight
-                if made is not None:
-                    dx = made if dx is None else dx + made
-        gradients: list[Tensor | None] = []
-        for dweight in (*dweights, ddown):
-            gradients += [dweight, *[None] * (_PER_LAYER - 1)]
-        return (dx, dy if ctx.has_residual else None, dbias, None, None, *gradients)
+                of_bias = codes[6 + i].to(kept[i].bias_dtype) if kept[i].call.grad_bias else None
+            if made is not None:
+                dx = made if dx is None else dx + made
+            gradients += [dweight, of_bias, *[None] * (_PER_LAYER - 2)]
+        gradients += [ddown, dbias, *[None] * (_PER_LAYER - 2)]
+        return (dx, dy if ctx.has_residual else None, None, None, *gradients)

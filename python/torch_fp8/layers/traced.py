@@ -92,34 +92,61 @@ def shared_codes(state: LayerState, x: Tensor, call: Call) -> Codes:
     version = _version_of_x()
     if version < 0:
         return nothing
-    wanted = (call.record, call.training, call.fp8[0], call.grad_weight and call.fp8[2], version)
+    wanted = _wanted(call, version)
     offer = getattr(x, "_fp8_codes", None)
     if offer is not None:
-        of_group, maker, made, left, codes = offer
-        if of_group is group and made == wanted and (not by_history or group.follows[state.member] == maker):
-            x._fp8_codes = (of_group, maker, made, left - 1, codes) if left > 1 else None  # type: ignore[attr-defined]
+        of_group, maker, outside, made, left, codes = offer
+        may_take = not by_history or group.follows[state.member] == maker or (outside and state.member == maker)
+        if of_group is group and made == wanted and may_take:
+            rest = (of_group, maker, outside, made, left - 1, codes) if left > 1 else None
+            x._fp8_codes = rest  # type: ignore[attr-defined]
             return codes
     if by_history and call.record and group.follows[state.member] >= 0:
         _note_reads_apart(group.number)
     left = sum(maker == state.member for maker in group.follows) if by_history else group.size - 1
-    if not left or not (wanted[2] or wanted[3]):
+    if not left or not (call.fp8[0] or (call.grad_weight and call.fp8[2])):
         return nothing
     with torch.no_grad():
         codes = torch.ops.torch_fp8.cast(
-            x, state.slots, 0, call.casts, call.history, call.training, call.record, wanted[2], wanted[3]
+            x, state.slots, 0, call.casts, call.history, call.training, call.record, *wanted[:2]
         )
-    x._fp8_codes = (group, state.member, wanted, left, codes)  # type: ignore[attr-defined]
+    x._fp8_codes = (group, state.member, False, wanted, left, codes)  # type: ignore[attr-defined]
     return codes
 
 
+def _wanted(call: Call, version: int) -> tuple[bool, bool, bool, bool, int]:
+    """What decides which codes a layer makes of a tensor: rowwise and columnwise first."""
+    return (call.fp8[0], call.grad_weight and call.fp8[2], call.record, call.training, version)
+
+
+def takes_codes(state: LayerState, call: Call) -> bool:
+    """Whether the layer, and those in its group, would take codes of their input that were made outside of them."""
+    delayed = isinstance(state.recipe, DelayedScaling)
+    return (
+        state.group is not None and call.training and torch.is_grad_enabled() and call.fp8[0]
+        and not (delayed and not call.history & 1)
+    )  # fmt: skip
+
+
+def offer_codes(state: LayerState, x: Tensor, call: Call, codes: Codes) -> None:
+    """Lay down on x its codes, which were made outside of the layers that read it, as this one makes them."""
+    group = state.group
+    version = _version_of_x()
+    if group is None or version < 0:
+        return
+    by_history = isinstance(state.recipe, DelayedScaling)
+    left = 1 + sum(maker == state.member for maker in group.follows) if by_history else group.size
+    x._fp8_codes = (group, state.member, True, _wanted(call, version), left, codes)  # type: ignore[attr-defined]
+
+
 def _version_of_x() -> int:
-    """Runs when a step is traced: the version of shared_codes' x, which Dynamo knows and the traced code does not. -1
+    """Runs when a step is traced: the version of its caller's x, which Dynamo knows and the traced code does not. -1
     where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
     that others may write to it after, and in traces that are not Dynamo's."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         tracer: Any = frame.f_locals.get("self")
-        if getattr(tracer, "f_code", None) is shared_codes.__code__:
+        if getattr(tracer, "f_code", None) in (shared_codes.__code__, offer_codes.__code__):
             x = tracer.symbolic_locals["x"].realize()
             if x.source is not None or tracer.output.current_tracer.parent is not None:
                 return -1

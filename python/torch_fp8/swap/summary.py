@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from ..layers.classes import is_conv1d, shape_of
 from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
 from ..layers.frozen import FrozenLinear, FrozenState
+from ..layers.fused import fused_modules
 from ..layers.linear import Layer, fp8_layers
 from ..layers.traced import traced_training
 from ..recipe import ConstantScaling
 from ..scaling import scales
 from ..state import ROLES
 from ..table import html, plain
+from .fuse import NOT_FUSED
 from .select import NOT_FP8, why_not
 
 
@@ -45,16 +49,19 @@ class Parameters:
 
 class Summary(list[LayerSummary]):
     """One row for each linear layer, where the experts of a layer count as one; prints as a table, and is one in a
-    notebook. ``parameters`` counts the weights."""
+    notebook. ``parameters`` counts the weights; ``fused`` counts the modules that ``torch_fp8.fuse`` changed, by class,
+    and ``not_fused`` says of those that it left alone why, by name with numbers as ``*``."""
 
     parameters: Parameters = Parameters()
+    fused: Mapping[str, int] = MappingProxyType({})
+    not_fused: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
-        return "\n".join([plain(_HEAD, self._cells()), self._count(), *self._others()])
+        return "\n".join([plain(_HEAD, self._cells()), self._count(), *self._others(), *self._fusions()])
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        lines = [self._count(), *self._others()]
+        lines = [self._count(), *self._others(), *self._fusions()]
         return html(_HEAD, self._cells()) + "".join(f"<p>{escape(line)}</p>" for line in lines)
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -80,6 +87,10 @@ class Summary(list[LayerSummary]):
         rest = others.total() - sum(numel for _, numel in others.most_common(_NAMED))
         return [f"not in FP8: {', '.join(most)}" + (f", all others {rest:,}" if rest else "")] if most else []
 
+    def _fusions(self) -> list[str]:
+        fused = ", ".join(f"{count} {name}" for name, count in self.fused.items())
+        return ([f"fused: {fused}"] if fused else []) + [f"not fused: {n}: {why}" for n, why in self.not_fused.items()]
+
 
 _NAMED = 8  # of the modules that are not in FP8
 
@@ -95,6 +106,11 @@ def summary(model: nn.Module) -> Summary:
     what multiplies by its weight itself does so in 16 bits."""
     rows = Summary()
     rows.parameters = _parameters(model)
+    rows.fused = Counter(fused.plain_class.__name__ for fused in fused_modules(model).values())
+    rows.not_fused = {
+        _starred(name): getattr(module, NOT_FUSED)
+        for name, module in model.named_modules() if hasattr(module, NOT_FUSED)
+    }  # fmt: skip
     steps = max((_steps(layer) for layer in fp8_layers(model).values()), default=0)
     for name, module in model.named_modules():
         if isinstance(module, FrozenExperts) or is_experts(module):
@@ -143,6 +159,10 @@ def _of_experts(name: str, module: nn.Module) -> LayerSummary:
 _TRAINED = "experts train in 16 bits; torch_fp8.freeze takes them"
 
 
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)
+
+
 def _parameters(model: nn.Module) -> Parameters:
     fp8, others, seen = 0, Counter[str](), set[int]()
     for name, module in model.named_modules():
@@ -158,5 +178,5 @@ def _parameters(model: nn.Module) -> Parameters:
             if key in in_fp8:
                 fp8 += tensor.numel()
             else:
-                others[re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", name)] += tensor.numel()
+                others[_starred(name)] += tensor.numel()
     return Parameters(fp8, others)

@@ -1,0 +1,209 @@
+"""A norm with a SwiGLU FFN, and a whole decoder layer of Llama-3-8B, forward + backward. Writes results/fused.md, .png.
+
+BF16 eager and compiled; FP8 layers alone (*converted*, as fp8.convert leaves a plain PyTorch module); and the fused
+modules, eager and compiled: fp8.RMSNorm with fp8.MLP, and fp8.TransformerBlock. Each FP8 weight is cast once a step,
+as without gradient accumulation. The *floor* is what cannot be avoided: the FP8 GEMMs, the BF16 attention, and a copy
+of as many bytes as everything between them must read and write.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch_fp8 as fp8
+from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.report import GPU, LOOP, bars, header, legend, level, numbers, pair, table, write
+from lib.steps import Layer, converted, forward_of, llama, step_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_fp8.picture import FP8, SECOND
+
+from models.llama import FFN, DecoderLayer, Shape, rms_norm, rotation_of
+
+TOKENS = 8192
+CASES = [  # name, sequences
+    ("RMSNorm + SwiGLU FFN, 8192 tokens", 0),
+    ("decoder layer, 4 x 2048 tokens", 4),
+    ("decoder layer, 1 x 8192 tokens", 1),
+]
+# Bytes that must be read and written, for each element of the hidden state, of the FFN's product, of queries, keys and
+# values, and of the weights. Norm: 2, and codes and transpose 1 + 1; with a residual 4, 2 + 2; residual into the next
+# norm 4, 2; a cast 2, 1 + 1; backward of a norm 4, 2, with a residual 6, 2, and its codes 2. SwiGLU: 4, 1 + 1, backward
+# 6, 2 x (1 + 1). Rotary positions 2, 2, backward 2, and codes 1 + 1.
+FFN_BYTES = {"hidden": 4 + 4 + 6, "product": 6 + 10, "weights": 4}
+LAYER_BYTES = {
+    "hidden": 4 + 8 + 6 + 4 + 4 + 10 + 8,
+    "product": 6 + 10,
+    "queries": 4 + 4,
+    "keys": 4 + 4,
+    "values": 4,
+    "weights": 4,
+}
+
+
+class NormFFN(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(shape.hidden))
+        self.ffn = FFN(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(rms_norm(x, self.norm))
+
+
+class FusedFFN(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm, self.ffn = fp8.RMSNorm(shape.hidden), fp8.MLP(shape.hidden, shape.ffn)
+        self.norm.feeds(*self.ffn.readers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(self.norm(x))
+
+
+class FusedLayer(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head = shape.head
+        self.block = fp8.TransformerBlock(shape.hidden, shape.heads, shape.ffn, num_kv_heads=shape.kv_heads)
+        self.rotation: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.rotation:
+            self.rotation[x.shape[1]] = rotation_of(x.shape[1], self.head, x)
+        return self.block(x, *self.rotation[x.shape[1]])
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    module.compile(fullgraph=True, dynamic=False, backend="aot_eager" if options.dry else "inductor")
+    return module
+
+
+def floor(shape: Shape, tokens: int, sequences: int):
+    """The GEMMs of a layer, its attention, and a copy of the bytes between."""
+    hidden, ffn, kv = shape.hidden, shape.ffn, shape.kv_heads * shape.head
+    sizes = [(hidden, ffn), (hidden, ffn), (ffn, hidden)]
+    elements = {"hidden": tokens * hidden, "product": tokens * ffn, "weights": 3 * hidden * ffn}
+    bytes_of = FFN_BYTES
+    if sequences:
+        bytes_of = LAYER_BYTES
+        sizes += [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
+        elements |= {"queries": tokens * hidden, "keys": tokens * kv, "values": tokens * kv}
+        elements["weights"] += 2 * hidden * hidden + 2 * hidden * kv
+    layers = {size: Layer(tokens, *size) for size in sizes}
+    gemms = [layers[size].gemm(name) for size in sizes for name in ("fprop", "dgrad", "wgrad")]
+    moved = sum(bytes_of[name] * elements[name] for name in bytes_of)
+    source = torch.empty(moved // 4, device=options.device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    length = tokens // max(1, sequences)
+    q, k, v = (randn(max(1, sequences), n, length, shape.head, requires_grad=True) for n in
+               (shape.heads, shape.kv_heads, shape.kv_heads))  # fmt: skip
+    dy = randn(*q.shape)
+
+    def run() -> None:
+        for gemm in gemms:
+            gemm()
+        target.copy_(source)
+        if sequences:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            torch.autograd.grad(y, (q, k, v), dy)
+
+    return run
+
+
+def memory(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[float, float]:
+    """MiB over parameters and input after forward, and at most in backward."""
+    forward = forward_of(module, x)
+    for leaf in (x, *module.parameters()):
+        leaf.grad = None
+    if options.dry:
+        forward().backward(dy)
+        return 0.0, 0.0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = forward()
+    after = torch.cuda.memory_allocated()
+    y.backward(dy)
+    peak = torch.cuda.max_memory_allocated()
+    for leaf in (x, *module.parameters()):
+        leaf.grad = None
+    return (after - before) / 2**20, (peak - before) / 2**20
+
+
+def launches(step) -> int:
+    """Kernels, copies and memsets of a step."""
+    if options.dry:
+        step()
+        return 0
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def measure(sequences: int) -> dict[str, tuple]:
+    """Of each arm: ms in the two regimes, MiB after forward and at most, launches."""
+    (tokens,) = scaled(TOKENS)
+    shape, *_ = llama()
+    size = (max(1, sequences), tokens // max(1, sequences), shape.hidden)
+    x, dy = randn(*size, requires_grad=True), randn(*size)
+    plain, fused = (DecoderLayer, FusedLayer) if sequences else (NormFFN, FusedFFN)
+    with torch.device(options.device):
+        modules = {
+            "BF16": plain(shape).bfloat16(),
+            "BF16 compiled": plain(shape).bfloat16(),
+            "FP8 fused": fused(shape).bfloat16(),
+            "FP8 fused, compiled": fused(shape).bfloat16(),
+        }
+    modules["FP8 converted"] = converted(modules["BF16"], tokens)
+    for module in modules.values():
+        module(x)  # its angles are a constant of the graph
+    torch._dynamo.reset()
+    for name in ("BF16 compiled", "FP8 fused, compiled"):
+        compiled(modules[name])
+    arms = {name: step_of(module, x, dy) for name, module in modules.items()}
+    arms["floor"] = floor(shape, tokens, sequences)
+    gpu, loop = gpu_ms(arms, rounds=20), loop_ms(arms, seconds=0.4)
+    rest = {name: (*memory(module, x, dy), launches(arms[name])) for name, module in modules.items()}
+    return {name: (gpu[name], loop[name], *rest.get(name, ())) for name in arms}
+
+
+def draw(figure, tables) -> None:
+    rows = tables[0]
+    axes = figure.subplots()
+    arms = [row for row in rows if row["arm"] not in ("BF16", "floor")]
+    names = [f"{row['arm'].replace(', ', chr(10))}\n{row['module'].split(',')[0]}" for row in arms]
+    over = [numbers(row["times as fast as BF16, GPU / loop"]) for row in arms]
+    gpu, loop = zip(*over)
+    bars(axes, names, {GPU: (SECOND, gpu), LOOP: (FP8, loop)}, "%.2f")
+    level(axes, "BF16")
+    axes.set(ylabel="times as fast as BF16 eager\nhigher is better", title="Forward + backward")
+    axes.tick_params(axis="x", labelsize=5)
+    legend(axes)
+
+
+def main() -> None:
+    start(__doc__)
+    rows = []
+    for name, sequences in CASES:
+        measured = measure(sequences)
+        bf16, bf16_compiled = measured["BF16"], measured["BF16 compiled"]
+        for arm, (gpu, loop, *rest) in measured.items():
+            after, peak, count = (f"{rest[0]:.0f}", f"{rest[1]:.0f}", str(rest[2])) if rest else ("", "", "")
+            rows.append([
+                name, arm, pair(gpu, loop), f"**{pair(bf16[0] / gpu, bf16[1] / loop)}**",
+                pair(bf16_compiled[0] / gpu, bf16_compiled[1] / loop), f"{gpu / measured['floor'][0]:.2f}", after, peak,
+                count,
+            ])  # fmt: skip
+    head = [
+        "module", "arm", "ms, GPU / loop", "times as fast as BF16, GPU / loop", "as BF16 compiled, GPU / loop",
+        "over the floor, GPU", "MiB after forward", "MiB at most", "launches",
+    ]  # fmt: skip
+    note = __doc__.split("\n\n")[1]
+    write("fused", header("Blocks of Llama-3-8B in fewer passes"), note, table(head, rows), draw=draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The modules of a transformer block that are FP8 from the start: norms that make the codes of what they give, an MLP
+in one piece, and the block of the two and an attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..recipe import Recipe
+from .linear import Layer, Linear
+from .mlp import ACTIVATIONS, mlp
+from .norm import Norm, can_norm, feed, norm
+from .rotary import rotary
+from .siblings import share_input
+
+
+class _Norm(nn.Module):
+    """A norm that hands the codes of its result to the layers that read it."""
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    eps: float | None
+    _layer_norm = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.readers: tuple[nn.Module, ...] = ()
+
+    def feeds(self, *layers: Layer) -> None:
+        """Say which FP8 layers read the result: they take its codes, which the norm makes in its own pass, wherever
+        they are given the very tensor that it returned. Several of them share their input (``share_input``)."""
+        groups = {layer.fp8_state.group for layer in layers}
+        if len(layers) > 1 and (len(groups) > 1 or None in groups):
+            share_input(layers)
+        feed(layers)
+        self.readers = layers
+
+    def _compute(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        if can_norm(x, residual, self.weight, self.bias):
+            return norm(x, self.weight, self.bias, Norm(eps, self._layer_norm), residual, self.readers)
+        total = x if residual is None else residual + x
+        return super().forward(total), total
+
+
+class RMSNorm(_Norm, nn.RMSNorm):
+    """``nn.RMSNorm`` over the last dimension in one pass, computed in float32 and rounded once:
+    x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
+
+    x (..., dim) bfloat16, float16 or float32. ``forward(x)`` gives the norm; ``forward(x, residual)`` gives the norm of
+    residual + x and that sum, both in one pass. ``feeds`` says which FP8 layers take the codes of the result."""
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float | None = 1e-5,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps, elementwise_affine, device, dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        y, total = self._compute(x, residual)
+        return y if residual is None else (y, total)
+
+
+class LayerNorm(_Norm, nn.LayerNorm):
+    """``nn.LayerNorm`` over the last dimension in one pass, computed in float32 and rounded once:
+    (x - mean) / sqrt(variance + eps) * weight + bias (arXiv 1607.06450). As :class:`RMSNorm` otherwise."""
+
+    _layer_norm = True
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, eps, elementwise_affine, bias, device, dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        y, total = self._compute(x, residual)
+        return y if residual is None else (y, total)
+
+
+class MLP(nn.Module):
+    """``down_proj(f(gate_proj(x)) * up_proj(x))``, or ``down_proj(f(up_proj(x)))`` with gated=False, over FP8 layers
+    and in one piece: neither the product nor the gradients of gate and up are ever written in 16 bits.
+
+    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu" or "gelu_tanh". residual
+    (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three layers has hooks, or
+    another recipe, they run one after the other."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"torch_fp8: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.activation = activation
+        if gated:
+            self.gate_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias, device, dtype, recipe=recipe)
+        if gated:
+            share_input([self.gate_proj, self.up_proj])
+
+    @property
+    def readers(self) -> tuple[Layer, ...]:
+        """The layers that read x."""
+        gate = getattr(self, "gate_proj", None)
+        return (self.up_proj,) if gate is None else (gate, self.up_proj)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        gate = getattr(self, "gate_proj", None)
+        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual)
+
+
+class TransformerBlock(nn.Module):
+    """A decoder block of Llama's or GPT's kind with every linear layer in FP8, its norms, MLP and residuals in as few
+    passes as there can be; the attention is PyTorch's ``scaled_dot_product_attention``.
+
+    x (batch, tokens, hidden_size), result of the same shape and dtype.
+
+    num_kv_heads: fewer than num_heads for grouped queries. head_dim: hidden_size / num_heads unless given.
+    norm: "rms" or "layer". norm_first: the norms are of what attention and MLP are given (Llama, GPT); else of what
+        they make, before it is added (OLMo 2).
+    qk_norm: each head of q and k is normalised by RMS with a gain of its own (Qwen 3).
+    activation, gated: of the :class:`MLP`. bias: of all linear layers.
+
+    ``forward(x, cos, sin)`` turns q and k by the tables of rotary positions, ([batch or 1,] tokens, head_dim) or the
+    width that is turned, halves as in Llama; without tables they are not turned. mask: what
+    ``scaled_dot_product_attention`` takes; causal without one."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        norm: Literal["rms", "layer"] = "rms",
+        norm_first: bool = True,
+        eps: float = 1e-5,
+        qk_norm: bool = False,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"torch_fp8: num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
+        if head_dim is None and hidden_size % num_heads:
+            raise ValueError(f"torch_fp8: num_heads must divide hidden_size, got {num_heads} and {hidden_size}")
+        if norm not in ("rms", "layer"):
+            raise ValueError(f'torch_fp8: norm must be "rms" or "layer", got {norm!r}')
+        self.num_heads, self.num_kv_heads = num_heads, kv_heads
+        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.norm_first = norm_first
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        of_layer: dict[str, Any] = {**made, "bias": bias, "recipe": recipe}
+        self.q_proj = Linear(hidden_size, num_heads * self.head_dim, **of_layer)
+        self.k_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
+        self.v_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
+        self.o_proj = Linear(num_heads * self.head_dim, hidden_size, **of_layer)
+        self.mlp = MLP(hidden_size, intermediate_size, activation=activation, gated=gated, **of_layer)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
+        new_norm = RMSNorm if norm == "rms" else LayerNorm
+        self.attention_norm: Any = new_norm(hidden_size, eps, **made)
+        self.mlp_norm: Any = new_norm(hidden_size, eps, **made)
+        share_input([self.q_proj, self.k_proj, self.v_proj])
+        if norm_first:
+            self.attention_norm.feeds(self.q_proj, self.k_proj, self.v_proj)
+            self.mlp_norm.feeds(*self.mlp.readers)
+
+    def forward(
+        self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        if not self.norm_first:
+            h = x + self.attention_norm(self.attention(x, cos, sin, mask))
+            return h + self.mlp_norm(self.mlp(h))
+        attended = self.attention(self.attention_norm(x), cos, sin, mask)
+        y, h = self.mlp_norm(attended, x)
+        return self.mlp(y, h)
+
+    def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None) -> Tensor:
+        """What the attention alone makes of x."""
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )  # fmt: skip
+        if cos is not None or self.q_norm is not None:
+            q_gain, k_gain = (None if n is None else n.weight for n in (self.q_norm, self.k_norm))
+            eps = 1e-6 if self.q_norm is None or self.q_norm.eps is None else self.q_norm.eps
+            kind: Any = None if self.q_norm is None else "rms"
+            q, k = rotary(q, k, cos, sin, norm=kind, q_gain=q_gain, k_gain=k_gain, eps=eps)
+        heads: Sequence[Tensor] = [t.transpose(1, 2) for t in (q, k, v)]
+        made = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
+        )
+        return self.o_proj(made.transpose(1, 2).flatten(-2))
