@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "ops/linear.h"
+#include "ops/producers.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -62,6 +63,8 @@ void implement(torch::Library& m) {
   m.impl("linear_backward", linear_backward);
   m.impl("activation_cast", activation_cast);
   m.impl("activation_backward_cast", activation_backward_cast);
+  m.impl("norm_cast", norm_cast);
+  m.impl("norm_backward", norm_backward);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -142,6 +145,24 @@ TORCH_LIBRARY(torch_fp8, m) {
       "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record) -> (Tensor gate_q, "
       "Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv)");
 
+  // RMSNorm, or with layer_norm LayerNorm, of x (..., K) or of x + residual, computed in float32:
+  // y = norm * (gain + gain_offset) + bias. gain and bias (K) of x's dtype or float32; without a gain its place is
+  // taken by 1, whatever the offset. The sum is rounded to x's dtype, and it is the rounded one that is normalised.
+  // -> y and the sum in x's dtype; y as codes, with the arguments and results of cast, or without slots none; and what
+  // norm_backward needs: stats float32, rstd (M) or, with layer_norm, mean and rstd (2, M). y that is not wanted, and a
+  // sum without a residual, come with 0 elements.
+  m.def(
+      "norm_cast(Tensor x, Tensor? residual, Tensor? gain, Tensor? bias, float eps, bool layer_norm, "
+      "float gain_offset, Tensor(a!)? slots, int role, int[] casts, int history, bool training, bool record, "
+      "bool rowwise, bool columnwise, bool wants_y) -> (Tensor y, Tensor sum, Tensor q, Tensor q_t, Tensor scale_inv, "
+      "Tensor stats)");
+
+  // Of x, what was normalised, and dy (..., K): dx, to which dsum is added, the gradient that reached the sum by its
+  // other ways; and dgain and dbias (K) in gain's dtype, or x's, or with 0 elements where not wanted.
+  m.def(
+      "norm_backward(Tensor dy, Tensor x, Tensor? dsum, Tensor? gain, Tensor stats, bool layer_norm, "
+      "float gain_offset, bool wants_dgain, bool wants_dbias) -> (Tensor dx, Tensor dgain, Tensor dbias)");
+
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
   // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax or,
@@ -192,9 +213,9 @@ TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCUDA, m) { m.impl("frozen_linear", fro
 TORCH_LIBRARY_IMPL(torch_fp8, SparseCPU, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name :
-       {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
-        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
+                           "linear_backward", "frozen_linear_backward", "activation_cast", "activation_backward_cast",
+                           "norm_cast", "norm_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
@@ -211,6 +232,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("linear_backward", linear_backward_meta);
   m.impl("activation_cast", activation_cast_meta);
   m.impl("activation_backward_cast", activation_backward_cast_meta);
+  m.impl("norm_cast", norm_cast_meta);
+  m.impl("norm_backward", norm_backward_meta);
   m.impl("frozen_linear", frozen_linear_meta);
   m.impl("frozen_linear_backward", frozen_linear_backward_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);

@@ -4,8 +4,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 
-#include "check.h"
-#include "ops/linear.h"
+#include "ops/producers.h"
 
 namespace torch_fp8 {
 namespace {
@@ -29,86 +28,11 @@ at::Tensor as_rows(const at::Tensor& t) {
   return at::constant_pad_nd(rows, {0, (cols + kPack - 1) / kPack * kPack - cols}).contiguous().narrow(1, 0, cols);
 }
 
-Matrix matrix_of(const at::Tensor& x) {
-  return {x.const_data_ptr(), type_of(x.scalar_type(), "x"), x.size(0), x.size(1), x.stride(0), 1};
-}
-
-void check_like(const at::Tensor& t, const char* name, const at::Tensor& gate) {
-  TORCH_CHECK_TYPE(t.scalar_type() == gate.scalar_type(), "torch_fp8: ", name, " must have gate's dtype ",
-                   gate.scalar_type(), ", got ", t.scalar_type());
-  TORCH_CHECK(t.sizes() == gate.sizes(), "torch_fp8: ", name, " must have gate's shape ", gate.sizes(), ", got ",
-              t.sizes());
-  check_strided(t, name);
-  check_same_device(gate, "gate", t, name);
-}
-
 void check_gate(const at::Tensor& gate, const OptionalTensor& up) {
   type_of(gate.scalar_type(), "gate");
   TORCH_CHECK(gate.dim() >= 1, "torch_fp8: gate must have at least one dimension, got a scalar");
   check_strided(gate, "gate");
-  if (up) check_like(*up, "up", gate);
-}
-
-void check_role(const at::Tensor& slots, const char* name, const at::Tensor& gate, at::IntArrayRef casts,
-                int64_t role) {
-  check_slots(slots, 0);
-  check_same_device(gate, "gate", slots, name);
-  TORCH_CHECK_INDEX(role >= 0 && role < slots.size(0) && role < static_cast<int64_t>(casts.size()),
-                    "torch_fp8: role must be in [0, ", casts.size(), "), got ", role);
-}
-
-// A cast of what is made of x: its results, where they go, and how it is scaled.
-struct Made {
-  Codes codes;
-  QuantizeArgs args;
-  QuantizeOptions options;
-  float target;
-  at::Tensor own;
-};
-
-Made prepare(const at::Tensor& x, const at::Tensor& slots, const Cast& cast, int64_t role,
-             const QuantizeOptions& options) {
-  Made made{{}, {}, options, static_cast<float>(cast.target()), {}};
-  const Matrix matrix = matrix_of(x);
-  const int64_t rows = padded(matrix.rows), cols = padded(matrix.cols);
-  const auto fp8 = x.options().dtype(cast.dtype());
-  if (options.rowwise) made.codes.q = at::empty({rows, cols}, fp8);
-  if (options.columnwise) made.codes.q_t = at::empty({cols, rows}, fp8);
-  made.codes.scale_inv = at::empty({1}, x.options().dtype(at::kFloat));
-  const auto address = [](const at::Tensor& t) { return t.defined() ? static_cast<uint8_t*>(t.data_ptr()) : nullptr; };
-  Slot* const slot = slots_of(slots) + role;
-  made.args = {matrix,
-               cast.format,
-               slot,
-               address(made.codes.q),
-               address(made.codes.q_t),
-               static_cast<float*>(made.codes.scale_inv.data_ptr()),
-               options.record ? &slot->amax : nullptr,
-               nullptr};
-  if (options.own_amax) made.own = at::zeros({4 + kAmaxParts}, x.options().dtype(at::kFloat));
-  return made;
-}
-
-// The first of two passes, where what is made is scaled by its own amax: it writes nothing but that.
-QuantizeArgs amax_only(const Made& made) {
-  QuantizeArgs args = made.args;
-  if (made.own.defined()) {
-    args.q = args.q_t = nullptr, args.scale_inv = nullptr;
-    args.amax = static_cast<float*>(made.own.data_ptr()) + 4;
-  }
-  return args;
-}
-
-void scale_by_own(Made& made) {
-  if (!made.own.defined()) return;
-  const float* const parts = static_cast<const float*>(made.own.data_ptr()) + 4;
-  kernels_of(made.own).scale_from_amax(parts, slots_of(made.own), made.target, made.options.power_of_two);
-  made.args.slot = slots_of(made.own);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> tensors(const Made& made) {
-  const auto filled = [&](const at::Tensor& t) { return t.defined() ? t : nothing(made.codes.scale_inv); };
-  return {filled(made.codes.q), filled(made.codes.q_t), made.codes.scale_inv};
+  if (up) check_like(*up, "up", gate, "gate");
 }
 
 }  // namespace
@@ -120,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
                                                                bool columnwise) {
   const Activation f = activation_of(activation);
   check_gate(gate, up);
-  check_role(slots, "slots", gate, casts, role);
+  check_role(slots, "slots", gate, "gate", casts, role);
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   TORCH_CHECK_VALUE(cast.format == Format::kE4M3, "torch_fp8: what an activation makes is cast to E4M3");
   RECORD_FUNCTION("torch_fp8::activation_cast", std::vector<c10::IValue>());
@@ -144,11 +68,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     at::IntArrayRef histories, bool training, bool record) {
   const Activation f = activation_of(activation);
   check_gate(gate, up);
-  check_like(dy, "dy", gate);
-  check_role(gate_slots, "gate_slots", gate, casts, role);
+  check_like(dy, "dy", gate, "gate");
+  check_role(gate_slots, "gate_slots", gate, "gate", casts, role);
   TORCH_CHECK(up.has_value() == up_slots.has_value(), "torch_fp8: up and up_slots come together");
   TORCH_CHECK_VALUE(histories.size() == (up ? 2 : 1), "torch_fp8: histories must be of gate and, with it, of up");
-  if (up_slots) check_role(*up_slots, "up_slots", gate, casts, role);
+  if (up_slots) check_role(*up_slots, "up_slots", gate, "gate", casts, role);
   RECORD_FUNCTION("torch_fp8::activation_backward_cast", std::vector<c10::IValue>());
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   const c10::DeviceGuard on_device(gate.device());

@@ -295,11 +295,10 @@ BackwardResult linear_backward(const at::Tensor& dy, at::TensorList dy_codes, co
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, const at::Tensor&, int64_t role,
                                                          at::IntArrayRef casts, int64_t, bool, bool, bool rowwise,
                                                          bool columnwise) {
-  const auto fp8 = t.options().dtype(Cast::unpacked(casts[role]).dtype());
+  const auto fp8 = t.options().dtype(Cast::unpacked(casts.at(static_cast<size_t>(role))).dtype());
   const c10::SymInt rows = padded_symbolic(rows_of(t)), cols = padded_symbolic(t.sym_size(-1));
-  return {rowwise ? at::empty_symint({rows, cols}, fp8) : at::empty({0}, fp8),
-          columnwise ? at::empty_symint({cols, rows}, fp8) : at::empty({0}, fp8),
-          at::empty({1}, t.options().dtype(at::kFloat))};
+  return {rowwise ? at::empty_symint({rows, cols}, fp8) : nothing(t),
+          columnwise ? at::empty_symint({cols, rows}, fp8) : nothing(t), at::empty({1}, t.options().dtype(at::kFloat))};
 }
 
 // What tracing sees. It checks nothing: the op itself does when the graph runs, in the words and types of eager mode,

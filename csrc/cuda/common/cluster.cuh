@@ -10,9 +10,17 @@ __device__ inline int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
 }
-__device__ inline void synchronize_cluster() {
+__device__ inline void arrive_in_cluster() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void wait_for_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline void synchronize_cluster() {
+  arrive_in_cluster();
+  wait_for_cluster();
 }
 // What lies at this block's address in another block of the cluster.
 __device__ inline float load_from(int rank, uint32_t address) {
