@@ -35,13 +35,15 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) moments_kernel(__grid_constant__ const NormArgs args) {
   const int64_t row = blockIdx.x, rows = args.cast.x.rows, cols = args.cast.x.cols;
   begin_dependent();
+  // From some element on: a sum of large values loses what they differ by.
+  const float origin = element<T>(args, row, 0);
   float sum = 0, squares = 0;
   for (int64_t col = threadIdx.x; col < cols; col += kRowThreads) {
     const float x = element<T>(args, row, col);
     if (args.sum) static_cast<T*>(args.sum)[row * cols + col] = T(x);
-    sum += x;
+    sum += x - origin;
   }
-  const float mean = args.layer_norm ? block_sum(sum) / static_cast<float>(cols) : 0.0f;
+  const float mean = args.layer_norm ? origin + block_sum(sum) / static_cast<float>(cols) : 0.0f;
   for (int64_t col = threadIdx.x; col < cols; col += kRowThreads) {
     const float distance = element<T>(args, row, col) - mean;
     squares += distance * distance;
