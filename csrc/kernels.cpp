@@ -24,6 +24,8 @@ const Kernels& meta_kernels() {
     none.quantize = [](const QuantizeArgs&) {};
     none.activate = [](const ActivationArgs&) {};
     none.activate_backward = [](const ActivationBackwardArgs&) {};
+    none.norm = [](const NormArgs&) {};
+    none.norm_backward = [](const NormBackwardArgs&) {};
     none.quantize_rows = [](const QuantizeRowsArgs&) {};
     none.quantize_groups = [](const QuantizeGroupsArgs&) {};
     none.add_column_sums = [](const ColumnSums&) {};

@@ -145,6 +145,44 @@ struct RotaryArgs {
   float* parts;  // backward: room for kRotaryParts x dims sums, or null where dgain is
 };
 
+// quantize(cast) of the norm of x, or of x + residual, computed in float32 and rounded once:
+// y = (x - mean) * rstd * (gain + gain_offset) + bias, rstd = 1 / sqrt(mean of (x - mean)^2 + eps). Without layer_norm
+// mean is 0: that is RMSNorm.
+struct Vector {
+  const void* data;  // one element for each column, or null
+  Type type;         // kFloat32 or that of x
+};
+struct NormArgs {
+  bool layer_norm;
+  float eps;
+  QuantizeArgs cast;  // cast.x is x; without a slot nothing is cast
+  Matrix residual;    // of x's size and type; data null: none. What is normalised is the sum, rounded to that type
+  Vector gain, bias;  // without a gain the factor is 1
+  float gain_offset;
+  void* sum;     // (rows, cols) of x's type: x + residual, or null
+  void* y;       // (rows, cols) of x's type, or null
+  float* stats;  // rstd (rows); with layer_norm the means, and behind them rstd
+};
+
+// dx = rstd * (g - mean of g - n * mean of g * n) [+ dsum], rounded once, with g = dy * (gain + gain_offset) and
+// n = (x - mean) * rstd; without layer_norm the mean of g is not taken off. dgain and dbias: the sums over rows of
+// dy * n and dy, row r in part r % parts.
+struct NormBackwardArgs {
+  bool layer_norm;
+  float gain_offset;
+  Matrix dy, x, dsum;  // of one size and type; dsum.data null: none
+  Vector gain;
+  const float* stats;    // as in NormArgs
+  void* dx;              // (rows, cols)
+  float *dgain, *dbias;  // (parts, cols), or null
+  int64_t parts;
+};
+// As many parts as blocks of a GPU: 132 multiprocessors hold one each or, where rows are short, more.
+constexpr int64_t norm_parts(int64_t rows, int64_t cols) {
+  const int64_t blocks = 132 * (cols <= 1024 ? 4 : cols <= 4096 ? 2 : 1);
+  return rows < blocks ? rows : blocks;
+}
+
 // Each row of x by its own amax: q = saturate(round_to_nearest_even(x * scale)), scale = fp8_max / amax of the row.
 // With col_scale it is x * col_scale that is cast, a product in float32: one that is not finite counts as an x that is
 // not.
@@ -318,6 +356,8 @@ struct Kernels {
   void (*activate_backward)(const ActivationBackwardArgs& args);
   void (*rotary)(const RotaryArgs& args);
   void (*rotary_backward)(const RotaryArgs& args);
+  void (*norm)(const NormArgs& args);
+  void (*norm_backward)(const NormBackwardArgs& args);
   void (*quantize_rows)(const QuantizeRowsArgs& args);
   void (*quantize_groups)(const QuantizeGroupsArgs& args);
   void (*count_losses)(const LossArgs& args);

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "ops/linear.h"
 #include "ops/rotary.h"
+#include "ops/producers.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -65,6 +66,8 @@ void implement(torch::Library& m) {
   m.impl("activation_backward_cast", activation_backward_cast);
   m.impl("rotary", rotary);
   m.impl("rotary_backward", rotary_backward);
+  m.impl("norm_cast", norm_cast);
+  m.impl("norm_backward", norm_backward);
   m.impl("gemm", gemm);
   m.impl("gemm_accumulate_", gemm_accumulate_);
   m.impl("update_scales_", update_scales_);
@@ -172,6 +175,24 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool interleaved, bool heads_first, int norm, Tensor? q_gain, Tensor? k_gain, float eps, float gain_offset, "
       "bool gain_grads) -> (Tensor dq_in, Tensor dk_in, Tensor dq_gain, Tensor dk_gain)");
 
+  // RMSNorm, or with layer_norm LayerNorm, of x (..., K) or of x + residual, computed in float32:
+  // y = norm * (gain + gain_offset) + bias. gain and bias (K) of x's dtype or float32; without a gain its place is
+  // taken by 1, whatever the offset. The sum is rounded to x's dtype, and it is the rounded one that is normalised.
+  // -> y and the sum in x's dtype; y as codes, with the arguments and results of cast, or without slots none; and what
+  // norm_backward needs: stats float32, rstd (M) or, with layer_norm, mean and rstd (2, M). y that is not wanted, and a
+  // sum without a residual, come with 0 elements.
+  m.def(
+      "norm_cast(Tensor x, Tensor? residual, Tensor? gain, Tensor? bias, float eps, bool layer_norm, "
+      "float gain_offset, Tensor(a!)? slots, int role, int[] casts, int history, bool training, bool record, "
+      "bool rowwise, bool columnwise, bool wants_y) -> (Tensor y, Tensor sum, Tensor q, Tensor q_t, Tensor scale_inv, "
+      "Tensor stats)");
+
+  // Of x, what was normalised, and dy (..., K): dx, to which dsum is added, the gradient that reached the sum by its
+  // other ways; and dgain and dbias (K) in gain's dtype, or x's, or with 0 elements where not wanted.
+  m.def(
+      "norm_backward(Tensor dy, Tensor x, Tensor? dsum, Tensor? gain, Tensor stats, bool layer_norm, "
+      "float gain_offset, bool wants_dgain, bool wants_dbias) -> (Tensor dx, Tensor dgain, Tensor dbias)");
+
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
   // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax or,
@@ -224,7 +245,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_li
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
   for (const char* name :
        {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
-        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "rotary_backward", "update_scales_"}) {
+        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "norm_cast", "norm_backward",
+        "rotary_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
@@ -244,6 +266,8 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("activation_backward_cast", activation_backward_cast_meta);
   m.impl("rotary", rotary_meta);
   m.impl("rotary_backward", rotary_backward_meta);
+  m.impl("norm_cast", norm_cast_meta);
+  m.impl("norm_backward", norm_backward_meta);
   m.impl("frozen_linear", frozen_linear_meta);
   m.impl("frozen_linear_backward", frozen_linear_backward_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);

@@ -42,13 +42,22 @@ def samples(device):
     slots_of_ten = torch.ones(10, 4, device=device)
     mixed = [slots_of_ten, torch_fp8._C.new_slots(device)], [torch.zeros(n, 2, device=device) for n in (10, 3)]
     yield ops.update_scales_, (*mixed, [448.0] * 13, [0, 1] * 6 + [0]), {}
+    casts = [torch_fp8.DelayedScaling().options().cast(role).packed for role in range(3)]
+    yield ops.cast, (x, slots, 0, casts, 0, True, True, False, True), {}
+    gain, rest = torch.randn(40, device=device), (0, casts, 0, True, True)
+    yield ops.norm_cast, (x, x.clone(), gain, None, 1e-5, False, 1.0, slots, *rest, True, True, True), {}
+    yield ops.norm_cast, (x, None, gain, gain.clone(), 1e-5, True, 0.0, slots, *rest, True, False, False), {}
+    yield ops.norm_cast, (x, None, None, None, 1e-5, False, 0.0, None, *rest, True, True, True), {}
+    stats = torch.ones(2, 15, device=device)
+    yield ops.norm_backward, (x.clone(), x, x * 2, gain, stats, True, 0.0, True, True), {}
+    yield ops.norm_backward, (x.clone(), x, None, None, stats[0].clone(), False, 0.0, True, False), {}
 
 
 def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(16))
+@pytest.mark.parametrize("index", range(22))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -58,7 +67,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(16))
+@pytest.mark.parametrize("index", range(22))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

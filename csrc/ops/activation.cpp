@@ -7,7 +7,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "ops/cast_plan.h"
-#include "ops/linear.h"
+#include "ops/producers.h"
 
 namespace torch_fp8 {
 namespace {
@@ -46,28 +46,11 @@ at::Tensor as_rows(const at::Tensor& t) {
   return at::constant_pad_nd(rows, {0, (cols + kPack - 1) / kPack * kPack - cols}).contiguous().narrow(1, 0, cols);
 }
 
-void check_like(const at::Tensor& t, const char* name, const at::Tensor& gate) {
-  TORCH_CHECK_TYPE(t.scalar_type() == gate.scalar_type(), "torch_fp8: ", name, " must have gate's dtype ",
-                   gate.scalar_type(), ", got ", t.scalar_type());
-  TORCH_CHECK(t.sizes() == gate.sizes(), "torch_fp8: ", name, " must have gate's shape ", gate.sizes(), ", got ",
-              t.sizes());
-  check_strided(t, name);
-  check_same_device(gate, "gate", t, name);
-}
-
 void check_gate(const at::Tensor& gate, const OptionalTensor& up) {
   type_of(gate.scalar_type(), "gate");
   TORCH_CHECK(gate.dim() >= 1, "torch_fp8: gate must have at least one dimension, got a scalar");
   check_strided(gate, "gate");
-  if (up) check_like(*up, "up", gate);
-}
-
-void check_role(const at::Tensor& slots, const char* name, const at::Tensor& gate, at::IntArrayRef casts,
-                int64_t role) {
-  check_slots(slots, 0);
-  check_same_device(gate, "gate", slots, name);
-  TORCH_CHECK_INDEX(role >= 0 && role < slots.size(0) && role < static_cast<int64_t>(casts.size()),
-                    "torch_fp8: role must be in [0, ", casts.size(), "), got ", role);
+  if (up) check_like(*up, "up", gate, "gate");
 }
 
 XieluArgs xielu_of(const at::Tensor& alphas, double beta) {
@@ -89,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
   const Activation f = activation_of(activation);
   check_gate(gate, up);
   check_xielu(alphas, beta, f, gate);
-  check_role(slots, "slots", gate, casts, role);
+  check_role(slots, "slots", gate, "gate", casts, role);
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   TORCH_CHECK_VALUE(cast.format == Format::kE4M3, "torch_fp8: what an activation makes is cast to E4M3");
   RECORD_FUNCTION("torch_fp8::activation_cast", std::vector<c10::IValue>());
@@ -117,11 +100,11 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
   const Activation f = activation_of(activation);
   check_gate(gate, up);
   check_xielu(alphas, beta, f, gate);
-  check_like(dy, "dy", gate);
-  check_role(gate_slots, "gate_slots", gate, casts, role);
+  check_like(dy, "dy", gate, "gate");
+  check_role(gate_slots, "gate_slots", gate, "gate", casts, role);
   TORCH_CHECK(up.has_value() == up_slots.has_value(), "torch_fp8: up and up_slots come together");
   TORCH_CHECK_VALUE(histories.size() == (up ? 2 : 1), "torch_fp8: histories must be of gate and, with it, of up");
-  if (up_slots) check_role(*up_slots, "up_slots", gate, casts, role);
+  if (up_slots) check_role(*up_slots, "up_slots", gate, "gate", casts, role);
   if (dbias) type_of(*dbias, "dbias");
   RECORD_FUNCTION("torch_fp8::activation_backward_cast", std::vector<c10::IValue>());
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);

@@ -56,6 +56,23 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
                 const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum,
                 const c10::optional<at::Tensor>& addend = c10::nullopt);
 
+// RMSNorm, or with layer_norm LayerNorm, of x (..., K) or of x + residual, in float32: norm * (gain + gain_offset) +
+// bias -> y, the sum, q, q_t, scale_inv, stats. Codes are those of slots[role], cast as casts[role] (Cast::packed)
+// says; history has one bit for each role that has one, training and record are those of the layer that reads the
+// codes. Without slots there are no codes. stats are for norm_backward. What is not asked for comes with 0 elements.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_cast(
+    const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
+    const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
+    const c10::optional<at::Tensor>& slots, int64_t role, at::IntArrayRef casts, int64_t history, bool training,
+    bool record, bool rowwise, bool columnwise, bool wants_y);
+
+// -> dx + dsum, dgain, dbias of dy and of x, what was normalised: the sum, where there was a residual.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(const at::Tensor& dy, const at::Tensor& x,
+                                                             const c10::optional<at::Tensor>& dsum,
+                                                             const c10::optional<at::Tensor>& gain,
+                                                             const at::Tensor& stats, bool layer_norm,
+                                                             double gain_offset, bool wants_dgain, bool wants_dbias);
+
 // How the input of a frozen layer is quantised.
 enum class Activations : uint8_t { kNone, kStatic, kTensor, kToken };
 

@@ -141,23 +141,46 @@ void allow_shared(Kernel kernel, int bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
 }
 
-// A kernel that calls begin_dependent or begin_reading_early first of all.
+// More than 8 blocks in a cluster, up to Hopper's 16.
+template <class Kernel>
+void allow_large_cluster(Kernel kernel) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+}
+
+// A launch of a kernel that calls begin_dependent or begin_reading_early first of all.
+struct LaunchConfig {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+
+  LaunchConfig(const Grid& grid, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = grid.cluster > 1 ? 2 : 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+};
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid.blocks;
-  config.blockDim = grid.threads;
-  config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = grid.cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "a kernel launch");
+  const LaunchConfig launch(grid, stream);
+  check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<Parameters>(arguments)...), "a kernel launch");
 }
+
+// How many of the grid's clusters the device holds at a time.
+template <class Kernel>
+int most_clusters(Kernel kernel, const Grid& grid) {
+  const LaunchConfig launch(grid, nullptr);
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), uint32_t blocks, dim3 threads, cudaStream_t stream,
             const Arguments&... arguments) {

@@ -28,5 +28,17 @@ __device__ inline float load_from(int rank, uint32_t address) {
       : "memory");
   return value;
 }
+// Two words to this block's address in another block of the cluster, counted by that block's barrier.
+__device__ inline void send_to(int rank, uint32_t address, float a, float b, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %4, %1;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [remote], {%2, %3}, [remote_barrier];\n"
+      "}\n" ::"r"(address),
+      "r"(rank), "f"(a), "f"(b), "r"(barrier)
+      : "memory");
+}
 
 }  // namespace torch_fp8::cuda
