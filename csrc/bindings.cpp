@@ -16,6 +16,7 @@
 #include "ops/record.h"
 #include "siblings.h"
 #include "torch_fp8/linear.h"
+#include "torch_fp8/mlp.h"
 #include "torch_fp8/ops.h"
 
 namespace py = pybind11;
@@ -27,6 +28,7 @@ namespace {
 constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};
 constexpr std::array<const char*, 3> kWeightScales = {"tensor", "channel", "block"};
 constexpr std::array<const char*, 4> kActivations = {"none", "static", "tensor", "token"};
+constexpr std::array<const char*, 3> kFunctions = {"silu", "gelu", "gelu_tanh"};
 constexpr std::array<const char*, 6> kWays = {"zeros", "few_rows", "dequantized", "streamed", "rescaled", "scaled"};
 
 template <class Enum, size_t kCount>
@@ -36,6 +38,21 @@ Enum from_word(const std::array<const char*, kCount>& words, const char* what, c
                     word);
   return static_cast<Enum>(found - words.begin());
 }
+
+// What LinearLayer refers to, as Python gives it.
+struct OwnedLayer {
+  at::Tensor weight;
+  c10::optional<at::Tensor> bias;
+  at::Tensor slots;
+  LinearOptions options;
+  std::shared_ptr<LayerMemo> memo;
+  bool training;
+  c10::optional<at::Tensor> main_grad;
+  bool dummy_grad;
+  Place place;
+
+  LinearLayer layer() const { return {weight, bias, slots, options, *memo, training, main_grad, dummy_grad, place}; }
+};
 
 // The GEMMs that a Python function asks for, in order.
 std::vector<GemmProblem> recorded_gemms(const py::function& call) {
@@ -110,6 +127,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear, py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("slots"), py::arg("options"), py::arg("memo"), py::arg("training"), py::arg("main_grad") = py::none(),
         py::arg("dummy_grad") = false, py::arg("place") = Place{});
+  py::class_<OwnedLayer>(m, "LinearLayer")
+      .def(py::init([](const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const at::Tensor& slots,
+                       const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo, bool training,
+                       const c10::optional<at::Tensor>& main_grad, bool dummy_grad, const Place& place) {
+        return OwnedLayer{weight, bias, slots, options, memo, training, main_grad, dummy_grad, place};
+      }));
+  m.def(
+      "mlp",
+      [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const OwnedLayer& gate, const OwnedLayer* up,
+         const OwnedLayer& down, const std::string& activation) {
+        const auto code = from_word<int64_t>(kFunctions, "activation", activation);
+        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code);
+        const LinearLayer up_layer = up->layer();
+        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gate"), py::arg("up"),
+      py::arg("down"), py::arg("activation"));
   // Through the dispatcher, so that tracers, modes and subclasses see the op, but not through Python's wrapper of it.
   m.def("frozen_linear", [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                             const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,

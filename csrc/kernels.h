@@ -25,8 +25,10 @@ enum class Type : uint8_t { kFloat32, kFloat16, kBFloat16 };
 constexpr int64_t kAlignment = 16;
 TORCH_FP8_HOST_DEVICE constexpr int64_t padded(int64_t n) { return (n + kAlignment - 1) / kAlignment * kAlignment; }
 
-constexpr int64_t kBiasRows = 128;  // rows of x that one row of column sums covers
-constexpr int kAmaxParts = 512;     // in how many parts an amax is taken
+constexpr int kTile = 128;            // rows and columns of a tile, which is what a block casts at a time
+constexpr int64_t kBiasRows = kTile;  // rows of x that one row of column sums covers
+constexpr int kAmaxParts = 512;       // in how many parts an amax is taken
+constexpr int64_t tiles_along(int64_t n) { return (padded(n) + kTile - 1) / kTile; }
 
 struct Matrix {  // (rows, cols), any strides, in elements
   const void* data;
@@ -69,31 +71,39 @@ struct SmallCasts {
   SmallCast casts[2];  // of one type and format
   int count;
 };
-constexpr int64_t kSmallTiles =
-    16;  // of 128 x 128: with more of them, several launches take less time than one cluster
+constexpr int64_t kSmallTiles = 16;  // with more of them, several launches take less time than one cluster
 constexpr bool is_small(const Matrix& x) {
-  const int64_t down = (padded(x.rows) + 127) / 128, across = (padded(x.cols) + 127) / 128;
+  const int64_t down = tiles_along(x.rows), across = tiles_along(x.cols);
   return down > 0 && across > 0 && down <= kSmallTiles && across <= kSmallTiles && down * across <= kSmallTiles;
 }
 
 // What stands between the linear layers of an MLP: f(gate), or f(gate) * up.
-enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kXielu, kReluSquared };
+
+// What xielu has beside its argument.
+struct XieluArgs {
+  const float* alphas;  // 2: of positive and of negative x; null for the other activations
+  float beta;
+};
 
 // quantize(cast) of what an activation makes, computed in float32 and rounded once. cast.x is gate; up.data is null
-// where there is no second factor, else up is of the same size and type. No column sums. Rows are 16-byte aligned and
-// can be read to the end of a pack of 8.
+// where there is no second factor, else up is of the same size and type. No column sums here. Rows are 16-byte aligned
+// and can be read to the end of a pack of 8.
 struct ActivationArgs {
   Activation activation;
+  XieluArgs xielu;
   QuantizeArgs cast;
   Matrix up;
 };
 
 // The same of the two gradients: of gate, dy * up * f'(gate), and of up, dy * f(gate). up.x.data is null where there is
-// no second factor; gate.x, up.x and dy are of one size and type.
+// no second factor; gate.x, up.x and dy are of one size and type. Column sums are of both or of none.
 struct ActivationBackwardArgs {
   Activation activation;
+  XieluArgs xielu;
   Matrix dy;
   QuantizeArgs gate, up;
+  float* alpha_sums;  // (tiles_along(rows), tiles_along(cols), 2): each tile's part of the gradients of alphas, or null
 };
 
 // quantize(cast) of the norm of x, or of x + residual, computed in float32 and rounded once:
@@ -256,7 +266,7 @@ struct ColumnSums {
 enum class Scales : uint8_t { kOne, kRows, kBlocks };
 constexpr int64_t scale_stride(int64_t k) { return (k + 4 * kScaleBlock - 1) / (4 * kScaleBlock) * 4; }
 
-// out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ out]
+// out (m, n) = a (m, k) . b (n, k)^T * a_scale_inv * b_scale_inv [+ bias (n)] [+ addend (m, n)]
 struct GemmArgs {
   int64_t m, n, k;  // n and k multiples of 16; with scales of blocks k of 128 and m of 4
   const uint8_t *a, *b;
@@ -266,8 +276,8 @@ struct GemmArgs {
   const void* bias;  // of type out_type (not float32), or null
   void* out;         // 16-byte aligned
   Type out_type;
-  bool accumulate;  // add to what out holds
-  bool fast_accum;  // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
+  const void* addend;  // of type out_type, 16-byte aligned, may be out itself; or null
+  bool fast_accum;     // cheaper, less exact sums in the tensor core (about 14 bits on Hopper); CPU: no difference
   Scales scales;
 };
 

@@ -17,7 +17,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(
     int64_t margin, bool record, bool rowwise, bool columnwise, c10::optional<at::ScalarType> dbias, bool recast);
 at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                      const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
-                     at::ScalarType dtype, bool fast_accum);
+                     at::ScalarType dtype, bool fast_accum, const c10::optional<at::Tensor>& addend);
 void gemm_accumulate_meta(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
                           const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv, bool fast_accum);
 // csrc/ops/frozen.cpp: the same, and all that can be checked of them.
@@ -92,12 +92,12 @@ TORCH_LIBRARY(torch_fp8, m) {
       "count_losses(Tensor x, Tensor slots, int role, ScalarType dtype, *, bool own_amax=False, "
       "bool power_of_two=False, int margin=0) -> (Tensor counts, Tensor values)");
 
-  // out (size) = a . b^T * a_scale_inv * b_scale_inv + bias. a (>= M, k), b (>= pad16(N), k) FP8, contiguous along k, a
-  // multiple of 16; M is the product of size but its last entry, N the last; not both E5M2. dtype and bias: float32,
-  // float16 or bfloat16.
+  // out (size) = a . b^T * a_scale_inv * b_scale_inv + bias + addend. a (>= M, k), b (>= pad16(N), k) FP8, contiguous
+  // along k, a multiple of 16; M is the product of size but its last entry, N the last; not both E5M2. dtype, bias and
+  // addend (size): float32, float16 or bfloat16.
   m.def(
       "gemm(Tensor a, Tensor b, Tensor a_scale_inv, Tensor b_scale_inv, Tensor? bias, SymInt[] size, "
-      "ScalarType dtype, bool fast_accum=False) -> Tensor");
+      "ScalarType dtype, bool fast_accum=False, Tensor? addend=None) -> Tensor");
 
   // y (..., N) = x (..., K) . weight (N, K)^T + bias, and of the codes made here those that backward needs; a result
   // that nobody needs, or that was given, comes with 0 elements. x_codes, weight_codes: empty, or {q, q_t, scale_inv}
@@ -105,13 +105,14 @@ TORCH_LIBRARY(torch_fp8, m) {
   // gradient; a packed cast is margin << 4 | scaling (0 delayed, 1 current, 2 constant) << 2 | power_of_two << 1 |
   // E5M2. fp8, fast_accum: of fprop, dgrad and wgrad. training: delayed scales of weight and gradient come from their
   // history; else from their own amax. grad_x, grad_weight: which gradients are wanted. gathered: give no codes of the
-  // weight, backward gets the weight itself. autocast: the dtype of y, where that is not x's.
+  // weight, backward gets the weight itself. autocast: the dtype of y, where that is not x's. residual (..., N) of y's
+  // dtype is added, in the GEMM's own sum where the layout allows.
   m.def(
       "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) slots, Tensor[] x_codes, Tensor[] "
       "weight_codes, "
       "int[] casts, int history, bool[3] fp8, bool[3] fast_accum, bool training, bool record, bool grad_x, "
-      "bool grad_weight, bool gathered, ScalarType? autocast=None) -> (Tensor y, Tensor x_t, Tensor x_scale_inv, "
-      "Tensor weight_t, Tensor weight_scale_inv)");
+      "bool grad_weight, bool gathered, ScalarType? autocast=None, Tensor? residual=None) -> (Tensor y, Tensor x_t, "
+      "Tensor x_scale_inv, Tensor weight_t, Tensor weight_scale_inv)");
 
   // What linear_forward does with one of its tensors: the codes of x as the layer casts that role.
   m.def(
@@ -133,17 +134,25 @@ TORCH_LIBRARY(torch_fp8, m) {
       "Tensor dweight, Tensor dbias)");
 
   // f(gate), or f(gate) * up, all (..., K) of one dtype, computed in float32 and cast to E4M3 as a layer casts that
-  // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh.
+  // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh, 3 xielu, 4 relu squared.
+  // xielu alone has alphas (2) float32 and beta: alpha_p x^2 + beta x where x > 0, else alpha_n (e^x - 1 - x) + beta x.
+  // alphas are these two factors and not the parameters that they are made of: torch.cat([softplus(p), beta +
+  // softplus(n)]), as arXiv 2411.13010 and transformers' XIELUActivation have it.
   m.def(
       "activation_cast(Tensor gate, Tensor? up, int activation, Tensor(a!) slots, int role, int[] casts, int history, "
-      "bool training, bool record, bool rowwise, bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
+      "bool training, bool record, bool rowwise, bool columnwise, Tensor? alphas=None, float beta=0.5) -> (Tensor q, "
+      "Tensor q_t, Tensor scale_inv)");
 
   // The gradients of gate, dy * up * f'(gate), and of up, dy * f(gate), cast so for the layers that made the two: their
-  // slots, one list of casts, the history of each. Without up its results have 0 elements.
+  // slots, one list of casts, the history of each. dbias, where given, asks for the column sums of the two gradients,
+  // in that dtype: the gradients of those layers' biases. dalphas (2) float32: the gradients of alphas. What was not
+  // asked for, and what belongs to an up or to alphas that are not there, comes with 0 elements.
   m.def(
       "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
-      "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record) -> (Tensor gate_q, "
-      "Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv)");
+      "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record, "
+      "ScalarType? dbias=None, Tensor? alphas=None, float beta=0.5) -> (Tensor gate_q, Tensor gate_q_t, "
+      "Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor gate_dbias, Tensor up_dbias, "
+      "Tensor dalphas)");
 
   // RMSNorm, or with layer_norm LayerNorm, of x (..., K) or of x + residual, computed in float32:
   // y = norm * (gain + gain_offset) + bias. gain and bias (K) of x's dtype or float32; without a gain its place is

@@ -4,11 +4,21 @@ against float64."""
 import pytest
 import torch
 import torch_fp8 as fp8
-from oracle import E4M3, E5M2, MAX, amax, codes, exact_scale
+from oracle import E4M3, E5M2, MAX, OUTPUT, amax, codes, exact_scale, rounding
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 ops = torch.ops.torch_fp8
-FUNCTIONS = [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")]
+ALPHAS, BETA = (0.8, 0.9), 0.5
+
+
+def xielu(x, alphas=ALPHAS):
+    return torch.where(x > 0, alphas[0] * x * x, alphas[1] * (torch.expm1(x.clamp(max=0)) - x)) + BETA * x
+
+
+FUNCTIONS = [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh"), xielu, lambda x: F.relu(x).square()]
+ACTIVATIONS = range(len(FUNCTIONS))
+XIELU = 3
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (7, 17), (128, 128), (130, 264), (3, 5, 40), (300, 1)]
 RELATIVE = 2e-6  # of float32 arithmetic with a GPU's fast exp
@@ -29,11 +39,15 @@ def tensors(shape, dtype, device, seed=0):
     return [(2 * torch.randn(shape, generator=generator)).to(dtype).to(device) for _ in range(3)]
 
 
-def assert_codes(q, exact, scale, dtype):
+def parameters(activation, device):
+    return {"alphas": torch.tensor(ALPHAS, device=device), "beta": BETA} if activation == XIELU else {}
+
+
+def assert_codes(q, exact, scale, dtype, slack=1e-30):
     """The codes of exact float64 values, or where float32's rounding decides, those of a neighbour."""
     exact = exact.reshape(-1, exact.shape[-1]).cpu()
     m, k = exact.shape
-    error = RELATIVE * exact.abs() + 1e-30
+    error = RELATIVE * exact.abs() + slack
     got = q.cpu().view(torch.uint8)[:m, :k]
     low, high = (codes((exact + e).float(), scale, dtype) for e in (-error, error))
     assert ((got == low) | (got == high)).all()
@@ -43,7 +57,7 @@ def assert_codes(q, exact, scale, dtype):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(device, shape, dtype, activation, gated):
@@ -52,9 +66,12 @@ def test_forward(device, shape, dtype, activation, gated):
     scale = 16.0
     slots = slots_with(scale, device)
     q, q_t, scale_inv = ops.activation_cast(
-        gate, up if gated else None, activation, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True
-    )
-    assert_codes(q, exact, scale, E4M3)
+        gate, up if gated else None, activation, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True,
+        **parameters(activation, device),
+    )  # fmt: skip
+    # Where xielu crosses zero float32 has lost digits: its error is one of the terms that cancel.
+    slack = 4e-7 * ((1 + gate.double().abs()) * (up.double().abs() if gated else 1)).reshape(-1, shape[-1]).cpu()
+    assert_codes(q, exact, scale, E4M3, slack if activation == XIELU else 1e-30)
     assert torch.equal(q.view(torch.uint8).t(), q_t.view(torch.uint8))
     assert scale_inv.item() == 1 / scale
     assert slots[0, 2].item() == pytest.approx(exact.abs().max().item(), rel=RELATIVE)
@@ -75,32 +92,38 @@ def test_own_amax(device, recipe):
     assert slots[0, 2].item() == pytest.approx(product.abs().max().item(), rel=RELATIVE)
 
 
+def exact_gradients(shape, dtype, device, activation, gated):
+    """dy, gate, up, and what the exact gradients of gate and up are, in float64."""
+    gate, up, dy = tensors(shape, dtype, device)
+    wide = [t.double().requires_grad_() for t in ((gate, up) if gated else (gate,))]
+    product = FUNCTIONS[activation](wide[0]) * (wide[1] if gated else 1)
+    product.backward(dy.double())
+    return dy, gate, up if gated else None, [t.grad.reshape(-1, shape[-1]) for t in wide]
+
+
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", range(3))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backward(device, shape, dtype, activation, gated, e4m3):
-    gate, up, dy = tensors(shape, dtype, device)
-    wide = [t.double().requires_grad_() for t in (gate, up)]
-    product = FUNCTIONS[activation](wide[0]) * (wide[1] if gated else 1)
-    product.backward(dy.double())
+    dy, gate, up, gradients = exact_gradients(shape, dtype, device, activation, gated)
     recipe = fp8.DelayedScaling(fp8_format="E4M3" if e4m3 else "HYBRID")
     fmt = E4M3 if e4m3 else E5M2
     gate_slots, up_slots = slots_with(8.0, device), slots_with(32.0, device)
     histories = [7, 7] if gated else [7]
     made = ops.activation_backward_cast(
-        dy, gate, up if gated else None, activation, gate_slots, up_slots if gated else None, 2, casts_of(recipe),
-        histories, True, True,
+        dy, gate, up, activation, gate_slots, up_slots if gated else None, 2, casts_of(recipe), histories, True, True,
+        **parameters(activation, device),
     )  # fmt: skip
-    for t, slots, scale, (q, q_t, scale_inv) in zip(wide, (gate_slots, up_slots), (8.0, 32.0), (made[:3], made[3:])):
-        if t.grad is None:
-            assert q.numel() == 0
-            continue
+    assert gated or made[3].numel() == 0
+    for exact, slots, scale, (q, q_t, scale_inv) in zip(
+        gradients, (gate_slots, up_slots), (8.0, 32.0), (made[:3], made[3:6])
+    ):
         # Where f' vanishes float32 has lost digits: its error is one of the terms that cancel.
         assert q.dtype == fmt and scale_inv.item() == 1 / scale
         slack = 4e-7 * (dy.double().abs() * (up.double().abs() if gated else 1) * (1 + gate.double().abs()))
-        exact = t.grad.reshape(-1, t.shape[-1]).cpu()
+        exact = exact.cpu()
         error = RELATIVE * exact.abs() + slack.reshape(exact.shape).cpu()
         m, k = exact.shape
         got = q.cpu().view(torch.uint8)[:m, :k]
@@ -110,6 +133,108 @@ def test_backward(device, shape, dtype, activation, gated, e4m3):
         assert ((value >= low.minimum(high)) & (value <= low.maximum(high))).all()
         assert torch.equal(q.view(torch.uint8).t(), q_t.view(torch.uint8))
         assert slots[2, 2].item() == pytest.approx(exact.abs().max().item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dbias", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 32), (600, 520)])
+def test_column_sums(device, shape, activation, gated, dbias):
+    """The gradients of two biases: sums of what is cast, as it was before the cast. The codes are the same."""
+    dy, gate, up, exact = exact_gradients(shape, torch.bfloat16, device, activation, gated)
+    slots = [slots_with(8.0, device) for _ in range(2)]
+    arguments = (dy, gate, up, activation, slots[0], slots[1] if gated else None, 2, casts_of(fp8.DelayedScaling()),
+                 [7, 7] if gated else [7], True, True)  # fmt: skip
+    keywords = parameters(activation, device)
+    plain = ops.activation_backward_cast(*arguments, **keywords)
+    made = ops.activation_backward_cast(*arguments, dbias=dbias, **keywords)
+    assert plain[6].numel() == plain[7].numel() == 0
+    for without, with_sums in zip(plain[:6], made):
+        assert not dy.numel() or torch.equal(without.view(torch.uint8), with_sums.view(torch.uint8))
+    assert gated or made[7].numel() == 0
+    for sums, terms in zip(made[6:8], exact):
+        assert sums.dtype == dbias and sums.shape == shape[-1:]
+        error = 1e-6 * terms.abs().sum(0) + 4e-7 * dy.numel() / shape[-1] + OUTPUT[dbias] * terms.sum(0).abs()
+        assert ((sums.double() - terms.sum(0)).abs() <= error).all()
+
+
+def test_column_sums_in_two_passes(device):
+    """A sum that is not finite is its own column's alone, and it makes no difference which of the two has a scale."""
+    gate, up, dy = tensors((70, 90), torch.float32, device)
+    dy[3, 7] = float("inf")
+    casts = casts_of(fp8.CurrentScaling())
+    for histories in [[0, 0], [0, 7], [7, 0]]:
+        slots = [fp8._C.new_slots(device) for _ in range(2)]
+        made = ops.activation_backward_cast(dy, gate, up, 0, *slots, 2, casts, histories, True, True, torch.float32)
+        assert [torch.nonzero(~sums.isfinite()).tolist() for sums in made[6:8]] == [[[7]], [[7]]]
+        d_up = (dy.double() * F.silu(gate.double())).sum(0)
+        d_up[7] = made[7][7]
+        torch.testing.assert_close(made[7].double(), d_up, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 32), (600, 520)])
+def test_gradients_of_alphas(device, shape, gated):
+    dy, gate, up, _ = exact_gradients(shape, torch.bfloat16, device, XIELU, gated)
+    alphas = torch.tensor(ALPHAS, dtype=torch.float64, device=device, requires_grad=True)
+    (xielu(gate.double(), alphas) * (up.double() if gated else 1) * dy.double()).sum().backward()
+    parts = dy.double().abs() * (up.double().abs() if gated else 1) * gate.double().square()
+    for history in (0, 7):  # in two passes, and in one
+        made = ops.activation_backward_cast(
+            dy, gate, up, XIELU, slots_with(8.0, device), slots_with(8.0, device) if gated else None, 2,
+            casts_of(fp8.DelayedScaling()), [history] * (2 if gated else 1), True, True,
+            **parameters(XIELU, device),
+        )  # fmt: skip
+        assert made[8].dtype == torch.float32 and made[8].shape == (2,)
+        assert ((made[8].double() - alphas.grad).abs() <= 1e-6 * parts.sum() + 1e-30).all()
+
+
+def test_xielu_is_that_of_transformers(device):
+    """alphas are what its module makes of its parameters; their gradients reach these by the ordinary way."""
+    activations = pytest.importorskip("transformers.activations")
+    if not hasattr(activations, "XIELUActivation"):
+        pytest.skip("this transformers has no XIELUActivation")
+    module = activations.XIELUActivation().double().to(device)
+    module.eps.zero_()
+    gate, _, dy = tensors((70, 90), torch.float32, device)
+    wide = gate.double().requires_grad_()
+    exact = module._xielu_python(wide)
+    exact.backward(dy.double())
+    alphas = torch.cat([F.softplus(module.alpha_p), module.beta + F.softplus(module.alpha_n)])
+    slots, casts = slots_with(2.0, device), casts_of(fp8.DelayedScaling())
+    given = alphas.detach().float()
+    q, *_ = ops.activation_cast(gate, None, XIELU, slots, 0, casts, 7, True, True, True, False, given)
+    made = ops.activation_backward_cast(dy, gate, None, XIELU, slots, None, 2, casts, [7], True, True, None, given)
+    for got, expected in [(q, exact.detach()), (made[0], wide.grad)]:
+        error = (got.float().double()[:70, :90] / 2 - expected).abs().cpu()
+        assert (error <= rounding(expected.cpu(), 2.0, got.dtype) + 1e-5 * (1 + expected.abs().cpu())).all()
+    ours = torch.autograd.grad(alphas, [module.alpha_p, module.alpha_n], made[8].double())
+    for a, b in zip(ours, [module.alpha_p.grad, module.alpha_n.grad]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dbias", [None, torch.bfloat16])
+@pytest.mark.parametrize("activation", [0, XIELU])
+@pytest.mark.parametrize("gated", [False, True])
+def test_fakes(device, gated, activation, dbias):
+    """What tracing believes of the results is what they are."""
+    gate, up, dy = tensors((3, 5, 40), torch.bfloat16, device)
+
+    def results(dy, gate, up, slots, alphas):
+        up, casts = up if gated else None, casts_of(fp8.DelayedScaling())
+        keywords = {"alphas": alphas} if activation == XIELU else {}
+        forward = ops.activation_cast(gate, up, activation, slots, 0, casts, 7, True, True, True, False, **keywords)
+        backward = ops.activation_backward_cast(
+            dy, gate, up, activation, slots, slots if gated else None, 2, casts, [7, 7] if gated else [7], True, True,
+            dbias, **keywords,
+        )  # fmt: skip
+        return [*forward, *backward]
+
+    given = dy, gate, up, slots_with(8.0, device), torch.tensor(ALPHAS, device=device)
+    real = results(*given)
+    with FakeTensorMode() as mode:
+        fake = results(*(mode.from_tensor(t) for t in given))
+    assert [(t.shape, t.dtype, t.device) for t in real] == [(t.shape, t.dtype, t.device) for t in fake]
 
 
 def test_first_gradients_scale_themselves(device):
@@ -125,16 +250,18 @@ def test_first_gradients_scale_themselves(device):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_not_finite_is_seen(device, bad):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_is_seen(device, activation, bad):
     """Not finite in, not finite out, as the plain functions have it."""
-    for which in range(3):
-        gate, up, dy = tensors((40, 50), torch.float32, device)
-        (gate, up, dy)[which][3, 7] = bad
-        plain = F.silu(gate) * up
+    for which in range(2):
+        gate, up, _ = tensors((40, 50), torch.float32, device)
+        (gate, up)[which][3, 7] = bad
+        plain = FUNCTIONS[activation](gate) * up
         slots = slots_with(1.0, device)
         q, q_t, _ = ops.activation_cast(
-            gate, up, 0, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True
-        )
+            gate, up, activation, slots, 0, casts_of(fp8.DelayedScaling()), 7, True, True, True, True,
+            **parameters(activation, device),
+        )  # fmt: skip
         assert torch.equal(q.float()[:40, :50].isfinite(), plain.isfinite())
         assert torch.equal(q_t.float()[:50, :40].isfinite(), plain.t().isfinite())
         assert slots[0, 2].isfinite() == plain.isfinite().all()
@@ -165,14 +292,19 @@ def test_refusals(device):
     gate, up, dy = tensors((20, 30), torch.bfloat16, device)
     slots, casts = slots_with(1.0, device), casts_of(fp8.DelayedScaling())
 
-    def call(gate=gate, up=up, activation=0, slots=slots, role=0):
-        ops.activation_cast(gate, up, activation, slots, role, casts, 7, True, True, True, True)
+    def call(gate=gate, up=up, activation=0, slots=slots, role=0, alphas=None, beta=0.5):
+        ops.activation_cast(gate, up, activation, slots, role, casts, 7, True, True, True, True, alphas, beta)
 
     for arguments, error, words in [
         ({"up": up.float()}, TypeError, "up must have gate's dtype"),
         ({"up": up[:, :20]}, RuntimeError, "up must have gate's shape"),
         ({"gate": gate.to(torch.int32)}, TypeError, "gate must be bfloat16"),
-        ({"activation": 3}, ValueError, "activation must be 0"),
+        ({"activation": 5}, ValueError, "activation must be 0"),
+        ({"activation": XIELU}, RuntimeError, "give them"),
+        ({"alphas": torch.ones(2, device=device)}, RuntimeError, "leave them out"),
+        ({"activation": XIELU, "alphas": torch.ones(3, device=device)}, RuntimeError, "of shape"),
+        ({"activation": XIELU, "alphas": torch.ones(2, device=device).half()}, RuntimeError, "must be float32"),
+        ({"beta": float("nan")}, ValueError, "beta must be"),
         ({"role": 3}, IndexError, "role must be in"),
         ({"role": 2}, ValueError, "cast to E4M3"),
         ({"slots": slots[:, :3]}, RuntimeError, "slots must be"),
@@ -181,6 +313,8 @@ def test_refusals(device):
             call(**arguments)
     with pytest.raises(RuntimeError, match="dy must have gate's shape"):
         ops.activation_backward_cast(dy[:3], gate, up, 0, slots, slots, 2, casts, [7, 7], True, True)
+    with pytest.raises(TypeError, match="dbias must be bfloat16"):
+        ops.activation_backward_cast(dy, gate, up, 0, slots, slots, 2, casts, [7, 7], True, True, torch.int32)
     with pytest.raises(RuntimeError, match="come together"):
         ops.activation_backward_cast(dy, gate, up, 0, slots, None, 2, casts, [7, 7], True, True)
     assert amax(slots[:, 2].cpu()) == 0

@@ -263,6 +263,48 @@ def test_adapters_that_compute_with_the_weight_are_refused(name, options, error)
     assert isinstance(ours[0], fp8.FrozenLinear) and isinstance(ours[2], fp8.FrozenLinear)
 
 
+@pytest.mark.parametrize("module", ["0", "2", "1"])
+def test_modules_to_save_are_trained_or_refused(module):
+    _, ours = pair()
+    ours[1] = nn.LayerNorm(ours[0].out_features)
+    config = peft.LoraConfig(target_modules=["2" if module == "0" else "0"], modules_to_save=[module])
+    if module == "1":
+        assert any("modules_to_save" in name for name in trainable(peft.get_peft_model(ours, config)))
+        return
+    with pytest.raises(TypeError, match="torch_fp8: modules_to_save names a FrozenLinear .* would never be trained; "):
+        peft.get_peft_model(ours, config)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_trained_or_refused(bias):
+    config = peft.LoraConfig(target_modules=["0"], bias=bias)
+    base = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    with pytest.raises(ValueError, match=f"torch_fp8: bias='{bias}' trains the base's bias, .* no parameter; use"):
+        peft.get_peft_model(fp8.freeze(copy.deepcopy(base), filter=["0"]), config)
+    base[0].bias = None
+    peft.get_peft_model(fp8.freeze(base, filter=["0"]), config)
+
+
+def test_a_base_that_was_frozen_while_adapters_were_merged_is_unmerged():
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(128, 128)), torch.randn(64, 128)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], init_lora_weights=False)).eval()
+    apart = model(x)
+    with model.disable_adapter():
+        without = model(x)
+    model.merge_adapter()
+    fp8.freeze(model, filter=["*base_layer"])
+    assert relative(model(x), apart) < 0.05
+    model.unmerge_adapter()
+    assert relative(model(x), apart) < 0.06
+    with model.disable_adapter():
+        assert relative(model(x), without) < 0.2  # of the larger weight's rounding
+
+
+def relative(y, expected):
+    return ((y - expected).norm() / expected.norm()).item()
+
+
 # ---- two ranks ------------------------------------------------------------------------------------------------------
 
 

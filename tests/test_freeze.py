@@ -229,6 +229,20 @@ class TestState:
 
 
 class TestFreeze:
+    @pytest.mark.parametrize("other", ["channel", "tensor", "block"])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_state_of_another_granularity_changes_nothing(self, other, assign):
+        model = fp8.freeze(nn.Linear(256, 256), weight="channel")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state = fp8.freeze(nn.Linear(256, 256), weight=other).state_dict()
+        if other == "channel":
+            model.load_state_dict(state, assign=assign)
+            return
+        with pytest.raises(RuntimeError, match=r"size mismatch for weight_scale: expected \[256, 1\], got .*; freeze"):
+            model.load_state_dict(state, strict=False, assign=assign)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+
     def test_which_layers(self):
         model = llama(attention_bias=True)
         head, names = model.lm_head, {n for n, m in model.named_modules() if type(m) is nn.Linear}

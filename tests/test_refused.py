@@ -88,6 +88,18 @@ class TestRefused:
         fp8.freeze(model)
         assert "its weight is a Odd" in fp8.summary(model)[1].note
 
+    def test_a_class_of_another_layout(self):
+        class Slotted(nn.Linear):
+            __slots__ = ("note",)
+
+        model = nn.Sequential(nn.Linear(64, 64), Slotted(64, 64))
+        weight = model[1].weight
+        fp8.freeze(model)
+        assert isinstance(model[0], fp8.FrozenLinear) and model[1].weight is weight
+        with pytest.raises(ValueError, match="Python cannot make a FrozenLinear of a Slotted, which has __slots__"):
+            fp8.freeze(model, filter=["1"])
+        assert type(model[1]) is Slotted and model[1].weight is weight
+
     def test_the_head_is_no_layer_that_was_forgotten(self):
         model = fp8.freeze(nn.ModuleDict({"up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 64)}))
         assert [row.note for row in fp8.summary(model) if not row.fp8] == ["output head"]

@@ -143,6 +143,16 @@ def test_a_state_that_does_not_fit_is_named_and_nothing_is_loaded(device, key, c
         fp8.load_state_dict(model, [])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_codes_of_a_frozen_layer_are_no_weight(assign):
+    layer = fp8.Linear(32, 32)
+    before = layer.weight.detach().clone()
+    state = fp8.freeze(nn.Linear(32, 32)).state_dict()
+    with pytest.raises(RuntimeError, match="torch_fp8: weight must be 16-bit or float32, got .*, codes of a frozen"):
+        layer.load_state_dict(state, strict=False, assign=assign)
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double", "float"])
 def test_state_stays_float32_to_the_bit_when_the_model_is_cast(device, cast):
     model = make(device)

@@ -56,7 +56,9 @@ def same(a, b):
 
 
 def trainer_saves(model, path):
-    trainer = transformers.Trainer(model, transformers.TrainingArguments(str(path) + "-run", report_to="none"))
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(path) + "-run", report_to="none", use_cpu=True)
+    )
     trainer.save_model(str(path))
 
 
@@ -140,7 +142,7 @@ class TestSaving:
         gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=4))
         mixed = freeze(llama(), filter=["*.up_proj"])
         for model, message in (
-            (fp8.freeze(gpt2), "was a Conv1D"),
+            (fp8.freeze(gpt2), "was a Conv1D, .*; keep the 16-bit checkpoint"),
             (freeze(mixed, "none", "tensor", filter=["*.down_proj"]), "layers of one kind"),
             (freeze(llama(hidden_size=192), weight="block"), "is 192 x 192; readers of blocks"),
         ):
@@ -261,6 +263,31 @@ class TestLoading:
             options = {"quantization_config": fp8.QuantizationConfig()} if name == "plain" else {}
             with pytest.raises(ValueError, match=r"has no tensor model\.layers\.0\.mlp\.up_proj\.weight"):
                 read(tmp_path / name, **options)
+
+    def test_a_missing_bias(self, tmp_path):
+        """transformers leaves it as memory was found."""
+        for name, save in (("plain", llama().save_pretrained), ("fp8", freeze(llama()).save_pretrained)):
+            save(tmp_path / name)
+            config = tmp_path / name / "config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text()), "mlp_bias": True}))
+            options = {"quantization_config": fp8.QuantizationConfig()} if name == "plain" else {}
+            with pytest.raises(ValueError, match=r"has no tensor model\.layers\.0\.mlp\.(gate|up|down)_proj\.bias"):
+                read(tmp_path / name, **options)
+
+    @pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+    def test_codes_are_not_taken_for_values(self, tmp_path, codes):
+        """FP8 files without a config that says so, and codes of another kind."""
+        for name, save in (("plain", llama().save_pretrained), ("fp8", freeze(llama()).save_pretrained)):
+            save(tmp_path / name)
+            file = tmp_path / name / "model.safetensors"
+            tensors = safetensors.torch.load_file(file)
+            weight = tensors["model.layers.0.mlp.up_proj.weight"]
+            tensors["model.layers.0.mlp.up_proj.weight"] = weight.to(codes)
+            safetensors.torch.save_file(tensors, file, {"format": "pt"})
+            options = {"quantization_config": fp8.QuantizationConfig()} if name == "plain" else {}
+            if name == "plain" or codes != torch.float8_e4m3fn:
+                with pytest.raises(fp8.CheckpointError, match=r"safetensors: .*up_proj\.weight is torch\.\w+, "):
+                    read(tmp_path / name, **options)
 
     @pytest.mark.parametrize("first", ["torch_fp8", "transformers"])
     def test_either_may_be_imported_first(self, tmp_path, first):

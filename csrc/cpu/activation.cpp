@@ -1,6 +1,7 @@
 // The reference: what the activation makes, in float32, and then the cast.
 #include "activation.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -14,7 +15,7 @@ namespace {
 struct Math {
   static float exp(float x) { return std::exp(x); }
   static float reciprocal(float x) { return 1.0f / x; }
-  static float normal_cdf(float x, float) { return 0.5f * std::erfc(x * -0.70710678f); }
+  static Normal normal(float x) { return {0.5f * std::erfc(x * -0.70710678f), std::exp(-0.5f * x * x) * 0.39894228f}; }
 };
 
 float element(const Matrix& x, int64_t row, int64_t col) {
@@ -41,24 +42,45 @@ void cast(QuantizeArgs args, const Value& value) {
 }
 
 void activate(const ActivationArgs& args) {
+  const Shape shape = shape_of(args.xielu);
   with_activation(args.activation, [&](auto f) {
     cast(args.cast, [&](int64_t row, int64_t col) {
       const float up = args.up.data ? element(args.up, row, col) : 1.0f;
-      return torch_fp8::activate<f(), Math>(element(args.cast.x, row, col)) * up;
+      return torch_fp8::activate<f(), Math>(element(args.cast.x, row, col), shape) * up;
     });
+  });
+}
+
+// dy * up * df / dalpha, summed over each tile.
+void sum_by_alpha(const ActivationBackwardArgs& args) {
+  const Matrix &gate = args.gate.x, &up = args.up.x;
+  const Shape shape = shape_of(args.xielu);
+  const int64_t across = tiles_along(gate.cols), down = tiles_along(gate.rows);
+  std::fill(args.alpha_sums, args.alpha_sums + 2 * down * across, 0.0f);
+  at::parallel_for(0, down, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kTile; row < std::min(end * kTile, gate.rows); ++row) {
+      for (int64_t col = 0; col < gate.cols; ++col) {
+        const float x = element(gate, row, col), factor = up.data ? element(up, row, col) : 1.0f;
+        const float by_alpha = differentiate<Activation::kXielu, Math>(x, shape).by_alpha;
+        float* const sums = args.alpha_sums + 2 * (row / kTile * across + col / kTile);
+        sums[x > 0 ? 0 : 1] += element(args.dy, row, col) * factor * by_alpha;
+      }
+    }
   });
 }
 
 void activate_backward(const ActivationBackwardArgs& args) {
   const Matrix &gate = args.gate.x, &up = args.up.x;
+  const Shape shape = shape_of(args.xielu);
+  if (args.alpha_sums) sum_by_alpha(args);
   with_activation(args.activation, [&](auto f) {
     cast(args.gate, [&](int64_t row, int64_t col) {
       const float factor = up.data ? element(up, row, col) : 1.0f;
-      return element(args.dy, row, col) * (factor * differentiate<f(), Math>(element(gate, row, col)).slope);
+      return element(args.dy, row, col) * (factor * differentiate<f(), Math>(element(gate, row, col), shape).slope);
     });
     if (!up.data) return;
     cast(args.up, [&](int64_t row, int64_t col) {
-      return element(args.dy, row, col) * torch_fp8::activate<f(), Math>(element(gate, row, col));
+      return element(args.dy, row, col) * torch_fp8::activate<f(), Math>(element(gate, row, col), shape);
     });
   });
 }

@@ -1,9 +1,12 @@
 // activation_cast, activation_backward_cast: what stands between the linear layers of an MLP, made and cast in one
 // pass.
+#include <cmath>
+
 #include <ATen/ATen.h>
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "ops/cast_plan.h"
 #include "ops/producers.h"
 
 namespace torch_fp8 {
@@ -12,9 +15,24 @@ namespace {
 using OptionalTensor = c10::optional<at::Tensor>;
 
 Activation activation_of(int64_t activation) {
-  TORCH_CHECK_VALUE(activation >= 0 && activation <= 2,
-                    "torch_fp8: activation must be 0 (silu), 1 (gelu) or 2 (gelu, tanh), got ", activation);
+  TORCH_CHECK_VALUE(activation >= 0 && activation <= 4,
+                    "torch_fp8: activation must be 0 (silu), 1 (gelu), 2 (gelu, tanh), 3 (xielu) or 4 (relu squared), "
+                    "got ",
+                    activation);
   return static_cast<Activation>(activation);
+}
+
+void check_xielu(const OptionalTensor& alphas, double beta, Activation activation, const at::Tensor& gate) {
+  const bool needed = activation == Activation::kXielu;
+  TORCH_CHECK(alphas.has_value() == needed, "torch_fp8: alphas are of activation 3 (xielu) and of no other; ",
+              needed ? "give them" : "leave them out");
+  TORCH_CHECK_VALUE(std::isfinite(beta), "torch_fp8: beta must be a finite number, got ", beta);
+  if (!needed) return;
+  TORCH_CHECK(alphas->scalar_type() == at::kFloat && alphas->dim() == 1 && alphas->size(0) == 2,
+              "torch_fp8: alphas must be float32 of shape [2], those of positive and of negative values, got ",
+              alphas->scalar_type(), " ", alphas->sizes(), "; use torch.cat([alpha_p, alpha_n]).float()");
+  check_strided(*alphas, "alphas");
+  check_same_device(gate, "gate", *alphas, "alphas");
 }
 
 // (..., K) as (M, K) whose rows are 16-byte aligned and can be read in packs of 8: as it lies, or copied.
@@ -35,15 +53,25 @@ void check_gate(const at::Tensor& gate, const OptionalTensor& up) {
   if (up) check_like(*up, "up", gate, "gate");
 }
 
+XieluArgs xielu_of(const at::Tensor& alphas, double beta) {
+  return {alphas.defined() ? static_cast<const float*>(alphas.const_data_ptr()) : nullptr, static_cast<float>(beta)};
+}
+
+at::Tensor dbias_of(const CastPlan& plan, c10::optional<at::ScalarType> dtype) {
+  return dtype ? sum_columns(plan.column_sums, plan.x.size(1), *dtype) : nothing(plan.x);
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor& gate, const OptionalTensor& up,
                                                                int64_t activation, const at::Tensor& slots,
                                                                int64_t role, at::IntArrayRef casts, int64_t history,
                                                                bool training, bool record, bool rowwise,
-                                                               bool columnwise) {
+                                                               bool columnwise, const OptionalTensor& alphas,
+                                                               double beta) {
   const Activation f = activation_of(activation);
   check_gate(gate, up);
+  check_xielu(alphas, beta, f, gate);
   check_role(slots, "slots", gate, "gate", casts, role);
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   TORCH_CHECK_VALUE(cast.format == Format::kE4M3, "torch_fp8: what an activation makes is cast to E4M3");
@@ -53,68 +81,92 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
   QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
   options.rowwise = rowwise, options.columnwise = columnwise;
   const at::Tensor gate_2d = as_rows(gate), up_2d = up ? as_rows(*up) : at::Tensor();
-  Made made = prepare(gate_2d, slots, cast, role, options);
-  const auto run = [&](const QuantizeArgs& args) {
-    kernels_of(gate).activate({f, args, up_2d.defined() ? matrix_of(up_2d) : Matrix{}});
-  };
-  if (made.own.defined()) run(amax_only(made)), scale_by_own(made);
-  run(made.args);
-  return tensors(made);
+  CastPlan plan = plan_cast(gate_2d, slots, role, cast.format, options);
+  const at::Tensor dense_alphas = alphas ? alphas->contiguous() : at::Tensor();
+  const XieluArgs xielu = xielu_of(dense_alphas, beta);
+  make_and_cast(
+      [&](const QuantizeArgs& args) {
+        kernels_of(gate).activate({f, xielu, args, up_2d.defined() ? matrix_of(up_2d) : Matrix{}});
+      },
+      plan);
+  return codes_of(plan);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast(
-    const at::Tensor& dy, const at::Tensor& gate, const OptionalTensor& up, int64_t activation,
-    const at::Tensor& gate_slots, const OptionalTensor& up_slots, int64_t role, at::IntArrayRef casts,
-    at::IntArrayRef histories, bool training, bool record) {
+GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate, const OptionalTensor& up,
+                                       int64_t activation, const at::Tensor& gate_slots, const OptionalTensor& up_slots,
+                                       int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
+                                       bool record, c10::optional<at::ScalarType> dbias, const OptionalTensor& alphas,
+                                       double beta) {
   const Activation f = activation_of(activation);
   check_gate(gate, up);
+  check_xielu(alphas, beta, f, gate);
   check_like(dy, "dy", gate, "gate");
   check_role(gate_slots, "gate_slots", gate, "gate", casts, role);
   TORCH_CHECK(up.has_value() == up_slots.has_value(), "torch_fp8: up and up_slots come together");
   TORCH_CHECK_VALUE(histories.size() == (up ? 2 : 1), "torch_fp8: histories must be of gate and, with it, of up");
   if (up_slots) check_role(*up_slots, "up_slots", gate, "gate", casts, role);
+  if (dbias) type_of(*dbias, "dbias");
   RECORD_FUNCTION("torch_fp8::activation_backward_cast", std::vector<c10::IValue>());
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   const c10::DeviceGuard on_device(gate.device());
   const NoAutocast no_autocast;
   const at::Tensor dy_2d = as_rows(dy), gate_2d = as_rows(gate), up_2d = up ? as_rows(*up) : at::Tensor();
-  const auto prepared = [&](const at::Tensor& x, const at::Tensor& slots, int64_t history) {
+  const auto planned = [&](const at::Tensor& x, const at::Tensor& slots, int64_t history) {
     QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
     options.rowwise = options.columnwise = true;
-    return prepare(x, slots, cast, role, options);
+    options.dbias = dbias;
+    return plan_cast(x, slots, role, cast.format, options);
   };
-  Made of_gate = prepared(gate_2d, gate_slots, histories[0]);
-  Made of_up = up ? prepared(up_2d, *up_slots, histories[1]) : Made{};
-  const auto run = [&](const QuantizeArgs& gate_args, const QuantizeArgs& up_args) {
-    kernels_of(gate).activate_backward({f, matrix_of(dy_2d), gate_args, up_args});
+  CastPlan of_gate = planned(gate_2d, gate_slots, histories[0]);
+  CastPlan of_up = up ? planned(up_2d, *up_slots, histories[1]) : CastPlan{};
+  const at::Tensor dense_alphas = alphas ? alphas->contiguous() : at::Tensor();
+  const XieluArgs xielu = xielu_of(dense_alphas, beta);
+  const Matrix& matrix = of_gate.steps.cast.x;
+  const at::Tensor by_tile =
+      alphas ? at::empty({tiles_along(matrix.rows), 2 * tiles_along(matrix.cols)}, alphas->options()) : at::Tensor();
+  float* const alpha_sums = alphas ? static_cast<float*>(by_tile.data_ptr()) : nullptr;
+  make_and_cast(
+      [&](const QuantizeArgs& of_gate, const QuantizeArgs& of_up) {
+        kernels_of(gate).activate_backward({f, xielu, matrix_of(dy_2d), of_gate, of_up, alpha_sums});
+      },
+      of_gate, of_up);
+  // Down the tiles, and then across them.
+  const auto d_alphas = [&] {
+    return alphas ? sum_columns(sum_columns(by_tile, by_tile.size(1), at::kFloat).view({-1, 2}), 2, at::kFloat)
+                  : nothing(gate);
   };
-  if (of_gate.own.defined() || of_up.own.defined()) {
-    run(amax_only(of_gate), amax_only(of_up));
-    scale_by_own(of_gate), scale_by_own(of_up);
-  }
-  run(of_gate.args, of_up.args);
-  const auto [gate_q, gate_q_t, gate_scale_inv] = tensors(of_gate);
-  if (!up) return {gate_q, gate_q_t, gate_scale_inv, nothing(gate), nothing(gate), nothing(gate)};
-  const auto [up_q, up_q_t, up_scale_inv] = tensors(of_up);
-  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv};
+  const auto [gate_q, gate_q_t, gate_scale_inv] = codes_of(of_gate);
+  const auto none = [&] { return nothing(gate); };
+  if (!up)
+    return {gate_q, gate_q_t, gate_scale_inv, none(), none(), none(), dbias_of(of_gate, dbias), none(), d_alphas()};
+  const auto [up_q, up_q_t, up_scale_inv] = codes_of(of_up);
+  return {gate_q,    gate_q_t,     gate_scale_inv,           up_q,
+          up_q_t,    up_scale_inv, dbias_of(of_gate, dbias), dbias_of(of_up, dbias),
+          d_alphas()};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(const at::Tensor& gate, const OptionalTensor&,
                                                                     int64_t, const at::Tensor& slots, int64_t role,
                                                                     at::IntArrayRef casts, int64_t history,
                                                                     bool training, bool record, bool rowwise,
-                                                                    bool columnwise) {
+                                                                    bool columnwise, const OptionalTensor&, double) {
   return cast_meta(gate, slots, role, casts, history, training, record, rowwise, columnwise);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast_meta(
-    const at::Tensor&, const at::Tensor& gate, const OptionalTensor& up, int64_t, const at::Tensor& gate_slots,
-    const OptionalTensor&, int64_t role, at::IntArrayRef casts, at::IntArrayRef, bool, bool) {
+GradientCasts activation_backward_cast_meta(const at::Tensor&, const at::Tensor& gate, const OptionalTensor& up,
+                                            int64_t, const at::Tensor& gate_slots, const OptionalTensor&, int64_t role,
+                                            at::IntArrayRef casts, at::IntArrayRef, bool, bool,
+                                            c10::optional<at::ScalarType> dbias, const OptionalTensor& alphas, double) {
   const auto made = [&] { return cast_meta(gate, gate_slots, role, casts, 0, false, false, true, true); };
+  const auto none = [&] { return nothing(gate); };
+  const auto sums = [&] {
+    return dbias ? at::empty_symint({gate.sym_size(-1)}, gate.options().dtype(*dbias)) : none();
+  };
+  const auto d_alphas = [&] { return alphas ? at::empty({2}, gate.options().dtype(at::kFloat)) : none(); };
   const auto [gate_q, gate_q_t, gate_scale_inv] = made();
-  if (!up) return {gate_q, gate_q_t, gate_scale_inv, nothing(gate), nothing(gate), nothing(gate)};
+  if (!up) return {gate_q, gate_q_t, gate_scale_inv, none(), none(), none(), sums(), none(), d_alphas()};
   const auto [up_q, up_q_t, up_scale_inv] = made();
-  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv};
+  return {gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, sums(), sums(), d_alphas()};
 }
 
 }  // namespace torch_fp8

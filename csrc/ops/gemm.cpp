@@ -54,7 +54,8 @@ void run(const GemmArgs& args, const at::Tensor& a) { GemmRecord::run(kernels_of
 }  // namespace
 
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv,
-                const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum) {
+                const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum,
+                const c10::optional<at::Tensor>& addend) {
   TORCH_CHECK(!size.empty(), "torch_fp8: size must name at least the output's columns, got []");
   const int64_t m = leading_size(size), n = size.back();
   GemmArgs args = check_gemm(a, b, a_scale_inv, b_scale_inv, m, n, dtype, fast_accum);
@@ -64,6 +65,11 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
     TORCH_CHECK(bias->scalar_type() == dtype && bias->dim() == 1 && bias->size(0) == n, "torch_fp8: bias must be ",
                 dtype, " of shape [", n, "], got ", bias->scalar_type(), " ", bias->sizes());
     check_same_device(a, "a", *bias, "bias");
+  }
+  if (addend) {
+    TORCH_CHECK(addend->scalar_type() == dtype && addend->sizes() == size, "torch_fp8: addend must be ", dtype,
+                " of the output's shape ", size, ", got ", addend->scalar_type(), " ", addend->sizes());
+    check_same_device(a, "a", *addend, "addend");
   }
 
   const auto options = a.options().dtype(dtype);
@@ -78,18 +84,23 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
       // cuBLASLt's epilogue takes no float32 bias, and rounding it to 16 bits would lose what the caller has: start
       // from it instead. The same for a bias that lies at an odd address, and for an empty sum.
       target.copy_(padded_bias.expand_as(target));
-      args.accumulate = true;
+      args.addend = target.data_ptr();
     } else {
       args.bias = address_of(padded_bias);
     }
   }
   args.out = target.data_ptr();
+  // The GEMM's own sum is rounded once. It adds to float32 and bfloat16, and only what lies as the output does.
+  const bool adds = addend && !args.addend && !is_padded && dtype != at::kHalf && args.k > 0 &&
+                    addend->is_contiguous() && is_aligned(addend->const_data_ptr());
+  if (adds) args.addend = address_of(*addend);
   if (args.k == 0) {  // an empty sum
-    if (!args.accumulate) target.zero_();
+    if (!args.addend) target.zero_();
   } else {
     run(args, a);
   }
   if (is_padded) out.view({m, n}).copy_(target.narrow(1, 0, n));
+  if (addend && !adds) out.add_(*addend);
   return out;
 }
 
@@ -111,7 +122,7 @@ void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tens
     return;
   }
   args.out = out.data_ptr();
-  args.accumulate = true;
+  args.addend = args.out;
   run(args, a);
 }
 

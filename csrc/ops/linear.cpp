@@ -79,10 +79,11 @@ at::Tensor matrix_in(const at::Tensor& t, at::ScalarType dtype) {
 
 // One of the three products out (size) = a . b^T; added to sum, where there is one, and then without elements.
 at::Tensor multiply(Gemm which, const Codes& a, const Codes& b, at::IntArrayRef size, at::ScalarType dtype,
-                    const Gemms& fast_accum, const OptionalTensor& bias, const OptionalTensor& sum) {
+                    const Gemms& fast_accum, const OptionalTensor& bias, const OptionalTensor& sum,
+                    const OptionalTensor& addend = {}) {
   constexpr const char* kNames[] = {"torch_fp8::fprop", "torch_fp8::dgrad", "torch_fp8::wgrad"};
   RECORD_FUNCTION(kNames[which], std::vector<c10::IValue>());
-  if (!sum) return gemm(a.q, b.q, a.scale_inv, b.scale_inv, bias, size, dtype, fast_accum[which]);
+  if (!sum) return gemm(a.q, b.q, a.scale_inv, b.scale_inv, bias, size, dtype, fast_accum[which], addend);
   gemm_accumulate_(*sum, a.q, b.q, a.scale_inv, b.scale_inv, fast_accum[which]);
   return {};
 }
@@ -128,6 +129,19 @@ void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTe
                    "; cast one of them");
 }
 
+void check_residual(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& weight,
+                    c10::optional<at::ScalarType> autocast) {
+  auto size = x.sym_sizes().vec();
+  size.back() = weight.sym_size(0);
+  const at::ScalarType dtype = autocast.value_or(x.scalar_type());
+  TORCH_CHECK_TYPE(residual.scalar_type() == dtype, "torch_fp8: the residual is ", residual.scalar_type(),
+                   " but the output is ", dtype, "; cast it");
+  TORCH_CHECK(residual.sym_sizes() == c10::SymIntArrayRef(size),
+              "torch_fp8: the residual must have the output's shape ", c10::SymIntArrayRef(size), ", got ",
+              residual.sym_sizes());
+  check_same_device(weight, "the weight", residual, "the residual");
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> cast(const at::Tensor& t, const at::Tensor& slots, int64_t role,
                                                     at::IntArrayRef casts, int64_t history, bool training, bool record,
                                                     bool rowwise, bool columnwise) {
@@ -143,7 +157,7 @@ ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const 
                            const at::Tensor& slots, at::TensorList x_codes, at::TensorList weight_codes,
                            at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
                            bool record, bool grad_x, bool grad_weight, bool gathered,
-                           c10::optional<at::ScalarType> autocast) {
+                           c10::optional<at::ScalarType> autocast, const OptionalTensor& residual) {
   const bool x_t = grad_weight && fp8[kWgrad], weight_t = grad_x && fp8[kDgrad] && !gathered;
   const NoAutocast no_autocast;
   const at::ScalarType dtype = autocast.value_or(x.scalar_type());
@@ -172,9 +186,10 @@ ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const 
   if (fp8[kFprop]) {
     std::vector<int64_t> size = x.sizes().vec();
     size.back() = weight.size(0);
-    y = multiply(kFprop, xq, wq, size, dtype, fast_accum, y_bias, {});
+    y = multiply(kFprop, xq, wq, size, dtype, fast_accum, y_bias, {}, residual);
   } else {
     y = at::linear(x.to(dtype), weight.to(dtype), y_bias);
+    if (residual) y.add_(*residual);
   }
   const auto made = [&](const at::Tensor& t, at::TensorList given, bool wanted) {
     return wanted && given.empty() ? t : at::Tensor();
@@ -187,14 +202,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
     at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
     Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
-    c10::optional<at::ScalarType> autocast) {
+    c10::optional<at::ScalarType> autocast, const OptionalTensor& residual) {
   check_recipe(casts, fp8);
   check_layer(x, weight, bias, slots, autocast);
+  if (residual) check_residual(*residual, x, weight, autocast);
   check_given(x_codes, "x_codes", x, fp8[kFprop], grad_weight && fp8[kWgrad]);
   check_given(weight_codes, "weight_codes", weight, fp8[kFprop], grad_x && fp8[kDgrad] && !gathered);
   auto [y, x_t, x_scale_inv, weight_t, weight_scale_inv] =
       forward_only(x, weight, bias, slots, x_codes, weight_codes, casts, history, fp8, fast_accum, training, record,
-                   grad_x, grad_weight, gathered, autocast);
+                   grad_x, grad_weight, gathered, autocast, residual);
   return {y, filled(x_t, x), filled(x_scale_inv, x), filled(weight_t, x), filled(weight_scale_inv, x)};
 }
 
@@ -307,10 +323,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& slots,
     at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
     Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
-    c10::optional<at::ScalarType> autocast) {
+    c10::optional<at::ScalarType> autocast, const OptionalTensor& residual) {
   if (GemmRecord::is_open()) {
     return linear_forward(x, weight, bias, slots, x_codes, weight_codes, casts, history, fp8, fast_accum, training,
-                          record, grad_x, grad_weight, gathered, autocast);
+                          record, grad_x, grad_weight, gathered, autocast, residual);
   }
   const bool x_t = grad_weight && fp8[kWgrad], weight_t = grad_x && fp8[kDgrad] && !gathered;
   TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2,

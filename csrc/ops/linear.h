@@ -20,6 +20,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cast_meta(const at::Tensor& t, co
 // What a layer asks of its tensors, before anything is read or changed.
 void check_layer(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                  const at::Tensor& slots, c10::optional<at::ScalarType> autocast);
+void check_residual(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& weight,
+                    c10::optional<at::ScalarType> autocast);
 
 // The ops without the checks of arguments that linear() has made already, and with undefined tensors for what nobody
 // asked for: what plain tensors come to in eager mode, where the host's time decides.
@@ -29,7 +31,7 @@ ForwardResult forward_only(const at::Tensor& x, const at::Tensor& weight, const 
                            const at::Tensor& slots, at::TensorList x_codes, at::TensorList weight_codes,
                            at::IntArrayRef casts, int64_t history, Gemms fp8, Gemms fast_accum, bool training,
                            bool record, bool grad_x, bool grad_weight, bool gathered,
-                           c10::optional<at::ScalarType> autocast);
+                           c10::optional<at::ScalarType> autocast, const c10::optional<at::Tensor>& residual);
 BackwardResult backward_only(const at::Tensor& dy, at::TensorList dy_codes, const c10::optional<at::Tensor>& x_t,
                              const c10::optional<at::Tensor>& x_scale_inv, const c10::optional<at::Tensor>& weight_t,
                              const c10::optional<at::Tensor>& weight_scale_inv, const c10::optional<at::Tensor>& x,
@@ -45,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const at::Tensor& slots,
     at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
     Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
-    c10::optional<at::ScalarType> autocast);
+    c10::optional<at::ScalarType> autocast, const c10::optional<at::Tensor>& residual);
 
 // -> dx, dweight, dbias; 0 elements where nobody asked for it, or it was added to main_grad or dx_sum.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
@@ -63,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_fo
     const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const at::Tensor& slots,
     at::TensorList x_codes, at::TensorList weight_codes, at::IntArrayRef casts, int64_t history, Gemms fp8,
     Gemms fast_accum, bool training, bool record, bool grad_x, bool grad_weight, bool gathered,
-    c10::optional<at::ScalarType> autocast);
+    c10::optional<at::ScalarType> autocast, const c10::optional<at::Tensor>& residual);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_meta(
     const at::Tensor& dy, at::TensorList dy_codes, const c10::optional<at::Tensor>& x_t,
     const c10::optional<at::Tensor>& x_scale_inv, const c10::optional<at::Tensor>& weight_t,
@@ -79,17 +81,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor&
                                                                const c10::optional<at::Tensor>& up, int64_t activation,
                                                                const at::Tensor& slots, int64_t role,
                                                                at::IntArrayRef casts, int64_t history, bool training,
-                                                               bool record, bool rowwise, bool columnwise);
+                                                               bool record, bool rowwise, bool columnwise,
+                                                               const c10::optional<at::Tensor>& alphas, double beta);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(
     const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation, const at::Tensor& slots,
-    int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast(
-    const at::Tensor& dy, const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation,
-    const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots, int64_t role, at::IntArrayRef casts,
-    at::IntArrayRef histories, bool training, bool record);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> activation_backward_cast_meta(
-    const at::Tensor& dy, const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation,
-    const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots, int64_t role, at::IntArrayRef casts,
-    at::IntArrayRef histories, bool training, bool record);
+    int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise,
+    const c10::optional<at::Tensor>& alphas, double beta);
+using GradientCasts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                                 at::Tensor, at::Tensor>;
+GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate,
+                                       const c10::optional<at::Tensor>& up, int64_t activation,
+                                       const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
+                                       int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
+                                       bool record, c10::optional<at::ScalarType> dbias,
+                                       const c10::optional<at::Tensor>& alphas, double beta);
+GradientCasts activation_backward_cast_meta(const at::Tensor& dy, const at::Tensor& gate,
+                                            const c10::optional<at::Tensor>& up, int64_t activation,
+                                            const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
+                                            int64_t role, at::IntArrayRef casts, at::IntArrayRef histories,
+                                            bool training, bool record, c10::optional<at::ScalarType> dbias,
+                                            const c10::optional<at::Tensor>& alphas, double beta);
 
 }  // namespace torch_fp8

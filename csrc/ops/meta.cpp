@@ -27,9 +27,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_meta(const a
 
 at::Tensor gemm_meta(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv,
                      const at::Tensor& b_scale_inv, const c10::optional<at::Tensor>& bias, c10::SymIntArrayRef size,
-                     at::ScalarType dtype, bool fast_accum) {
+                     at::ScalarType dtype, bool fast_accum, const c10::optional<at::Tensor>& addend) {
   if (GemmRecord::is_open()) {
-    return gemm(a, b, a_scale_inv, b_scale_inv, bias, C10_AS_INTARRAYREF_SLOW(size), dtype, fast_accum);
+    return gemm(a, b, a_scale_inv, b_scale_inv, bias, C10_AS_INTARRAYREF_SLOW(size), dtype, fast_accum, addend);
   }
   return at::empty_symint(size, a.options().dtype(dtype));
 }

@@ -7,6 +7,7 @@
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "ops/cast_plan.h"
 #include "ops/producers.h"
 #include "torch_fp8/ops.h"
 
@@ -102,15 +103,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   }
   QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
   options.rowwise = rowwise, options.columnwise = columnwise;
-  Made made = prepare(x_2d, *slots, cast, role, options);
-  if (made.own.defined()) {
-    run(amax_only(made)), scale_by_own(made);
+  CastPlan plan = plan_cast(x_2d, *slots, role, cast.format, options);
+  if (is_own(plan)) {
+    run(amax_only(plan)), scale_by_own(plan);
     // All but the codes is made: the second pass makes them of what the first has added up.
-    if (residual) made.args.x = torch_fp8::matrix_of(sum.view({x_2d.size(0), x_2d.size(1)}));
+    if (residual) plan.steps.cast.x = torch_fp8::matrix_of(sum.view(x_2d.sizes()));
     args.residual = {}, args.sum = args.y = nullptr;
   }
-  run(made.args);
-  const auto [q, q_t, scale_inv] = tensors(made);
+  run(plan.steps.cast);
+  const auto [q, q_t, scale_inv] = codes_of(plan);
   return {y, sum, q, q_t, scale_inv, stats};
 }
 
@@ -146,12 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(const at::Tensor& d
   }
   const at::ScalarType dtype = gain ? gain->scalar_type() : x.scalar_type();
   const auto added = [&](const at::Tensor& of_parts, bool wanted) {
-    const at::Tensor out = at::empty({wanted ? cols : 0}, x.options().dtype(dtype));
-    if (out.numel()) {
-      kernels_of(x).add_column_sums({static_cast<const float*>(of_parts.const_data_ptr()), of_parts.size(0), cols, cols,
-                                     out.data_ptr(), type_of(dtype, "gain")});
-    }
-    return out;
+    return wanted ? sum_columns(of_parts, cols, dtype) : at::empty({0}, x.options().dtype(dtype));
   };
   return {dx, added(dgain_parts, wants_dgain), added(dbias_parts, wants_dbias)};
 }

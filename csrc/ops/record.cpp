@@ -15,7 +15,7 @@ bool GemmRecord::is_open() { return innermost != nullptr; }
 void GemmRecord::run(const Kernels& kernels, const GemmArgs& args) {
   if (innermost) {
     innermost->problems_.push_back({args.m, args.n, args.k, args.a_format, args.b_format, args.out_type,
-                                    args.bias != nullptr, args.accumulate, args.fast_accum, args.scales});
+                                    args.bias != nullptr, args.addend != nullptr, args.fast_accum, args.scales});
   }
   kernels.gemm(args);
 }

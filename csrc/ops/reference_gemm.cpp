@@ -31,7 +31,7 @@ void reference_gemm(const GemmArgs& args, c10::Device device) {
     product.mul_(at::where(is_beyond, a_scale, both)).mul_(at::where(is_beyond, b_scale, 1.0f));
   }
   if (args.bias) product.add_(tensor(args.bias, {args.n}, out.scalar_type()));
-  if (args.accumulate) product.add_(out);
+  if (args.addend) product.add_(tensor(args.addend, {args.m, args.n}, out.scalar_type()));
   out.copy_(product);
 }
 

@@ -26,6 +26,7 @@ struct LinearOptions {
   bool fast_fprop = true, fast_dgrad = false, fast_wgrad = false;
   bool fp8_fprop = true, fp8_dgrad = true, fp8_wgrad = true;  // which GEMMs run in FP8; the others in 16 bits
 
+  bool operator==(const LinearOptions&) const = default;
   Cast cast(int role) const;
   std::array<bool, 3> fp8_gemms() const { return {fp8_fprop, fp8_dgrad, fp8_wgrad}; }
   std::array<bool, 3> fast_accum() const { return {fast_fprop, fast_dgrad, fast_wgrad}; }

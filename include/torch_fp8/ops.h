@@ -50,10 +50,11 @@ std::pair<Quantized, Quantized> quantize_both(const ToQuantize& first, const ToQ
 std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::Tensor& slots, int64_t role,
                                                 at::ScalarType dtype, const QuantizeOptions& options);
 
-// out (size) = a . b^T * a_scale_inv * b_scale_inv [+ bias]; a (>= M, k), b (>= pad16(N), k) with M the product
-// of size but its last entry and N the last.
+// out (size) = a . b^T * a_scale_inv * b_scale_inv [+ bias] [+ addend]; a (>= M, k), b (>= pad16(N), k) with M the
+// product of size but its last entry and N the last; addend of out's shape and dtype.
 at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_scale_inv, const at::Tensor& b_scale_inv,
-                const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum);
+                const c10::optional<at::Tensor>& bias, at::IntArrayRef size, at::ScalarType dtype, bool fast_accum,
+                const c10::optional<at::Tensor>& addend = c10::nullopt);
 
 // RMSNorm, or with layer_norm LayerNorm, of x (..., K) or of x + residual, in float32: norm * (gain + gain_offset) +
 // bias -> y, the sum, q, q_t, scale_inv, stats. Codes are those of slots[role], cast as casts[role] (Cast::packed)

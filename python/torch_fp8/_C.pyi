@@ -85,6 +85,25 @@ def linear(
     dummy_grad: bool = False,
     place: Place = ...,
 ) -> Tensor: ...
+
+class LinearLayer:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        slots: Tensor,
+        options: LinearOptions,
+        memo: LayerMemo,
+        training: bool,
+        main_grad: Tensor | None,
+        dummy_grad: bool,
+        place: Place,
+        /,
+    ) -> None: ...
+
+def mlp(
+    x: Tensor, residual: Tensor | None, gate: LinearLayer, up: LinearLayer | None, down: LinearLayer, activation: str
+) -> Tensor: ...
 def frozen_linear(
     x: Tensor,
     weight: Tensor,

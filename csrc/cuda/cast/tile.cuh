@@ -12,12 +12,10 @@
 
 namespace torch_fp8::cuda {
 
-constexpr int kTile = 128;                                              // rows and columns of a tile
 constexpr int kPatchRows = 4;                                           // of a thread's patch
 constexpr int kAcross = kTile / kPackSize, kDown = kTile / kPatchRows;  // patches of a tile
 constexpr int kThreads = kAcross * kDown;
 constexpr int kWarps = kThreads / 32;
-static_assert(kTile == kBiasRows, "a tile makes one row of column sums");
 static_assert(kTile % kAlignment == 0 && kAlignment % kPackSize == 0 && kAlignment % kPatchRows == 0,
               "padding leaves no tile and cuts no patch");
 
@@ -145,24 +143,42 @@ __device__ inline void store_sums(const WarpSums& warp_sums, const Tile& tile, f
   column_sums[tile.row / kBiasRows * padded_cols + col] = sum;
 }
 
-// A thread's patch as codes, and the largest magnitude that it held.
-struct Patch {
+// A thread's patch as codes, the largest magnitude that it held and, where they are asked for, the sums of its columns.
+struct NoSums {};
+struct Sums {
+  float sums[kPackSize] = {};
+};
+template <bool kSums = false>
+struct Patch : std::conditional_t<kSums, Sums, NoSums> {
   uint2 codes[kPatchRows];
   uint32_t seen = 0;
 };
 
-template <Format kFormat>
-__device__ __forceinline__ void encode_row(Patch& patch, int i, const float (&x)[kPackSize], float scale) {
+template <Format kFormat, bool kSums>
+__device__ __forceinline__ void encode_row(Patch<kSums>& patch, int i, const float (&x)[kPackSize], float scale) {
 #pragma unroll
-  for (int j = 0; j < kPackSize; ++j) patch.seen = max(patch.seen, raw_magnitude(x[j]));
+  for (int j = 0; j < kPackSize; ++j) {
+    if constexpr (kSums) patch.sums[j] += x[j];
+    patch.seen = max(patch.seen, raw_magnitude(x[j]));
+  }
   patch.codes[i] = encode8<kFormat>(x, scale);
 }
 
+// What a block has in shared memory once, however many tiles it stores one after the other.
+__device__ inline Columns& shared_columns() {
+  __shared__ alignas(16) Columns columns;
+  return columns;
+}
+__device__ inline WarpSums& shared_sums() {
+  __shared__ alignas(16) WarpSums sums;
+  return sums;
+}
+
 // Out of the registers: codes, their transpose, maxima (in of_warp at the end) and column sums of a tile. args.x says
-// no more than the size; source.at(row, col) is what was encoded.
+// no more than the size; source.at(row, col) is what was encoded. Before a block stores its next tile it synchronises.
 template <bool kTransposed, bool kSums, class Source>
-__device__ __forceinline__ void store_tile(const Patch& patch, float (&sums)[kPackSize], const Source& source,
-                                           const QuantizeArgs& args, const Tile& tile, uint32_t (&of_warp)[kWarps]) {
+__device__ __forceinline__ void store_tile(Patch<kSums>& patch, const Source& source, const QuantizeArgs& args,
+                                           const Tile& tile, uint32_t (&of_warp)[kWarps]) {
   const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
   // Padded sizes are multiples of the patch: it lies inside of q or outside.
@@ -172,34 +188,30 @@ __device__ __forceinline__ void store_tile(const Patch& patch, float (&sums)[kPa
     for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(place + i * padded_cols) = patch.codes[i];
   }
   stage_max(of_warp, patch.seen);
-  __shared__ alignas(16) Columns columns;
-  if constexpr (kTransposed) stage_transposed(columns, patch.codes, tile);
+  if constexpr (kTransposed) stage_transposed(shared_columns(), patch.codes, tile);
   if (patch.seen >= kInfinity) [[unlikely]]
-    mark_patch(source, args, tile, kTransposed ? &columns : nullptr);
-  __shared__ alignas(16) WarpSums warp_sums;
-  if constexpr (kSums) stage_sums(warp_sums, sums, tile);
+    mark_patch(source, args, tile, kTransposed ? &shared_columns() : nullptr);
+  if constexpr (kSums) stage_sums(shared_sums(), patch.sums, tile);
   __syncthreads();
-  if (kTransposed && args.q_t) store_transposed(columns, tile, args.q_t, padded_rows, padded_cols);
-  if constexpr (kSums) store_sums(warp_sums, tile, args.column_sums, padded_cols);
+  if constexpr (kTransposed) {
+    if (args.q_t) store_transposed(shared_columns(), tile, args.q_t, padded_rows, padded_cols);
+  }
+  if constexpr (kSums) store_sums(shared_sums(), tile, args.column_sums, padded_cols);
 }
 
 // A tile of what the source has loaded.
 template <Format kFormat, bool kTransposed, bool kSums, class Source>
 __device__ __forceinline__ void cast_loaded(const Source& source, const QuantizeArgs& args, const Tile& tile,
                                             float scale, uint32_t (&of_warp)[kWarps]) {
-  Patch patch;
-  float sums[kPackSize] = {};
+  Patch<kSums> patch;
 #pragma unroll
   for (int i = 0; i < kPatchRows; ++i) {
     float x[kPackSize];
 #pragma unroll
-    for (int j = 0; j < kPackSize; ++j) {
-      x[j] = source.value(i, j);
-      if constexpr (kSums) sums[j] += x[j];
-    }
+    for (int j = 0; j < kPackSize; ++j) x[j] = source.value(i, j);
     encode_row<kFormat>(patch, i, x, scale);
   }
-  store_tile<kTransposed, kSums>(patch, sums, source, args, tile, of_warp);
+  store_tile<kTransposed>(patch, source, args, tile, of_warp);
 }
 
 template <class T, Format kFormat, bool kTransposed, bool kSums>

@@ -68,10 +68,12 @@ Problem problem_of(const GemmArgs& args) {
   problem.m = args.m, problem.n = args.n, problem.k = args.k;
   problem.a_alignment = alignment_of(args.a);
   problem.b_alignment = alignment_of(args.b);
-  problem.out_alignment = std::min(alignment_of(args.out), args.bias ? alignment_of(args.bias) : kFullAlignment);
+  const auto alignment_if = [](const void* pointer) { return pointer ? alignment_of(pointer) : kFullAlignment; };
+  problem.out_alignment = std::min({alignment_of(args.out), alignment_if(args.bias), alignment_if(args.addend)});
   problem.device = static_cast<uint16_t>(c10::cuda::current_device());
   problem.a_format = args.a_format, problem.b_format = args.b_format, problem.out_type = args.out_type;
-  problem.bias = args.bias != nullptr, problem.accumulate = args.accumulate, problem.fast_accum = args.fast_accum;
+  problem.bias = args.bias != nullptr, problem.accumulate = args.addend != nullptr,
+  problem.fast_accum = args.fast_accum;
   problem.scales = args.scales;
   return problem;
 }
@@ -157,7 +159,7 @@ void Plan::check_algorithm(const Algorithm& algorithm) const {
 
 void Plan::run(const GemmArgs& args, const Algorithm& algorithm) {
   set_pointers(args);
-  const float alpha = 1.0f, beta = args.accumulate ? 1.0f : 0.0f;
+  const float alpha = 1.0f, beta = args.addend ? 1.0f : 0.0f;
   // Fresh from the caching allocator: right on any stream, and in a graph's own pool under capture.
   at::Tensor workspace;
   if (algorithm.workspace_bytes > 0) {
@@ -165,7 +167,7 @@ void Plan::run(const GemmArgs& args, const Algorithm& algorithm) {
                           at::TensorOptions().dtype(at::kByte).device(at::kCUDA));
   }
   check(cublasLtMatmul(at::cuda::getCurrentCUDABlasLtHandle(), desc_.get(), &alpha, args.b, b_.get(), args.a, a_.get(),
-                       &beta, args.out, out_.get(), args.out, out_.get(), &algorithm.algo,
+                       &beta, args.addend ? args.addend : args.out, out_.get(), args.out, out_.get(), &algorithm.algo,
                        workspace.defined() ? workspace.data_ptr() : nullptr, algorithm.workspace_bytes,
                        c10::cuda::getCurrentCUDAStream()),
         "cublasLtMatmul");

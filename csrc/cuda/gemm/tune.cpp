@@ -45,7 +45,7 @@ GemmArgs args_of(const GemmProblem& p) {
   args.a_scale_inv = args.b_scale_inv = reinterpret_cast<const float*>(somewhere);
   args.bias = p.bias ? somewhere : nullptr;
   args.out = somewhere;
-  args.accumulate = p.accumulate;
+  if (p.accumulate) args.addend = args.out;
   args.fast_accum = p.fast_accum;
   args.scales = p.scales;
   return args;

@@ -25,6 +25,8 @@ from .shard import DTYPES, Entry, Item
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .names import Names
+
 EXTRA = "fp8_extra"  # attribute of a loaded model: the tensors that it has no place for, {name: Entry}
 SOURCE = "fp8_source"  # attribute of a loaded model: the folder it came from
 
@@ -54,8 +56,7 @@ class Plan:
         from .stored import untie
 
         self.names = Names(self.model, entries)
-        for name, targets in self.names.targets.items():
-            self._check(entries[name], [self.names.state[target] for target in targets if target in self.names.state])
+        check_dtypes(self.names)
         scales = freeze_as_stored(self.model, self.names, found, self.path / CONFIG, activations)
         untie(self.model)
         state = self.model.state_dict()
@@ -117,12 +118,18 @@ class Plan:
             return CheckpointError(sources[0].path, f"{sources[0].name} {what}")
         return CheckpointError(self.path, f"{target} {what}")
 
-    def _check(self, entry: Entry, places: list[Tensor]) -> None:
-        """Numbers go where numbers are, FP8 where ``freeze_as_stored`` finds linear layers for it, and no codes of
-        another kind anywhere."""
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64, E4M3)
-        for place in places:
-            if place.dtype.is_floating_point != (entry.dtype in floats):
+
+#: What a file may hold as values.
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtypes(names: Names) -> None:
+    """Numbers go where numbers are, FP8 where ``freeze_as_stored`` finds linear layers for it, and no codes of another
+    kind anywhere."""
+    for name, targets in names.targets.items():
+        entry = names.entries[name]
+        for place in [names.state[target] for target in targets if target in names.state]:
+            if place.dtype.is_floating_point != (entry.dtype in (*VALUES, E4M3)):
                 raise CheckpointError(entry.path, f"{entry.name} is {entry.dtype}, expected {place.dtype} or the like")
 
 

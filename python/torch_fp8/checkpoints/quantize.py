@@ -68,7 +68,10 @@ def quantize_checkpoint(
     mixtures = {name: layers.pop(name) for name in list(layers) if is_experts(layers[name])}
     for name, layer in layers.items():
         if not isinstance(layer, nn.Linear):
-            raise ValueError(f"torch_fp8: {name} is a Conv1D, whose transposed weight no FP8 format holds")
+            raise ValueError(
+                f"torch_fp8: {name} is a Conv1D, whose transposed weight no FP8 format "
+                "holds; keep the 16-bit checkpoint, and torch_fp8.freeze the model that is loaded from it"
+            )
         if f"{name}.weight" not in plan.names.sources:
             raise CheckpointError(opened.path, f"has no tensor {name}.weight of its own: it is tied to another")
     of_experts = as_matrices(model, plan.names, mixtures, lambda names: file_names(model, names))

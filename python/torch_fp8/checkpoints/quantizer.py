@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from ..swap.select import Filter, check_device
 from ..swap.weights import quantize_matrices, quantize_weight
 from . import experts, scheme, tables
 from .errors import CheckpointError
-from .load import check_readable
+from .load import VALUES, check_dtypes, check_readable
 from .names import Names, taken_apart, with_scales, written_names
 from .reader import Reader
 from .save import as_is, ignored_names, in_files, state_to_write
@@ -80,8 +80,9 @@ class Quantizer(Reader):
             module._is_hf_initialized = True  # type: ignore[assignment]
 
     def _make_empty(self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None) -> None:
-        config = self.quantization_config
+        config, files = self.quantization_config, [Path(file) for file in checkpoint_files or ()]
         if not self.pre_quantized:
+            check_values(file for file in files if file.suffix == ".safetensors")
             layers = layers_to_freeze(model, config.filter)
             tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
             if shared := sorted(tied & layers.keys()):
@@ -93,11 +94,12 @@ class Quantizer(Reader):
                 empty = experts.freeze_empty if is_experts(layer) else freeze_empty
                 empty(layer, config.activations, config.weight)
             return
-        files = [Path(file) for file in checkpoint_files or ()]
         if not files or not all(file.suffix == ".safetensors" for file in files):
             raise ValueError("torch_fp8: an FP8 model is read from a folder of safetensors files")
         entries = {name: entry for file in files for name, entry in read_header(file).items()}
-        experts.freeze_as_stored(model, Names(model, entries), config.scheme, files[0].with_name("config.json"))
+        names = Names(model, entries)
+        check_dtypes(names)
+        experts.freeze_as_stored(model, names, config.scheme, files[0].with_name("config.json"))
         untie(model)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -114,13 +116,11 @@ class Quantizer(Reader):
         return super().update_weight_conversions(conversions, model) if self.pre_quantized else with_scales(conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        weights = {f"{name}.weight": layer.get_buffer("weight") for name, layer in frozen_layers(model).items()}
-        for name, module in frozen_experts(model).items():
-            weights |= {f"{name}.{projection}": getattr(module, projection) for projection in module.projections()}
-        for name, weight in weights.items():
-            if not getattr(weight, "_is_hf_initialized", False):
-                raise CheckpointError(model.config.name_or_path, f"has no tensor {name}")
-            check_device(weight.device)
+        for name, module in [*frozen_layers(model).items(), *frozen_experts(model).items()]:
+            for key, tensor in module.named_buffers(recurse=False):
+                if not getattr(tensor, "_is_hf_initialized", False):
+                    raise CheckpointError(model.config.name_or_path, f"has no tensor {name}.{key}")
+                check_device(tensor.device)
         declare(model)
         # Frozen layers look after themselves: half(), Trainer, and forwards that take another way for quantised models,
         # need not.
@@ -174,7 +174,7 @@ class Quantize(ConversionOps):
                 continue
             tensor = tensor.t() if hasattr(layer, "nf") else tensor
             expected = layer.get_buffer("weight").shape
-            if tensor.shape != expected or not tensor.is_floating_point():
+            if tensor.shape != expected or tensor.dtype not in VALUES:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {list(expected)}")
             check_weight(path, tensor)
             result[name], result[f"{path}.weight_scale"] = quantize_weight(tensor, layer.granularity)
@@ -188,13 +188,25 @@ def _quantized_stack(name: str, module: FrozenExperts, tensor: Tensor) -> dict[s
     path, _, key = name.rpartition(".")
     projection, layout = key.removesuffix("_bias"), module.layout
     rows = tensor.transpose(1, 2) if layout.is_transposed and key == projection else tensor
-    if rows.shape != getattr(module, key).shape or not tensor.is_floating_point():
+    if rows.shape != getattr(module, key).shape or tensor.dtype not in VALUES:
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, which is not what the config says")
     if key != projection:
         return {name: layout.separated(rows, projection, dim=1)}
     check_weight(name, tensor)
     codes, scale = quantize_matrices(rows, layout, projection, module.granularity)
     return {name: codes, f"{path}.{projection}_scale": scale}
+
+
+def check_values(files: Iterable[Path]) -> None:
+    """Raise CheckpointError for a matrix that is no values to quantise: transformers would cast codes to 16 bits."""
+    for file in files:
+        for name, entry in read_header(file).items():
+            is_weight = len(entry.shape) > 1 and (entry.dtype.is_floating_point or name.endswith(".weight"))
+            if is_weight and entry.dtype not in VALUES:
+                raise CheckpointError(
+                    file, f"{name} is {entry.dtype}, which holds no values to quantise; load an FP8 checkpoint with "
+                    "torch_fp8.load_pretrained"
+                )  # fmt: skip
 
 
 def thaw(layer: FrozenLinear, dtype: torch.dtype | None) -> None:

@@ -83,7 +83,10 @@ def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     for name, layer in layers.items():
         if hasattr(layer, "nf"):
-            raise ValueError(f"torch_fp8: {name} was a Conv1D, whose transposed weight no FP8 format holds")
+            raise ValueError(
+                f"torch_fp8: {name} was a Conv1D, whose transposed weight no FP8 format "
+                "holds; keep the 16-bit checkpoint, and torch_fp8.freeze the model that is loaded from it"
+            )
         check_sizes(format, weight, name, layer.out_features, layer.in_features)
         scale, slot = state.pop(f"{name}.weight_scale"), state.pop(f"{name}.input_slot", None)
         dtype = scale_dtype(format, dtype_of(model), [scale] if slot is None else [scale, slot[0, :1]])

@@ -59,13 +59,20 @@ class FrozenState(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        # A copy would cast what is not FP8, unscaled and without saturation.
+        # A copy would cast what is not FP8, unscaled and without saturation; and codes whose scales do not fit must not
+        # take the place of those whose scales stay.
         for name, dtype in self.fp8_state().items():
-            value = state_dict.get(prefix + name)
+            value, own = state_dict.get(prefix + name), self._buffers.get(name)
             if isinstance(value, Tensor) and value.dtype != dtype:
                 errors.append(
                     f"torch_fp8: {prefix}{name} must be {dtype}, got {value.dtype}; load 16-bit weights before "
                     "torch_fp8.freeze"
+                )
+                return
+            if isinstance(value, Tensor) and own is not None and value.shape != own.shape:
+                errors.append(
+                    f"torch_fp8: size mismatch for {prefix}{name}: expected {list(own.shape)}, got "
+                    f"{list(value.shape)}; freeze the model as the one was that this state is of"
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -85,7 +85,7 @@ class Layer(nn.Module):
         weight = self.matrix
         if is_dtensor(weight):
             return dtensor.linear(self, input)
-        main_grad = self._main_grad() if self.fuse_main_grad else ()
+        main_grad = self.main_grad() if self.fuse_main_grad else ()
         # Compiled autograd hands no tensor that a backward changes to what it traces: there the layer stays eager.
         if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
             return traced.linear(self, input, *main_grad)
@@ -111,7 +111,7 @@ class Layer(nn.Module):
         state.follow(weight)  # it was moved past every method of a module
         return self._linear(input, weight, bias, main_grad, dummy)
 
-    def _main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
+    def main_grad(self) -> tuple[Tensor, bool] | tuple[()]:
         """Where the weight's gradient goes, and whether autograd gets one without meaning; nothing if there is none."""
         weight: Any = self.weight
         if not (weight.requires_grad and torch.is_grad_enabled()):
@@ -156,8 +156,19 @@ class Layer(nn.Module):
             state.memo.set_gathered(True)
             state.gathered = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        weight = state_dict.get(prefix + "weight")
+        if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize == 1:
+            # A copy would take the codes for values.
+            errors.append(
+                f"torch_fp8: {prefix}weight must be 16-bit or float32, got {weight.dtype}, codes of a frozen layer; "
+                "load them into a model that was frozen alike"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         # Other weights came without their scaling state, so the old state says nothing of them; unless
         # torch_fp8.load_state_dict was called first.
         if prefix + "weight" in state_dict and not self.fp8_state.was_loaded:

@@ -13,7 +13,8 @@ def share_input(layers: Sequence[Layer]) -> None:
     """Tell FP8 layers that they read one tensor, so that it is cast once for all of them.
 
     ``convert`` finds q, k, v and gate, up by their names; this is for others. A layer that meets another tensor than
-    its siblings, or one that was changed in between, casts for itself: nothing but time and memory depends on this.
+    its siblings, or one that was changed in between, casts for itself: nothing but time and memory depends on this. A
+    write between two siblings' calls that PyTorch does not count (through ``.data``, or numpy) is not seen.
 
     layers: two or more FP8 layers of one in_features, recipe and device. A layer that is in a group leaves it.
 

@@ -10,6 +10,7 @@ that follow.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,9 @@ from ..state import groups
 if TYPE_CHECKING:
     from ..state import LayerState
     from .linear import Layer
+
+
+Codes = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
 
 
 class Call(NamedTuple):
@@ -41,8 +45,8 @@ class Call(NamedTuple):
     autocast: torch.dtype | None
 
 
-def linear(layer: Layer, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
-    """``layer(x)``, as csrc/autograd.cpp computes it; the same bits, forward and backward."""
+def call_of(layer: Layer, x: Tensor, grad_x: bool) -> Call:
+    """A call of that layer in the step that is being traced, whose input's gradient is wanted or not."""
     weight, bias, state = layer.matrix, layer.bias, layer.fp8_state
     if state.slots.device != weight.device:
         state.follow(weight)
@@ -51,27 +55,33 @@ def linear(layer: Layer, x: Tensor, main_grad: Tensor | None = None, dummy_grad:
     history = 0
     if isinstance(state.recipe, DelayedScaling):  # only there: what is looked up becomes a guard
         history = sum(known << role for role, known in enumerate(state.has_history))
-    call = Call(
+    if grads and layer.training:
+        _note_training()
+    return Call(
         casts=state.casts,
         history=history,
         fp8=state.fp8_gemms,
         fast_accum=state.fast_accum,
         training=layer.training,
         record=grads and layer.training and not isinstance(state.recipe, ConstantScaling),
-        grad_x=grads and x.requires_grad,
+        grad_x=grads and grad_x,
         grad_weight=grads and weight.requires_grad,
         grad_bias=grads and bias is not None and bias.requires_grad,
         gathered=state.gathered,
-        dummy_grad=dummy_grad,
+        dummy_grad=False,
         autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
-    if grads and layer.training:
-        _note_training()
-    codes = _shared_codes(state, x, call)
-    return _Linear.apply(x, weight, bias, state.slots, state.grad_slots, main_grad, *codes, call)
 
 
-def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+def linear(layer: Layer, x: Tensor, main_grad: Tensor | None = None, dummy_grad: bool = False) -> Tensor:
+    """``layer(x)``, as csrc/autograd.cpp computes it; the same bits, forward and backward."""
+    state = layer.fp8_state
+    call = call_of(layer, x, x.requires_grad)._replace(dummy_grad=dummy_grad)
+    codes = shared_codes(state, x, call)
+    return _Linear.apply(x, layer.matrix, layer.bias, state.slots, state.grad_slots, main_grad, *codes, call)
+
+
+def shared_codes(state: LayerState, x: Tensor, call: Call) -> Codes:
     """The codes of x where layers read it together, by the rules of csrc/siblings.h; what the first of them made lies
     on the tensor itself. None where a layer casts for itself."""
     group, nothing = state.group, (None, None, None)
@@ -103,13 +113,13 @@ def _shared_codes(state: LayerState, x: Tensor, call: Call) -> tuple[Tensor, Ten
 
 
 def _version_of_x() -> int:
-    """Runs when a step is traced: the version of _shared_codes' x, which Dynamo knows and the traced code does not. -1
+    """Runs when a step is traced: the version of shared_codes' x, which Dynamo knows and the traced code does not. -1
     where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
     that others may write to it after, and in traces that are not Dynamo's."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         tracer: Any = frame.f_locals.get("self")
-        if getattr(tracer, "f_code", None) is _shared_codes.__code__:
+        if getattr(tracer, "f_code", None) is shared_codes.__code__:
             x = tracer.symbolic_locals["x"].realize()
             if x.source is not None or tracer.output.current_tracer.parent is not None:
                 return -1
@@ -147,39 +157,75 @@ _note_reads_apart._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _version_of_x._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class Kept(NamedTuple):
+    """What the backward of a call needs besides its tensors."""
+
+    slots: Tensor
+    main_grad: Tensor | None
+    call: Call
+    x_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    in_features: int
+    bias_dtype: torch.dtype | None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, given: Codes, call: Call,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """y, and the six tensors that backward needs."""
+    codes = [] if given[0] is None else list(given)
+    y, x_t, x_scale_inv, weight_t, weight_scale_inv = torch.ops.torch_fp8.linear_forward(
+        x, weight, bias, slots, codes, [], call.casts, call.history, call.fp8, call.fast_accum, call.training,
+        call.record, call.grad_x, call.grad_weight, call.gathered, call.autocast, residual,
+    )  # fmt: skip
+    if codes:
+        _, x_t, x_scale_inv = codes
+    x_16 = x if call.grad_weight and not call.fp8[2] else None
+    if x_16 is not None and call.autocast is not None:
+        x_16 = x_16.to(call.autocast)
+    weight_16 = weight if call.grad_x and (call.gathered or not call.fp8[1]) else None
+    return y, [x_t, x_scale_inv, weight_t, weight_scale_inv, x_16, weight_16]
+
+
+def backward(
+    dy: Tensor, dy_codes: list[Tensor], saved: Sequence[Tensor | None], kept: Kept, dx_sum: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, as far as they are wanted and not added to main_grad or dx_sum."""
+    call = kept.call
+    dx, dweight, dbias = torch.ops.torch_fp8.linear_backward(
+        dy, dy_codes, *saved, kept.slots, kept.main_grad, dx_sum, call.casts, call.history, call.fp8,
+        call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight, kept.bias_dtype,
+        kept.in_features, kept.x_dtype, kept.weight_dtype, call.dummy_grad,
+    )  # fmt: skip
+    has_dweight = call.grad_weight and (kept.main_grad is None or call.dummy_grad)
+    return (
+        dx if call.grad_x and dx_sum is None else None,
+        dweight if has_dweight else None,
+        dbias if call.grad_bias else None,
+    )
+
+
+def kept_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grad_slots: Tensor, main_grad: Tensor | None, call: Call
+) -> Kept:
+    bias_dtype = bias.dtype if bias is not None and call.grad_bias else None
+    return Kept(grad_slots, main_grad, call, x.dtype, weight.dtype, weight.shape[1], bias_dtype)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor, grad_slots: Tensor,
         main_grad: Tensor | None, q: Tensor | None, q_t: Tensor | None, scale_inv: Tensor | None, call: Call,
     ) -> Tensor:  # fmt: skip
-        given = [] if q is None else [q, q_t, scale_inv]
-        y, x_t, x_scale_inv, weight_t, weight_scale_inv = torch.ops.torch_fp8.linear_forward(
-            x, weight, bias, slots, given, [], call.casts, call.history, call.fp8, call.fast_accum, call.training,
-            call.record, call.grad_x, call.grad_weight, call.gathered, call.autocast,
-        )  # fmt: skip
-        if given:
-            x_t, x_scale_inv = q_t, scale_inv
-        x_16 = x if call.grad_weight and not call.fp8[2] else None
-        if x_16 is not None and call.autocast is not None:
-            x_16 = x_16.to(call.autocast)
-        weight_16 = weight if call.grad_x and (call.gathered or not call.fp8[1]) else None
-        ctx.save_for_backward(x_t, x_scale_inv, weight_t, weight_scale_inv, x_16, weight_16)
-        ctx.slots, ctx.main_grad, ctx.call = grad_slots, main_grad, call
-        ctx.x_dtype, ctx.weight_dtype, ctx.in_features = x.dtype, weight.dtype, weight.shape[1]
-        ctx.bias_dtype = bias.dtype if bias is not None and call.grad_bias else None
+        codes: Any = (q, q_t, scale_inv)
+        y, saved = forward(x, weight, bias, slots, codes, call)
+        ctx.save_for_backward(*saved)
+        ctx.kept = kept_of(x, weight, bias, grad_slots, main_grad, call)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        dx, dweight, dbias = torch.ops.torch_fp8.linear_backward(
-            dy, [], *ctx.saved_tensors, ctx.slots, ctx.main_grad, None, call.casts, call.history, call.fp8,
-            call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight, ctx.bias_dtype,
-            ctx.in_features, ctx.x_dtype, ctx.weight_dtype, call.dummy_grad,
-        )  # fmt: skip
-        has_dweight = call.grad_weight and (ctx.main_grad is None or call.dummy_grad)
-        return (
-            dx if call.grad_x else None, dweight if has_dweight else None, dbias if call.grad_bias else None,
-            None, None, None, None, None, None, None,
-        )  # fmt: skip
+        gradients = backward(dy, [], ctx.saved_tensors, ctx.kept)
+        return (*gradients, None, None, None, None, None, None, None)

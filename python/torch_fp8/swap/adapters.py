@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..format import E4M3, dequantize
-from ..layers.frozen import FrozenLinear
+from ..layers.frozen import FrozenLinear, FrozenState
 from .freeze import after_freeze, quantize_weight
 
 #: The families of ``peft.tuners`` that use of a base layer what it computes, and not its weight.
@@ -33,7 +33,12 @@ class _OverCodes(_TunerLayer):
     before anything was merged, so that unmerging gives them back to the bit."""
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        config = kwargs.get("config")
+        config: Any = kwargs.get("config")
+        if getattr(config, "bias", "none") != "none" and self.get_base_layer().bias is not None:
+            raise ValueError(
+                f"torch_fp8: bias={config.bias!r} trains the base's bias, which in a FrozenLinear is no parameter; use "
+                'bias="none", or keep the layers in 16 bits, by the filter of torch_fp8.freeze'
+            )
         start = getattr(config, "init_lora_weights", True)
         if getattr(config, "use_dora", False) or (isinstance(start, str) and start not in ("gaussian", "eva")):
             what = "use_dora=True" if getattr(config, "use_dora", False) else f"init_lora_weights={start!r}"
@@ -63,6 +68,8 @@ class _OverCodes(_TunerLayer):
         if "_unmerged" in self.__dict__:
             weight, scale = (tensor.to(layer.weight.device) for tensor in self.__dict__.pop("_unmerged"))
             _set(layer, weight.view(E4M3), scale)
+        elif layer.weight.dtype != E4M3:  # the base was frozen while adapters were merged into it
+            _set(layer, *_quantized(layer))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, protocol)
@@ -104,6 +111,8 @@ def _family(layer_class: type) -> str | None:
 
 
 def _watch(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if name == "original_module" and child is not None and type(module).__module__.startswith("peft."):
+        _check_trainable(child)
     if name != "base_layer" or not isinstance(child, FrozenLinear) or isinstance(module, _OverCodes):
         return
     family = _family(type(module))
@@ -115,6 +124,16 @@ def _watch(module: nn.Module, name: str, child: nn.Module | None) -> None:
             f"with the base's weight, which is in FP8; {_MEND}"
         )
     module.__class__ = _over_codes(type(module))
+
+
+def _check_trainable(module: nn.Module) -> None:
+    """``modules_to_save`` of peft: copies of modules, which are trained whole."""
+    if any(isinstance(part, FrozenState) for part in module.modules()):
+        raise TypeError(
+            f"torch_fp8: modules_to_save names a {type(module).__name__} whose weight is frozen in FP8, so its copy "
+            "would never be trained; leave it out of modules_to_save and give it an adapter by target_modules, or keep "
+            "it in 16 bits, by the filter of torch_fp8.freeze"
+        )
 
 
 def _watch_all(model: nn.Module) -> None:

@@ -69,7 +69,18 @@ def why_not_frozen(module: nn.Module, types: Sequence[type[nn.Module]] = ()) -> 
         )
     if is_dtensor(module.weight):
         return "its weight is a DTensor; freeze the whole model before it is sharded"
+    if not _can_become(type(module), FrozenLinear):
+        return f"Python cannot make a FrozenLinear of a {type(module).__name__}, which has __slots__ or the like"
     return _why_not_forward(module, types) or _why_not_weight(module)
+
+
+def _can_become(cls: type, other: type) -> bool:
+    """Whether an object's class can be exchanged: Python asks for one layout in memory."""
+    try:
+        object.__setattr__(object.__new__(cls), "__class__", other)
+    except TypeError:
+        return False
+    return True
 
 
 def _why_not_forward(module: nn.Module, types: Sequence[type[nn.Module]]) -> str:

@@ -1,0 +1,81 @@
+// One call of an FP8 linear layer: what is constant in it, which codes are there already, and what its backward needs.
+// The autograd functions of a layer (autograd.cpp) and of an MLP (mlp.cpp) are made of it. It has no rules:
+// linear_forward and linear_backward have them.
+#pragma once
+
+#include <string>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "memo.h"
+#include "ops/linear.h"
+#include "torch_fp8/mlp.h"
+
+namespace torch_fp8 {
+
+// The ops go through the dispatcher, below autograd: tracing and fake tensors see them, and eager mode does not pay for
+// bookkeeping that the functions over them replace.
+template <class Schema>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
+// What backward needs of one call besides tensors: as text, which compiled autograd can carry.
+struct Numbers {
+  std::array<int64_t, kRoles> casts;
+  int64_t history = 0, memo = 0, in_features = 0;
+  Gemms fp8, fast_accum;
+  bool training = false, record = false, dummy_grad = false, has_bias = false;
+  at::ScalarType x_dtype, weight_dtype, bias_dtype;
+};
+static_assert(std::is_trivially_copyable_v<Numbers>);
+
+struct Call : Numbers {
+  // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
+  // scales that the saved codes need travel with those.
+  at::Tensor slots, main_grad;
+  int64_t sum = 0;  // in which the layers that share their input add up its gradient (siblings.h); 0: none
+  bool gathered, grad_x, grad_weight, grad_bias;
+  c10::optional<at::ScalarType> autocast;
+  c10::SmallVector<at::Tensor, 3> x_codes, weight_codes;  // given, or empty
+
+  bool is_differentiable() const { return grad_x || grad_weight || grad_bias; }
+};
+
+// The dtype that autocast asks for, if it does.
+c10::optional<at::ScalarType> autocast_dtype(const at::Tensor& x);
+// Functorch and forward mode would fail too, but in words that name nothing.
+void check_no_transform(const at::Tensor& x, const at::Tensor& weight);
+
+// A call with an input of that dtype, whose gradient is wanted or not. Whoever calls has checked the tensors
+// (check_layer), but main_grad.
+Call begin_call(const LinearLayer& layer, at::ScalarType x_dtype, bool grad_x, c10::optional<at::ScalarType> autocast);
+// In a training step: the codes that are there already or are made for others too, of the weight and, where x is given,
+// of the input; x is then what stands for it in the graph.
+void find_codes(const LinearLayer& layer, Call& call, at::Tensor* x);
+
+Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, bool columnwise);
+ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
+                         const Call& call, const c10::optional<at::Tensor>& residual = c10::nullopt);
+
+// What backward needs of a call travels in two ways: kSaved tensors, and data under names that begin with prefix.
+constexpr int kSaved = 6;
+using Data = ska::flat_hash_map<std::string, at::IValue>;
+void save(const Call& call, const at::Tensor& x, const at::Tensor& weight, const ForwardResult& made,
+          const std::string& prefix, torch::autograd::variable_list& tensors, Data& data);
+
+struct Gradients {
+  at::Tensor x, weight, bias;
+};
+struct WantedGradients {
+  bool x, weight, bias;
+};
+// tensors: the call's own kSaved. dx_sum: where the input's gradient is added, or undefined.
+Gradients backward_of(Data& data, const std::string& prefix, const Numbers& n, at::ArrayRef<at::Tensor> tensors,
+                      const at::Tensor& dy, at::TensorList dy_codes, WantedGradients wanted, const at::Tensor& dx_sum);
+Numbers numbers_of(Data& data, const std::string& prefix);
+at::Tensor held(const Data& data, const std::string& name);  // undefined where there is none
+void check_not_differentiated_again();
+
+}  // namespace torch_fp8

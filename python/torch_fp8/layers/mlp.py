@@ -1,0 +1,166 @@
+"""An MLP in one piece: ``down(f(gate(x)) * up(x))`` or ``down(f(up(x)))`` over FP8 layers, with neither the product nor
+the gradients of gate and up ever written in 16 bits.
+
+The three layers stay what they are: their parameters, recipes and scaling states are used as by their own forwards.
+Where one of them needs its own forward, since it has a hook or computes in another way, the MLP runs layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import _C
+from . import traced
+from .dtensor import is_dtensor
+from .linear import Layer
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
+    """Why these layers cannot run in one piece now; empty where they can. Without a gate it is up that is activated."""
+    layers: dict[str, Any] = {"up": up, "down": down} if gate is None else {"gate": gate, "up": up, "down": down}
+    for name, layer in layers.items():
+        if not isinstance(layer, Layer):
+            return f"{name} is not in FP8"
+        if not layer.fp8_enabled:
+            return f"{name} is disabled"
+        if has_hooks(layer):
+            return f"{name} has hooks, or a forward of its own"
+        if layer.is_transposed:
+            return f"{name} is a {type(layer).__name__}"
+        if layer.recipe != layers["up"].recipe:
+            return f"{name} has another recipe than up"
+        if layer.training != layers["up"].training:
+            return f"{name} and up are not both in training"
+        if is_dtensor(layer.weight):
+            return f"the weight of {name} is a DTensor"
+        if name != "down" and layer.bias is not None:
+            return f"{name} has a bias"
+    if not all(layers["up"].fp8_state.fp8_gemms):
+        return "the recipe keeps a GEMM in 16 bits"
+    return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or "forward" in module.__dict__
+
+
+def mlp(
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
+) -> Tensor:
+    """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
+
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
+    if is_dtensor(x) or why_apart(gate, up, down):
+        f = ACTIVATIONS[activation]
+        y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
+        return y if residual is None else residual + y
+    layers: list[Any] = [up, down] if gate is None else [gate, up, down]
+    if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
+        return _traced(x, layers, activation, residual)
+    for layer in layers:
+        if layer.fp8_state.slots.device != layer.weight.device:
+            layer.fp8_state.follow(layer.weight)
+    given = [_given(layer) for layer in layers]
+    first, second = given[0], given[1] if gate is not None else None
+    return _C.mlp(x, residual, first, second, given[-1], activation)
+
+
+def _given(layer: Layer) -> _C.LinearLayer:
+    state = layer.fp8_state
+    main_grad, dummy = (layer.main_grad() if layer.fuse_main_grad else ()) or (None, False)
+    return _C.LinearLayer(
+        layer.weight, layer.bias, state.slots, state.options, state.memo, layer.training, main_grad, dummy, state.place
+    )
+
+
+def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:
+    calls, tensors = [], []
+    beyond = x.requires_grad
+    for layer in layers[:-1]:
+        call = traced.call_of(layer, x, x.requires_grad)
+        beyond = beyond or call.grad_weight
+        calls.append(call)
+    calls.append(traced.call_of(layers[-1], x, beyond))
+    for i, layer in enumerate(layers):
+        state = layer.fp8_state
+        main_grad, dummy = (layer.main_grad() if layer.fuse_main_grad else ()) or (None, False)
+        calls[i] = calls[i]._replace(dummy_grad=dummy)
+        codes = (None, None, None) if i == len(layers) - 1 else traced.shared_codes(state, x, calls[i])
+        tensors += [layer.weight, state.slots, state.grad_slots, main_grad, *codes]
+    return _Mlp.apply(x, residual, layers[-1].bias, _CODES[activation], calls, *tensors)
+
+
+_PER_LAYER = 7  # tensors of a layer among _Mlp's arguments
+
+
+class _Mlp(torch.autograd.Function):
+    """As csrc/mlp.cpp computes it, where torch.compile can see it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, bias: Tensor | None, activation: int, calls: list[traced.Call],
+        *tensors: Any,
+    ) -> Tensor:  # fmt: skip
+        layers = [tensors[i : i + _PER_LAYER] for i in range(0, len(tensors), _PER_LAYER)]
+        outputs, saved, ctx.kept = [], [], []
+        for (weight, slots, grad_slots, main_grad, *codes), call in zip(layers[:-1], calls[:-1], strict=True):
+            y, kept = traced.forward(x, weight, None, slots, tuple(codes), call)
+            outputs.append(y)
+            saved += kept
+            ctx.kept.append(traced.kept_of(x, weight, None, grad_slots, main_grad, call))
+        gate, up = outputs[0], outputs[1] if len(outputs) > 1 else None
+        weight, slots, grad_slots, main_grad, *_ = layers[-1]
+        down = calls[-1]
+        product = torch.ops.torch_fp8.activation_cast(
+            gate, up, activation, slots, 0, down.casts, down.history, down.training, down.record, True,
+            down.grad_weight,
+        )  # fmt: skip
+        y, kept = traced.forward(gate, weight, bias, slots, product, down, residual)
+        ctx.kept.append(traced.kept_of(gate, weight, bias, grad_slots, main_grad, down))
+        ctx.save_for_backward(*saved, *kept, gate, up)
+        ctx.activation, ctx.has_residual = activation, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, gate, up = ctx.saved_tensors
+        of = [saved[i : i + 6] for i in range(0, len(saved), 6)]
+        kept: list[traced.Kept] = ctx.kept
+        dproduct, ddown, dbias = traced.backward(dy, [], of[-1], kept[-1])
+        dx: Tensor | None = None
+        dweights: list[Tensor | None] = [None] * (len(kept) - 1)
+        if dproduct is not None:
+            calls = [k.call for k in kept]
+            codes = torch.ops.torch_fp8.activation_backward_cast(
+                dproduct, gate, up, ctx.activation, kept[0].slots, None if up is None else kept[1].slots, 2,
+                calls[0].casts, [call.history for call in calls[:-1]], calls[0].training, calls[0].record,
+            )  # fmt: skip
+            for i, output in enumerate([gate] if up is None else [gate, up]):
+                # A GEMM adds to float32 and bfloat16.
+                adds = dx is not None and dx.dtype != torch.float16
+                made, dweight, _ = traced.backward(
+                    output, list(codes[3 * i : 3 * i + 3]), of[i], kept[i], dx if adds else None
+                )
+                dweights[i] = dweight
+                if made is not None:
+                    dx = made if dx is None else dx + made
+        gradients: list[Tensor | None] = []
+        for dweight in (*dweights, ddown):
+            gradients += [dweight, *[None] * (_PER_LAYER - 1)]
+        return (dx, dy if ctx.has_residual else None, dbias, None, None, *gradients)
