@@ -16,7 +16,9 @@ BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2
 REPLAY = 5e9  # bytes of a replay: 1 ms or more on any Hopper GPU
 NOTE = """*graph* regime. Forward: SwiGLU reads gate and up, 2 bytes an element each, and writes codes and their
 transpose, 1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient. The copy
-moves as many bytes: the fewest, for nothing is written in 16 bits.
+moves as many bytes: the fewest, for nothing is written in 16 bits. A norm reads x and writes codes and transpose; with
+a residual it reads that too and writes the sum. Its backward reads dy and x, and what else reached the sum, and writes
+dx; the gradients of gain and bias are in its time.
 """
 OPS = torch.ops.torch_fp8
 CASTS = [fp8.DelayedScaling().options().cast(role).packed for role in range(3)]
@@ -27,6 +29,13 @@ PASSES = {  # bytes an element
     "GeLU (tanh)": 4,
     "GeLU (tanh) backward": 6,
     "GeLU backward": 6,
+    "RMSNorm": 4,
+    "RMSNorm, codes and 16 bits": 6,
+    "RMSNorm + residual": 8,
+    "LayerNorm": 4,
+    "RMSNorm backward": 6,
+    "RMSNorm backward + residual": 8,
+    "LayerNorm backward": 6,
 }
 
 
@@ -52,6 +61,25 @@ def measure(rows: int, cols: int) -> dict[str, float]:
             True,
         )  # fmt: skip
 
+    gain = randn(cols)
+    rms, layer = (
+        OPS.norm_cast(gates[0], None, gain, None, 1e-5, layer_norm, 0.0, None, 0, CASTS, 7, True, True, False, False,
+                      False)[5]
+        for layer_norm in (False, True)
+    )  # fmt: skip
+
+    def norm(added: bool = False, layer_norm: bool = False, wants_y: bool = False):
+        return lambda i: OPS.norm_cast(
+            gates[i], ups[i] if added else None, gain, gain if layer_norm else None, 1e-5, layer_norm, 0.0, slots[0],
+            0, CASTS, 7, True, True, True, True, wants_y,
+        )  # fmt: skip
+
+    def norm_backward(added: bool = False, layer_norm: bool = False):
+        return lambda i: OPS.norm_backward(
+            grads[i], gates[i], ups[i] if added else None, gain, layer if layer_norm else rms, layer_norm, 0.0, True,
+            layer_norm,
+        )  # fmt: skip
+
     def copy(bytes_moved: int):
         pairs = [[t[: elements * bytes_moved // 4] for t in pair] for pair in zip(targets, sources)]
         return lambda i: pairs[i % 2][0].copy_(pairs[i % 2][1])
@@ -63,6 +91,13 @@ def measure(rows: int, cols: int) -> dict[str, float]:
         "GeLU (tanh)": forward(False, 2),
         "GeLU (tanh) backward": backward(False, 2),
         "GeLU backward": backward(False, 1),
+        "RMSNorm": norm(),
+        "RMSNorm, codes and 16 bits": norm(wants_y=True),
+        "RMSNorm + residual": norm(added=True),
+        "LayerNorm": norm(layer_norm=True),
+        "RMSNorm backward": norm_backward(),
+        "RMSNorm backward + residual": norm_backward(added=True),
+        "LayerNorm backward": norm_backward(layer_norm=True),
         **{f"copy of {size}": copy(size) for size in sorted(set(PASSES.values()))},
     }
     return graph_us(arms, sets, launches)

@@ -47,8 +47,9 @@ def exact_norm(x, gain, bias, layer_norm, offset):
     factor = 1.0 if gain is None else gain.double() + offset
     product = (x - mean) * rstd * factor
     y = product if bias is None else product + bias.double()
-    # Three roundings of the mean: of its sum, of itself, and of what is taken off.
-    error = RELATIVE * product.abs() + 3 * FLOAT32 * mean.abs() * rstd * abs(factor) + 2 * FLOAT32 * y.abs()
+    # The mean is a sum in float32: it misses by some roundings of its largest term, whatever it comes to.
+    of_mean = 4 * FLOAT32 * x.abs().amax(-1, keepdim=True) * rstd * abs(factor) if layer_norm else 0.0
+    error = RELATIVE * product.abs() + of_mean + 2 * FLOAT32 * y.abs()
     return y, error, mean[..., 0], rstd[..., 0]
 
 
@@ -100,7 +101,7 @@ def test_forward(device, shape, dtype, added, layer_norm):
     assert slots[1:, 2].count_nonzero() == 0
     assert torch.allclose(stats.double().reshape(-1, rstd.numel())[-1], rstd.flatten(), rtol=RELATIVE, atol=0)
     if layer_norm:
-        assert torch.allclose(stats[0].double(), mean.flatten(), rtol=RELATIVE, atol=1e-6)
+        assert torch.allclose(stats[0].double(), mean.flatten(), rtol=RELATIVE, atol=4 * FLOAT32 * 10)
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (35, 17)])

@@ -200,19 +200,25 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i) sums[i] = warp_sum(sums[i]);
     };
-    float mean[kWarpRows] = {}, squares[kWarpRows];
+    // Means are those of distances from the row's first element: sums of large values lose what these differ by.
+    float origin[kWarpRows] = {}, mean[kWarpRows] = {}, squares[kWarpRows];
     if constexpr (kLayerNorm) {
-      // From some element on: a sum of large values loses what they differ by.
-      float origin[kWarpRows];
+      const auto first = [&](const Matrix& of) {
+        return lane < rows_left ? to_float(static_cast<const T*>(of.data)[(row + lane) * of.row_stride]) : 0.0f;
+      };
+      float of_row = first(x);
+      if (args.residual.data) of_row = to_float(T(of_row + first(args.residual)));
 #pragma unroll
-      for (int i = 0; i < kWarpRows; ++i) {
-        origin[i] = to_float(*reinterpret_cast<const T*>(packs - lane + i * chunks * 32));
-      }
+      for (int i = 0; i < kWarpRows; ++i) origin[i] = __shfl_sync(0xFFFFFFFF, of_row, i);
       sums_of_rows([&](float x, int i) { return x - origin[i]; }, mean);
 #pragma unroll
-      for (int i = 0; i < kWarpRows; ++i) mean[i] = origin[i] + mean[i] / static_cast<float>(cols_here);
+      for (int i = 0; i < kWarpRows; ++i) mean[i] /= static_cast<float>(cols_here);
     }
-    sums_of_rows([&](float x, int i) { return kLayerNorm ? (x - mean[i]) * (x - mean[i]) : x * x; }, squares);
+    const auto squared = [&](float x, int i) {
+      const float distance = kLayerNorm ? x - origin[i] - mean[i] : x;
+      return distance * distance;
+    };
+    sums_of_rows(squared, squares);
     // To the same warp of each block, 4 lanes for a block, a row each. The barrier that counts these words is all that
     // a warp waits for: one of the whole cluster would wait for every store to memory as well. There are two in turn,
     // as a block may be one piece ahead of another.
@@ -237,14 +243,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
       const Moments m = lane < blocks ? of_blocks[lane][warp * kWarpRows + i] : Moments{};
-      const float origin = kLayerNorm ? __shfl_sync(0xFFFFFFFF, m.mean, 0) : 0.0f;
-      mean[i] = kLayerNorm ? origin + warp_sum(count * (m.mean - origin)) * per_col : 0.0f;
+      mean[i] = kLayerNorm ? warp_sum(count * m.mean) * per_col : 0.0f;
       const float distance = m.mean - mean[i];
       squares[i] = warp_sum(m.squares + count * distance * distance);
     }
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
       rstd[i] = reciprocal_deviation(squares[i], cols, args.eps);
+      if constexpr (kLayerNorm) mean[i] += origin[i];
       if (rank == 0 && lane == i && i < rows_left) {
         store_stats(args.stats, kLayerNorm, x.rows, row + i, mean[i], rstd[i]);
       }
