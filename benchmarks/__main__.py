@@ -20,6 +20,7 @@ NAMES = (
     "linear",
     "block",
     "compiled",
+    "fused",
     "monitor",
     "small",
     "skinny",
