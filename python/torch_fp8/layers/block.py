@@ -3,7 +3,6 @@ in one piece, and the block of the two and an attention."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,9 +20,9 @@ from .siblings import share_input
 class _Norm(nn.Module):
     """A norm that hands the codes of its result to the layers that read it."""
 
-    weight: Tensor | None
-    bias: Tensor | None = None
-    eps: float | None
+    weight: Any
+    bias: Any = None
+    eps: Any
     _layer_norm = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -216,8 +215,7 @@ class TransformerBlock(nn.Module):
             eps = 1e-6 if self.q_norm is None or self.q_norm.eps is None else self.q_norm.eps
             kind: Any = None if self.q_norm is None else "rms"
             q, k = rotary(q, k, cos, sin, norm=kind, q_gain=q_gain, k_gain=k_gain, eps=eps)
-        heads: Sequence[Tensor] = [t.transpose(1, 2) for t in (q, k, v)]
-        made = F.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
-        )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = self.num_kv_heads != self.num_heads
+        made = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(made.transpose(1, 2).flatten(-2))

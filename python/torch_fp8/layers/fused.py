@@ -39,12 +39,12 @@ class FusedNorm(Fused):
 
     def of_sum(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and the sum."""
-        how, gain, bias = self.fusion
-        parameters = [None if name is None else getattr(self, name) for name in (gain, bias)]
-        if not _is_plain(x, residual, *parameters):
+        how, *names = self.fusion
+        gain, bias = (None if name is None else getattr(self, name) for name in names)
+        if not _is_plain(x, residual, gain, bias):
             total = x if residual is None else residual + x
             return super().forward(total), total
-        return norm(x, *parameters, how, residual, self.readers)
+        return norm(x, gain, bias, how, residual, self.readers)
 
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:

@@ -80,9 +80,11 @@ def _rewired(function: Any, old: Any, new: Any) -> Any:
 @functools.lru_cache
 def _interleaved(theirs: Callable[..., Any]) -> bool | None:
     """Whether pairs are neighbours; None where the function computes something else than ours."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
-    half = torch.randn(2, 5, 4, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    q, k, half = (
+        torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+        for size in ((2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 4))
+    )
     for interleaved in (False, True):
         angles = half.repeat_interleave(2, -1) if interleaved else torch.cat([half, half], -1)
         cos, sin = angles.cos(), angles.sin()

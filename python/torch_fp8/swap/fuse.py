@@ -175,7 +175,8 @@ def _with(module: nn.Module, children: dict[str, nn.Module], parameters: dict[st
 
 
 def _random(*size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def _close(a: Any, b: Tensor, tolerance: float = 1e-6) -> bool:
@@ -377,7 +378,7 @@ def _steps(
     steps = []
     for name in order:
         args, kwargs = stubs[name].calls[0]
-        tensors = [(None, t) for t in args if isinstance(t, Tensor)]
+        tensors: list[tuple[str | None, Tensor]] = [(None, t) for t in args if isinstance(t, Tensor)]
         tensors += [(keyword, t) for keyword, t in kwargs.items() if isinstance(t, Tensor)]
         if len(tensors) != 1 or len(args) > 1:
             return f"{name} takes other arguments than one tensor"
