@@ -34,6 +34,7 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
     for name, layer in layers.items():
         if not isinstance(layer, Layer):
             return f"{name} is not in FP8"
+    for name, layer in layers.items():
         if not layer.fp8_enabled:
             return f"{name} is disabled"
         if has_hooks(layer):
@@ -54,7 +55,7 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return any(hooks) or "forward" in module.__dict__
+    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
 
 
 def mlp(
@@ -65,6 +66,8 @@ def mlp(
     x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
     if is_dtensor(x) or why_apart(gate, up, down):
         f = ACTIVATIONS[activation]
+        if residual is not None:
+            _check_residual(residual, x, down)
         y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
         return y if residual is None else residual + y
     layers: list[Any] = [up, down] if gate is None else [gate, up, down]
