@@ -5,6 +5,7 @@
 
 #include "call.h"
 #include "siblings.h"
+#include "stand_in.h"
 #include "torch_fp8/linear.h"
 
 namespace torch_fp8 {
@@ -15,35 +16,119 @@ using torch::autograd::variable_list;
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
-                            const c10::optional<at::Tensor>& bias, const Call& call) {
+                            const c10::optional<at::Tensor>& bias, const Call& call,
+                            const c10::optional<at::Tensor>& residual) {
     ctx->set_materialize_grads(false);
-    const ForwardResult made = forward_of(x, weight, bias, call);
+    const auto [y, made_x_t, made_x_scale_inv, made_weight_t, made_weight_scale_inv] =
+        forward_of(x, weight, bias, call, residual);
     variable_list tensors;
-    tensors.reserve(kSaved);
-    save(call, x, weight, made, "", tensors, ctx->saved_data);
+    tensors.reserve(6);
+    const auto keep = [&](const at::Tensor& t, bool wanted) { tensors.push_back(wanted ? t : at::Tensor()); };
+    const bool fp8_x = call.grad_x && call.fp8[1] && !call.gathered, fp8_weight = call.grad_weight && call.fp8[2];
+    keep(call.x_codes.empty() ? made_x_t : call.x_codes[1], fp8_weight);
+    keep(call.x_codes.empty() ? made_x_scale_inv : call.x_codes[2], fp8_weight);
+    keep(call.weight_codes.empty() ? made_weight_t : call.weight_codes[1], fp8_x);
+    keep(call.weight_codes.empty() ? made_weight_scale_inv : call.weight_codes[2], fp8_x);
+    keep(x, call.grad_weight && !call.fp8[2]);
+    if (call.autocast && tensors.back().defined()) {  // as nn.Linear keeps it
+      tensors.back() = x.detach().to(*call.autocast);
+    }
+    keep(weight, call.grad_x && (call.gathered || !call.fp8[1]));
     ctx->save_for_backward(std::move(tensors));
-    return std::get<0>(made);
+
+    auto& data = ctx->saved_data;
+    const Numbers& numbers = call;
+    std::string text(2 * sizeof numbers, '\0');  // in letters: a string of Python's is no string of bytes
+    const auto* const bytes = reinterpret_cast<const unsigned char*>(&numbers);
+    for (size_t i = 0; i < sizeof numbers; ++i)
+      text[2 * i] = 'a' + (bytes[i] >> 4), text[2 * i + 1] = 'a' + (bytes[i] & 15);
+    data["numbers"] = std::move(text);
+    data["slots"] = call.slots;
+    if (weight.sym_size(1).is_symbolic()) data["in_features"] = weight.sym_size(1);
+    if (call.main_grad.defined()) data["main_grad"] = call.main_grad;
+    if (call.sum != 0) data["sum"] = call.sum;
+    if (residual) data["has_residual"] = true;
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(4);  // x, weight, bias, call
+    variable_list result(5);  // x, weight, bias, call, residual
     const at::Tensor& dy = grads[0];
     if (!dy.defined()) return result;
     check_not_differentiated_again();
     auto& data = ctx->saved_data;
-    const Numbers n = numbers_of(data, "");
-    const WantedGradients wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                 n.has_bias && ctx->needs_input_grad(2)};
-    const int64_t sum = data.count("sum") && wanted.x && can_sum() ? data["sum"].toInt() : 0;
+    Numbers n;
+    const std::string& text = data["numbers"].toStringRef();
+    auto* const bytes = reinterpret_cast<unsigned char*>(&n);
+    for (size_t i = 0; i < sizeof n; ++i)
+      bytes[i] = static_cast<unsigned char>((text[2 * i] - 'a') << 4 | (text[2 * i + 1] - 'a'));
+    const bool grad_x = ctx->needs_input_grad(0), grad_weight = ctx->needs_input_grad(1);
+    c10::optional<at::ScalarType> dbias;
+    if (n.has_bias && ctx->needs_input_grad(2)) dbias = n.bias_dtype;
+    const auto held = [&](const char* name) {
+      const auto found = data.find(name);
+      return found == data.end() ? at::Tensor() : found->second.toTensor();
+    };
+    const at::Tensor slots = held("slots"), main_grad = held("main_grad");
+    const int64_t sum = data.count("sum") && grad_x && can_sum() ? data["sum"].toInt() : 0;
     const at::Tensor dx_sum = sum ? sum_so_far(sum) : at::Tensor();
-    Gradients made = backward_of(data, "", n, ctx->get_saved_variables(), dy, {}, wanted, dx_sum);
-    if (sum && made.x.defined()) begin_sum(sum, made.x);
-    result[0] = std::move(made.x), result[1] = std::move(made.weight), result[2] = std::move(made.bias);
+
+    // Codes may come in place of dy.
+    const HandedOver* const handed = handed_over(dy);
+    c10::SmallVector<at::Tensor, 3> dy_codes;
+    if (handed) {
+      dy_codes = {handed->codes.q, handed->codes.q_t, handed->codes.scale_inv};
+      if (dbias) result[2] = handed->column_sums.to(*dbias);
+      dbias.reset();
+    }
+
+    const variable_list saved = ctx->get_saved_variables();
+    const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
+    static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, at::TensorList, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
+        const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
+        const c10::optional<at::Tensor>&, const at::Tensor&, const c10::optional<at::Tensor>&,
+        const c10::optional<at::Tensor>&, at::IntArrayRef, int64_t, Gemms, Gemms, bool, bool, bool, bool,
+        c10::optional<at::ScalarType>, c10::SymInt, at::ScalarType, at::ScalarType, bool)>(
+        "torch_fp8::linear_backward");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto run = [&](const auto& backward, auto in_features) {
+      return backward(dy, dy_codes, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
+                      optional(saved[4]), optional(saved[5]), slots, optional(main_grad), optional(dx_sum), n.casts,
+                      n.history, n.fp8, n.fast_accum, n.training, n.record, grad_x, grad_weight, dbias, in_features,
+                      n.x_dtype, n.weight_dtype, n.dummy_grad);
+    };
+    const auto through_the_dispatcher = [&](auto&&... arguments) { return backward_op.call(arguments...); };
+    const auto symbolic = data.find("in_features");
+    auto [dx, dw, db] = is_plain(dy, slots)
+                            ? run(backward_only, n.in_features)
+                            : run(through_the_dispatcher,
+                                  symbolic == data.end() ? c10::SymInt(n.in_features) : symbolic->second.toSymInt());
+    if (const auto memo = LayerMemo::find(n.memo)) {
+      if (n.training && ((grad_x && n.fp8[1]) || (grad_weight && n.fp8[2]))) memo->note_used(kGradOutput);
+      if (grad_weight) memo->note_weight_grad();
+    }
+    if (grad_x && !dx_sum.defined()) {
+      if (sum) begin_sum(sum, dx);
+      result[0] = std::move(dx);
+    }
+    if (grad_weight && (!main_grad.defined() || n.dummy_grad)) result[1] = std::move(dw);
+    if (dbias) result[2] = std::move(db);
+    if (data.count("has_residual")) result[4] = dy;
     return result;
   }
 };
 
 }  // namespace
+
+at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const Call& call,
+               const c10::optional<at::Tensor>& residual) {
+  const bool through_residual = residual && at::GradMode::is_enabled() && residual->requires_grad();
+  if (!call.is_differentiable() && !through_residual) {
+    return std::get<0>(forward_of(x, weight, bias, call, residual));
+  }
+  return LinearFunction::apply(x, weight, bias, call, residual);
+}
 
 at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                   const at::Tensor& slots, const LinearOptions& options, const std::shared_ptr<LayerMemo>& memo,
@@ -55,8 +140,7 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   const LinearLayer layer{weight, bias, slots, options, *memo, training, main_grad, dummy_grad, place};
   Call call = begin_call(layer, x.scalar_type(), x.requires_grad(), autocast);
   find_codes(layer, call, &x);
-  if (!call.is_differentiable()) return std::get<0>(forward_of(x, weight, bias, call));
-  return LinearFunction::apply(x, weight, bias, call);
+  return run(x, weight, bias, call);
 }
 
 at::Tensor new_slots(c10::Device device, int64_t bias, int64_t grad_bias) {

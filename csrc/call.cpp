@@ -10,16 +10,6 @@
 namespace torch_fp8 {
 namespace {
 
-// Tensors that the dispatcher would hand straight to the op of their backend: no subclass, mode, trace or transform
-// sees them, and autocast has nothing to say.
-bool is_plain(const at::Tensor& a, const at::Tensor& b) {
-  const auto keys =
-      c10::impl::computeDispatchKeySet(a.key_set() | b.key_set(), c10::DispatchKeySet(c10::DispatchKeySet::FULL)) -
-      (c10::autocast_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::BackendSelect));
-  const auto first = keys.highestPriorityTypeId();
-  return first == c10::DispatchKey::CPU || first == c10::DispatchKey::CUDA;
-}
-
 void check_main_grad(const at::Tensor& main_grad, const at::Tensor& weight) {
   TORCH_CHECK_TYPE(main_grad.scalar_type() == at::kFloat || main_grad.scalar_type() == at::kBFloat16,
                    "torch_fp8: the weight's main_grad must be float32 or bfloat16, got ", main_grad.scalar_type());
@@ -75,6 +65,14 @@ void share_input(at::Tensor& x, const LinearLayer& layer, const cuda::StreamStat
 }
 
 }  // namespace
+
+bool is_plain(const at::Tensor& a, const at::Tensor& b) {
+  const auto keys =
+      c10::impl::computeDispatchKeySet(a.key_set() | b.key_set(), c10::DispatchKeySet(c10::DispatchKeySet::FULL)) -
+      (c10::autocast_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::BackendSelect));
+  const auto first = keys.highestPriorityTypeId();
+  return first == c10::DispatchKey::CPU || first == c10::DispatchKey::CUDA;
+}
 
 Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, bool columnwise) {
   static const auto cast_op = op<decltype(cast)>("torch_fp8::cast");
@@ -153,88 +151,10 @@ void find_codes(const LinearLayer& layer, Call& call, at::Tensor* x) {
   if (layer.place.siblings != nullptr && x != nullptr) share_input(*x, layer, now, call);
 }
 
-void save(const Call& call, const at::Tensor& x, const at::Tensor& weight, const ForwardResult& made,
-          const std::string& prefix, torch::autograd::variable_list& tensors, Data& data) {
-  const auto& [y, x_t, x_scale_inv, weight_t, weight_scale_inv] = made;
-  const auto keep = [&](const at::Tensor& t, bool wanted) { tensors.push_back(wanted ? t : at::Tensor()); };
-  const bool fp8_x = call.grad_x && call.fp8[1] && !call.gathered, fp8_weight = call.grad_weight && call.fp8[2];
-  keep(call.x_codes.empty() ? x_t : call.x_codes[1], fp8_weight);
-  keep(call.x_codes.empty() ? x_scale_inv : call.x_codes[2], fp8_weight);
-  keep(call.weight_codes.empty() ? weight_t : call.weight_codes[1], fp8_x);
-  keep(call.weight_codes.empty() ? weight_scale_inv : call.weight_codes[2], fp8_x);
-  keep(x, call.grad_weight && !call.fp8[2]);
-  if (call.autocast && tensors.back().defined()) {  // as nn.Linear keeps it
-    tensors.back() = x.detach().to(*call.autocast);
-  }
-  keep(weight, call.grad_x && (call.gathered || !call.fp8[1]));
-
-  const Numbers& numbers = call;
-  std::string text(2 * sizeof numbers, '\0');  // in letters: a string of Python's is no string of bytes
-  const auto* const bytes = reinterpret_cast<const unsigned char*>(&numbers);
-  for (size_t i = 0; i < sizeof numbers; ++i)
-    text[2 * i] = 'a' + (bytes[i] >> 4), text[2 * i + 1] = 'a' + (bytes[i] & 15);
-  data[prefix + "numbers"] = std::move(text);
-  data[prefix + "slots"] = call.slots;
-  if (weight.sym_size(1).is_symbolic()) data[prefix + "in_features"] = weight.sym_size(1);
-  if (call.main_grad.defined()) data[prefix + "main_grad"] = call.main_grad;
-  if (call.sum != 0) data[prefix + "sum"] = call.sum;
-}
-
-Numbers numbers_of(Data& data, const std::string& prefix) {
-  Numbers n;
-  const std::string& text = data[prefix + "numbers"].toStringRef();
-  auto* const bytes = reinterpret_cast<unsigned char*>(&n);
-  for (size_t i = 0; i < sizeof n; ++i)
-    bytes[i] = static_cast<unsigned char>((text[2 * i] - 'a') << 4 | (text[2 * i + 1] - 'a'));
-  return n;
-}
-
-at::Tensor held(const Data& data, const std::string& name) {
-  const auto found = data.find(name);
-  return found == data.end() ? at::Tensor() : found->second.toTensor();
-}
-
 void check_not_differentiated_again() {
   TORCH_CHECK(!at::GradMode::is_enabled(),
               "torch_fp8: the backward of an FP8 linear layer cannot be differentiated again (create_graph=True); "
               "run the layer in 16 bits for that: with torch_fp8.disabled(model)");
-}
-
-Gradients backward_of(Data& data, const std::string& prefix, const Numbers& n, at::ArrayRef<at::Tensor> tensors,
-                      const at::Tensor& dy, at::TensorList dy_codes, WantedGradients wanted, const at::Tensor& dx_sum) {
-  const bool grad_x = wanted.x, grad_weight = wanted.weight;
-  c10::optional<at::ScalarType> dbias;
-  if (wanted.bias) dbias = n.bias_dtype;
-  const at::Tensor slots = held(data, prefix + "slots"), main_grad = held(data, prefix + "main_grad");
-  const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
-  static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, at::TensorList, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
-      const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
-      const c10::optional<at::Tensor>&, const at::Tensor&, const c10::optional<at::Tensor>&,
-      const c10::optional<at::Tensor>&, at::IntArrayRef, int64_t, Gemms, Gemms, bool, bool, bool, bool,
-      c10::optional<at::ScalarType>, c10::SymInt, at::ScalarType, at::ScalarType, bool)>("torch_fp8::linear_backward");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto run = [&](const auto& backward, auto in_features) {
-    return backward(dy, dy_codes, optional(tensors[0]), optional(tensors[1]), optional(tensors[2]),
-                    optional(tensors[3]), optional(tensors[4]), optional(tensors[5]), slots, optional(main_grad),
-                    optional(dx_sum), n.casts, n.history, n.fp8, n.fast_accum, n.training, n.record, grad_x,
-                    grad_weight, dbias, in_features, n.x_dtype, n.weight_dtype, n.dummy_grad);
-  };
-  const auto through_the_dispatcher = [&](auto&&... arguments) { return backward_op.call(arguments...); };
-  const auto symbolic = data.find(prefix + "in_features");
-  auto [dx, dw, db] = is_plain(dy, slots)
-                          ? run(backward_only, n.in_features)
-                          : run(through_the_dispatcher,
-                                symbolic == data.end() ? c10::SymInt(n.in_features) : symbolic->second.toSymInt());
-  if (const auto memo = LayerMemo::find(n.memo)) {
-    if (n.training && ((grad_x && n.fp8[1]) || (grad_weight && n.fp8[2]))) memo->note_used(kGradOutput);
-    if (grad_weight) memo->note_weight_grad();
-  }
-  Gradients result;
-  if (grad_x && !dx_sum.defined()) result.x = std::move(dx);
-  if (grad_weight && (!main_grad.defined() || n.dummy_grad)) result.weight = std::move(dw);
-  if (dbias) result.bias = std::move(db);
-  return result;
 }
 
 }  // namespace torch_fp8

@@ -1,9 +1,6 @@
-// One call of an FP8 linear layer: what is constant in it, which codes are there already, and what its backward needs.
-// The autograd functions of a layer (autograd.cpp) and of an MLP (mlp.cpp) are made of it. It has no rules:
-// linear_forward and linear_backward have them.
+// One call of an FP8 linear layer: what is constant in it, and which codes are there already. A layer (autograd.cpp),
+// an MLP (mlp.cpp) and a norm (norm.cpp) are made of it. It has no rules: linear_forward and linear_backward have them.
 #pragma once
-
-#include <string>
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -43,6 +40,9 @@ struct Call : Numbers {
   bool is_differentiable() const { return grad_x || grad_weight || grad_bias; }
 };
 
+// Tensors that the dispatcher would hand straight to the op of their backend: no subclass, mode, trace or transform
+// sees them, and autocast has nothing to say.
+bool is_plain(const at::Tensor& a, const at::Tensor& b);
 // The dtype that autocast asks for, if it does.
 c10::optional<at::ScalarType> autocast_dtype(const at::Tensor& x);
 // Functorch and forward mode would fail too, but in words that name nothing.
@@ -59,23 +59,9 @@ Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, boo
 ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                          const Call& call, const c10::optional<at::Tensor>& residual = c10::nullopt);
 
-// What backward needs of a call travels in two ways: kSaved tensors, and data under names that begin with prefix.
-constexpr int kSaved = 6;
-using Data = ska::flat_hash_map<std::string, at::IValue>;
-void save(const Call& call, const at::Tensor& x, const at::Tensor& weight, const ForwardResult& made,
-          const std::string& prefix, torch::autograd::variable_list& tensors, Data& data);
-
-struct Gradients {
-  at::Tensor x, weight, bias;
-};
-struct WantedGradients {
-  bool x, weight, bias;
-};
-// tensors: the call's own kSaved. dx_sum: where the input's gradient is added, or undefined.
-Gradients backward_of(Data& data, const std::string& prefix, const Numbers& n, at::ArrayRef<at::Tensor> tensors,
-                      const at::Tensor& dy, at::TensorList dy_codes, WantedGradients wanted, const at::Tensor& dx_sum);
-Numbers numbers_of(Data& data, const std::string& prefix);
-at::Tensor held(const Data& data, const std::string& name);  // undefined where there is none
+// The call's result [+ residual (..., out), of its dtype], differentiable.
+at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias, const Call& call,
+               const c10::optional<at::Tensor>& residual = c10::nullopt);
 void check_not_differentiated_again();
 
 }  // namespace torch_fp8

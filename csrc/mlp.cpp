@@ -1,13 +1,12 @@
-// The autograd function of an MLP: down(f(gate(x)) * up(x)), or down(f(up(x))), and what it is added to. It is its
-// layers' own calls (call.h), with what stands between them made and cast in one pass (activation_cast): neither the
-// product nor the gradients of gate and up exist in 16 bits.
-#include <bit>
-
+// An MLP: down(f(gate(x)) * up(x)), or down(f(gate(x))), and what it is added to. Its layers are called as by
+// themselves (call.h); between them is a node of autograd that makes and casts in one pass: the product for down, and
+// the gradients of gate and up. None of these exists in 16 bits: stand-ins travel along the graph (stand_in.h).
 #include <ATen/ATen.h>
 
 #include "call.h"
 #include "check.h"
 #include "siblings.h"
+#include "stand_in.h"
 #include "torch_fp8/mlp.h"
 
 namespace torch_fp8 {
@@ -17,148 +16,63 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = c10::optional<at::Tensor>;
 
-struct MlpCall {
-  Call gate, up, down;  // without gating there is no up
+struct Activate {
+  const Call &gate, &down;
+  const Call* up;  // null without gating
   int64_t activation;
-  bool gated;
 };
 
-constexpr const char *kGate = "gate.", *kUp = "up.", *kDown = "down.";
-
-// The codes of the product, as down casts its input.
-c10::SmallVector<at::Tensor, 3> product_of(const at::Tensor& gate, const OptionalTensor& up, const MlpCall& call) {
-  static const auto activate = op<decltype(activation_cast)>("torch_fp8::activation_cast");
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Call& down = call.down;
-  auto [q, q_t, scale_inv] = activate.call(gate, up, call.activation, down.slots, kInput, down.casts, down.history,
-                                           down.training, down.record, /*rowwise=*/true, down.grad_weight,
-                                           /*alphas=*/{}, /*beta=*/0);
-  return {std::move(q), std::move(q_t), std::move(scale_inv)};
+// Compiled autograd hands tensors on by their values alone; those of codes become the same codes again.
+at::Tensor values_of(const Codes& codes, const at::Tensor& like) {
+  const at::Tensor q = codes.q.narrow(0, 0, leading_size(like.sizes())).narrow(1, 0, like.size(-1));
+  return q.to(at::kFloat).mul_(codes.scale_inv).to(like.scalar_type()).view(like.sizes());
 }
 
-struct Forward {
-  ForwardResult gate, up, down;
-  OptionalTensor up_y;
-};
-
-struct Layers {
-  const at::Tensor& gate;
-  const OptionalTensor &gate_bias, &up, &up_bias;
-  const at::Tensor& down;
-  const OptionalTensor& down_bias;
-};
-
-// down's call then holds the product's codes; of its input nothing else is read but size and dtype, which are gate's.
-Forward forward_all(const at::Tensor& x, const at::Tensor& x_up, const OptionalTensor& residual, const Layers& layers,
-                    MlpCall& call) {
-  Forward made;
-  made.gate = forward_of(x, layers.gate, layers.gate_bias, call.gate);
-  if (call.gated) {
-    made.up = forward_of(x_up, *layers.up, layers.up_bias, call.up);
-    made.up_y = std::get<0>(made.up);
-  }
-  const at::Tensor& gate_y = std::get<0>(made.gate);
-  call.down.x_codes = product_of(gate_y, made.up_y, call);
-  made.down = forward_of(gate_y, layers.down, layers.down_bias, call.down, residual);
-  return made;
-}
-
-enum Input : int { kX, kXUp, kResidual, kGateWeight, kGateBias, kUpWeight, kUpBias, kDownWeight, kDownBias, kInputs };
-
-struct MlpFunction : torch::autograd::Function<MlpFunction> {
-  // x_up is another tensor than x only where gate and up do not share their codes.
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& x_up,
-                            const OptionalTensor& residual, const at::Tensor& gate, const OptionalTensor& gate_bias,
-                            const OptionalTensor& up, const OptionalTensor& up_bias, const at::Tensor& down,
-                            const OptionalTensor& down_bias, MlpCall& call) {
+struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const OptionalTensor& up,
+                            const Activate& activate) {
     ctx->set_materialize_grads(false);
-    const Forward made =
-        forward_all(x, x_up.value_or(x), residual, {gate, gate_bias, up, up_bias, down, down_bias}, call);
-    variable_list tensors;
-    tensors.reserve(3 * kSaved + 2);
-    save(call.gate, x, gate, made.gate, kGate, tensors, ctx->saved_data);
-    if (call.gated) {
-      save(call.up, x_up.value_or(x), *up, made.up, kUp, tensors, ctx->saved_data);
-    } else {
-      tensors.resize(2 * kSaved);
-    }
-    save(call.down, std::get<0>(made.gate), down, made.down, kDown, tensors, ctx->saved_data);
-    tensors.push_back(std::get<0>(made.gate));
-    tensors.push_back(made.up_y.value_or(at::Tensor()));
-    ctx->save_for_backward(std::move(tensors));
-    ctx->saved_data["activation"] = call.activation;
-    ctx->saved_data["given"] = 1 << kX | x_up.has_value() << kXUp | residual.has_value() << kResidual |
-                               1 << kGateWeight | gate_bias.has_value() << kGateBias | up.has_value() << kUpWeight |
-                               up_bias.has_value() << kUpBias | 1 << kDownWeight | down_bias.has_value() << kDownBias;
-    return std::get<0>(made.down);
+    static const auto forward_op = op<decltype(activation_cast)>("torch_fp8::activation_cast");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const Call& down = activate.down;
+    auto [q, q_t, scale_inv] =
+        forward_op.call(gate, up, activate.activation, down.slots, kInput, down.casts, down.history, down.training,
+                        down.record, /*rowwise=*/true, down.grad_weight, /*alphas=*/{}, /*beta=*/0);
+    ctx->save_for_backward({gate, up.value_or(at::Tensor())});
+    auto& data = ctx->saved_data;
+    const Call& of_gate = activate.gate;
+    data["activation"] = activate.activation;
+    data["gate_slots"] = of_gate.slots;
+    data["casts"] = c10::List<int64_t>(c10::IntArrayRef(of_gate.casts));
+    data["histories"] = activate.up ? c10::List<int64_t>({of_gate.history, activate.up->history})
+                                    : c10::List<int64_t>({of_gate.history});
+    data["training"] = of_gate.training, data["record"] = of_gate.record;
+    data["sums"] = of_gate.grad_bias || (activate.up && activate.up->grad_bias);
+    if (activate.up) data["up_slots"] = activate.up->slots;
+    return stand_in(gate, {{std::move(q), std::move(q_t), std::move(scale_inv)}, {}});
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(kInputs + 1);
-    const at::Tensor& dy = grads[0];
-    if (!dy.defined()) return result;
+    variable_list result(3);  // gate, up, activate
+    if (!grads[0].defined()) return result;
     check_not_differentiated_again();
     auto& data = ctx->saved_data;
     const variable_list saved = ctx->get_saved_variables();
-    const auto of = [&](int layer) { return at::ArrayRef<at::Tensor>(saved).slice(layer * kSaved, kSaved); };
-    const at::Tensor &gate_y = saved[3 * kSaved], &up_y = saved[3 * kSaved + 1];
-    // The engine counts the inputs that were given.
-    const auto given = static_cast<uint64_t>(data["given"].toInt());
-    const auto wants = [&](Input input) {
-      const uint64_t bit = uint64_t{1} << input;
-      return (given & bit) && ctx->needs_input_grad(static_cast<size_t>(std::popcount(given & (bit - 1))));
-    };
-    const bool gated = up_y.defined(), apart = given >> kXUp & 1;
-
-    const bool beyond =
-        wants(kX) || wants(kXUp) || wants(kGateWeight) || wants(kGateBias) || wants(kUpWeight) || wants(kUpBias);
-    Gradients of_down = backward_of(data, kDown, numbers_of(data, kDown), of(2), dy, {},
-                                    {beyond, wants(kDownWeight), wants(kDownBias)}, at::Tensor());
-    if (wants(kResidual)) result[kResidual] = dy;
-    result[kDownWeight] = std::move(of_down.weight), result[kDownBias] = std::move(of_down.bias);
-    if (!beyond) return result;
-
-    static const auto activate_backward = op<decltype(activation_backward_cast)>("torch_fp8::activation_backward_cast");
-    const Numbers gate = numbers_of(data, kGate), up = gated ? numbers_of(data, kUp) : Numbers{};
-    c10::SmallVector<int64_t, 2> histories{gate.history};
-    if (gated) histories.push_back(up.history);
-    const OptionalTensor up_slots = gated ? OptionalTensor(held(data, std::string(kUp) + "slots")) : c10::nullopt;
+    const OptionalTensor up = saved[1].defined() ? OptionalTensor(saved[1]) : c10::nullopt;
+    const OptionalTensor up_slots = up ? OptionalTensor(data["up_slots"].toTensor()) : c10::nullopt;
     c10::optional<at::ScalarType> dbias;
-    if (wants(kGateBias) || wants(kUpBias)) dbias = at::kFloat;
-    const auto codes = [&] {
-      at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return activate_backward.call(of_down.x, gate_y, gated ? OptionalTensor(up_y) : c10::nullopt,
-                                    data["activation"].toInt(), held(data, std::string(kGate) + "slots"), up_slots,
-                                    kGradOutput, gate.casts, histories, gate.training, gate.record, dbias,
-                                    /*alphas=*/{}, /*beta=*/0);
-    }();
-    const auto& [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, gate_dbias, up_dbias, dalphas] = codes;
-    if (wants(kGateBias)) result[kGateBias] = gate_dbias.to(gate.bias_dtype);
-    if (wants(kUpBias)) result[kUpBias] = up_dbias.to(up.bias_dtype);
-    of_down.x.reset();  // its memory serves what follows
-
-    const std::string sum_name = std::string(kGate) + "sum";
-    const int64_t sum = data.count(sum_name) && wants(kX) && can_sum() ? data[sum_name].toInt() : 0;
-    at::Tensor dx = sum ? sum_so_far(sum) : at::Tensor();
-    const bool begun = dx.defined();
-    Gradients of_gate = backward_of(data, kGate, gate, of(0), gate_y, {gate_q, gate_q_t, gate_scale_inv},
-                                    {wants(kX), wants(kGateWeight), false}, dx);
-    result[kGateWeight] = std::move(of_gate.weight);
-    if (!begun) dx = std::move(of_gate.x);
-    if (gated) {
-      // A GEMM adds to float32 and bfloat16.
-      const bool adds = !apart && dx.defined() && dx.scalar_type() != at::kHalf;
-      Gradients of_up = backward_of(data, kUp, up, of(1), up_y, {up_q, up_q_t, up_scale_inv},
-                                    {wants(apart ? kXUp : kX), wants(kUpWeight), false}, adds ? dx : at::Tensor());
-      result[kUpWeight] = std::move(of_up.weight);
-      if (apart) {
-        result[kXUp] = std::move(of_up.x);
-      } else if (of_up.x.defined()) {
-        dx.add_(of_up.x);
-      }
-    }
-    if (sum && !begun && dx.defined()) begin_sum(sum, dx);
-    if (!begun) result[kX] = std::move(dx);
+    if (data["sums"].toBool()) dbias = at::kFloat;
+    static const auto backward_op = op<decltype(activation_backward_cast)>("torch_fp8::activation_backward_cast");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, gate_dbias, up_dbias, dalphas] =
+        backward_op.call(grads[0], saved[0], up, data["activation"].toInt(), data["gate_slots"].toTensor(), up_slots,
+                         kGradOutput, data["casts"].toIntVector(), data["histories"].toIntVector(),
+                         data["training"].toBool(), data["record"].toBool(), dbias, /*alphas=*/{}, /*beta=*/0);
+    const auto hand_over = [](const at::Tensor& like, HandedOver handed) {
+      return can_sum() ? stand_in(like, std::move(handed)) : values_of(handed.codes, like);
+    };
+    result[0] = hand_over(saved[0], {{gate_q, gate_q_t, gate_scale_inv}, gate_dbias});
+    if (up) result[1] = hand_over(saved[1], {{up_q, up_q_t, up_scale_inv}, up_dbias});
     return result;
   }
 };
@@ -200,29 +114,27 @@ void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const Linear
 
 at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const LinearLayer& gate,
                const LinearLayer* up, const LinearLayer& down, int64_t activation) {
-  at::Tensor x = x_given, x_up = x_given;
-  const auto autocast = autocast_dtype(x);
-  check_mlp(x, residual, gate, up, down, activation, autocast);
-  MlpCall call{};
-  call.activation = activation, call.gated = up != nullptr;
-  call.gate = begin_call(gate, x.scalar_type(), x.requires_grad(), autocast);
-  if (up) call.up = begin_call(*up, x.scalar_type(), x.requires_grad(), autocast);
-  const bool beyond = call.gate.is_differentiable() || (up && call.up.is_differentiable());
-  call.down = begin_call(down, autocast.value_or(x.scalar_type()), beyond, autocast);
-  find_codes(gate, call.gate, &x);
-  if (up) find_codes(*up, call.up, &x_up);
-  find_codes(down, call.down, nullptr);
-  const OptionalTensor up_weight = up ? OptionalTensor(up->weight) : c10::nullopt, none;
-  const OptionalTensor& up_bias = up ? up->bias : none;
-  const bool residual_differentiable = at::GradMode::is_enabled() && residual && residual->requires_grad();
-  if (!call.down.is_differentiable() && !residual_differentiable) {
-    return std::get<0>(
-        forward_all(x, x_up, residual, {gate.weight, gate.bias, up_weight, up_bias, down.weight, down.bias}, call)
-            .down);
-  }
-  const bool apart = up && !x_up.is_same(x);
-  return MlpFunction::apply(x, apart ? OptionalTensor(x_up) : c10::nullopt, residual, gate.weight, gate.bias, up_weight,
-                            up_bias, down.weight, down.bias, call);
+  const auto autocast = autocast_dtype(x_given);
+  check_mlp(x_given, residual, gate, up, down, activation, autocast);
+  const at::ScalarType x_dtype = x_given.scalar_type();
+  Call of_gate = begin_call(gate, x_dtype, x_given.requires_grad(), autocast), of_up;
+  if (up) of_up = begin_call(*up, x_dtype, x_given.requires_grad(), autocast);
+  const bool beyond = of_gate.is_differentiable() || (up && of_up.is_differentiable());
+  Call of_down = begin_call(down, autocast.value_or(x_dtype), beyond, autocast);
+
+  const auto run_one = [&](const LinearLayer& layer, Call& call) {
+    at::Tensor x = x_given;
+    find_codes(layer, call, &x);
+    return run(x, layer.weight, layer.bias, call);
+  };
+  const at::Tensor gate_y = run_one(gate, of_gate);
+  const OptionalTensor up_y = up ? OptionalTensor(run_one(*up, of_up)) : c10::nullopt;
+  find_codes(down, of_down, nullptr);
+  const at::Tensor product =
+      ActivationFunction::apply(gate_y, up_y, Activate{of_gate, of_down, up ? &of_up : nullptr, activation});
+  const Codes& codes = handed_over(product)->codes;
+  of_down.x_codes = {codes.q, codes.q_t, codes.scale_inv};
+  return run(product, down.weight, down.bias, of_down, residual);
 }
 
 }  // namespace torch_fp8

@@ -27,10 +27,10 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     static const auto norm_op = op<decltype(norm_cast)>("torch_fp8::norm_cast");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Call none{}, &reader = call.reader ? *call.reader : none;
-    auto [y, sum, q, q_t, scale_inv, stats] = norm_op.call(
-        x, residual, gain, bias, call.eps, call.layer_norm, call.gain_offset,
-        call.reader ? OptionalTensor(reader.slots) : c10::nullopt, kInput, reader.casts, reader.history,
-        reader.training, reader.record, call.reader.has_value(), call.columnwise, /*wants_y=*/true);
+    auto [y, sum, q, q_t, scale_inv, stats] =
+        norm_op.call(x, residual, gain, bias, call.eps, call.layer_norm, call.gain_offset,
+                     call.reader ? OptionalTensor(reader.slots) : c10::nullopt, kInput, reader.casts, reader.history,
+                     reader.training, reader.record, call.reader.has_value(), call.columnwise, /*wants_y=*/true);
     call.codes = {q, q_t, scale_inv};
     ctx->save_for_backward({residual ? sum : x, gain.value_or(at::Tensor()), stats});
     ctx->saved_data["layer_norm"] = call.layer_norm;
@@ -76,9 +76,9 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTensor& residual,
-                                        const OptionalTensor& gain, const OptionalTensor& bias,
-                                        const NormOptions& options, const LinearLayer* reader) {
+std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain,
+                                        const OptionalTensor& bias, const NormOptions& options,
+                                        const LinearLayer* reader) {
   NormCall call{options, {}, false, {}};
   const bool steps = reader && reader->training && at::GradMode::is_enabled() && reader->place.siblings;
   const bool differentiable = x.requires_grad() || (residual && residual->requires_grad()) ||
@@ -91,8 +91,8 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTenso
     const bool by_history = reader->options.scaling == Scaling::kDelayed && (of_reader.history >> kInput & 1);
     // What has no history records for itself, so each layer casts.
     const bool shared = by_history || reader->options.scaling != Scaling::kDelayed;
-    wanted = {of_reader.casts[kInput],  by_history, of_reader.record, rowwise, call.columnwise,
-              reader->memo.updates(), stream_of(reader->weight)};
+    wanted = {of_reader.casts[kInput],  by_history, of_reader.record, rowwise, call.columnwise, reader->memo.updates(),
+              stream_of(reader->weight)};
     if (rowwise && shared) call.reader = std::move(of_reader);
   }
   const variable_list made = NormFunction::apply(x, residual, gain, bias, call);

@@ -6,8 +6,8 @@
 
 #include "kernels.h"
 #include "ops/linear.h"
-#include "ops/rotary.h"
 #include "ops/producers.h"
+#include "ops/rotary.h"
 #include "torch_fp8/ops.h"
 
 namespace torch_fp8 {
@@ -243,10 +243,9 @@ TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCUDA, m) { m.impl("frozen_linear", fro
 TORCH_LIBRARY_IMPL(torch_fp8, SparseCPU, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name :
-       {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
-        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "norm_cast", "norm_backward",
-        "rotary_backward", "update_scales_"}) {
+  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
+                           "linear_backward", "frozen_linear_backward", "activation_cast", "activation_backward_cast",
+                           "norm_cast", "norm_backward", "rotary_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);

@@ -110,7 +110,7 @@ class Siblings {
 // x, behind a node of autograd whose backward ends the sum of that number.
 at::Tensor fork_gradient(const at::Tensor& x, int64_t sum);
 int64_t new_sum();
-// Whether the engine itself runs this backward: compiled autograd expects a gradient of each layer.
+// Whether the engine itself runs this backward: compiled autograd expects a gradient of each layer, and its values.
 bool can_sum();
 // In a backward: the tensor that sum number has begun with in this backward, to be added to; or undefined. begin_sum
 // says that dx is that tensor.

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     // Of rows behind the last, these are sums of whatever lies there; nobody reads them.
-    const auto sums_of_rows = [&](const auto& term, float(&sums)[kWarpRows]) {
+    const auto sums_of_rows = [&](const auto& term, float (&sums)[kWarpRows]) {
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i) sums[i] = 0;
 #pragma unroll 1
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Words<T> rows[kWarpRows];
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i) rows[i] = packs[(i * chunks + c) * 32];
-      const auto norm = [&](int i, float(&y)[kPackSize]) {
+      const auto norm = [&](int i, float (&y)[kPackSize]) {
         unpack(rows[i], y);
 #pragma unroll
         for (int j = 0; j < kPackSize; ++j) {

@@ -47,6 +47,8 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
             return f"the weight of {name} is a DTensor"
     if not all(layers["up"].fp8_state.fp8_gemms):
         return "the recipe keeps a GEMM in 16 bits"
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        return "torch.autograd's anomaly detection reads every gradient"
     return ""
 
 
@@ -142,7 +144,7 @@ class _Mlp(torch.autograd.Function):
                 calls[0].casts, [call.history for call in calls[:-1]], calls[0].training, calls[0].record,
                 torch.float32 if any(call.grad_bias for call in calls[:-1]) else None,
             )  # fmt: skip
-        for i, output in enumerate(outputs):
+        for i, output in reversed(list(enumerate(outputs))):  # in the order of the engine
             made = dweight = of_bias = None
             if dproduct is not None:
                 # The bias's gradient was summed with the casts. A GEMM adds to float32 and bfloat16.
@@ -154,6 +156,6 @@ class _Mlp(torch.autograd.Function):
                 of_bias = codes[6 + i].to(kept[i].bias_dtype) if kept[i].call.grad_bias else None
             if made is not None:
                 dx = made if dx is None else dx + made
-            gradients += [dweight, of_bias, *[None] * (_PER_LAYER - 2)]
+            gradients = [dweight, of_bias, *[None] * (_PER_LAYER - 2), *gradients]
         gradients += [ddown, dbias, *[None] * (_PER_LAYER - 2)]
         return (dx, dy if ctx.has_residual else None, None, None, *gradients)
