@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from .linear import Layer, Linear
-from .mlp import ACTIVATIONS, mlp
+from .mlp import ACTIVATIONS, mlp, result_dtype
 from .norm import Norm, can_norm, feed, norm
 from .rotary import rotary
 from .siblings import share_input
@@ -94,7 +94,7 @@ class MLP(nn.Module):
     """``down_proj(f(gate_proj(x)) * up_proj(x))``, or ``down_proj(f(up_proj(x)))`` with gated=False, over FP8 layers
     and in one piece: neither the product nor the gradients of gate and up are ever written in 16 bits.
 
-    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu" or "gelu_tanh". residual
+    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu", "gelu_tanh" or "relu_squared". residual
     (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three layers has hooks, or
     another recipe, they run one after the other."""
 
@@ -199,11 +199,11 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         if not self.norm_first:
-            h = x + self.attention_norm(self.attention(x, cos, sin, mask))
-            return h + self.mlp_norm(self.mlp(h))
+            h = x + self.attention_norm(self.attention(x, cos, sin, mask)).to(x.dtype)
+            return h + self.mlp_norm(self.mlp(h)).to(x.dtype)
         attended = self.attention(self.attention_norm(x), cos, sin, mask)
-        y, h = self.mlp_norm(attended, x)
-        return self.mlp(y, h)
+        y, h = self.mlp_norm(attended.to(x.dtype), x)  # autocast leaves what residuals add up to in x's dtype
+        return self.mlp(y, h) if result_dtype(y) == h.dtype else h + self.mlp(y).to(h.dtype)
 
     def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None) -> Tensor:
         """What the attention alone makes of x."""
