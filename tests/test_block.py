@@ -176,7 +176,8 @@ def both(model, twin, x, residual=None, calls=None):
     results = []
     for m, call in zip((model, twin), calls or (model, twin)):
         leaves = [None if t is None else t.clone().requires_grad_() for t in (x, residual)]
-        results.append(gradients(m, call(*leaves), [t for t in leaves if t is not None]))
+        leaves = [t for t in leaves if t is not None]
+        results.append(gradients(m, call(*leaves), leaves))
     return results
 
 
@@ -273,7 +274,7 @@ def test_scales_follow_what_the_layers_read(device, compiled, order):
             super().__init__()
             self.inner, self.scales = inner, (1.0, 1.0, 1.0)
 
-        def forward(self, x):
+        def forward(self, x, residual=None):
             y = self.inner.norm(x)
             outs = [self.inner.layers[i](y if self.scales[i] == 1 else y * self.scales[i]) for i in order]
             return torch.cat(outs, -1)
@@ -425,7 +426,7 @@ def blocks(device, dtype=torch.float32, **kwargs):
     """A block; its layers with plain PyTorch in between; and all in float64."""
     torch.manual_seed(0)
     kwargs.setdefault("recipe", RECIPES[0])
-    block = fp8.TransformerBlock(WIDTH, 96, HEADS, device=device, dtype=dtype, **kwargs)
+    block = fp8.TransformerBlock(WIDTH, HEADS, 96, device=device, dtype=dtype, **kwargs)
     for name, p in block.named_parameters():
         if "norm" in name:
             nn.init.normal_(p, 1, 0.2)
@@ -645,9 +646,9 @@ def test_a_frozen_block(device):
 )
 def test_blocks_that_cannot_be(kwargs, words):
     with pytest.raises(ValueError, match=f"torch_fp8: {words}"):
-        fp8.TransformerBlock(WIDTH, 96, HEADS, **kwargs)
+        fp8.TransformerBlock(WIDTH, HEADS, 96, **kwargs)
     with pytest.raises(ValueError, match="torch_fp8: num_heads must divide hidden_size, got 5 and 64"):
-        fp8.TransformerBlock(WIDTH, 96, 5)
+        fp8.TransformerBlock(WIDTH, 5, 96)
 
 
 def test_tables_that_are_too_short(device):

