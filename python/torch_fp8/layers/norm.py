@@ -63,7 +63,7 @@ def _leader(readers: Sequence[nn.Module]) -> Layer | None:
         if not (isinstance(layer, Layer) and layer.fp8_enabled and layer.training) or is_dtensor(layer.weight):
             return None
         state = layer.fp8_state
-        if state.group is None:
+        if state.group is None or not state.group.reads_norms:
             return None
         if state.group.follows[state.member] < 0:
             return layer
