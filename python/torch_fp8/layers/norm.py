@@ -79,8 +79,8 @@ def _traced(
         state = reader.fp8_state if traced.takes_codes(reader.fp8_state, call) else None
     slots = None if state is None else state.slots
     y, total, *codes = _Norm.apply(x, residual, gain, bias, how, slots, call)
+    y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
     if state is not None and call is not None:
-        y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
         traced.offer_codes(state, y, call, (codes[0], codes[1], codes[2]))
     return y, x if residual is None else total
 

@@ -146,13 +146,16 @@ def offer_codes(state: LayerState, x: Tensor, call: Call, codes: Codes) -> None:
 def _version_of_x() -> int:
     """Runs when a step is traced: the version of its caller's x, which Dynamo knows and the traced code does not. -1
     where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
-    that others may write to it after, and in traces that are not Dynamo's."""
+    that others may write to it after, where Dynamo takes no attributes (results of an autograd.Function), and in traces
+    that are not Dynamo's."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         tracer: Any = frame.f_locals.get("self")
         if getattr(tracer, "f_code", None) in (shared_codes.__code__, offer_codes.__code__):
             x = tracer.symbolic_locals["x"].realize()
             if x.source is not None or tracer.output.current_tracer.parent is not None:
+                return -1
+            if not tracer.output.side_effects.is_attribute_mutation(x):
                 return -1
             return x.proxy.node.meta["example_value"]._version
         frame = frame.f_back
