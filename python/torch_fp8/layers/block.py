@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from .linear import Layer, Linear
-from .mlp import ACTIVATIONS, mlp
+from .mlp import ACTIVATIONS, has_hooks, mlp
 from .norm import Norm, can_norm, feed, norm
 from .rotary import rotary
 from .siblings import share_input
@@ -38,7 +38,8 @@ class _Norm(nn.Module):
         feed(layers)
         self.readers = layers
 
-    def _compute(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_sum(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum, with which a block goes on."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         if can_norm(x, residual, self.weight, self.bias):
             return norm(x, self.weight, self.bias, Norm(eps, self._layer_norm), residual, self.readers)
@@ -64,7 +65,7 @@ class RMSNorm(_Norm, nn.RMSNorm):
         super().__init__(dim, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        y, total = self._compute(x, residual)
+        y, total = self.with_sum(x, residual)
         return y if residual is None else (y, total)
 
 
@@ -86,7 +87,7 @@ class LayerNorm(_Norm, nn.LayerNorm):
         super().__init__(dim, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        y, total = self._compute(x, residual)
+        y, total = self.with_sum(x, residual)
         return y if residual is None else (y, total)
 
 
@@ -201,7 +202,11 @@ class TransformerBlock(nn.Module):
         if not self.norm_first:
             h = x + self.attention_norm(self.attention(x, cos, sin, mask))
             return h + self.mlp_norm(self.mlp(h))
-        attended = self.attention(self.attention_norm(x), cos, sin, mask)
+        if has_hooks(self.attention_norm):
+            normalised = self.attention_norm(x)
+        else:
+            normalised, x = self.attention_norm.with_sum(x)
+        attended = self.attention(normalised, cos, sin, mask)
         y, h = self.mlp_norm(attended, x)
         return self.mlp(y, h)
 

@@ -111,9 +111,13 @@ class FusedBlock(Fused):
         last = steps[-1]
         for step in steps:
             child = getattr(self, step.child)
-            if step.addend is not None and isinstance(child, FusedNorm) and not has_hooks(child):
-                y, total = child.of_sum(values[step.addend], values[step.value])
-                values[step.child], values[f"{step.value} + {step.addend}"] = y, total
+            if isinstance(child, FusedNorm) and not has_hooks(child):
+                if step.addend is None:
+                    y, total = child.of_sum(values[step.value], None)
+                else:
+                    y, total = child.of_sum(values[step.addend], values[step.value])
+                name = step.value if step.addend is None else f"{step.value} + {step.addend}"
+                values[step.child], values[name] = y, total  # what stood for x goes on behind the norm's node
                 continue
             x = values[step.value] if step.addend is None else self._sum(values, step.value, step.addend)
             if step is last and step.child in result and isinstance(child, FusedMlp) and not has_hooks(child):
