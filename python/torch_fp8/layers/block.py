@@ -97,7 +97,10 @@ class MLP(nn.Module):
 
     x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu" or "gelu_tanh". residual
     (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three layers has hooks, or
-    another recipe, they run one after the other."""
+    another recipe, they run one after the other.
+
+    recompute: keep less between forward and backward: the codes of the weights and, in eager mode, of the product are
+    made again in backward. For one micro-batch a step: with several, each casts the weights anew."""
 
     def __init__(
         self,
@@ -110,17 +113,21 @@ class MLP(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         recipe: Recipe | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"torch_fp8: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.activation = activation
+        self.activation, self.recompute = activation, recompute
         if gated:
             self.gate_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.up_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, device, dtype, recipe=recipe)
         if gated:
             share_input([self.gate_proj, self.up_proj])
+        if recompute:
+            for layer in (*self.readers, self.down_proj):
+                layer.fp8_state.cast_weight_again()
 
     @property
     def readers(self) -> tuple[Layer, ...]:
@@ -130,7 +137,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = getattr(self, "gate_proj", None)
-        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual)
+        return mlp(
+            x, gate, self.up_proj, self.down_proj, self.activation, residual, recompute=self.recompute
+        )  # fmt: skip
 
 
 class TransformerBlock(nn.Module):
@@ -143,7 +152,7 @@ class TransformerBlock(nn.Module):
     norm: "rms" or "layer". norm_first: the norms are of what attention and MLP are given (Llama, GPT); else of what
         they make, before it is added (OLMo 2).
     qk_norm: each head of q and k is normalised by RMS with a gain of its own (Qwen 3).
-    activation, gated: of the :class:`MLP`. bias: of all linear layers.
+    activation, gated: of the :class:`MLP`. bias: of all linear layers. recompute: as of the :class:`MLP`, of all.
 
     ``forward(x, cos, sin)`` turns q and k by the tables of rotary positions, ([batch or 1,] tokens, head_dim) or the
     width that is turned, halves as in Llama; without tables they are not turned. mask: what
@@ -167,6 +176,7 @@ class TransformerBlock(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         recipe: Recipe | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -185,7 +195,12 @@ class TransformerBlock(nn.Module):
         self.k_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
         self.v_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
         self.o_proj = Linear(num_heads * self.head_dim, hidden_size, **of_layer)
-        self.mlp = MLP(hidden_size, intermediate_size, activation=activation, gated=gated, **of_layer)
+        self.mlp = MLP(
+            hidden_size, intermediate_size, activation=activation, gated=gated, recompute=recompute, **of_layer
+        )  # fmt: skip
+        if recompute:
+            for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+                layer.fp8_state.cast_weight_again()
         self.q_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
         new_norm = RMSNorm if norm == "rms" else LayerNorm

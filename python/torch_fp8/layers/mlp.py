@@ -60,11 +60,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
+    *, recompute: bool = False,
+) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
-    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
+    recompute: in eager mode backward makes the product's codes again instead of keeping them."""
     if is_dtensor(x) or why_apart(gate, up, down):
         f = ACTIVATIONS[activation]
         y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
@@ -74,7 +76,7 @@ def mlp(
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation)
+    return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
 
 
 def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:
