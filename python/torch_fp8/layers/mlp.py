@@ -56,7 +56,7 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return any(hooks) or "forward" in module.__dict__
+    return any(hooks) or "forward" in module.__dict__ or bool(nn.modules.module._has_any_global_hook())
 
 
 def mlp(
