@@ -34,6 +34,7 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
     for name, layer in layers.items():
         if not isinstance(layer, Layer):
             return f"{name} is not in FP8"
+    for name, layer in layers.items():
         if not layer.fp8_enabled:
             return f"{name} is disabled"
         if has_hooks(layer):
@@ -69,6 +70,8 @@ def mlp(
     recompute: in eager mode backward makes the product's codes again instead of keeping them."""
     if is_dtensor(x) or why_apart(gate, up, down):
         f = ACTIVATIONS[activation]
+        if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
+            _check_residual(residual, x, down)
         y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
         return y if residual is None else residual + y
     layers: list[Any] = [up, down] if gate is None else [gate, up, down]
@@ -77,6 +80,21 @@ def mlp(
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
     return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Of what FP8 layers make of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _check_residual(residual: Tensor, x: Tensor, down: Layer) -> None:
+    """As csrc/ops/linear.cpp refuses it, where PyTorch would broadcast or promote it."""
+    dtype, shape = result_dtype(x), [*x.shape[:-1], down.out_features]
+    if residual.dtype != dtype:
+        raise TypeError(f"torch_fp8: the residual is {residual.dtype} but the output is {dtype}; cast it")
+    if list(residual.shape) != shape:
+        raise RuntimeError(f"torch_fp8: the residual must have the output's shape {shape}, got {list(residual.shape)}")
 
 
 def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:
