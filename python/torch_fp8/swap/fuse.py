@@ -91,11 +91,11 @@ def unfuse(model: nn.Module) -> nn.Module:
                 f"torch_fp8: {name or '(root)'} cannot be unfused: its class {type(module).__name__} was derived from "
                 "a fused one; undo that first"
             )
-    for fused in fused_modules(model).values():
-        fused.__class__ = cast(Any, type(fused).plain_class)
-    for module in model.modules():
+    for module in fused_modules(model).values():
+        module.__class__ = cast(Any, type(module).plain_class)
+    for part in model.modules():
         for attribute in ("fp8_fusion", "fp8_readers", NOT_FUSED):
-            module.__dict__.pop(attribute, None)
+            part.__dict__.pop(attribute, None)
     return model
 
 

@@ -22,15 +22,18 @@ def block_of(module: nn.Module, probe: Probe) -> BlockFusion | str | None:
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return None
     children = dict(module.named_children())
-    others = [name for name, child in children.items() if fp8_layers(child) and not isinstance(child, Layer)]
-    norms = [
-        name for name, child in children.items()
-        if name not in others and (isinstance(child, FusedNorm) or norm_of(child, probe) is not None)
-    ]  # fmt: skip
-    if not norms or not others or any(isinstance(children[name], nn.ModuleList) for name in others):
+    norms, others = [], []
+    for name, child in children.items():
+        if isinstance(child, FusedNorm) or norm_of(child, probe) is not None:
+            norms.append(name)
+        elif next(child.parameters(), None) is not None:
+            others.append(name)
+    if not norms or not any(fp8_layers(children[name]) for name in others):
+        return None
+    if any(isinstance(children[name], nn.ModuleList | Layer) for name in others):
         return None
     if len(others) != 2:
-        return f"{len(others)} of its children have FP8 layers, and not two ({', '.join(others)})"
+        return f"beside norms it has {len(others)} children with parameters, and not two ({', '.join(others)})"
     if any(p is not None for p in module._parameters.values()):
         return "it has parameters of its own"
     width = next(children[norms[0]].parameters()).shape[0]
