@@ -81,6 +81,10 @@ class FusedMlp(Fused):
 
 
 def _mlp_added_to(module: FusedMlp, x: Tensor, residual: Tensor | None) -> Tensor:
+    kind = x.device.type
+    made = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if residual is not None and (residual.dtype != made or residual.shape != x.shape):
+        return residual + _mlp_added_to(module, x, None)  # where dtypes or shapes meet, PyTorch decides
     gate, up, down, activation = module.fp8_fusion
     of_gate = None if gate is None else getattr(module, gate)
     return mlp(x, of_gate, getattr(module, up), getattr(module, down), activation, residual)

@@ -35,6 +35,7 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
     for name, layer in layers.items():
         if not isinstance(layer, Layer):
             return f"{name} is not in FP8"
+    for name, layer in layers.items():
         if not layer.fp8_enabled:
             return f"{name} is disabled"
         if has_hooks(layer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from ..layers.frozen import frozen_layers
@@ -48,9 +49,9 @@ def fuse(model: nn.Module) -> nn.Module:
             f"torch_fp8: fuse takes a model with FP8 layers, but {type(model).__name__} has none; call "
             "torch_fp8.convert first"
         )
-    probe = Probe(model)
     found: dict[nn.Module, tuple[type[Fused], type[Fused], Any]] = {}
     reasons: dict[nn.Module, str] = {}
+    probe = Probe(model)
     for module in model.modules():
         if isinstance(module, Fused) or not (kind := _fusion_of(module, probe)):
             continue
@@ -133,6 +134,8 @@ _FIRST = (
 )  # fmt: skip
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _fusion_of(module: nn.Module, probe: Probe) -> tuple[type[Fused], Any] | None:
     """Which kind of module it would be, and how; a string says why it is none. None: it is of no kind that is ever
     fused."""

@@ -76,8 +76,7 @@ def gradients(of: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     if not of.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     weights = torch.linspace(1, 2, of.numel(), dtype=of.dtype, device="cpu").reshape(of.shape)
-    with torch.enable_grad():
-        found = torch.autograd.grad(of, leaves, weights, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(of, leaves, weights, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
@@ -102,11 +101,7 @@ class Probe:
             apart = self._copy(module, training)
             apart.__dict__["_modules"] |= children
             apart.__dict__["_parameters"] |= parameters
-            # Whatever surrounds the call of fuse: no autocast, CPU tensors, and gradients.
-            with (
-                torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
-                torch.device("cpu"),
-            ):  # fmt: skip
+            with torch.autocast("cpu", enabled=False), torch.device("cpu"):  # whatever surrounds the call of fuse
                 result = type(module).forward(apart, *args, **kwargs)
         except Exception as error:  # somebody else's forward, on what it did not expect
             result = error
