@@ -297,7 +297,7 @@ def test_scales_follow_what_the_layers_read(device, compiled, order, scale):
 
 def test_two_results_of_a_norm_in_flight(device):
     model, twin = fed_and_not(device)
-    for step in range(3):
+    for _ in range(3):
         xs = torch.randn(2, 8, WIDTH, device=device)
         outs = []
         for m in (model, twin):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from .. import _C
 from . import traced
@@ -57,7 +58,8 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return any(hooks) or "forward" in module.__dict__ or bool(nn.modules.module._has_any_global_hook())
+    own = "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__
+    return own or any(hooks) or has_any_global_hook()
 
 
 def mlp(
