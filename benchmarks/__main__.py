@@ -21,6 +21,8 @@ NAMES = (
     "block",
     "compiled",
     "fused",
+    "hugging_face",
+    "train_step",
     "monitor",
     "small",
     "skinny",

@@ -298,7 +298,7 @@ def test_scales_follow_what_the_layers_read(device, compiled, order, scale):
 
 def test_two_results_of_a_norm_in_flight(device):
     model, twin = fed_and_not(device)
-    for step in range(3):
+    for _ in range(3):
         xs = torch.randn(2, 8, WIDTH, device=device)
         outs = []
         for m in (model, twin):
@@ -443,7 +443,9 @@ def blocks(device, dtype=torch.float32, **kwargs):
 
 def tables(device, tokens=6, head_dim=WIDTH // HEADS):
     angles = torch.arange(tokens).double()[:, None] * 10.0 ** -torch.arange(head_dim // 2).double() / 3
-    return tuple(t.to(device, torch.float32) for t in (torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)))
+    return tuple(
+        t.to(device, torch.float32) for t in (torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1))
+    )
 
 
 def inputs(device, dtype=torch.float32, seed=0, shape=(2, 6, WIDTH)):
@@ -538,7 +540,9 @@ def test_casts_of_a_block(device, recipe):
     assert (casts["fprop"], casts["dgrad"], casts["wgrad"]) == (7, 7, 7)
 
 
-@pytest.mark.parametrize("variant, recipe", [*((v, RECIPES[0]) for v in VARIANTS), *(("llama", r) for r in RECIPES[1:])], ids=str)
+@pytest.mark.parametrize(
+    "variant, recipe", [*((v, RECIPES[0]) for v in VARIANTS), *(("llama", r) for r in RECIPES[1:])], ids=str
+)
 def test_a_compiled_block(device, variant, recipe):
     block, _, _ = blocks(device, recipe=recipe, **VARIANTS[variant])
     twin = copy.deepcopy(block)

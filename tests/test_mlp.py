@@ -171,7 +171,10 @@ def test_strides_of_input_residual_and_gradient(device):
         return (y * weight.to(y.dtype)).sum(-1).sum()  # its gradient is an expanded tensor
 
     for _ in range(2):
-        results = [run(m, x.to(d), residual.to(d), loss) for m, d in ((model, x.dtype), (apart, x.dtype), (exact, torch.double))]
+        results = [
+            run(m, x.to(d), residual.to(d), loss)
+            for m, d in ((model, x.dtype), (apart, x.dtype), (exact, torch.double))
+        ]
         assert_no_worse(*results, torch.float32)
         fp8.update_scales(model), fp8.update_scales(apart)
 
@@ -575,7 +578,9 @@ def test_the_state_dict_is_that_of_plain_layers(gated):
     twin = fp8.MLP(HIDDEN, WIDE, bias=True, gated=gated)
     twin.load_state_dict(model.state_dict(), strict=True)
     fp8.revert(twin)
-    assert not any(isinstance(m, fp8.Linear) for m in twin.modules()) and list(twin.state_dict()) == list(model.state_dict())
+    assert not any(isinstance(m, fp8.Linear) for m in twin.modules()) and list(twin.state_dict()) == list(
+        model.state_dict()
+    )
 
 
 def test_revert_and_convert_around_it(device):
@@ -601,7 +606,11 @@ def test_revert_and_convert_around_it(device):
 @pytest.mark.parametrize(
     "change, error_type, words",
     [
-        (lambda r: r[..., :-1], RuntimeError, r"residual must have the output's shape \[2, 12, 32\], got \[2, 12, 31\]"),
+        (
+            lambda r: r[..., :-1],
+            RuntimeError,
+            r"residual must have the output's shape \[2, 12, 32\], got \[2, 12, 31\]",
+        ),
         (lambda r: r[:1], RuntimeError, r"residual must have the output's shape \[2, 12, 32\], got \[1, 12, 32\]"),
         (lambda r: r.bfloat16(), TypeError, "the residual is .*[bB][fF]loat16 but the output is .*; cast it"),
     ],

@@ -102,7 +102,13 @@ class LinearLayer:
     ) -> None: ...
 
 def mlp(
-    x: Tensor, residual: Tensor | None, gate: LinearLayer, up: LinearLayer | None, down: LinearLayer, activation: str
+    x: Tensor,
+    residual: Tensor | None,
+    gate: LinearLayer,
+    up: LinearLayer | None,
+    down: LinearLayer,
+    activation: str,
+    recompute: bool = False,
 ) -> Tensor: ...
 def norm(
     x: Tensor,

@@ -20,7 +20,7 @@ from .recipe import ConstantScaling, DelayedScaling, Recipe
 ROLES = ("input", "weight", "grad_output")
 _INPUT = ROLES.index("input")
 
-_COPIED = ("recipe", "slots", "history", "has_history", "was_loaded", "group", "member")
+_COPIED = ("recipe", "slots", "history", "has_history", "was_loaded", "group", "member", "recompute")
 
 
 class LayerState:
@@ -31,8 +31,11 @@ class LayerState:
     history: (roles, length) float32, a ring of the amaxes of earlier updates.
     has_history: which roles have one. torch.compile guards on it, so it is read from the device after updates.
     memo: what the host remembers between calls (csrc/memo.h); place: which of ``group``'s members the layer is.
+    recompute: backward casts the weight again instead of keeping its codes from the forward on.
     model, optimizer: whose step ends the layer's (``_after_optimizer_step`` in scaling.py).
     """
+
+    recompute = False
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -48,7 +51,8 @@ class LayerState:
         self.fp8_gemms, self.fast_accum = list(self.options.fp8_gemms), list(self.options.fast_accum)
         self.memo = _C.LayerMemo()
         self.place = _C.Place()
-        self.gathered = False  # as the memo knows it, where torch.compile can see it
+        self.memo.set_gathered(self.recompute)
+        self.gathered = self.recompute  # as the memo knows it, where torch.compile can see it
         self.reduction: Any = None
         self.model: weakref.ref[nn.Module] | None = None  # that convert was given
         self.optimizer: weakref.ref[Any] | None = None  # the last whose step found that it holds the weight
@@ -56,6 +60,11 @@ class LayerState:
         self.unused_steps = 0  # its optimizer's, in which the layer was not called
         if self.group is not None:
             self.group.join(self)
+
+    def cast_weight_again(self) -> None:
+        """From now on backward casts the weight anew, and no codes of it are kept between the two."""
+        self.recompute = self.gathered = True
+        self.memo.set_gathered(True)
 
     def renew(self, device: torch.device | None = None) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""

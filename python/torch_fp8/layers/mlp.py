@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from .. import _C
 from . import traced
@@ -57,15 +58,18 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return any(hooks) or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+    own = "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__
+    return own or any(hooks) or has_any_global_hook()
 
 
 def mlp(
-    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
+    *, recompute: bool = False,
+) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
-    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
+    recompute: in eager mode backward makes the product's codes again instead of keeping them."""
     if is_dtensor(x) or why_apart(gate, up, down):
         f = ACTIVATIONS[activation]
         if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
@@ -77,7 +81,7 @@ def mlp(
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation)
+    return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -92,9 +96,7 @@ def _check_residual(residual: Tensor, x: Tensor, down: Layer) -> None:
     if residual.dtype != dtype:
         raise TypeError(f"torch_fp8: the residual is {residual.dtype} but the output is {dtype}; cast it")
     if list(residual.shape) != shape:
-        raise RuntimeError(
-            f"torch_fp8: the residual must have the output's shape {shape}, got {list(residual.shape)}"
-        )
+        raise RuntimeError(f"torch_fp8: the residual must have the output's shape {shape}, got {list(residual.shape)}")
 
 
 def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:

@@ -28,7 +28,8 @@ def norm(
     x: Tensor, gain: Tensor | None, bias: Tensor | None, how: Norm, residual: Tensor | None = None,
     readers: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The norm of x + residual over the last dimension, computed in float32 and rounded once, and the sum itself.
+    """The norm of x + residual over the last dimension, computed in float32 and rounded once, and the sum itself: x,
+    where there is no residual. Whoever goes on with the sum in the place of x has both gradients added by the norm.
 
     x, residual (..., K) of one dtype; gain, bias (K). readers: the layers that read the result; where they are FP8
     layers in one group they take its codes."""
@@ -82,7 +83,7 @@ def _traced(
     y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
     if state is not None and call is not None:
         traced.offer_codes(state, y, call, (codes[0], codes[1], codes[2]))
-    return y, x if residual is None else total
+    return y, total
 
 
 class _Norm(torch.autograd.Function):
@@ -105,18 +106,14 @@ class _Norm(torch.autograd.Function):
         ctx.how, ctx.has_residual = how, residual is not None
         ctx.wants = [p is not None and p.requires_grad for p in (gain, bias)]
         ctx.mark_non_differentiable(q, q_t, scale_inv)
-        if residual is None:
-            ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
-        return y, total, q, q_t, scale_inv
+        return y, x if residual is None else total, q, q_t, scale_inv
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         x, gain, stats = ctx.saved_tensors
-        if not ctx.has_residual:
-            dsum = None
         if dy is None:
-            return (dsum, dsum, *[None] * 5)
+            return (dsum, dsum if ctx.has_residual else None, *[None] * 5)
         dx, dgain, dbias = torch.ops.torch_fp8.norm_backward(
             dy, x, dsum, gain, stats, ctx.how.layer_norm, ctx.how.gain_offset, *ctx.wants
         )
