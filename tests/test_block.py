@@ -204,7 +204,9 @@ def test_readers_of_a_norm_cast_nothing(device, compiled, recipe, kind, layers, 
             if by_norm:
                 assert casts["cast_input"] == layers, step  # the twin's
         fp8.update_scales(model), fp8.update_scales(twin)
-        if not (compiled and isinstance(recipe, fp8.CurrentScaling)):  # there who takes codes records no amax, nor reads one
+        if not (
+            compiled and isinstance(recipe, fp8.CurrentScaling)
+        ):  # there who takes codes records no amax, nor reads one
             assert_same_state(model, twin)
 
 

@@ -126,3 +126,28 @@ def test_recipes_without_history_can_be_captured_at_once(cuda, recipe):
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_a_block_with_its_optimizer(cuda):
+    torch.manual_seed(0)
+    block = fp8.TransformerBlock(
+        64, 4, 96, device=cuda, dtype=torch.bfloat16, recipe=fp8.DelayedScaling(amax_history_len=8)
+    )
+    models = [copy.deepcopy(block) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True) for model in models]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for model, optimizer in zip(models, optimizers):
+            for step in range(3):
+                eager_step(model, optimizer, batch(step, cuda).view(2, 16, 64))
+    torch.cuda.current_stream().wait_stream(side)
+    x = batch(3, cuda).view(2, 16, 64)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = eager_step(models[1], optimizers[1], x)
+    for step in range(3, 13):
+        x.copy_(batch(step, cuda).view(2, 16, 64))
+        graph.replay()
+        assert torch.equal(eager_step(models[0], optimizers[0], batch(step, cuda).view(2, 16, 64)), loss), step
+    assert_same(*models)

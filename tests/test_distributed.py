@@ -454,3 +454,41 @@ def replicated_and_refused(device):
 
 def test_replicated_weight_and_refused_placements(ranks):
     ranks(replicated_and_refused)
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def blocks_on(device):
+    torch.manual_seed(0)
+    recipe = fp8.DelayedScaling(amax_history_len=3)
+    made = {"num_kv_heads": 2, "device": device, "dtype": torch.bfloat16, "recipe": recipe}
+    return nn.Sequential(*(fp8.TransformerBlock(32, 4, 64, **made) for _ in range(2)))
+
+
+def train_blocks(device, shard):
+    model = blocks_on(device)
+    if shard:
+        fp8.reduce_amaxes(model)
+        for block in model:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    losses = []
+    for step in range(STEPS):
+        with count_casts() as casts:
+            loss = loss_of(model, batch(step, device, torch.bfloat16))
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values()), casts["cast_input"]
+
+
+def test_fsdp_of_blocks_equals_one_process(ranks):
+    """Both ranks train on one batch, so that all is equal to the bit; the norms' codes are taken there, too."""
+    (losses, params, state, casts), other = ranks(train_blocks, True)
+    expected = train_blocks(ranks.device, False)
+    assert losses == other[0] == expected[0]
+    assert_equal(params, expected[1]), assert_equal(state, expected[2])
+    assert casts == expected[3] == 2

@@ -104,3 +104,35 @@ def test_same_bits_again(device, k):
     assert_within(first, *product(a, b, one, one, device))
     for _ in range(5):
         assert torch.equal(gemm(a, b, one, one, None, [64, 64], torch.float32), first)
+
+
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "strided", "unaligned"])
+@pytest.mark.parametrize("mnk", [(16, 16, 16), (33, 48, 64), (20, 7, 32), (8, 16, 0), (0, 16, 16)])
+def test_addend(device, out_dtype, with_bias, layout, mnk):
+    """Added in the GEMM's own sum where it can be, after it where it cannot; never changed."""
+    m, n, k = mnk
+    a, b = operand(m + -m % 16, k, E4M3, device), operand(n + -n % 16, k, E4M3, device)
+    sa, sb = scale_inv(0.03, device), scale_inv(2.5, device)
+    bias = torch.randn(n, device=device).to(out_dtype) if with_bias else None
+    addend = (3 * torch.randn(m, n, device=device)).to(out_dtype)
+    if layout == "strided":
+        addend = addend.t().contiguous().t()
+    elif layout == "unaligned":
+        addend = torch.cat([addend.new_zeros(1), addend.flatten()])[1:].view(m, n)
+    before = addend.clone()
+    out = gemm(a, b, sa, sb, bias, [m, n], out_dtype, False, addend)
+    exact, bound = product(a[:m], b[:n], sa, sb, device)
+    made = exact + (bias.double() if with_bias else 0)
+    total = made + before.double()
+    # Rounded once in one sum; a product with a bias, or a result in float16, is rounded before it is added to.
+    assert_within(out, total, bound + OUTPUT[out_dtype] * (made.abs() + total.abs() + exact.abs()) + 2.0**-24)
+    assert torch.equal(addend, before)
+
+
+@pytest.mark.parametrize("addend", [torch.zeros(16, 15), torch.zeros(1, 16), torch.zeros(16, 16).bfloat16()])
+def test_an_addend_that_does_not_fit(device, addend):
+    one, a = scale_inv(1.0, device), operand(16, 16, E4M3, device)
+    with pytest.raises(RuntimeError, match=r"torch_fp8: addend must be Float of the output's shape \[16, 16\], got"):
+        gemm(a, a, one, one, None, [16, 16], torch.float32, False, addend.to(device))

@@ -122,3 +122,22 @@ def test_10000_steps_of_varying_shapes_leave_memory_flat(cuda):
             on_gpu, on_host = footprint()
     assert footprint()[0] == on_gpu
     assert footprint()[1] - on_host < 16 * MIB
+
+
+def test_a_block_casts_what_its_norms_and_its_mlp_hand_over_nowhere_else(cuda):
+    """Casts of a step: of the attention's result, of the gradients of o, down, q, k and v, and of seven weights."""
+    block = fp8.TransformerBlock(1024, 8, 2816, num_kv_heads=2, device=cuda, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.0)
+    x = torch.randn(2, 1024, 1024, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    cos, sin = torch.randn(2, 1024, 128, device=cuda)
+
+    def step():
+        block(x, cos, sin).sum().backward()
+
+    for _ in range(3):
+        step(), optimizer.step(), optimizer.zero_grad()
+    names = device_work(step)
+    ours = [name for name in names if "torch_fp8" in name]
+    assert sum("quantize_kernel" in name for name in ours) == 1 + 5 + 7, names
+    assert sum("norm" in name and "backward" not in name and "norm_any" not in name for name in ours) >= 2, names
+    assert sum("rotary" in name for name in ours) == 2, names

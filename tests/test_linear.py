@@ -341,3 +341,36 @@ def test_casts_together_and_apart(device, training, out_features):
         for ours, theirs in zip(made[1:], (x_t, x_scale_inv, weight_t, weight_scale_inv)):
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
         assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fp8_gemms", [[True] * 3, [False, True, True]])
+@pytest.mark.parametrize("n", [48, 17])
+def test_residual(device, dtype, fp8_gemms, n):
+    """What is added to y, in the GEMM's sum or after it; the rest that is made does not depend on it."""
+    x, weight = torch.randn(2, 5, 64, device=device).to(dtype), torch.randn(n, 64, device=device).to(dtype)
+    residual = 4 * torch.randn(2, 5, n, device=device).to(dtype)
+    layer = fp8.Linear(64, n, device=device, recipe=fp8.CurrentScaling())
+    casts = [layer.fp8_state.options.cast(role).packed for role in range(3)]
+
+    def forward(added):
+        return torch.ops.torch_fp8.linear_forward(
+            x, weight, None, layer.fp8_slots, [], [], casts, 0, fp8_gemms, [False] * 3, True, False, True, True, False,
+            None, added,
+        )  # fmt: skip
+
+    without, made = forward(None), forward(residual)
+    total = without[0].double() + residual.double()
+    rounding = torch.finfo(dtype).eps * (without[0].double().abs() + total.abs())
+    assert made[0].dtype == dtype and ((made[0].double() - total).abs() <= rounding).all()
+    for a, b in zip(made[1:], without[1:], strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    before = layer.fp8_slots.clone()
+    for bad, error, words in [
+        (residual[:, :4], RuntimeError, r"the residual must have the output's shape \[2, 5, "),
+        (residual[:1], RuntimeError, r"the residual must have the output's shape \[2, 5, "),
+        (residual.double(), TypeError, "the residual is Double but the output is .*; cast it"),
+    ]:
+        with pytest.raises(error, match=f"torch_fp8: {words}"):
+            forward(bad)
+    assert torch.equal(layer.fp8_slots, before)

@@ -375,6 +375,20 @@ def test_one_cast_of_the_input_and_none_of_the_product(device, recipe):
         fp8.update_scales(model)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_what_is_made_again_in_backward_is_the_same(device, gated):
+    model, _, _ = twins(device, gated=gated, bias=True)
+    again, _, _ = twins(device, gated=gated, bias=True, recompute=True)
+    for step in range(3):
+        for micro in range(1 + step):
+            given = inputs(device, seed=10 * step + micro)
+            for a, b in zip(run(model, *given), run(again, *given), strict=True):
+                assert torch.equal(a, b), step
+        fp8.update_scales(model), fp8.update_scales(again)
+        for (name, a), b in zip(fp8.state_dict(model).items(), fp8.state_dict(again).values(), strict=True):
+            assert torch.equal(a, b), (step, name)
+
+
 # ---- who runs apart -------------------------------------------------------------------------------------------------
 
 
