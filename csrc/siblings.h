@@ -86,8 +86,8 @@ class Siblings {
  private:
   struct Member {
     int follows = -1;
-    int forwards = 0, taken = 0, made = 0;  // in this step: casts asked for, taken from others, made
-    uint32_t taken_from = 0;                // one bit a member
+    int forwards = 0, taken = 0, made = 0;    // in this step: casts asked for, taken from others, made
+    uint32_t taken_from = 0;                  // one bit a member
     int made_outside = 0, taken_outside = 0;  // by history: cast in its place, and taken by itself
   };
   bool is_offered(const at::Tensor& x) const;

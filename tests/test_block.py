@@ -471,8 +471,8 @@ VARIANTS = {
 
 
 def assert_block_no_worse(made, apart, exact, dtype):
-    """Two samples of rounding errors in tiny tensors differ by a fifth from step to step, gains' most of all, since they
-    are sums of few rows; on the whole they do not."""
+    """Two samples of rounding errors in tiny tensors differ by a fifth from step to step, those of gains most of all,
+    which are sums of few rows; on the whole they do not."""
     largest = max(e.abs().max().item() for e in exact[1:])
     errors = torch.tensor([
         [error(a, e), error(b, e)] for a, b, e in zip(made, apart, exact, strict=True)
@@ -601,7 +601,7 @@ def test_a_block_resumes(device):
     for p in resumed.parameters():
         nn.init.zeros_(p)
     resumed.load_state_dict(block.state_dict()), fp8.load_state_dict(resumed, fp8.state_dict(block))
-    for step in range(2):
+    for _ in range(2):
         assert_same(run(resumed, inputs(device, seed=9)), run(block, inputs(device, seed=9)))
         fp8.update_scales(block), fp8.update_scales(resumed)
     assert not any("readers" in name or "fp8" in name for name in block.state_dict())

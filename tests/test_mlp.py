@@ -365,7 +365,7 @@ def test_siblings_outside_of_the_mlp(device):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_one_cast_of_the_input_and_none_of_the_product(device, recipe):
-    model, apart, _ = twins(device, recipe=recipe, bias=True)
+    model, _, _ = twins(device, recipe=recipe, bias=True)
     for step in range(3):
         with count_casts() as casts:
             run(model, *inputs(device, seed=step))
@@ -604,7 +604,7 @@ def test_revert_and_convert_around_it(device):
     made, expected = run(model, *given), run(exact, *(t.double() for t in given))
     assert error(made[0], expected[0]) < 1e-5
     fp8.convert(model, RECIPES[0], tokens=None)
-    for step in range(2):
+    for _ in range(2):
         with count_casts() as casts:
             a, b = run(model, *given), run(apart, *given)
         assert error(a[0], b[0]) < 0.05
