@@ -78,7 +78,7 @@ def test_a_norm_is_no_worse_than_pytorchs(device, kind, dtype, affine, shape, ad
     results = []
     for m in (model, of_pytorch, exact):
         of = torch.float64 if m is exact else dtype
-        leaves = [t.to(of).requires_grad_() for t in (x, residual)]
+        leaves = [t.to(of, copy=True).requires_grad_() for t in (x, residual)]
         if not added:
             y, total = m(leaves[0]), leaves[1]
         elif m is model:
