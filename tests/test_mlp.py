@@ -426,9 +426,9 @@ def test_a_global_hook_sees_all_layers(device):
 @pytest.mark.parametrize("change", ["forward", "disabled", "eval", "recipe", "plain", "frozen", "fp8_gemms"])
 def test_what_cannot_run_in_one_piece_runs_apart(device, change):
     model, _, exact = twins(device)
-    up = model.up_proj
+    up, seen = model.up_proj, []
     if change == "forward":
-        up.forward = lambda x, forward=up.forward: forward(x)
+        up.forward = lambda x, forward=up.forward: seen.append(x) or forward(x)
     elif change == "disabled":
         up.fp8_enabled = False
     elif change == "eval":
@@ -447,6 +447,7 @@ def test_what_cannot_run_in_one_piece_runs_apart(device, change):
         made, of_exact = run(model, *given), run(exact, *(t.double() for t in given))
         assert error(made[0], of_exact[0]) < 0.1 and error(made[1], of_exact[1]) < 0.25
         fp8.update_scales(model)
+    assert len(seen) == (2 if change == "forward" else 0)
 
 
 def test_disabled_is_the_model_in_16_bits(device):
