@@ -590,7 +590,7 @@ def test_a_block_resumes(device):
     for p in resumed.parameters():
         nn.init.zeros_(p)
     resumed.load_state_dict(block.state_dict()), fp8.load_state_dict(resumed, fp8.state_dict(block))
-    for step in range(2):
+    for _ in range(2):
         assert_same(run(resumed, inputs(device, seed=9)), run(block, inputs(device, seed=9)))
         fp8.update_scales(block), fp8.update_scales(resumed)
     assert not any("readers" in name or "fp8" in name for name in block.state_dict())

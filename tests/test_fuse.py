@@ -8,9 +8,6 @@ from collections import Counter
 import pytest
 import torch
 import torch_fp8 as fp8
-from models import gpt
-from torch import nn
-from torch.nn import functional as F
 from torch_fp8.layers import fused
 from torch_fp8.layers.fused import FusedAttention, FusedBlock, FusedMlp, FusedNorm, fused_modules
 
