@@ -1,9 +1,9 @@
 """A norm with a SwiGLU FFN, and a whole decoder layer of Llama-3-8B, forward + backward. Writes results/fused.md, .png.
 
 BF16 eager and compiled; FP8 layers alone (*converted*, as fp8.convert leaves a plain PyTorch module); and the fused
-modules, eager and compiled: fp8.RMSNorm with fp8.MLP, and fp8.TransformerBlock. Each FP8 weight is cast once a step,
-as without gradient accumulation. The *floor* is what cannot be avoided: the FP8 GEMMs, the BF16 attention, and a copy
-of as many bytes as everything between them must read and write.
+modules, fp8.RMSNorm with fp8.MLP, and fp8.TransformerBlock: eager, compiled, and eager with recompute=True. Each FP8
+weight is cast once a step, as without gradient accumulation. The *floor* is what cannot be avoided: the FP8 GEMMs, the
+BF16 attention, and a copy of as many bytes as everything between them must read and write.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class NormFFN(nn.Module):
 
 
 class FusedFFN(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, recompute: bool = False) -> None:
         super().__init__()
-        self.norm, self.ffn = fp8.RMSNorm(shape.hidden), fp8.MLP(shape.hidden, shape.ffn)
+        self.norm, self.ffn = fp8.RMSNorm(shape.hidden), fp8.MLP(shape.hidden, shape.ffn, recompute=recompute)
         self.norm.feeds(*self.ffn.readers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,10 +62,11 @@ class FusedFFN(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, recompute: bool = False) -> None:
         super().__init__()
         self.head = shape.head
-        self.block = fp8.TransformerBlock(shape.hidden, shape.heads, shape.ffn, num_kv_heads=shape.kv_heads)
+        sizes = shape.hidden, shape.heads, shape.ffn
+        self.block = fp8.TransformerBlock(*sizes, num_kv_heads=shape.kv_heads, recompute=recompute)
         self.rotation: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,6 +158,7 @@ def measure(sequences: int) -> dict[str, tuple]:
             "BF16 compiled": plain(shape).bfloat16(),
             "FP8 fused": fused(shape).bfloat16(),
             "FP8 fused, compiled": fused(shape).bfloat16(),
+            "FP8 fused, recompute": fused(shape, recompute=True).bfloat16(),
         }
     modules["FP8 converted"] = converted(modules["BF16"], tokens)
     for module in modules.values():

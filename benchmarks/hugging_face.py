@@ -7,8 +7,8 @@ weight is cast once a step.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch_fp8 as fp8
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 LAYERS = 4
 SEQUENCES = (4, 1)
 TOKENS = 8192
+LIGER = "BF16, Liger-Kernel"
 
 
 class Body(nn.Module):
@@ -55,36 +56,40 @@ def patched(module: Body) -> Body:
     return module
 
 
-def measure(sequences: int) -> dict[str, tuple[float, float]]:
-    (tokens,) = scaled(TOKENS)
-    x, dy = (randn(sequences, tokens // sequences, llama()[0].hidden, requires_grad=grad) for grad in (True, False))
-    bf16 = body()
-    step = step_of(fp8.fuse(converted(bf16, tokens)), x, dy)
-    arms = {"BF16": step_of(bf16, x, dy), "convert": step_of(converted(bf16, tokens), x, dy), "convert + fuse": step}
+def measure(arms: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
     gpu, loop = gpu_ms(arms, rounds=10), loop_ms(arms, seconds=0.3)
-    measured = {name: (gpu[name], loop[name]) for name in arms}
-    if importlib.util.find_spec("liger_kernel") and not options.dry:
-        # Its patches change functions of transformers for all models, so the others are measured before.
-        theirs = {"BF16, Liger-Kernel": step_of(patched(copy.deepcopy(bf16)), x, dy), "convert + fuse": step}
-        gpu, loop = gpu_ms(theirs, rounds=10), loop_ms(theirs, seconds=0.3)
-        drift = [m / n for m, n in zip(measured["convert + fuse"], (gpu["convert + fuse"], loop["convert + fuse"]))]
-        measured["BF16, Liger-Kernel"] = tuple(
-            m * d for m, d in zip((gpu["BF16, Liger-Kernel"], loop["BF16, Liger-Kernel"]), drift)
-        )
-    return measured
+    return {name: (gpu[name], loop[name]) for name in arms}
 
 
 def main() -> None:
     start(__doc__)
-    rows = []
+    (tokens,) = scaled(TOKENS)
+    bf16, rows, ours = body(), {}, {}
+    converted_, fused = converted(bf16, tokens), fp8.fuse(converted(bf16, tokens))
     for sequences in SEQUENCES:
-        measured = measure(sequences)
-        bf16 = measured["BF16"]
-        for name, (gpu, loop) in measured.items():
-            rows.append([f"{sequences} x {TOKENS // sequences}", name, pair(gpu, loop),
-                         f"**{pair(bf16[0] / gpu, bf16[1] / loop)}**"])  # fmt: skip
+        x, dy = (randn(sequences, tokens // sequences, llama()[0].hidden, requires_grad=grad) for grad in (True, False))
+        ours[sequences] = step_of(fused, x, dy), x, dy
+        arms = {
+            "BF16": step_of(bf16, x, dy),
+            "convert": step_of(converted_, x, dy),
+            "convert + fuse": ours[sequences][0],
+        }
+        rows[sequences] = measure(arms)
+    if importlib.util.find_spec("liger_kernel") and not options.dry:
+        # Its patches change functions of transformers for every model, so it is measured after all others, beside the
+        # fused model again.
+        theirs = patched(bf16)
+        for sequences, (step, x, dy) in ours.items():
+            measured = measure({LIGER: step_of(theirs, x, dy), "again": step})
+            same = [a / b for a, b in zip(rows[sequences]["convert + fuse"], measured["again"])]
+            rows[sequences][LIGER] = tuple(ms * drift for ms, drift in zip(measured[LIGER], same))
+    table_rows = [
+        [f"{sequences} x {TOKENS // sequences}", name, pair(gpu, loop),
+         f"**{pair(measured['BF16'][0] / gpu, measured['BF16'][1] / loop)}**"]
+        for sequences, measured in rows.items() for name, (gpu, loop) in measured.items()
+    ]  # fmt: skip
     head = ["sequences x tokens", "model", "ms, GPU / loop", "times as fast as BF16, GPU / loop"]
-    write("hugging_face", header("transformers' Llama"), __doc__.split("\n\n")[1], table(head, rows))
+    write("hugging_face", header("transformers' Llama"), __doc__.split("\n\n")[1] + "\n", table(head, table_rows))
 
 
 if __name__ == "__main__":

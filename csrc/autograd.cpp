@@ -14,6 +14,19 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// The transpose of a product's codes, by the scale that it was cast with: a slot of its own has it.
+at::Tensor cast_again(const Product& product, const at::Tensor& scale_inv, std::array<int64_t, kRoles> casts) {
+  const at::Tensor slots = at::zeros({kRoles, 4}, scale_inv.options());
+  slots.select(0, kInput).narrow(0, 0, 1).copy_(scale_inv);
+  slots.select(0, kInput).narrow(0, 1, 1).copy_(scale_inv.reciprocal());
+  Cast cast = Cast::unpacked(casts[kInput]);
+  cast.scaling = Scaling::kConstant;
+  casts[kInput] = cast.packed();
+  return cast_product(product, slots, casts, /*history=*/0, /*training=*/true, /*record=*/false, /*rowwise=*/false,
+                      /*columnwise=*/true)
+      .q_t;
+}
+
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const c10::optional<at::Tensor>& bias, const Call& call,
@@ -25,7 +38,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     tensors.reserve(6);
     const auto keep = [&](const at::Tensor& t, bool wanted) { tensors.push_back(wanted ? t : at::Tensor()); };
     const bool fp8_x = call.grad_x && call.fp8[1] && !call.gathered, fp8_weight = call.grad_weight && call.fp8[2];
-    keep(call.x_codes.empty() ? made_x_t : call.x_codes[1], fp8_weight);
+    keep(call.x_codes.empty() ? made_x_t : call.x_codes[1], fp8_weight && !call.product);
     keep(call.x_codes.empty() ? made_x_scale_inv : call.x_codes[2], fp8_weight);
     keep(call.weight_codes.empty() ? made_weight_t : call.weight_codes[1], fp8_x);
     keep(call.weight_codes.empty() ? made_weight_scale_inv : call.weight_codes[2], fp8_x);
@@ -34,9 +47,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       tensors.back() = x.detach().to(*call.autocast);
     }
     keep(weight, call.grad_x && (call.gathered || !call.fp8[1]));
+    auto& data = ctx->saved_data;
+    if (call.product && fp8_weight) {
+      tensors.push_back(call.product->gate);
+      tensors.push_back(call.product->up);
+      data["activation"] = call.product->activation;
+    }
     ctx->save_for_backward(std::move(tensors));
 
-    auto& data = ctx->saved_data;
     const Numbers& numbers = call;
     std::string text(2 * sizeof numbers, '\0');  // in letters: a string of Python's is no string of bytes
     const auto* const bytes = reinterpret_cast<const unsigned char*>(&numbers);
@@ -82,7 +100,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       dbias.reset();
     }
 
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    if (grad_weight && data.count("activation")) {
+      saved[0] = cast_again({saved[6], saved[7], data["activation"].toInt()}, saved[1], n.casts);
+    }
     const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
     static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, at::TensorList, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,

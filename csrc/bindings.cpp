@@ -116,7 +116,7 @@ PYBIND11_MODULE(_C, m) {
           "end_step",
           [](Siblings& siblings) {
             const Siblings::Step step = siblings.end_step();
-            return std::pair(step.took, step.may_have_taken);
+            return std::tuple(step.took, step.may_have_taken, step.unread);
           },
           no_gil);
   py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {
@@ -137,14 +137,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "mlp",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const OwnedLayer& gate, const OwnedLayer* up,
-         const OwnedLayer& down, const std::string& activation) {
+         const OwnedLayer& down, const std::string& activation, bool recompute) {
         const auto code = from_word<int64_t>(kFunctions, "activation", activation);
-        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code);
+        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code, recompute);
         const LinearLayer up_layer = up->layer();
-        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code);
+        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code, recompute);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gate"), py::arg("up"),
-      py::arg("down"), py::arg("activation"));
+      py::arg("down"), py::arg("activation"), py::arg("recompute") = false);
   m.def(
       "norm",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,

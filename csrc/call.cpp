@@ -88,11 +88,21 @@ ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c1
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto run = [&](const auto& forward) {
     return forward(x, weight, bias, call.slots, call.x_codes, call.weight_codes, call.casts, call.history, call.fp8,
-                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight, call.gathered,
-                   call.autocast, residual);
+                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight && !call.product,
+                   call.gathered, call.autocast, residual);
   };
   if (is_plain(x, weight)) return run(forward_only);
   return run([&](auto&&... arguments) { return forward_op.call(arguments...); });
+}
+
+Codes cast_product(const Product& product, const at::Tensor& slots, at::IntArrayRef casts, int64_t history,
+                   bool training, bool record, bool rowwise, bool columnwise) {
+  static const auto activate = op<decltype(activation_cast)>("torch_fp8::activation_cast");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto up = product.up.defined() ? c10::optional<at::Tensor>(product.up) : c10::nullopt;
+  auto [q, q_t, scale_inv] = activate.call(product.gate, up, product.activation, slots, kInput, casts, history,
+                                           training, record, rowwise, columnwise, /*alphas=*/{}, /*beta=*/0);
+  return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 
 c10::optional<at::ScalarType> autocast_dtype(const at::Tensor& x) {

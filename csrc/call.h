@@ -28,6 +28,12 @@ struct Numbers {
 };
 static_assert(std::is_trivially_copyable_v<Numbers>);
 
+// What an input's codes can be made of again: f(gate), or f(gate) * up.
+struct Product {
+  at::Tensor gate, up;  // up: or undefined
+  int64_t activation;
+};
+
 struct Call : Numbers {
   // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
   // scales that the saved codes need travel with those.
@@ -36,6 +42,8 @@ struct Call : Numbers {
   bool gathered, grad_x, grad_weight, grad_bias;
   c10::optional<at::ScalarType> autocast;
   c10::SmallVector<at::Tensor, 3> x_codes, weight_codes;  // given, or empty
+  // The transpose of the input's codes is not kept but made again in backward, of these.
+  c10::optional<Product> product;
 
   bool is_differentiable() const { return grad_x || grad_weight || grad_bias; }
 };
@@ -55,6 +63,9 @@ Call begin_call(const LinearLayer& layer, at::ScalarType x_dtype, bool grad_x, c
 // of the input; x is then what stands for it in the graph.
 void find_codes(const LinearLayer& layer, Call& call, at::Tensor* x);
 
+// The product's codes, as that layer casts its input.
+Codes cast_product(const Product& product, const at::Tensor& slots, at::IntArrayRef casts, int64_t history,
+                   bool training, bool record, bool rowwise, bool columnwise);
 Codes cast_of(const at::Tensor& t, int role, const Call& call, bool rowwise, bool columnwise);
 ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c10::optional<at::Tensor>& bias,
                          const Call& call, const c10::optional<at::Tensor>& residual = c10::nullopt);

@@ -20,6 +20,7 @@ struct Activate {
   const Call &gate, &down;
   const Call* up;  // null without gating
   int64_t activation;
+  bool again;  // in backward
 };
 
 // Compiled autograd hands tensors on by their values alone; those of codes become the same codes again.
@@ -32,12 +33,10 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const OptionalTensor& up,
                             const Activate& activate) {
     ctx->set_materialize_grads(false);
-    static const auto forward_op = op<decltype(activation_cast)>("torch_fp8::activation_cast");
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Call& down = activate.down;
-    auto [q, q_t, scale_inv] =
-        forward_op.call(gate, up, activate.activation, down.slots, kInput, down.casts, down.history, down.training,
-                        down.record, /*rowwise=*/true, down.grad_weight, /*alphas=*/{}, /*beta=*/0);
+    Codes codes =
+        cast_product({gate, up.value_or(at::Tensor()), activate.activation}, down.slots, down.casts, down.history,
+                     down.training, down.record, /*rowwise=*/true, down.grad_weight && !activate.again);
     ctx->save_for_backward({gate, up.value_or(at::Tensor())});
     auto& data = ctx->saved_data;
     const Call& of_gate = activate.gate;
@@ -49,7 +48,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     data["training"] = of_gate.training, data["record"] = of_gate.record;
     data["sums"] = of_gate.grad_bias || (activate.up && activate.up->grad_bias);
     if (activate.up) data["up_slots"] = activate.up->slots;
-    return stand_in(gate, {{std::move(q), std::move(q_t), std::move(scale_inv)}, {}});
+    return stand_in(gate, {std::move(codes), {}});
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -113,7 +112,7 @@ void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const Linear
 }  // namespace
 
 at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const LinearLayer& gate,
-               const LinearLayer* up, const LinearLayer& down, int64_t activation) {
+               const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute) {
   const auto autocast = autocast_dtype(x_given);
   check_mlp(x_given, residual, gate, up, down, activation, autocast);
   const at::ScalarType x_dtype = x_given.scalar_type();
@@ -131,9 +130,10 @@ at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const 
   const OptionalTensor up_y = up ? OptionalTensor(run_one(*up, of_up)) : c10::nullopt;
   find_codes(down, of_down, nullptr);
   const at::Tensor product =
-      ActivationFunction::apply(gate_y, up_y, Activate{of_gate, of_down, up ? &of_up : nullptr, activation});
+      ActivationFunction::apply(gate_y, up_y, Activate{of_gate, of_down, up ? &of_up : nullptr, activation, recompute});
   const Codes& codes = handed_over(product)->codes;
   of_down.x_codes = {codes.q, codes.q_t, codes.scale_inv};
+  if (recompute) of_down.product = Product{gate_y, up_y.value_or(at::Tensor()), activation};
   return run(product, down.weight, down.bias, of_down, residual);
 }
 

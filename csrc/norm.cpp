@@ -37,8 +37,7 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     ctx->saved_data["gain_offset"] = call.gain_offset;
     ctx->saved_data["has_residual"] = residual.has_value();
     ctx->saved_data["has_bias"] = bias.has_value();
-    if (!residual) return {y};
-    return {y, sum};
+    return {y, residual ? sum : x};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -46,7 +45,7 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     check_not_differentiated_again();
     auto& data = ctx->saved_data;
     const bool has_residual = data["has_residual"].toBool(), has_bias = data["has_bias"].toBool();
-    const at::Tensor &dy = grads[0], dsum = has_residual ? grads[1] : at::Tensor();
+    const at::Tensor &dy = grads[0], &dsum = grads[1];
     const auto hand_on = [&](const at::Tensor& dx) {
       result[0] = dx;
       if (has_residual) result[1] = dx;
@@ -106,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTenso
     }
     reader->place.siblings->offer(y, reader->place.member, wanted, shared, /*made_outside=*/true);
   }
-  return {y, residual ? made[1] : x};
+  return {y, made[1]};
 }
 
 }  // namespace torch_fp8

@@ -22,8 +22,9 @@ struct LinearLayer {
 // y (..., K) = down(f(gate(x)) * up(x)) [+ residual (..., K)] for x (..., K); without up it is down(f(gate(x))). The
 // three are layers of one recipe with all GEMMs in FP8; gate and up have weights (N, K), down (K, N).
 // activation: 0 silu, 1 gelu, 2 gelu by tanh, 4 relu squared. The same casts, states and gradients as of the layers one
-// after the other, but that what stands between them is rounded once.
+// after the other, but that what stands between them is rounded once. recompute: backward makes the product's codes
+// again instead of keeping them.
 at::Tensor mlp(const at::Tensor& x, const c10::optional<at::Tensor>& residual, const LinearLayer& gate,
-               const LinearLayer* up, const LinearLayer& down, int64_t activation);
+               const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute = false);
 
 }  // namespace torch_fp8

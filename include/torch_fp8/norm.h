@@ -13,9 +13,10 @@ struct NormOptions {
   double gain_offset = 0.0;  // added to the gain: 1 in Gemma
 };
 
-// y, sum: the norm of sum = x + residual, both of x's shape (..., K) and dtype; without a residual sum is x itself.
-// gain and bias (K), of x's dtype or float32. reader: one of the layers that read y, which take y's codes where its
-// place says so (siblings.h); null: there are none. They read y itself wherever they find that it is not what was cast.
+// y, sum: the norm of sum = x + residual, both of x's shape (..., K) and dtype; without a residual sum is x. Whoever
+// goes on with sum in the place of x has the gradients of both added in the norm's own backward. gain and bias (K), of
+// x's dtype or float32. reader: one of the layers that read y, which take y's codes where its place says so
+// (siblings.h); null: there are none. They read y itself wherever they find that it is not what was cast.
 std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const c10::optional<at::Tensor>& residual,
                                         const c10::optional<at::Tensor>& gain, const c10::optional<at::Tensor>& bias,
                                         const NormOptions& options, const LinearLayer* reader);

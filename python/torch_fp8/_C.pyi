@@ -64,7 +64,7 @@ class Siblings:
     def __init__(self, members: int, /) -> None: ...
     def follows(self) -> list[int]: ...
     def set_follows(self, follows: Sequence[int], /) -> None: ...
-    def end_step(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]: ...
+    def end_step(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[int]]: ...
 
 class Place:
     @overload
@@ -102,7 +102,13 @@ class LinearLayer:
     ) -> None: ...
 
 def mlp(
-    x: Tensor, residual: Tensor | None, gate: LinearLayer, up: LinearLayer | None, down: LinearLayer, activation: str
+    x: Tensor,
+    residual: Tensor | None,
+    gate: LinearLayer,
+    up: LinearLayer | None,
+    down: LinearLayer,
+    activation: str,
+    recompute: bool = False,
 ) -> Tensor: ...
 def norm(
     x: Tensor,

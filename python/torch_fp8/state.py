@@ -20,7 +20,7 @@ from .recipe import ConstantScaling, DelayedScaling, Recipe
 ROLES = ("input", "weight", "grad_output")
 _INPUT = ROLES.index("input")
 
-_COPIED = ("recipe", "slots", "history", "has_history", "was_loaded", "group", "member")
+_COPIED = ("recipe", "slots", "history", "has_history", "was_loaded", "group", "member", "recompute")
 
 
 class LayerState:
@@ -31,8 +31,11 @@ class LayerState:
     history: (roles, length) float32, a ring of the amaxes of earlier updates.
     has_history: which roles have one. torch.compile guards on it, so it is read from the device after updates.
     memo: what the host remembers between calls (csrc/memo.h); place: which of ``group``'s members the layer is.
+    recompute: backward casts the weight again instead of keeping its codes from the forward on.
     model, optimizer: whose step ends the layer's (``_after_optimizer_step`` in scaling.py).
     """
+
+    recompute = False
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
@@ -48,7 +51,8 @@ class LayerState:
         self.fp8_gemms, self.fast_accum = list(self.options.fp8_gemms), list(self.options.fast_accum)
         self.memo = _C.LayerMemo()
         self.place = _C.Place()
-        self.gathered = False  # as the memo knows it, where torch.compile can see it
+        self.memo.set_gathered(self.recompute)
+        self.gathered = self.recompute  # as the memo knows it, where torch.compile can see it
         self.reduction: Any = None
         self.model: weakref.ref[nn.Module] | None = None  # that convert was given
         self.optimizer: weakref.ref[Any] | None = None  # the last whose step found that it holds the weight
@@ -56,6 +60,11 @@ class LayerState:
         self.unused_steps = 0  # its optimizer's, in which the layer was not called
         if self.group is not None:
             self.group.join(self)
+
+    def cast_weight_again(self) -> None:
+        """From now on backward casts the weight anew, and no codes of it are kept between the two."""
+        self.recompute = self.gathered = True
+        self.memo.set_gathered(True)
 
     def renew(self, device: torch.device | None = None) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""
@@ -139,6 +148,9 @@ class InputGroup:
 
     follows: for each member, whose row of the scaling state is equal to its own; -1: nobody's.
     reads_apart: a step was traced in which a member that follows another read something else.
+    reads_norms: whether the members read what a norm casts in the place of one of them. Once that one read something
+        else, no norm casts for them any more.
+    offered: in a trace: the member in whose place a norm has cast, and that has not read it yet; or -1.
     """
 
     def __init__(self, size: int) -> None:
@@ -149,6 +161,8 @@ class InputGroup:
         self.number = next(_numbers)  # by which a trace can speak of the group
         groups[self.number] = self
         self.reads_apart = False
+        self.reads_norms, self.offered = True, -1
+        self._unread: set[int] = set()
         self._states: dict[int, weakref.ref[LayerState]] = {}
         self._siblings = _C.Siblings(self.size)
         self.follows = follows
@@ -176,14 +190,23 @@ class InputGroup:
         may have taken codes in a compiled step."""
         states = self.states()
         amaxes = {member: state.slots[_INPUT, 2] for member, state in states.items()}
+        *steps, unread = self._siblings.end_step()
         took, may_have_taken = (
-            [(amaxes[i], amaxes[s]) for i, s in pairs if i in states and s in states]
-            for pairs in self._siblings.end_step()
+            [(amaxes[i], amaxes[s]) for i, s in pairs if i in states and s in states] for pairs in steps
         )
+        for member in self._unread.union(unread) & amaxes.keys():
+            amaxes[member].zero_()  # the scale stays for this once
+            self.reads_norms = False
+        self._unread.clear()
         self.follows = self._siblings.follows()
         if self.reads_apart:
             self._set_follows([-1] * self.size)
         return took, may_have_taken
+
+    def note_unread(self, member: int) -> None:
+        """In a trace: a norm cast in the place of this member, which reads something else."""
+        self.offered = -1
+        self._unread.add(member)
 
     def part_unless(self, states: Container[LayerState]) -> None:
         """After an update of these states alone: those of a group that were not all among them have parted."""

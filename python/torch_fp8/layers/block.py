@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from .linear import Layer, Linear
-from .mlp import ACTIVATIONS, mlp
+from .mlp import ACTIVATIONS, has_hooks, mlp, result_dtype
 from .norm import Norm, can_norm, feed, norm
 from .rotary import rotary
 from .siblings import share_input
@@ -21,7 +21,6 @@ class _Norm(nn.Module):
     """A norm that hands the codes of its result to the layers that read it."""
 
     weight: Any
-    bias: Any = None
     eps: Any
     _layer_norm = False
 
@@ -38,10 +37,12 @@ class _Norm(nn.Module):
         feed(layers)
         self.readers = layers
 
-    def _compute(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_sum(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum, with which a block goes on."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if can_norm(x, residual, self.weight, self.bias):
-            return norm(x, self.weight, self.bias, Norm(eps, self._layer_norm), residual, self.readers)
+        bias = getattr(self, "bias", None)  # nn.RMSNorm has none
+        if can_norm(x, residual, self.weight, bias):
+            return norm(x, self.weight, bias, Norm(eps, self._layer_norm), residual, self.readers)
         total = x if residual is None else residual + x
         return super().forward(total), total
 
@@ -64,7 +65,7 @@ class RMSNorm(_Norm, nn.RMSNorm):
         super().__init__(dim, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        y, total = self._compute(x, residual)
+        y, total = self.with_sum(x, residual)
         return y if residual is None else (y, total)
 
 
@@ -86,7 +87,7 @@ class LayerNorm(_Norm, nn.LayerNorm):
         super().__init__(dim, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        y, total = self._compute(x, residual)
+        y, total = self.with_sum(x, residual)
         return y if residual is None else (y, total)
 
 
@@ -94,9 +95,12 @@ class MLP(nn.Module):
     """``down_proj(f(gate_proj(x)) * up_proj(x))``, or ``down_proj(f(up_proj(x)))`` with gated=False, over FP8 layers
     and in one piece: neither the product nor the gradients of gate and up are ever written in 16 bits.
 
-    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu" or "gelu_tanh". residual
-    (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three layers has hooks, or
-    another recipe, they run one after the other."""
+    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu", "gelu_tanh" or
+    "relu_squared". residual (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three
+    layers has hooks, or another recipe, they run one after the other.
+
+    recompute: keep less between forward and backward: the codes of the weights and, in eager mode, of the product are
+    made again in backward. For one micro-batch a step: with several, each casts the weights anew."""
 
     def __init__(
         self,
@@ -109,17 +113,21 @@ class MLP(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         recipe: Recipe | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"torch_fp8: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.activation = activation
+        self.activation, self.recompute = activation, recompute
         if gated:
             self.gate_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.up_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, device, dtype, recipe=recipe)
         if gated:
             share_input([self.gate_proj, self.up_proj])
+        if recompute:
+            for layer in (*self.readers, self.down_proj):
+                layer.fp8_state.cast_weight_again()
 
     @property
     def readers(self) -> tuple[Layer, ...]:
@@ -129,7 +137,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = getattr(self, "gate_proj", None)
-        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual)
+        return mlp(
+            x, gate, self.up_proj, self.down_proj, self.activation, residual, recompute=self.recompute
+        )  # fmt: skip
 
 
 class TransformerBlock(nn.Module):
@@ -142,7 +152,7 @@ class TransformerBlock(nn.Module):
     norm: "rms" or "layer". norm_first: the norms are of what attention and MLP are given (Llama, GPT); else of what
         they make, before it is added (OLMo 2).
     qk_norm: each head of q and k is normalised by RMS with a gain of its own (Qwen 3).
-    activation, gated: of the :class:`MLP`. bias: of all linear layers.
+    activation, gated: of the :class:`MLP`. bias: of all linear layers. recompute: as of the :class:`MLP`, of all.
 
     ``forward(x, cos, sin)`` turns q and k by the tables of rotary positions, ([batch or 1,] tokens, head_dim) or the
     width that is turned, halves as in Llama; without tables they are not turned. mask: what
@@ -166,6 +176,7 @@ class TransformerBlock(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         recipe: Recipe | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -184,7 +195,12 @@ class TransformerBlock(nn.Module):
         self.k_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
         self.v_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
         self.o_proj = Linear(num_heads * self.head_dim, hidden_size, **of_layer)
-        self.mlp = MLP(hidden_size, intermediate_size, activation=activation, gated=gated, **of_layer)
+        self.mlp = MLP(
+            hidden_size, intermediate_size, activation=activation, gated=gated, recompute=recompute, **of_layer
+        )  # fmt: skip
+        if recompute:
+            for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+                layer.fp8_state.cast_weight_again()
         self.q_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
         new_norm = RMSNorm if norm == "rms" else LayerNorm
@@ -199,11 +215,15 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         if not self.norm_first:
-            h = x + self.attention_norm(self.attention(x, cos, sin, mask))
-            return h + self.mlp_norm(self.mlp(h))
-        attended = self.attention(self.attention_norm(x), cos, sin, mask)
-        y, h = self.mlp_norm(attended, x)
-        return self.mlp(y, h)
+            h = x + self.attention_norm(self.attention(x, cos, sin, mask)).to(x.dtype)
+            return h + self.mlp_norm(self.mlp(h)).to(x.dtype)
+        if has_hooks(self.attention_norm):
+            normalised = self.attention_norm(x)
+        else:
+            normalised, x = self.attention_norm.with_sum(x)
+        attended = self.attention(normalised, cos, sin, mask)
+        y, h = self.mlp_norm(attended.to(x.dtype), x)  # autocast leaves what residuals add up to in x's dtype
+        return self.mlp(y, h) if result_dtype(y) == h.dtype else h + self.mlp(y).to(h.dtype)
 
     def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None) -> Tensor:
         """What the attention alone makes of x."""

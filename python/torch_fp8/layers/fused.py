@@ -142,9 +142,14 @@ class FusedBlock(Fused):
         last = steps[-1]
         for step in steps:
             child = getattr(self, step.child)
-            if step.addend is not None and isinstance(child, FusedNorm) and not has_hooks(child):
-                y, total = _norm_of_sum(child, values[step.addend], values[step.value])
-                values[step.child], values[f"{step.value} + {step.addend}"] = y, total
+            if isinstance(child, FusedNorm) and not has_hooks(child):
+                if step.addend is None:
+                    name, x, residual = step.value, values[step.value], None
+                else:
+                    name = f"{step.value} + {step.addend}"
+                    x, residual = values[step.addend], values[step.value]
+                # What stood for x goes on behind the norm's node.
+                values[step.child], values[name] = _norm_of_sum(child, x, residual)
                 continue
             x = values[step.value] if step.addend is None else _sum(values, step.value, step.addend)
             if step is last and step.child in result and _adds(child):

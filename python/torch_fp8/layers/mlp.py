@@ -63,13 +63,17 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
+    *, recompute: bool = False,
+) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
-    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
+    recompute: in eager mode backward makes the product's codes again instead of keeping them."""
     if is_dtensor(x) or why_apart(gate, up, down):
         f = ACTIVATIONS[activation]
+        if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
+            _check_residual(residual, x, down)
         y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
         return y if residual is None else residual + y
     layers: list[Any] = [up, down] if gate is None else [gate, up, down]
@@ -77,7 +81,22 @@ def mlp(
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation)
+    return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Of what FP8 layers make of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _check_residual(residual: Tensor, x: Tensor, down: Layer) -> None:
+    """As csrc/ops/linear.cpp refuses it, where PyTorch would broadcast or promote it."""
+    dtype, shape = result_dtype(x), [*x.shape[:-1], down.out_features]
+    if residual.dtype != dtype:
+        raise TypeError(f"torch_fp8: the residual is {residual.dtype} but the output is {dtype}; cast it")
+    if list(residual.shape) != shape:
+        raise RuntimeError(f"torch_fp8: the residual must have the output's shape {shape}, got {list(residual.shape)}")
 
 
 def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:

@@ -28,7 +28,8 @@ def norm(
     x: Tensor, gain: Tensor | None, bias: Tensor | None, how: Norm, residual: Tensor | None = None,
     readers: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The norm of x + residual over the last dimension, computed in float32 and rounded once, and the sum itself.
+    """The norm of x + residual over the last dimension, computed in float32 and rounded once, and the sum itself: x,
+    where there is no residual. Whoever goes on with the sum in the place of x has both gradients added by the norm.
 
     x, residual (..., K) of one dtype; gain, bias (K). readers: the layers that read the result; where they are FP8
     layers in one group they take its codes."""
@@ -63,7 +64,7 @@ def _leader(readers: Sequence[nn.Module]) -> Layer | None:
         if not (isinstance(layer, Layer) and layer.fp8_enabled and layer.training) or is_dtensor(layer.weight):
             return None
         state = layer.fp8_state
-        if state.group is None:
+        if state.group is None or not state.group.reads_norms:
             return None
         if state.group.follows[state.member] < 0:
             return layer
@@ -79,10 +80,10 @@ def _traced(
         state = reader.fp8_state if traced.takes_codes(reader.fp8_state, call) else None
     slots = None if state is None else state.slots
     y, total, *codes = _Norm.apply(x, residual, gain, bias, how, slots, call)
+    y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
     if state is not None and call is not None:
-        y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
         traced.offer_codes(state, y, call, (codes[0], codes[1], codes[2]))
-    return y, x if residual is None else total
+    return y, total
 
 
 class _Norm(torch.autograd.Function):
@@ -105,18 +106,14 @@ class _Norm(torch.autograd.Function):
         ctx.how, ctx.has_residual = how, residual is not None
         ctx.wants = [p is not None and p.requires_grad for p in (gain, bias)]
         ctx.mark_non_differentiable(q, q_t, scale_inv)
-        if residual is None:
-            ctx.mark_non_differentiable(total)
         ctx.set_materialize_grads(False)
-        return y, total, q, q_t, scale_inv
+        return y, x if residual is None else total, q, q_t, scale_inv
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         x, gain, stats = ctx.saved_tensors
-        if not ctx.has_residual:
-            dsum = None
         if dy is None:
-            return (dsum, dsum, *[None] * 5)
+            return (dsum, dsum if ctx.has_residual else None, *[None] * 5)
         dx, dgain, dbias = torch.ops.torch_fp8.norm_backward(
             dy, x, dsum, gain, stats, ctx.how.layer_norm, ctx.how.gain_offset, *ctx.wants
         )
