@@ -593,7 +593,7 @@ def assert_same(model, plain, *args, tolerance=0.08, **kwargs):
         x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = m[0](x, *args, **kwargs)
         y = m[1](y, *args, **kwargs)
-        y.square().mean().backward()
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
         results.append((y, x.grad, *(p.grad for p in m.parameters() if p.grad is not None)))
         m.zero_grad()
     assert len(results[0]) == len(results[1])
@@ -847,7 +847,7 @@ def test_blocks_that_compute_something_else(block, training):
     plain = of(block).train(training)
     model = fp8.fuse(copy.deepcopy(plain))
     assert counts(model) == (4, 2, 0, 0)
-    assert list(fp8.summary(model).not_fused) == ["*"]
+    assert "*" in fp8.summary(model).not_fused
     if block not in (Pair, Raises, Garbage):
         assert_same(model, plain)
         assert_same(model.train(), plain.train())
