@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ class FusedAttention(Fused):
 def fused_class(base: type[Fused], plain: Any) -> type[Fused]:
     """One for each class, as long as somebody holds it."""
     for made in plain.__subclasses__():
-        if made.__dict__.get("plain_class") is plain and issubclass(made, base):
+        if made.__dict__.get("plain_class") is plain and issubclass(made, base) and "fp8_whole" in made.__dict__:
             return made
     namespace: dict[str, Any] = {"plain_class": plain, "__reduce_ex__": _reduce}
     namespace |= {"__module__": __name__, "__doc__": plain.__doc__}
@@ -215,8 +215,9 @@ def fused_class(base: type[Fused], plain: Any) -> type[Fused]:
         namespace["fp8_defaults"] = {p.name: p.default for p in parameters if p.default is not p.empty}
     if base is FusedAttention:
         namespace["forward"] = rewired(plain.forward)
-    new: type[Fused] = type(plain)(f"Fused{plain.__name__}", (base, plain), namespace)
-    return new
+    new: Any = type(plain)(f"Fused{plain.__name__}", (base, plain), namespace)
+    new.fp8_whole = True  # no __init_subclass__ objected
+    return cast(type[Fused], new)
 
 
 def _reduce(module: Fused, protocol: Any) -> tuple[Any, ...]:

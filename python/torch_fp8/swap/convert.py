@@ -16,6 +16,7 @@ from ..layers.linear import Layer, fp8_layers
 from ..layers.siblings import share_input
 from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
+from .fuse import feed_blocks
 from .select import (
     NOT_FP8,
     TOO_SMALL,
@@ -108,6 +109,7 @@ def convert(
         if left_out[name] and not isinstance(layer, Layer):
             setattr(layer, NOT_FP8, left_out[name])
     _share_inputs(model)
+    feed_blocks(model)
     return model
 
 

@@ -247,7 +247,7 @@ class _Wiring:
     def _casts(self, given: dict[str, Any], tuples: tuple[str, ...], flow: _Flow) -> str:
         """Whether sums have another dtype than sums have, as under autocast: "" if they have that."""
         single, half = torch.float32, torch.bfloat16
-        for dtypes in ((single, half), (half, single)):
+        for dtypes in ((single, half), (half, single), (half, half)):
             run = self.run(given, tuples, dtypes=dtypes)
             if not isinstance(run.output, Tensor):
                 return "its forward takes no values of two dtypes"
