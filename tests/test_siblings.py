@@ -368,34 +368,6 @@ def test_nothing_is_left_on_a_tensor_from_outside_of_a_graph(device):
         assert ((between[1](x) - expected).norm() / expected.norm()).item() < 0.06
 
 
-class Twice(torch.autograd.Function):
-    """A norm of somebody else's, as Dynamo sees it: no attributes can be laid down on its result."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, dy):
-        return 2 * dy
-
-
-def test_compiled_behind_a_function_of_autograd(device):
-    torch._dynamo.reset()
-    model, twin = twins(fp8.CurrentScaling(), device)
-
-    def call(m, x):
-        h = Twice.apply(x)
-        return m.q_proj(h).sum() + m.k_proj(h).square().sum()
-
-    grads = []
-    for m in (model, twin):
-        x = torch.linspace(-2, 2, 4 * 32, device=device).view(4, 32).requires_grad_()
-        (torch.compile(call, fullgraph=True, backend="aot_eager") if m is model else call)(m, x).backward()
-        grads.append(x.grad)
-    assert torch.equal(*grads)
-
-
 @pytest.mark.parametrize("without", ["not called", "in evaluation"])
 def test_who_sits_a_step_out_keeps_its_history(device, without):
     model, twin = twins(RECIPES[0], device)
