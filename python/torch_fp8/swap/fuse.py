@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.fused import (
     BlockFusion,
     Fused,
@@ -30,7 +31,7 @@ from ..layers.fused import (
     fused_modules,
 )  # fmt: skip
 from ..layers.linear import Layer, fp8_layers
-from ..layers.mlp import ACTIVATIONS
+from ..layers.mlp import ACTIVATIONS, why_apart_frozen
 from ..layers.norm import Norm, feed
 from ..layers.rewired import why_not_rewired
 
@@ -40,11 +41,11 @@ NOT_FUSED = "_not_fused"  # on a module that fuse looked at and left alone: why
 def fuse(model: nn.Module) -> nn.Module:
     """Let the norms, MLPs and blocks of a model compute in fewer passes, in place; returns the model.
 
-    Call it after ``convert``. A norm makes the FP8 codes of its result for the layers that read it and takes the
-    residual's addition into its pass; an MLP casts its product and the gradients of gate and up as they are made; the
-    last GEMM of a block adds the residual; an attention turns queries and keys in one launch. Modules stay the same
-    objects with the same parameters, names and hooks; ``state_dict()`` is not affected. Losses and gradients differ by
-    rounding: what is cast was never rounded to 16 bits.
+    Call it after ``convert`` or ``freeze``. A norm makes the FP8 codes of its result for the layers that read it and
+    takes the residual's addition into its pass; an MLP casts its product and the gradients of gate and up as they are
+    made; the last GEMM of a block adds the residual; an attention turns queries and keys in one launch. Modules stay
+    the same objects with the same parameters, names and hooks; ``state_dict()`` is not affected. Losses and gradients
+    differ by rounding: what is cast was never rounded to 16 bits.
 
     Each module's own forward is run once on a few numbers with stubs for its children, and the module is fused only
     where it computes what the fused one does: pre-norm and post-norm blocks with RMSNorm or LayerNorm, gated and
@@ -66,7 +67,7 @@ def fuse(model: nn.Module) -> nn.Module:
         why = "; ".join(sorted(set(reasons.values()))[:3])
         raise ValueError(
             f"torch_fp8: nothing of {type(model).__name__} can be fused{': ' if why else ''}{why}; fuse takes norms, "
-            "MLPs over FP8 layers (torch_fp8.convert comes first) and the blocks around them"
+            "MLPs over FP8 layers (torch_fp8.convert or torch_fp8.freeze comes first) and the blocks around them"
         )
     for module, reason in reasons.items():
         setattr(module, NOT_FUSED, reason)
@@ -244,14 +245,14 @@ def _mlp_of(module: nn.Module) -> MlpFusion | str | None:
     layers = _linear_children(module)
     if len(layers) not in (2, 3) or len(list(module.parameters(recurse=False))):
         return None
-    if not any(isinstance(layer, Layer) for layer in layers.values()):
+    if not any(isinstance(layer, Layer | FrozenLinear) for layer in layers.values()):
         return None
     down = list(layers)[-1]
     into = list(layers)[:-1]
     if any(layers[name].out_features != layers[down].in_features for name in into):
         return None
     for name, layer in layers.items():
-        if not isinstance(layer, Layer):
+        if not isinstance(layer, Layer | FrozenLinear):
             return f"{name} is not in FP8"
     width, inner = layers[into[0]].in_features, layers[down].in_features
     x, result = _random(3, width, seed=0), _random(3, layers[down].out_features, seed=1)
@@ -271,7 +272,10 @@ def _mlp_of(module: nn.Module) -> MlpFusion | str | None:
         for gate, up in _roles(into):
             value = f(made[up]) if gate is None else f(made[gate]) * made[up]
             if _close(product, value):
-                return MlpFusion(gate, up, down, activation)
+                of_gate = None if gate is None else layers[gate]
+                frozen = isinstance(layers[up], FrozenLinear)
+                why = why_apart_frozen(of_gate, layers[up], layers[down]) if frozen else ""
+                return why or MlpFusion(gate, up, down, activation)
     return f"what stands between its layers is none of {', '.join(ACTIVATIONS)}"
 
 
@@ -293,7 +297,7 @@ def _block_of(module: nn.Module) -> BlockFusion | str | None:
     norms = [name for name, child in children.items() if isinstance(child, FusedNorm) or _norm_of(child) is not None]
     others = [
         name for name, child in children.items()
-        if name not in norms and fp8_layers(child) and not isinstance(child, Layer)
+        if name not in norms and (fp8_layers(child) or frozen_layers(child)) and not _is_linear(child)
     ]  # fmt: skip
     if not norms or len(others) != 2 or list(module.parameters(recurse=False)):
         return None
