@@ -27,7 +27,8 @@ def layers_of(k, inner, n, kind, activations, device, gated=True, dtype=torch.bf
     for out, width in [(inner, k)] * (2 if gated else 1) + [(n, inner)]:
         weight, scale, exact = weight_of(out, width, kind)
         b = torch.randn(out).to(dtype) if bias else None
-        made.append([weight, scale, b, SLOT.clone() if activations == STATIC else None])
+        slot = SLOT if len(made) != 1 or not gated else torch.tensor([[1 / 64, 64.0, 0.0, 0.0]])
+        made.append([weight, scale, b, slot.clone() if activations == STATIC else None])
     return [[None if t is None else t.to(device) for t in layer] for layer in made], exact
 
 
@@ -145,6 +146,20 @@ def test_x_is_cast_once_for_gate_and_up(device, m):
     product = (F.silu(gate) * up).cpu()
     expected = seen_by_down(product, TOKEN)[:, :32] * layers[2][1].cpu().double().T + layers[2][2].cpu().double()
     torch.testing.assert_close(fused(x, layers, 0, TOKEN).cpu().double(), expected, rtol=0.07, atol=0.02)
+
+
+@pytest.mark.parametrize("down", ["channel", "block"])
+def test_layers_of_several_kinds(device, down):
+    """Codes of rows and codes of groups of columns are not those of each other."""
+    layers, _ = layers_of(128, 256, 48, "channel", TOKEN, device)
+    layers[1] = layers_of(128, 256, 48, "block", TOKEN, device)[0][1]
+    layers[2] = layers_of(128, 256, 48, down, TOKEN, device)[0][2]
+    x = torch.randn(40, 128, device=device).bfloat16() * torch.tensor([0.01, 30.0], device=device).repeat(64).bfloat16()
+    y, apart = fused(x, layers, 0, TOKEN), one_by_one(x, layers, 0, TOKEN)
+    if down == "block":
+        assert torch.equal(y, apart)
+    else:
+        torch.testing.assert_close(y, apart, rtol=0.1, atol=0.02 * apart.abs().max().item())
 
 
 @pytest.mark.parametrize("inner", [136, 16400])
@@ -316,6 +331,27 @@ def test_autocast_and_functions(device):
         assert torch.equal(rows.view(40, 64), fp8.unfuse(copy.deepcopy(model))(x))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         mlp(torch.autograd.forward_ad.make_dual(x, x), gate, up, down, "silu")
+
+
+@pytest.mark.parametrize("activations", ["token", "none"])
+def test_gate_and_up_of_one_module(device, activations):
+    """In one piece, where the kernels take the layers, and one by one: with few rows, and before they are frozen."""
+    both, down = nn.Linear(64, 288), nn.Linear(144, 64)
+    model = nn.ModuleList([both, down]).bfloat16().to(device)
+    x = torch.randn(2, 20, 64, device=device).bfloat16()
+
+    def expected(x):
+        gate, up = both(x).chunk(2, -1)
+        return down(F.silu(gate) * up)
+
+    assert torch.equal(mlp(x, None, both, down, "silu"), expected(x))
+    fp8.freeze(model, activations)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, None, both, down, "silu"), expected(x), rtol=0.05, atol=0.02)
+        assert torch.equal(mlp(x[:, :8], None, both, down, "silu"), expected(x[:, :8]))
+        with Calls() as calls:
+            mlp(x, None, both, down, "silu")
+    assert calls.count["frozen_mlp"] == (activations == "token")
 
 
 @pytest.mark.parametrize(

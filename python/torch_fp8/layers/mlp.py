@@ -50,6 +50,8 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
             return f"{name} and up are not both in training"
         if is_dtensor(layer.weight):
             return f"the weight of {name} is a DTensor"
+    if gate is None and _makes_both(up, down):
+        return "gate and up are one layer"
     if not all(layers["up"].fp8_state.fp8_gemms):
         return "the recipe keeps a GEMM in 16 bits"
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
@@ -76,19 +78,38 @@ def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> 
 _FEW_ROWS = 16
 
 
-def _can_run_frozen(x: Tensor, layers: list[Any]) -> bool:
+def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module) -> bool:
     """Whether frozen layers take this input in one piece: few rows gain nothing, and gradients are of single layers."""
-    if is_dtensor(x) or x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= _FEW_ROWS:
+    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= _FEW_ROWS:
+        return False  # first, since in decoding the host's time counts
+    if is_dtensor(x) or why_apart_frozen(gate, up, down):
         return False
     if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
+    layers = _by_role(gate, up, down).values()
     tensors = [x, *(t for layer in layers for t in layer._state() if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
     return not any(has_hooks(layer) or is_dtensor(layer.weight) for layer in layers)
 
 
-def _frozen(x: Tensor, layers: list[FrozenLinear], activation: str) -> Tensor:
+def _apart(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> Tensor:
+    f = ACTIVATIONS[activation]
+    if gate is not None:
+        return down(f(gate(x)) * up(x))
+    y = up(x)
+    if not _makes_both(up, down):
+        return down(f(y))
+    of_gate, of_up = y.chunk(2, -1)
+    return down(f(of_gate) * of_up)
+
+
+def _makes_both(up: Any, down: Any) -> bool:
+    return bool(getattr(up, "out_features", 0) == 2 * getattr(down, "in_features", -1))
+
+
+def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+    layers = list(_by_role(gate, up, down).values())
     weights, scales, biases, slots = zip(*(layer._state() for layer in layers), strict=True)
     how = FROZEN_ACTIVATIONS.index(layers[0].activations)
     return torch.ops.torch_fp8.frozen_mlp(
@@ -110,16 +131,17 @@ def mlp(
 ) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
+    Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
     x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
     recompute: in eager mode backward makes the product's codes again instead of keeping them."""
-    layers = list(_by_role(gate, up, down).values())
-    if isinstance(up, FrozenLinear) and not why_apart_frozen(gate, up, down) and _can_run_frozen(x, layers):
-        y = _frozen(x, layers, activation)
+    if isinstance(up, FrozenLinear):
+        run = _frozen if _can_run_frozen(x, gate, up, down) else _apart
+        y = run(x, gate, up, down, activation)
         return y if residual is None else residual + y
     if is_dtensor(x) or why_apart(gate, up, down):
-        f = ACTIVATIONS[activation]
-        y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
+        y = _apart(x, gate, up, down, activation)
         return y if residual is None else residual + y
+    layers = list(_by_role(gate, up, down).values())
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]
