@@ -116,7 +116,7 @@ PYBIND11_MODULE(_C, m) {
           "end_step",
           [](Siblings& siblings) {
             const Siblings::Step step = siblings.end_step();
-            return std::pair(step.took, step.may_have_taken);
+            return std::tuple(step.took, step.may_have_taken, step.unread);
           },
           no_gil);
   py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {

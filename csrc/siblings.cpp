@@ -41,6 +41,7 @@ c10::optional<Siblings::Shared> Siblings::take(const at::Tensor& x, int member, 
   if (wanted.by_history && !makes && taker.follows != maker_) return c10::nullopt;
   if (makes) {
     ++taker.made;  // in its place, and recorded in its slot
+    ++taker.taken_outside;
   } else {
     ++taker.taken, taker.taken_from |= 1u << maker_;
   }
@@ -66,6 +67,7 @@ void Siblings::offer(const at::Tensor& x, int member, const Wanted& wanted, cons
   version_ = static_cast<uint32_t>(x._version());
   requires_grad_ = x.requires_grad(), grad_fn_ = weak(x.grad_fn());
   sizes_ = x.sizes().vec(), strides_ = x.strides().vec();
+  if (made_outside && wanted.by_history && wanted.record) ++members_[static_cast<size_t>(member)].made_outside;
   maker_ = member, made_outside_ = made_outside, wanted_ = wanted, shared_ = shared;
   const auto takes = [&](const Member& other) { return !wanted.by_history || other.follows == member; };
   left_ = static_cast<int>(std::count_if(members_.begin(), members_.end(), takes)) - !wanted.by_history + made_outside;
@@ -107,6 +109,7 @@ Siblings::Step Siblings::end_step() {
     for (int s = 0; s < static_cast<int>(members_.size()); ++s) {
       if (member.taken_from >> s & 1) step.took.emplace_back(i, s);
     }
+    if (member.made_outside > member.taken_outside) step.unread.push_back(i);
     if (member.follows < 0) continue;
     if (!ran) step.may_have_taken.emplace_back(i, member.follows);
     // Who cast for itself, or saw less than the one it follows, has seen other values.

@@ -77,6 +77,8 @@ class Siblings {
   // the host nothing.
   struct Step {
     std::vector<std::pair<int, int>> took, may_have_taken;
+    // Members in whose place a tensor was cast by history that they did not read: their amax says something of it, too.
+    std::vector<int> unread;
   };
   // The step has ended.
   Step end_step();
@@ -86,6 +88,7 @@ class Siblings {
     int follows = -1;
     int forwards = 0, taken = 0, made = 0;  // in this step: casts asked for, taken from others, made
     uint32_t taken_from = 0;                // one bit a member
+    int made_outside = 0, taken_outside = 0;  // by history: cast in its place, and taken by itself
   };
   bool is_offered(const at::Tensor& x) const;
   // What was offered, to be let go of without the lock: its graph may have to wait for Python.

@@ -148,6 +148,9 @@ class InputGroup:
 
     follows: for each member, whose row of the scaling state is equal to its own; -1: nobody's.
     reads_apart: a step was traced in which a member that follows another read something else.
+    reads_norms: whether the members read what a norm casts in the place of one of them. Once that one read something
+        else, no norm casts for them any more.
+    offered: in a trace: the member in whose place a norm has cast, and that has not read it yet; or -1.
     """
 
     def __init__(self, size: int) -> None:
@@ -158,6 +161,8 @@ class InputGroup:
         self.number = next(_numbers)  # by which a trace can speak of the group
         groups[self.number] = self
         self.reads_apart = False
+        self.reads_norms, self.offered = True, -1
+        self._unread: set[int] = set()
         self._states: dict[int, weakref.ref[LayerState]] = {}
         self._siblings = _C.Siblings(self.size)
         self.follows = follows
@@ -185,14 +190,23 @@ class InputGroup:
         may have taken codes in a compiled step."""
         states = self.states()
         amaxes = {member: state.slots[_INPUT, 2] for member, state in states.items()}
+        *steps, unread = self._siblings.end_step()
         took, may_have_taken = (
-            [(amaxes[i], amaxes[s]) for i, s in pairs if i in states and s in states]
-            for pairs in self._siblings.end_step()
+            [(amaxes[i], amaxes[s]) for i, s in pairs if i in states and s in states] for pairs in steps
         )
+        for member in self._unread.union(unread) & amaxes.keys():
+            amaxes[member].zero_()  # the scale stays for this once
+            self.reads_norms = False
+        self._unread.clear()
         self.follows = self._siblings.follows()
         if self.reads_apart:
             self._set_follows([-1] * self.size)
         return took, may_have_taken
+
+    def note_unread(self, member: int) -> None:
+        """In a trace: a norm cast in the place of this member, which reads something else."""
+        self.offered = -1
+        self._unread.add(member)
 
     def part_unless(self, states: Container[LayerState]) -> None:
         """After an update of these states alone: those of a group that were not all among them have parted."""

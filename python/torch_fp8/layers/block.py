@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from .linear import Layer, Linear
-from .mlp import ACTIVATIONS, has_hooks, mlp
+from .mlp import ACTIVATIONS, has_hooks, mlp, result_dtype
 from .norm import Norm, can_norm, feed, norm
 from .rotary import rotary
 from .siblings import share_input
@@ -21,7 +21,6 @@ class _Norm(nn.Module):
     """A norm that hands the codes of its result to the layers that read it."""
 
     weight: Any
-    bias: Any = None
     eps: Any
     _layer_norm = False
 
@@ -41,8 +40,9 @@ class _Norm(nn.Module):
     def with_sum(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum, with which a block goes on."""
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if can_norm(x, residual, self.weight, self.bias):
-            return norm(x, self.weight, self.bias, Norm(eps, self._layer_norm), residual, self.readers)
+        bias = getattr(self, "bias", None)  # nn.RMSNorm has none
+        if can_norm(x, residual, self.weight, bias):
+            return norm(x, self.weight, bias, Norm(eps, self._layer_norm), residual, self.readers)
         total = x if residual is None else residual + x
         return super().forward(total), total
 
@@ -95,9 +95,9 @@ class MLP(nn.Module):
     """``down_proj(f(gate_proj(x)) * up_proj(x))``, or ``down_proj(f(up_proj(x)))`` with gated=False, over FP8 layers
     and in one piece: neither the product nor the gradients of gate and up are ever written in 16 bits.
 
-    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu" or "gelu_tanh". residual
-    (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three layers has hooks, or
-    another recipe, they run one after the other.
+    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu", "gelu_tanh" or
+    "relu_squared". residual (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three
+    layers has hooks, or another recipe, they run one after the other.
 
     recompute: keep less between forward and backward: the codes of the weights and, in eager mode, of the product are
     made again in backward. For one micro-batch a step: with several, each casts the weights anew."""
@@ -215,15 +215,15 @@ class TransformerBlock(nn.Module):
         self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         if not self.norm_first:
-            h = x + self.attention_norm(self.attention(x, cos, sin, mask))
-            return h + self.mlp_norm(self.mlp(h))
+            h = x + self.attention_norm(self.attention(x, cos, sin, mask)).to(x.dtype)
+            return h + self.mlp_norm(self.mlp(h)).to(x.dtype)
         if has_hooks(self.attention_norm):
             normalised = self.attention_norm(x)
         else:
             normalised, x = self.attention_norm.with_sum(x)
         attended = self.attention(normalised, cos, sin, mask)
-        y, h = self.mlp_norm(attended, x)
-        return self.mlp(y, h)
+        y, h = self.mlp_norm(attended.to(x.dtype), x)  # autocast leaves what residuals add up to in x's dtype
+        return self.mlp(y, h) if result_dtype(y) == h.dtype else h + self.mlp(y).to(h.dtype)
 
     def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None) -> Tensor:
         """What the attention alone makes of x."""

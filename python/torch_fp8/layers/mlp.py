@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from .. import _C
 from . import traced
@@ -40,6 +41,7 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
     for name, layer in layers.items():
         if not isinstance(layer, Layer):
             return f"{name} is not in FP8"
+    for name, layer in layers.items():
         if not layer.fp8_enabled:
             return f"{name} is disabled"
         if has_hooks(layer):
@@ -122,7 +124,8 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return any(hooks) or "forward" in module.__dict__ or bool(nn.modules.module._has_any_global_hook())
+    own = "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__
+    return own or any(hooks) or has_any_global_hook()
 
 
 def mlp(
@@ -139,6 +142,8 @@ def mlp(
         y = run(x, gate, up, down, activation)
         return y if residual is None else residual + y
     if is_dtensor(x) or why_apart(gate, up, down):
+        if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
+            _check_residual(residual, x, down)
         y = _apart(x, gate, up, down, activation)
         return y if residual is None else residual + y
     layers = list(_by_role(gate, up, down).values())
@@ -147,6 +152,21 @@ def mlp(
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
     return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Of what FP8 layers make of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _check_residual(residual: Tensor, x: Tensor, down: Layer) -> None:
+    """As csrc/ops/linear.cpp refuses it, where PyTorch would broadcast or promote it."""
+    dtype, shape = result_dtype(x), [*x.shape[:-1], down.out_features]
+    if residual.dtype != dtype:
+        raise TypeError(f"torch_fp8: the residual is {residual.dtype} but the output is {dtype}; cast it")
+    if list(residual.shape) != shape:
+        raise RuntimeError(f"torch_fp8: the residual must have the output's shape {shape}, got {list(residual.shape)}")
 
 
 def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:

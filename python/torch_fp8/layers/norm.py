@@ -64,7 +64,7 @@ def _leader(readers: Sequence[nn.Module]) -> Layer | None:
         if not (isinstance(layer, Layer) and layer.fp8_enabled and layer.training) or is_dtensor(layer.weight):
             return None
         state = layer.fp8_state
-        if state.group is None:
+        if state.group is None or not state.group.reads_norms:
             return None
         if state.group.follows[state.member] < 0:
             return layer
@@ -80,8 +80,8 @@ def _traced(
         state = reader.fp8_state if traced.takes_codes(reader.fp8_state, call) else None
     slots = None if state is None else state.slots
     y, total, *codes = _Norm.apply(x, residual, gain, bias, how, slots, call)
+    y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
     if state is not None and call is not None:
-        y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
         traced.offer_codes(state, y, call, (codes[0], codes[1], codes[2]))
     return y, total
 

@@ -40,6 +40,7 @@ def rewired(forward: Callable[..., Any]) -> Callable[..., Any]:
     assert interleaved is not None
     code = plain.__code__
     globals_ = {**plain.__globals__, name: _ours(theirs, interleaved)}
+    globals_.pop("__name__", None)  # by it torch.compile would look the function up in their module
     new = FunctionType(code, globals_, plain.__name__, plain.__defaults__, plain.__closure__)
     new.__kwdefaults__ = plain.__kwdefaults__
     made = _rewired(forward, plain, functools.update_wrapper(new, plain, updated=()))

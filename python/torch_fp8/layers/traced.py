@@ -100,9 +100,11 @@ def shared_codes(state: LayerState, x: Tensor, call: Call) -> Codes:
         if of_group is group and made == wanted and may_take:
             rest = (of_group, maker, outside, made, left - 1, codes) if left > 1 else None
             x._fp8_codes = rest  # type: ignore[attr-defined]
+            if outside and state.member == maker:
+                _note_offer(group.number, -1)
             return codes
-    if by_history and call.record and group.follows[state.member] >= 0:
-        _note_reads_apart(group.number)
+    if by_history and call.record:
+        _note_cast(group.number, state.member)
     left = sum(maker == state.member for maker in group.follows) if by_history else group.size - 1
     if not left or not (call.fp8[0] or (call.grad_weight and call.fp8[2])):
         return nothing
@@ -136,13 +138,16 @@ def offer_codes(state: LayerState, x: Tensor, call: Call, codes: Codes) -> None:
         return
     by_history = isinstance(state.recipe, DelayedScaling)
     left = 1 + sum(maker == state.member for maker in group.follows) if by_history else group.size
+    if by_history and call.record:
+        _note_offer(group.number, state.member)
     x._fp8_codes = (group, state.member, True, _wanted(call, version), left, codes)  # type: ignore[attr-defined]
 
 
 def _version_of_x() -> int:
     """Runs when a step is traced: the version of its caller's x, which Dynamo knows and the traced code does not. -1
     where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
-    that others may write to it after, and in traces that are not Dynamo's."""
+    that others may write to it after, where Dynamo takes no attributes (results of an autograd.Function), and in traces
+    that are not Dynamo's."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         tracer: Any = frame.f_locals.get("self")
@@ -150,14 +155,27 @@ def _version_of_x() -> int:
             x = tracer.symbolic_locals["x"].realize()
             if x.source is not None or tracer.output.current_tracer.parent is not None:
                 return -1
+            if not tracer.output.side_effects.is_attribute_mutation(x):
+                return -1
             return x.proxy.node.meta["example_value"]._version
         frame = frame.f_back
     return -1
 
 
-def _note_reads_apart(number: int) -> bool:
-    """Runs when a step is traced: a layer that follows another has read something else, so their scales part."""
-    groups[number].reads_apart = True
+def _note_cast(number: int, member: int) -> bool:
+    """Runs when a step is traced: this member casts for itself. If it follows another, their scales part; if a norm has
+    cast in its place, its amax says something of what it has not read."""
+    group = groups[number]
+    if group.follows[member] >= 0:
+        group.reads_apart = True
+    if group.offered == member:
+        group.note_unread(member)
+    return True
+
+
+def _note_offer(number: int, member: int) -> bool:
+    """Runs when a step is traced: a norm has cast in the place of this member, or -1: it has taken that."""
+    groups[number].offered = member
     return True
 
 
@@ -180,7 +198,8 @@ def _note_training() -> bool:
 
 # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo, which takes as long as torch.
 _note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_note_reads_apart._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_note_cast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_note_offer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _version_of_x._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,39 +1,24 @@
 """fuse and unfuse: norms, MLPs and the blocks around them computed in fewer passes, in models of any library.
 
-What a module computes is not read off its name: its own forward is run once on a few random numbers, with stubs for its
-children, and only where it computes exactly what the fused module computes does that take its place.
+What a module computes is not read off its name: its own forward is run on a few random numbers, with stubs for its
+children (probe.py), and only where it computes what the fused module computes does that take its place.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..layers.frozen import FrozenLinear, frozen_layers
-from ..layers.fused import (
-    BlockFusion,
-    Fused,
-    FusedAttention,
-    FusedBlock,
-    FusedMlp,
-    FusedNorm,
-    MlpFusion,
-    NormFusion,
-    Step,
-    fused_class,
-    fused_modules,
-)  # fmt: skip
+from ..layers.frozen import frozen_layers
+from ..layers.fused import Fused, FusedAttention, FusedBlock, FusedMlp, FusedNorm, fused_class, fused_modules
 from ..layers.linear import Layer, fp8_layers
-from ..layers.mlp import ACTIVATIONS, why_apart_frozen
-from ..layers.norm import Norm, feed
+from ..layers.norm import feed
 from ..layers.rewired import why_not_rewired
+from .computes import linear_children, mlp_of, norm_of
+from .probe import Probe
+from .wiring import block_of
 
 NOT_FUSED = "_not_fused"  # on a module that fuse looked at and left alone: why
 
@@ -41,51 +26,66 @@ NOT_FUSED = "_not_fused"  # on a module that fuse looked at and left alone: why
 def fuse(model: nn.Module) -> nn.Module:
     """Let the norms, MLPs and blocks of a model compute in fewer passes, in place; returns the model.
 
-    Call it after ``convert`` or ``freeze``. A norm makes the FP8 codes of its result for the layers that read it and
-    takes the residual's addition into its pass; an MLP casts its product and the gradients of gate and up as they are
-    made; the last GEMM of a block adds the residual; an attention turns queries and keys in one launch. Modules stay
-    the same objects with the same parameters, names and hooks; ``state_dict()`` is not affected. Losses and gradients
-    differ by rounding: what is cast was never rounded to 16 bits.
+    A norm makes the FP8 codes of its result for the layers that read it and takes the residual's addition into its
+    pass; an MLP casts its product and the gradients of gate and up as they are made; the last GEMM of a block adds the
+    residual; an attention turns queries and keys in one launch. Modules stay the same objects with the same parameters,
+    names and hooks; ``state_dict()`` is not affected. Losses and gradients differ by rounding: what is cast was never
+    rounded to 16 bits.
 
-    Each module's own forward is run once on a few numbers with stubs for its children, and the module is fused only
-    where it computes what the fused one does: pre-norm and post-norm blocks with RMSNorm or LayerNorm, gated and
-    plain MLPs with SiLU or GELU. ``summary`` says what was fused, and why the rest was not. A child with hooks or a
-    forward of its own keeps it, and what cannot be fused in a call (another dtype, DTensors) is computed as before.
+    Each module's own forward is run on a few numbers with stubs for its children, in training and in evaluation, and
+    the module is fused only where it computes what the fused one does: pre-norm and post-norm blocks with RMSNorm or
+    LayerNorm, gated and plain MLPs with SiLU, GELU or squared ReLU. A module with dropout that is larger than 0 is not.
+    ``summary`` says what was fused, and why the rest was not. What cannot be fused in a call (a child with hooks or a
+    forward of its own, another dtype, arguments that were not foreseen, DTensors) is computed as before.
 
-    Raises ValueError where nothing can be fused; the model is then as it was."""
-    found: dict[str, tuple[nn.Module, type[Fused], Any]] = {}
+    The order: ``convert``, then ``fuse``; before ``torch.compile``, DDP, ``fully_shard`` and adapters. What comes later
+    may come as it likes: ``disabled``, ``freeze`` and ``revert`` leave the norms and blocks fused, whose layers then
+    compute one by one; after another ``convert``, or to fuse what was added, call ``fuse`` again. Whoever changes what
+    a module computes (another activation, another factor) calls ``unfuse`` first and ``fuse`` after.
+
+    Raises ValueError, with the model as it was, where nothing can be fused or no layer is in FP8."""
+    if not fp8_layers(model) and not frozen_layers(model):
+        raise ValueError(
+            f"torch_fp8: fuse takes a model with FP8 layers, but {type(model).__name__} has none; call "
+            "torch_fp8.convert first"
+        )
+    found: dict[nn.Module, tuple[type[Fused], type[Fused], Any]] = {}
     reasons: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Fused) or not (kind := _fusion_of(module)):
+    probe = Probe(model)
+    for module in model.modules():
+        if isinstance(module, Fused) or not (kind := _fusion_of(module, probe)):
             continue
         base, fusion = kind
         if isinstance(fusion, str):
             reasons[module] = fusion
-        else:
-            found[name] = module, base, fusion
+            continue
+        try:
+            found[module] = base, fused_class(base, type(module)), fusion
+        except Exception as error:  # somebody else's metaclass or __init_subclass__
+            reasons[module] = f"no class derives from its own ({type(error).__name__}: {str(error)[:80]})"
     if not found and not fused_modules(model):
         why = "; ".join(sorted(set(reasons.values()))[:3])
         raise ValueError(
             f"torch_fp8: nothing of {type(model).__name__} can be fused{': ' if why else ''}{why}; fuse takes norms, "
-            "MLPs over FP8 layers (torch_fp8.convert or torch_fp8.freeze comes first) and the blocks around them"
+            "MLPs over FP8 layers and the blocks around them"
         )
+    for module in model.modules():
+        module.__dict__.pop(NOT_FUSED, None)
     for module, reason in reasons.items():
-        setattr(module, NOT_FUSED, reason)
-    for module, base, fusion in found.values():
-        module.__class__ = fused_class(base, type(module))
-        fused = cast(Any, module)
-        fused.fusion = fusion
+        module.__dict__[NOT_FUSED] = reason
+    for module, (base, made, fusion) in found.items():
+        module.__class__ = made
+        module.__dict__["fp8_fusion"] = fusion
         if base is FusedNorm:
-            fused.readers = ()
-        fused.__dict__.pop(NOT_FUSED, None)
-    for block in model.modules():
-        if isinstance(block, FusedBlock):
-            _feed(block)
+            module.__dict__["fp8_readers"] = ()
+    feed_blocks(model)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every fused module of ``model`` the class that it had, in place; returns the model."""
+    """Give every fused module of ``model`` the class that it had, in place; returns the model.
+
+    Raises ValueError, with the model as it was, where another class was derived from a fused one (``fully_shard``)."""
     for name, module in fused_modules(model).items():
         if "plain_class" not in type(module).__dict__:
             raise ValueError(
@@ -94,20 +94,23 @@ def unfuse(model: nn.Module) -> nn.Module:
             )
     for module in fused_modules(model).values():
         module.__class__ = cast(Any, type(module).plain_class)
-        for attribute in ("fusion", "readers"):
-            module.__dict__.pop(attribute, None)
+    for part in model.modules():
+        for attribute in ("fp8_fusion", "fp8_readers", NOT_FUSED):
+            part.__dict__.pop(attribute, None)
     return model
 
 
-def _feed(block: FusedBlock) -> None:
-    """Tell the norms of a block which layers read what they make: those of the module that gets it."""
-    for step in block.fusion.steps:
-        norm = getattr(block, step.value, None)
-        if step.addend is not None or not isinstance(norm, FusedNorm):
+def feed_blocks(model: nn.Module) -> None:
+    """Tell the norms of fused blocks which layers read what they make: those of the module that gets it."""
+    for block in model.modules():
+        if not isinstance(block, FusedBlock):
             continue
-        readers = _readers(getattr(block, step.child), norm)
-        feed(readers)
-        norm.readers = tuple(readers)
+        for step in block.fp8_fusion.steps:
+            norm = getattr(block, step.value, None) if step.addend is None else None
+            if isinstance(norm, FusedNorm):
+                readers = _readers(getattr(block, step.child), norm)
+                feed(readers)
+                norm.fp8_readers = tuple(readers)
 
 
 def _readers(module: nn.Module, norm: nn.Module) -> list[Layer]:
@@ -131,282 +134,20 @@ _FIRST = (
 )  # fmt: skip
 
 
-# ---- what a module computes ------------------------------------------------------------------------------------------
-
-_Found = tuple[type[Fused], Any]  # the fusion; a string says why there is none
-
-
-def _fusion_of(module: nn.Module) -> _Found | None:
-    """None where the module is of no kind that is ever fused."""
-    if "forward" in module.__dict__:
-        return None
-    if (how := _norm_of(module)) is not None:
-        return FusedNorm, how
-    if _linear_children(module) and (why := why_not_rewired(type(module))) is not None:
-        return FusedAttention, why or None
-    if (of_mlp := _mlp_of(module)) is not None:
-        return FusedMlp, of_mlp
-    if (of_block := _block_of(module)) is not None:
-        return FusedBlock, of_block
-    return None
-
-
-class _Stub(nn.Module):
-    """A child that notes what it is given and returns what it was told to."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__()
-        self.result = result
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((args, kwargs))
-        return self.result
-
-
-def _with(module: nn.Module, children: dict[str, nn.Module], parameters: dict[str, Tensor] | None = None) -> nn.Module:
-    """The module as it is, but for these children and parameters; the module itself is not touched."""
-    probe = copy.copy(module)
-    probe.__dict__ = dict(module.__dict__)
-    probe.__dict__["_modules"] = {**module._modules, **children}
-    probe.__dict__["_parameters"] = {**module._parameters, **(parameters or {})}
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        probe.__dict__[hooks] = {}
-    return probe
-
-
-def _random(*size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
-
-
-def _close(a: Any, b: Tensor, tolerance: float = 1e-6) -> bool:
-    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.to(b.dtype), b, tolerance, tolerance)
-
-
-def _run(probe: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What the module's own forward gives; the error where it fails on stubs."""
-    try:
-        with torch.no_grad():
-            return type(probe).forward(probe, *args, **kwargs)
-    except Exception as error:  # somebody else's forward, on what it did not expect
-        return error
-
-
-def _norm_of(module: nn.Module) -> NormFusion | None:
-    parameters = {name: p for name, p in module._parameters.items() if p is not None}
-    vectors = all(p.dim() == 1 and p.shape == next(iter(parameters.values())).shape for p in parameters.values())
-    if not 1 <= len(parameters) <= 2 or not vectors or module._modules or module._buffers:
-        return None
-    eps = _eps_of(module)
-    if eps is None:
-        return None
-    width = next(iter(parameters.values())).shape[0]
-    values = {name: _random(width, seed=i, dtype=torch.float32) for i, name in enumerate(parameters)}
-    names = list(parameters)
-    probe = _with(module, {}, values)
-    # Small numbers, too, where eps decides.
-    inputs = [scale * _random(4, width, seed=7, dtype=torch.float32) + shift for scale, shift in ((1, 0.5), (1e-3, 0))]
-    outputs = [_run(probe, x) for x in inputs]
-    gain, bias = names[0], names[1] if len(names) == 2 else None
-    for how in (Norm(eps), Norm(eps, gain_offset=1.0), Norm(eps, layer_norm=True), Norm(eps, True, 1.0)):
-        expected = [_norm(x, values[gain], None if bias is None else values[bias], how) for x in inputs]
-        if all(_close(got, right, 1e-4) for got, right in zip(outputs, expected, strict=True)):
-            return NormFusion(how, gain, bias)
-    return None
-
-
-def _eps_of(module: nn.Module) -> float | None:
-    for name in ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "norm_eps"):
-        eps = getattr(module, name, None)
-        if isinstance(eps, float) and 0 <= eps < 1 and math.isfinite(eps):
-            return eps
-    return None
-
-
-def _norm(x: Tensor, gain: Tensor, bias: Tensor | None, how: Norm) -> Tensor:
-    x = x.double()
-    if how.layer_norm:
-        x = x - x.mean(-1, keepdim=True)
-    n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + how.eps)
-    y = n * (gain.double() + how.gain_offset)
-    return (y if bias is None else y + bias.double()).float()
-
-
-def _linear_children(module: nn.Module) -> dict[str, Any]:
-    return {name: child for name, child in module.named_children() if hasattr(child, "weight") and _is_linear(child)}
-
-
-def _is_linear(child: nn.Module) -> bool:
-    return isinstance(child, nn.Linear | Layer)
-
-
-def _mlp_of(module: nn.Module) -> MlpFusion | str | None:
-    layers = _linear_children(module)
-    if len(layers) not in (2, 3) or len(list(module.parameters(recurse=False))):
-        return None
-    if not any(isinstance(layer, Layer | FrozenLinear) for layer in layers.values()):
-        return None
-    down = list(layers)[-1]
-    into = list(layers)[:-1]
-    if any(layers[name].out_features != layers[down].in_features for name in into):
-        return None
-    for name, layer in layers.items():
-        if not isinstance(layer, Layer | FrozenLinear):
-            return f"{name} is not in FP8"
-    width, inner = layers[into[0]].in_features, layers[down].in_features
-    x, result = _random(3, width, seed=0), _random(3, layers[down].out_features, seed=1)
-    made = {name: _random(3, inner, seed=2 + i) for i, name in enumerate(into)}
-    stubs = {name: _Stub(value) for name, value in made.items()}
-    stubs[down] = _Stub(result)
-    output = _run(_with(module, cast(Any, stubs)), x)
-    if isinstance(output, Exception):
-        return f"its forward does not run on its own ({type(output).__name__})"
-    once = all(len(stub.calls) == 1 and len(stub.calls[0][0]) == 1 and not stub.calls[0][1] for stub in stubs.values())
-    if not once or any(stubs[name].calls[0][0][0] is not x for name in into):
-        return "its layers do not read one input once"
-    if output is not result:
-        return "its result is not that of its last layer" + (", but of a dropout" if _drops(module) else "")
-    product = stubs[down].calls[0][0][0]
-    for activation, f in ACTIVATIONS.items():
-        for gate, up in _roles(into):
-            value = f(made[up]) if gate is None else f(made[gate]) * made[up]
-            if _close(product, value):
-                of_gate = None if gate is None else layers[gate]
-                frozen = isinstance(layers[up], FrozenLinear)
-                why = why_apart_frozen(of_gate, layers[up], layers[down]) if frozen else ""
-                return why or MlpFusion(gate, up, down, activation)
-    return f"what stands between its layers is none of {', '.join(ACTIVATIONS)}"
-
-
-def _roles(into: Sequence[str]) -> Iterator[tuple[str | None, str]]:
-    if len(into) == 1:
-        yield None, into[0]
-    else:
-        yield into[0], into[1]
-        yield into[1], into[0]
-
-
-def _drops(module: nn.Module) -> bool:
-    return module.training and any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.modules())
-
-
-def _block_of(module: nn.Module) -> BlockFusion | str | None:
-    """A module that adds what two of its children make to what it was given, with norms of its own around them."""
-    children = dict(module.named_children())
-    norms = [name for name, child in children.items() if isinstance(child, FusedNorm) or _norm_of(child) is not None]
-    others = [
-        name for name, child in children.items()
-        if name not in norms and (fp8_layers(child) or frozen_layers(child)) and not _is_linear(child)
-    ]  # fmt: skip
-    if not norms or len(others) != 2 or list(module.parameters(recurse=False)):
-        return None
-    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-        return None
-    width = next(children[norms[0]].parameters()).shape[0]
-    reason: str = ""
-    for keep_none in (False, True):
-        found = _wiring(module, norms, others, width, keep_none)
-        if isinstance(found, BlockFusion):
-            return found
-        reason = reason or found
-    return reason
-
-
-def _wiring(module: nn.Module, norms: list[str], others: list[str], width: int, keep_none: bool) -> BlockFusion | str:
-    """How the block connects its children: found by running it on stubs that tell which value they were given."""
-    try:
-        signature = inspect.signature(type(module).forward)
-    except (TypeError, ValueError):
-        return "its forward has no signature"
-    parameters = [
-        p for p in list(signature.parameters.values())[1:]
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]  # fmt: skip
-    takes_rest = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    if not parameters:
-        return "its forward takes nothing"
-    x = _random(1, 3, width, seed=0)
-    made = {name: _random(1, 3, width, seed=1 + i) for i, name in enumerate([*norms, *others])}
-    for results in ("tensors", "first is a tuple"):
-        stubs = {name: _Stub(value) for name, value in made.items()}
-        if results == "first is a tuple":
-            stubs[others[0]].result = (made[others[0]], None)
-        passed = {
-            p.name: _Passed() for p in parameters[1:]
-            if not (keep_none and p.default is None and p.name not in _PASSED)
-        }  # fmt: skip
-        extra = {"_of_a_caller": _Passed()} if takes_rest else {}
-        order: list[str] = []
-        for name, stub in stubs.items():
-            stub.register_forward_pre_hook(_noting(order, name))
-        output = _run(_with(module, cast(Any, stubs)), x, **passed, **extra)
-        if not isinstance(output, Exception):
-            break
-    if isinstance(output, Exception):
-        return f"its forward does not run on stubs ({type(output).__name__}: {str(output)[:80]})"
-    if not isinstance(output, Tensor):
-        return "it returns more than one tensor"
-    if sorted(order) != sorted(made):
-        return "it does not call each of its children once"
-    return _steps([p.name for p in parameters], stubs, order, x, made, output, passed, extra)
-
-
-_PASSED = ("attention_mask", "position_ids", "position_embeddings", "cache", "past_key_values", "layer_past")
-
-
-class _Passed:
-    """An argument of a block, of which nothing is known but to whom it is passed on."""
-
-
-def _noting(order: list[str], name: str) -> Callable[..., None]:
-    return lambda *_: order.append(name)
-
-
-def _steps(
-    parameters: list[str], stubs: dict[str, _Stub], order: list[str], x: Tensor, made: dict[str, Tensor],
-    output: Tensor, passed: dict[str, _Passed], extra: dict[str, _Passed],
-) -> BlockFusion | str:  # fmt: skip
-    values: dict[str, Tensor] = {"x": x}
-
-    def parts_of(t: Any) -> tuple[str, str | None] | None:
-        for name, value in values.items():
-            if t is value or _close(t, value, 1e-12):
-                return name, None
-        for a in values:
-            for b in values:
-                if a != b and _close(t, values[a] + values[b], 1e-12):
-                    return a, b
-        return None
-
-    steps = []
-    for name in order:
-        args, kwargs = stubs[name].calls[0]
-        tensors: list[tuple[str | None, Tensor]] = [(None, t) for t in args if isinstance(t, Tensor)]
-        tensors += [(keyword, t) for keyword, t in kwargs.items() if isinstance(t, Tensor)]
-        if len(tensors) != 1 or len(args) > 1:
-            return f"{name} takes other arguments than one tensor"
-        keyword, given = tensors[0]
-        parts = parts_of(given)
-        if parts is None:
-            return f"what {name} takes is no sum of what the block has"
-        passes, rest = [], False
-        for key, value in kwargs.items():
-            if key == keyword:
-                continue
-            source = next((of_block for of_block, passed_on in passed.items() if passed_on is value), None)
-            if key in extra and value is extra[key]:
-                rest = True
-            elif source is not None:
-                passes.append((key, source))
-            elif value is not None:
-                return f"{name} gets {key}, which is not what the block was given"
-        steps.append(Step(name, *parts, keyword, tuple(passes), rest, isinstance(stubs[name].result, tuple)))
-        if parts[1] is not None:
-            values[f"{parts[0]} + {parts[1]}"] = given
-        values[name] = made[name]
-    for count in (2, 3):
-        for result in itertools.combinations(values, count):
-            if _close(output, torch.stack([values[name] for name in result]).sum(0), 1e-12):
-                return BlockFusion(tuple(parameters), tuple(steps), result)
-    return "its result is not the sum of the residual and what it computed"
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _fusion_of(module: nn.Module, probe: Probe) -> tuple[type[Fused], Any] | None:
+    """Which kind of module it would be, and how; a string says why it is none. None: it is of no kind that is ever
+    fused."""
+    kind: tuple[type[Fused], Any] | None = None
+    if (how := norm_of(module, probe)) is not None:
+        kind = FusedNorm, how
+    elif linear_children(module) and (why := why_not_rewired(type(module))) is not None:
+        kind = FusedAttention, why or None
+    elif (of_mlp := mlp_of(module, probe)) is not None:
+        kind = FusedMlp, of_mlp
+    elif (of_block := block_of(module, probe)) is not None:
+        kind = FusedBlock, of_block
+    if kind is not None and "forward" in module.__dict__:
+        return kind[0], "its forward was replaced on the object"
+    return kind
