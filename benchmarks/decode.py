@@ -3,7 +3,8 @@
 Decode: 128 tokens after a prompt of 512, greedy, each step one replay of a CUDA graph; wall time of all steps, host
 included. Its one row is not quantised: only the weights are FP8. Prefill: a prompt in eager mode, with the logits of
 its last token. Norms, rotary positions, SwiGLU's product and residuals are compiled in all arms, to kernels that let
-the next one start early (TORCHINDUCTOR_ENABLE_PDL); attention, embedding and output head stay in BF16.
+the next one start early (TORCHINDUCTOR_ENABLE_PDL); attention, embedding and output head stay in BF16. *fused*: in
+prefill the product of SwiGLU is cast as it is made.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, scaled, start
 from lib.report import bars, header, legend, level, numbers, pair, table, write
 from lib.steps import llama
+from torch_fp8.layers.mlp import mlp
 from torch_fp8.observe.evaluation import shared_copy
-from torch_fp8.picture import FP8, SECOND
+from torch_fp8.picture import FP8, INK, SECOND
 
 from models.decoder import Decoder, best
 
 PROMPT, NEW, ROUNDS = 512, 128, 5
 PREFILLS = (2048, 8192)
-SCALED = {"FP8, token": "FP8, inputs scaled by token", "FP8, static": "FP8, inputs scaled by constants"}
+SCALED = {
+    "FP8, token": "FP8, inputs scaled by token",
+    "FP8, static": "FP8, inputs scaled by constants",
+    "FP8, token, fused": "by token, SwiGLU fused",
+}
 OVER = " × BF16: "  # between what is timed and the regimes, in the heads of columns
 ARMS = {  # what fp8.freeze is told
     "FP8, token": {"activations": "token", "weight": "channel"},
@@ -39,6 +45,17 @@ def build() -> Decoder:
             return Decoder(*llama()).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def fused(model: Decoder) -> Decoder:
+    """The same frozen model, whose FFNs run in one piece where there are many tokens."""
+    model = shared_copy(model)
+    for layer in model.layers:
+        plain = layer.ffn
+        layer.ffn = lambda y, layer=layer, plain=plain: (
+            plain(y) if y.shape[1] == 1 else mlp(y, None, layer.gate_up, layer.down, "silu")
+        )
+    return model
 
 
 def prompt_of(model: Decoder, tokens: int) -> torch.Tensor:
@@ -99,7 +116,7 @@ def draw(figure, tables) -> None:
     groups = [f"{what}\n{regime}" for what, regimes in columns for regime in regimes.split(" / ")]
     series = {
         SCALED[row["arm"]]: (color, [x for column in columns for x in numbers(row[OVER.join(column)])])
-        for row, color in zip(rows[1:], (FP8, SECOND))  # the first is BF16
+        for row, color in zip(rows[1:], (FP8, SECOND, INK))  # the first is BF16
     }
     axes = figure.subplots()
     bars(axes, groups, series, "%.2f")
@@ -121,6 +138,7 @@ def main() -> None:
         if how["activations"] == "static":
             fp8.calibrate(model, [prompt_of(model, prompt)])
         models[name] = fp8.freeze(model, **how)
+    models["FP8, token, fused"] = fused(models["FP8, token"])
     seconds = decode_seconds({name: decoding(model, prompt, new) for name, model in models.items()}, rounds)
     prefill = {}
     for tokens in scaled(*PREFILLS):

@@ -1,5 +1,5 @@
-"""Many rows of x on an FP8 weight, as in prefill, against BF16 and torch._scaled_mm; and what a call costs the host.
-Writes results/prefill.md.
+"""Many rows of x on an FP8 weight, as in prefill, against BF16 and torch._scaled_mm; a frozen FFN, layer by layer and
+fused; and what a call costs the host. Writes results/prefill.md.
 
 Whole calls: x is cast in them. "tensor" takes two more launches than "static", for the amax; "block" has scales for
 128 x 128 of the weight and for 128 columns of a row of x. "_scaled_mm" gets x quantised already, with one scale on each
@@ -15,15 +15,23 @@ import torch
 import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
 from lib.report import header, pair, table, write
-from lib.steps import E4M3, quantize
+from lib.steps import E4M3, llama, quantize
 from torch import nn
 from torch.nn import functional as F
+from torch_fp8.observe.evaluation import shared_copy
+
+from models.llama import FFN
 
 SHAPES = [(8192, 4096, 4096), (8192, 4096, 6144), (8192, 4096, 28672), (8192, 14336, 4096), (512, 4096, 4096)]  # M K N
 STATIC, TENSOR, TOKEN = 1, 2, 3
 OURS = ("static, tensor", "static", "tensor", "token", "block")
 TUNED = {"static, tensor": ("static", "tensor"), "token": ("token", "channel"), "block": ("token", "block")}
 NOTE = "ms, *GPU* / *loop*.\n"
+FFN_TOKENS = (2048, 8192)
+FFNS = {"token": {"activations": "token", "weight": "channel"}, "static": {"activations": "static", "weight": "tensor"}}
+FFN_NOTE = """The SwiGLU FFN of Llama-3-8B, eager. *fused* casts the product of gate and up as it is made and, scaled by
+token, x once for both.
+"""
 
 
 def operands(m: int, k: int, n: int) -> dict[str, torch.Tensor]:
@@ -74,6 +82,25 @@ def measure(size: tuple[int, ...], ours: Iterable[str]) -> list[str]:
     return ["M{} K{} N{}".format(*size), *(pair(gpu[arm], loop[arm], 3) for arm in arms), *speedups]
 
 
+def measure_ffn(tokens: int) -> list[str]:
+    """A row: ms of BF16 and of each way to freeze it, layer by layer and fused, and what BF16's are over them."""
+    shape, *_ = llama()
+    with torch.device(options.device):
+        ffns: dict[str, nn.Module] = {"BF16": FFN(shape).bfloat16()}
+    x = randn(tokens, shape.hidden)
+    for name, how in FFNS.items():
+        for fused in (False, True):
+            ffn = shared_copy(ffns["BF16"])
+            if how["activations"] == "static":
+                fp8.calibrate(ffn, [x])
+            fp8.freeze(ffn, **how)
+            ffns[f"{name}, fused" if fused else name] = fp8.fuse(ffn) if fused else ffn
+    arms = {name: lambda ffn=ffn: ffn(x) for name, ffn in ffns.items()}
+    gpu, loop = gpu_ms(arms), loop_ms(arms)
+    speedups = [f"**{gpu['BF16'] / gpu[name]:.2f}** / {loop['BF16'] / loop[name]:.2f}" for name in [*arms][1:]]
+    return [tokens, *(pair(gpu[arm], loop[arm], 3) for arm in arms), *speedups]
+
+
 def heads(ours: Iterable[str]) -> list[str]:
     return ["shape", "BF16", *ours, "_scaled_mm", *(f"BF16 over {name}" for name in ours)]
 
@@ -88,14 +115,18 @@ def main() -> None:
         for size in sizes:
             tune(*size)
         tuned = [measure(size, TUNED) for size in sizes]
+        ffns = [measure_ffn(tokens) for tokens in scaled(*FFN_TOKENS)]
     host_rows = [
         [m, *(f"{t * 1e3:.1f}" for t in ms.values()), *(f"{ms[name] / ms['BF16']:.2f}" for name in OURS)]
         for m, ms in host.items()
     ]
     host_head = ["M, K256 N256", *(f"{arm}, µs" for arm in host[1]), *(f"{name} over BF16" for name in OURS)]
+    of_ffn = [arm for name in FFNS for arm in (name, f"{name}, fused")]
+    ffn_head = ["tokens", "BF16", *of_ffn, *(f"BF16 over {arm}" for arm in of_ffn)]
     note = " ".join(__doc__.split("\n\n")[1].split())
     write("prefill", header("Many rows on an FP8 weight"), NOTE, f"{note}\n", table(heads(OURS), rows),
           "After `fp8.tune` of these layers:\n", table(heads(TUNED), tuned),
+          FFN_NOTE, table(ffn_head, ffns),
           "*loop* on layers so small that it is the host's time:\n", table(host_head, host_rows))  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 // The gradient of frozen_linear: of its input, and of nothing else. A registration with the dispatcher, so that eager
-// mode and traces follow the same formula.
+// mode and traces follow the same formula. frozen_mlp has none, and says so before it computes.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -18,6 +18,12 @@ const auto& forward_op() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
   return op;
+}
+
+void check_not_forward_mode(const at::Tensor& x) {
+  TORCH_CHECK(!torch::autograd::isFwGradDefined(x),
+              "torch_fp8: a FrozenLinear has no forward-mode derivative; use loss.backward(), or keep the layer in 16 "
+              "bits, by the filter of torch_fp8.freeze");
 }
 
 struct FrozenFunction : torch::autograd::Function<FrozenFunction> {
@@ -57,10 +63,8 @@ at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
                                   const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
                                   const c10::optional<at::Tensor>& input_slot, int64_t activations,
                                   c10::optional<at::ScalarType> dtype) {
-  using torch::autograd::compute_requires_grad, torch::autograd::isFwGradDefined;
-  TORCH_CHECK(!isFwGradDefined(x),
-              "torch_fp8: a FrozenLinear has no forward-mode derivative; use loss.backward(), or keep the layer in 16 "
-              "bits, by the filter of torch_fp8.freeze");
+  using torch::autograd::compute_requires_grad;
+  check_not_forward_mode(x);
   if (!compute_requires_grad(x, weight, weight_scale, bias, input_slot)) {
     // Not the boxed fallback of the other ops, since the host's time decides in decoding.
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -72,6 +76,24 @@ at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
               "one; train an adapter beside it (LoRA), or all of the layer with fp8.Linear (torch_fp8.convert)");
   check_no_transform("a FrozenLinear gives its input");
   return FrozenFunction::apply(x, weight, weight_scale, bias, input_slot, activations, dtype);
+}
+
+at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList weights,
+                               at::TensorList weight_scales, const c10::List<c10::optional<at::Tensor>>& biases,
+                               const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
+                               int64_t activations, c10::optional<at::ScalarType> dtype) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_mlp", "").typed<decltype(frozen_mlp)>();
+  check_not_forward_mode(x);
+  using torch::autograd::compute_requires_grad;
+  bool wanted = compute_requires_grad(x, weights, weight_scales);
+  for (const c10::optional<at::Tensor>& bias : biases) wanted = wanted || compute_requires_grad(bias);
+  TORCH_CHECK(!wanted,
+              "torch_fp8: frozen_mlp computes no gradient, but one of its tensors requires one; run it under "
+              "torch.no_grad(), or its layers by frozen_linear");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weights, weight_scales, biases, input_slots,
+                       activation, activations, dtype);
 }
 
 }  // namespace torch_fp8

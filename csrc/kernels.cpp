@@ -23,6 +23,7 @@ const Kernels& meta_kernels() {
     none.scale_from_amax = [](const float*, Slot*, float, bool) {};
     none.quantize = [](const QuantizeArgs&) {};
     none.activate = [](const ActivationArgs&) {};
+    none.activate_rows = [](const ActivationRowsArgs&) {};
     none.activate_backward = [](const ActivationBackwardArgs&) {};
     none.norm = [](const NormArgs&) {};
     none.norm_backward = [](const NormBackwardArgs&) {};

@@ -96,6 +96,14 @@ struct ActivationArgs {
   Matrix up;
 };
 
+// quantize_rows of the same. q: E4M3 (rows, padded(cols)), zero behind cols; scale_inv: rows.
+struct ActivationRowsArgs {
+  Activation activation;  // not kXielu
+  Matrix gate, up;
+  uint8_t* q;
+  float* scale_inv;
+};
+
 // The same of the two gradients: of gate, dy * up * f'(gate), and of up, dy * f(gate). up.x.data is null where there is
 // no second factor; gate.x, up.x and dy are of one size and type. Column sums are of both or of none.
 struct ActivationBackwardArgs {
@@ -353,6 +361,7 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs& args);
   void (*recast)(const RecastArgs& args);
   void (*activate)(const ActivationArgs& args);
+  void (*activate_rows)(const ActivationRowsArgs& args);
   void (*activate_backward)(const ActivationBackwardArgs& args);
   void (*rotary)(const RotaryArgs& args);
   void (*rotary_backward)(const RotaryArgs& args);

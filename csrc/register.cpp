@@ -25,6 +25,10 @@ void gemm_accumulate_meta(const at::Tensor& out, const at::Tensor& a, const at::
 at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                               const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                               int64_t activations, c10::optional<at::ScalarType> dtype);
+at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
+                           const c10::List<c10::optional<at::Tensor>>& biases,
+                           const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
+                           int64_t activations, c10::optional<at::ScalarType> dtype);
 at::Tensor frozen_linear_backward_meta(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
                                        int64_t activations, at::ScalarType x_dtype);
 // csrc/frozen_autograd.cpp
@@ -32,6 +36,10 @@ at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x,
                                   const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
                                   const c10::optional<at::Tensor>& input_slot, int64_t activations,
                                   c10::optional<at::ScalarType> dtype);
+at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList weights,
+                               at::TensorList weight_scales, const c10::List<c10::optional<at::Tensor>>& biases,
+                               const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
+                               int64_t activations, c10::optional<at::ScalarType> dtype);
 
 namespace {
 
@@ -56,6 +64,7 @@ void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
   m.impl("frozen_linear", frozen_linear);
+  m.impl("frozen_mlp", frozen_mlp);
   m.impl("frozen_experts", frozen_experts);
   m.impl("frozen_experts_backward", frozen_experts_backward);
   m.impl("frozen_linear_backward", frozen_linear_backward);
@@ -202,6 +211,15 @@ TORCH_LIBRARY(torch_fp8, m) {
       "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
       "ScalarType? dtype=None) -> Tensor");
 
+  // y (..., N) = down(f(gate(x)) * up(x)) or, of two layers, down(f(up(x))), each layer as frozen_linear computes it.
+  // f: activation_cast's activation, but 3. The lists are of gate, up and down, or of up and down; a first of two
+  // layers with twice down's inputs is gate and, behind it, up. Where down quantises more than few rows by row or by
+  // its slot, and has no grid of blocks, the product is cast as it is made, never rounded to 16 bits; gate and up cast
+  // x once where both would make the same codes.
+  m.def(
+      "frozen_mlp(Tensor x, Tensor[] weights, Tensor[] weight_scales, Tensor?[] biases, Tensor?[] input_slots, "
+      "int activation, int activations, ScalarType? dtype=None) -> Tensor");
+
   // y (rows, N) of x (rows, K), whose rows are sorted by expert: rows offsets[e] to offsets[e + 1] are multiplied with
   // weight[e] as frozen_linear does, rows behind offsets[E] are zero. offsets (E + 1) int64, on the CPU whatever the
   // device of the others, since the host must know how many rows an expert has. weight (E, N, K), bias (E, N),
@@ -249,6 +267,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
+  m.impl("frozen_mlp", frozen_mlp_autograd);
   m.impl("rotary", rotary_autograd);
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
@@ -268,6 +287,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("norm_cast", norm_cast_meta);
   m.impl("norm_backward", norm_backward_meta);
   m.impl("frozen_linear", frozen_linear_meta);
+  m.impl("frozen_mlp", frozen_mlp_meta);
   m.impl("frozen_linear_backward", frozen_linear_backward_meta);
   m.impl("gemm_accumulate_", gemm_accumulate_meta);
   m.impl("update_scales_", [](at::TensorList, at::TensorList, at::ArrayRef<double>, at::IntArrayRef) {});

@@ -25,6 +25,9 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(shape.hidden, 2 * shape.ffn, bias=False)
         self.down = nn.Linear(shape.ffn, shape.hidden, bias=False)
 
+    def ffn(self, y: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(y)))
+
 
 @dataclass
 class Cache:
@@ -87,7 +90,7 @@ class Decoder(nn.Module):
         for layer, k, v, norm in zip(self.layers, cache.k, cache.v, following):
             q = rotate_and_store(layer.qkv(y), angles, positions, k, v)
             x, y = add_and_norm(x, layer.o(attend(q, k, v).transpose(1, 2).flatten(2)), layer.ffn_norm)
-            x, y = add_and_norm(x, layer.down(swiglu(layer.gate_up(y))), norm)
+            x, y = add_and_norm(x, layer.ffn(y), norm)
         return self.lm_head(y[:, -1:])
 
 

@@ -27,16 +27,23 @@ float element(const Matrix& x, int64_t row, int64_t col) {
   }
 }
 
-// quantize of value(row, col).
+// value(row, col) of all rows and columns.
 template <class Value>
-void cast(QuantizeArgs args, const Value& value) {
-  const int64_t rows = args.x.rows, cols = args.x.cols;
+std::vector<float> all_of(int64_t rows, int64_t cols, const Value& value) {
   std::vector<float> values(static_cast<size_t>(rows * cols));
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t col = 0; col < cols; ++col) values[static_cast<size_t>(row * cols + col)] = value(row, col);
     }
   });
+  return values;
+}
+
+// quantize of value(row, col).
+template <class Value>
+void cast(QuantizeArgs args, const Value& value) {
+  const int64_t rows = args.x.rows, cols = args.x.cols;
+  const std::vector<float> values = all_of(rows, cols, value);
   args.x = {values.data(), Type::kFloat32, rows, cols, cols, 1};
   cpu_kernels().quantize(args);
 }
@@ -48,6 +55,18 @@ void activate(const ActivationArgs& args) {
       const float up = args.up.data ? element(args.up, row, col) : 1.0f;
       return torch_fp8::activate<f(), Math>(element(args.cast.x, row, col), shape) * up;
     });
+  });
+}
+
+void activate_rows(const ActivationRowsArgs& args) {
+  const int64_t rows = args.gate.rows, cols = args.gate.cols;
+  with_activation(args.activation, [&](auto f) {
+    const std::vector<float> values = all_of(rows, cols, [&](int64_t row, int64_t col) {
+      const float up = args.up.data ? element(args.up, row, col) : 1.0f;
+      return torch_fp8::activate<f(), Math>(element(args.gate, row, col), Shape{}) * up;
+    });
+    cpu_kernels().quantize_rows(
+        {{values.data(), Type::kFloat32, rows, cols, cols, 1}, args.q, args.scale_inv, nullptr});
   });
 }
 
@@ -87,6 +106,7 @@ void activate_backward(const ActivationBackwardArgs& args) {
 
 [[maybe_unused]] const bool filled = [] {
   cpu_kernels().activate = activate;
+  cpu_kernels().activate_rows = activate_rows;
   cpu_kernels().activate_backward = activate_backward;
   return true;
 }();

@@ -1,10 +1,11 @@
 // frozen_linear, frozen_linear_backward: a linear layer whose weight is stored in FP8, and the gradient of its input.
-// Checks, and each way that frozen_route.h knows.
+// frozen_mlp: three such layers, whose product is cast as it is made. Checks, and each way that frozen_route.h knows.
 #include <algorithm>
 
 #include <c10/core/DeviceGuard.h>
 
 #include "check.h"
+#include "ops/cast_plan.h"
 #include "ops/frozen.h"
 #include "ops/frozen_route.h"
 #include "ops/record.h"
@@ -71,6 +72,8 @@ WeightScale check_frozen_backward(const at::Tensor& dy, const at::Tensor& weight
   return kind_of(weight_scale, weight.sym_size(0), weight.sym_size(1));
 }
 
+struct QuantizedInput;
+
 // A call that was checked, seen as y (m, n) = x (m, k) . weight^T. Of a gradient x is dy and weight the transpose,
 // padded.
 struct Product {
@@ -79,13 +82,18 @@ struct Product {
   at::Tensor x;
   const at::Tensor &weight, &weight_scale;
   c10::optional<at::Tensor> bias;  // of y's dtype, contiguous
-  const c10::optional<at::Tensor>& input_slot;
+  c10::optional<at::Tensor> input_slot;
   std::vector<int64_t> size;  // of y as the caller sees it
   at::ScalarType dtype;       // of y
   at::Tensor y = {};          // where it goes, contiguous; or undefined: into a tensor of its own
   // Of a gradient, whose sums are promoted to float32 as in all training: what x's columns are multiplied by, or null.
   bool is_gradient = false;
   const float* col_scale = nullptr;
+  // Of an MLP. codes: those of x, where another layer has made them; or null. made: x is gate, and what is quantised is
+  // f(gate) or, with up (m, k), f(gate) * up.
+  const QuantizedInput* codes_of_x = nullptr;
+  c10::optional<Activation> made = {};
+  c10::optional<at::Tensor> up = {};
 
   bool has_one_weight_scale() const { return route.weight_scale == WeightScale::kTensor; }
   const uint8_t* codes() const { return static_cast<const uint8_t*>(weight.const_data_ptr()); }
@@ -145,11 +153,20 @@ struct QuantizedInput {
   int64_t rows;        // m, or more of them
   const float* scale;  // one, or as many as scales_of says
   bool has_one_scale;
-  float* sums;  // (m, padded(n)), if asked for
+  float* sums;               // (m, padded(n)), if asked for
+  at::Tensor own_sums = {};  // where they lie, if not in scratch
 };
 
 QuantizedInput quantized_input(const Product& p, bool with_sums) {
   const int64_t m = p.route.m, n = p.route.n, k = p.route.k;
+  if (p.codes_of_x) {
+    QuantizedInput out = *p.codes_of_x;
+    if (with_sums) {
+      out.own_sums = at::empty({m, padded(n)}, p.x.options().dtype(at::kFloat));
+      out.sums = static_cast<float*>(out.own_sums.data_ptr());
+    }
+    return out;
+  }
   const bool by_blocks = p.route.weight_scale == WeightScale::kBlock;
   const bool by_rows = !by_blocks && p.route.activations == Activations::kToken;
   const bool own_amax = p.route.activations == Activations::kTensor;
@@ -171,9 +188,13 @@ QuantizedInput quantized_input(const Product& p, bool with_sums) {
   QuantizedInput out{scratch, base + q_place,         rows,
                      scale,   !by_blocks && !by_rows, reinterpret_cast<float*>(base + sums_place)};
 
-  const Matrix matrix{p.x.const_data_ptr(), p.route.x, m, k, p.x.stride(0), p.x.stride(1)};
+  const Matrix matrix = matrix_of(p.x), up = p.up ? matrix_of(*p.up) : Matrix{};
   if (by_blocks) {
     p.kernels.quantize_groups({matrix, rows, out.q, scale});
+    return out;
+  }
+  if (by_rows && p.made) {
+    p.kernels.activate_rows({*p.made, matrix, up, out.q, scale});
     return out;
   }
   if (by_rows) {
@@ -188,7 +209,8 @@ QuantizedInput quantized_input(const Product& p, bool with_sums) {
   } else {
     slot = slots_of(*p.input_slot);
   }
-  p.kernels.quantize({matrix, Format::kE4M3, slot, out.q, nullptr, nullptr, nullptr, nullptr});
+  const QuantizeArgs cast{matrix, Format::kE4M3, slot, out.q, nullptr, nullptr, nullptr, nullptr};
+  p.made ? p.kernels.activate({*p.made, {}, cast, up}) : p.kernels.quantize(cast);
   out.scale = reinterpret_cast<const float*>(slot);  // scale_inv comes first
   return out;
 }
@@ -278,12 +300,9 @@ at::Tensor scaled(const Product& p) {
   return out;
 }
 
-}  // namespace
-
-at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                          WeightScale kind, const c10::optional<at::Tensor>& bias,
-                          const c10::optional<at::Tensor>& input_slot, Activations activations, at::ScalarType dtype,
-                          const at::Tensor& y) {
+Product product_of(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale, WeightScale kind,
+                   const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
+                   Activations activations, at::ScalarType dtype) {
   const int64_t m = leading_size(x.sizes()), n = weight.size(0), k = weight.size(1);
   Product p{.route = {m, n, k, kind, activations, type_of(x.scalar_type(), "x"), type_of(dtype, "dtype"),
                       is_aligned(weight.const_data_ptr()), !x.is_cpu()},
@@ -294,14 +313,15 @@ at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight, const a
             .bias = bias,
             .input_slot = input_slot,
             .size = x.sizes().vec(),
-            .dtype = dtype,
-            .y = y};
+            .dtype = dtype};
   p.size.back() = n;
+  if (x.dim() != 2) p.x = x.reshape({m, k});
   if (bias) p.bias = bias->to(dtype).contiguous();
+  return p;
+}
 
-  const Way way = way_of(p.route);
-  if (way != Way::kZeros && x.dim() != 2) p.x = x.reshape({m, k});
-  switch (way) {
+at::Tensor computed(const Product& p) {
+  switch (way_of(p.route)) {
     case Way::kZeros: {
       at::Tensor out = p.output().zero_();
       return p.bias ? out.add_(*p.bias) : out;
@@ -313,6 +333,152 @@ at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight, const a
     case Way::kScaled: return scaled(p);
   }
   TORCH_INTERNAL_ASSERT(false);
+}
+
+// ---- three layers ---------------------------------------------------------------------------------------------------
+
+using Tensors = at::TensorList;
+using OptionalTensors = c10::List<c10::optional<at::Tensor>>;
+
+// Of an MLP: gate, up and down; gate and up in one, and down; or up and down.
+struct Layers {
+  const Tensors &weights, &scales;
+  const OptionalTensors &biases, &slots;
+  Activations activations;
+  at::ScalarType dtype;
+  std::vector<WeightScale> kinds;
+
+  Product product(size_t layer, const at::Tensor& x) const {
+    return product_of(x, weights[layer], scales[layer], kinds[layer], biases.get(layer), slots.get(layer), activations,
+                      dtype);
+  }
+};
+
+void check_function(int64_t activation) {
+  TORCH_CHECK_VALUE((activation >= 0 && activation <= 2) || activation == 4,
+                    "torch_fp8: activation must be 0 (silu), 1 (gelu), 2 (gelu, tanh) or 4 (relu squared), got ",
+                    activation);
+}
+
+// Whether the first of two layers makes gate and, behind it, up.
+bool makes_both(Tensors weights) { return weights.size() == 2 && weights[0].sym_size(0) == 2 * weights[1].sym_size(1); }
+
+// Returns the kinds of the weights' scales.
+std::vector<WeightScale> check_frozen_mlp(const at::Tensor& x, Tensors weights, Tensors scales,
+                                          const OptionalTensors& biases, const OptionalTensors& slots,
+                                          int64_t activation, int64_t activations,
+                                          c10::optional<at::ScalarType> dtype) {
+  const size_t count = weights.size();
+  TORCH_CHECK_VALUE(
+      (count == 2 || count == 3) && scales.size() == count && biases.size() == count && slots.size() == count,
+      "torch_fp8: an MLP has two or three weights, of gate, up and down or of up and down, and as many "
+      "weight_scales, biases and input_slots, got ",
+      count, ", ", scales.size(), ", ", biases.size(), " and ", slots.size());
+  check_function(activation);
+  const at::Tensor &first = weights[0], &down = weights[count - 1];
+  std::vector<WeightScale> kinds;
+  for (size_t i = 0; i + 1 < count; ++i) {
+    kinds.push_back(check_frozen(x, weights[i], scales[i], biases.get(i), slots.get(i), activations, dtype));
+    TORCH_CHECK(weights[i].sym_sizes() == first.sym_sizes(),
+                "torch_fp8: gate and up must have weights of one shape, got ", first.sym_sizes(), " and ",
+                weights[i].sym_sizes());
+  }
+  check_weight(down, scales[count - 1], activations);
+  const at::Tensor product = at::empty_symint({0, makes_both(weights) ? down.sym_size(1) : first.sym_size(0)},
+                                              x.options().dtype(dtype.value_or(x.scalar_type())));
+  kinds.push_back(
+      check_frozen(product, down, scales[count - 1], biases.get(count - 1), slots.get(count - 1), activations, dtype));
+  return kinds;
+}
+
+at::Tensor activated(const at::Tensor& x, Activation f) {
+  if (f == Activation::kSilu) return at::silu(x);
+  if (f == Activation::kReluSquared) return at::relu(x).square();
+  return at::gelu(x, f == Activation::kGelu ? "none" : "tanh");
+}
+
+// Whether the kernels that make what down reads cast it as down would: by row or by a static scale.
+bool is_cast_as_made(const FrozenProduct& down) {
+  constexpr int64_t kPack = 8;
+  const bool by_row_or_static = down.activations == Activations::kToken || down.activations == Activations::kStatic;
+  return is_quantized(way_of(down)) && by_row_or_static && down.weight_scale != WeightScale::kBlock &&
+         down.k % kPack == 0;
+}
+
+// Whether two layers quantise the x that both read to the same codes.
+bool have_same_codes(const FrozenProduct& a, const FrozenProduct& b) {
+  return is_quantized(way_of(a)) && is_quantized(way_of(b)) && a.activations != Activations::kStatic &&
+         (a.weight_scale == WeightScale::kBlock) == (b.weight_scale == WeightScale::kBlock);
+}
+
+at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f) {
+  Product first = layers.product(0, x);
+  const bool gated = layers.kinds.size() == 3;
+  at::Tensor gate;
+  c10::optional<at::Tensor> up;
+  if (!gated) {
+    gate = computed(first);
+    if (makes_both(layers.weights)) {
+      const int64_t inner = gate.size(-1) / 2;
+      up = gate.narrow(-1, inner, inner), gate = gate.narrow(-1, 0, inner);
+    }
+  } else {
+    Product second = layers.product(1, x);
+    c10::optional<QuantizedInput> codes;
+    if (have_same_codes(first.route, second.route)) {
+      codes = quantized_input(first, /*with_sums=*/false);
+      first.codes_of_x = second.codes_of_x = &*codes;
+    }
+    gate = computed(first), up = computed(second);
+  }
+  Product down = layers.product(layers.kinds.size() - 1, gate);
+  if (is_cast_as_made(down.route)) {
+    down.made = f;
+    if (up) down.up = up->reshape(down.x.sizes());
+    return computed(down);
+  }
+  const at::Tensor product = up ? activated(gate, f).mul_(*up) : activated(gate, f);
+  return computed(layers.product(layers.kinds.size() - 1, product));
+}
+
+}  // namespace
+
+at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                          WeightScale kind, const c10::optional<at::Tensor>& bias,
+                          const c10::optional<at::Tensor>& input_slot, Activations activations, at::ScalarType dtype,
+                          const at::Tensor& y) {
+  Product p = product_of(x, weight, weight_scale, kind, bias, input_slot, activations, dtype);
+  p.y = y;
+  return computed(p);
+}
+
+at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
+                      const c10::List<c10::optional<at::Tensor>>& biases,
+                      const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation, int64_t activations,
+                      c10::optional<at::ScalarType> dtype) {
+  const Layers layers{weights,
+                      weight_scales,
+                      biases,
+                      input_slots,
+                      static_cast<Activations>(activations),
+                      dtype.value_or(x.scalar_type()),
+                      check_frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype)};
+  const c10::DeviceGuard guard(x.device());
+  const NoAutocast no_autocast;
+  return mlp_of(x, layers, static_cast<Activation>(activation));
+}
+
+at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
+                           const c10::List<c10::optional<at::Tensor>>& biases,
+                           const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
+                           int64_t activations, c10::optional<at::ScalarType> dtype) {
+  if (GemmRecord::is_open()) {
+    return frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype);
+  }
+  check_frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype);
+  auto size = x.sym_sizes().vec();
+  size.back() = weights.back().sym_size(0);
+  return at::empty_symint(size, x.options().dtype(dtype.value_or(x.scalar_type())));
 }
 
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,

@@ -83,6 +83,15 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
                          int64_t activations, c10::optional<at::ScalarType> dtype);
 
+// y (..., N) = down(f(gate(x)) * up(x)) or, of two layers, down(f(up(x))), each layer as frozen_linear computes it; f:
+// activation_cast's activation, but 3. weights, weight_scales, biases and input_slots are those of gate, up and down,
+// or of up and down; a first of two layers with twice down's inputs is gate and, behind it, up. Where down quantises by
+// row or by its slot, the product is cast as it is made, never rounded to 16 bits. Not differentiable.
+at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
+                      const c10::List<c10::optional<at::Tensor>>& biases,
+                      const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation, int64_t activations,
+                      c10::optional<at::ScalarType> dtype);
+
 // y (rows, N) of x (rows, K): rows offsets[e] to offsets[e + 1] by weight[e] and the rest of expert e, as frozen_linear
 // has it; rows behind offsets[E] are zero. offsets (E + 1) int64 on the CPU; weight (E, N, K) float8_e4m3fn; bias (E,
 // N); input_slot (E, 4). The N outputs are in equal parts (a gate above what it gates: 2), each with scales of its own:

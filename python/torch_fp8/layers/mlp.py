@@ -1,5 +1,5 @@
 """An MLP in one piece: ``down(f(gate(x)) * up(x))`` or ``down(f(up(x)))`` over FP8 layers, with neither the product nor
-the gradients of gate and up ever written in 16 bits.
+the gradients of gate and up ever written in 16 bits. Over frozen layers too, where no gradient is wanted.
 
 The three layers stay what they are: their parameters, recipes and scaling states are used as by their own forwards.
 Where one of them needs its own forward, since it has a hook or computes in another way, the MLP runs layer by layer.
@@ -18,6 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from .. import _C
 from . import traced
 from .dtensor import is_dtensor
+from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
+from .frozen import FrozenLinear, autocast_dtype
 from .linear import Layer, linear_layer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -29,9 +31,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 4}
 
 
+def _by_role(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> dict[str, Any]:
+    return {"up": up, "down": down} if gate is None else {"gate": gate, "up": up, "down": down}
+
+
 def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
     """Why these layers cannot run in one piece now; empty where they can. Without a gate it is up that is activated."""
-    layers: dict[str, Any] = {"up": up, "down": down} if gate is None else {"gate": gate, "up": up, "down": down}
+    layers = _by_role(gate, up, down)
     for name, layer in layers.items():
         if not isinstance(layer, Layer):
             return f"{name} is not in FP8"
@@ -46,11 +52,71 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
             return f"{name} and up are not both in training"
         if is_dtensor(layer.weight):
             return f"the weight of {name} is a DTensor"
+    if gate is None and _makes_both(up, down):
+        return "gate and up are one layer"
     if not all(layers["up"].fp8_state.fp8_gemms):
         return "the recipe keeps a GEMM in 16 bits"
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
         return "torch.autograd's anomaly detection reads every gradient"
     return ""
+
+
+def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
+    """The same of layers of which up is frozen, as far as it does not depend on what they are given."""
+    layers = _by_role(gate, up, down)
+    for name, layer in layers.items():
+        if getattr(type(layer), "forward", None) is not FrozenLinear.forward:
+            return f"{name} is not frozen"
+        if any(getattr(layer, how) != getattr(up, how) for how in ("activations", "granularity")):
+            return f"{name} is frozen in another way than up"
+    if up.activations not in ("token", "static"):
+        return f"frozen layers make no codes of a product with activations={up.activations!r}"
+    if up.granularity == "block":
+        return "frozen layers make no codes of a product for weights with block scales"
+    return ""
+
+
+# The op casts the product of more rows than these alone, whatever the layers' sizes (csrc/ops/frozen_route.h).
+_FEW_ROWS = 16
+
+
+def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module) -> bool:
+    """Whether frozen layers take this input in one piece: few rows gain nothing, and gradients are of single layers."""
+    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= _FEW_ROWS:
+        return False  # first, since in decoding the host's time counts
+    if is_dtensor(x) or why_apart_frozen(gate, up, down):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    layers = _by_role(gate, up, down).values()
+    tensors = [x, *(t for layer in layers for t in layer._state() if t is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return not any(has_hooks(layer) or is_dtensor(layer.weight) for layer in layers)
+
+
+def _apart(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> Tensor:
+    f = ACTIVATIONS[activation]
+    if gate is not None:
+        return down(f(gate(x)) * up(x))
+    y = up(x)
+    if not _makes_both(up, down):
+        return down(f(y))
+    of_gate, of_up = y.chunk(2, -1)
+    return down(f(of_gate) * of_up)
+
+
+def _makes_both(up: Any, down: Any) -> bool:
+    return bool(getattr(up, "out_features", 0) == 2 * getattr(down, "in_features", -1))
+
+
+def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+    layers = list(_by_role(gate, up, down).values())
+    weights, scales, biases, slots = zip(*(layer._state() for layer in layers), strict=True)
+    how = FROZEN_ACTIVATIONS.index(layers[0].activations)
+    return torch.ops.torch_fp8.frozen_mlp(
+        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x)
+    )  # fmt: skip
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -68,15 +134,19 @@ def mlp(
 ) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
+    Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
     x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
     recompute: in eager mode backward makes the product's codes again instead of keeping them."""
+    if isinstance(up, FrozenLinear):
+        run = _frozen if _can_run_frozen(x, gate, up, down) else _apart
+        y = run(x, gate, up, down, activation)
+        return y if residual is None else residual + y
     if is_dtensor(x) or why_apart(gate, up, down):
-        f = ACTIVATIONS[activation]
         if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
             _check_residual(residual, x, down)
-        y = down(f(up(x)) if gate is None else f(gate(x)) * up(x))
+        y = _apart(x, gate, up, down, activation)
         return y if residual is None else residual + y
-    layers: list[Any] = [up, down] if gate is None else [gate, up, down]
+    layers = list(_by_role(gate, up, down).values())
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..layers.frozen import FrozenLinear
 from ..layers.fused import MlpFusion, NormFusion
 from ..layers.linear import Layer
-from ..layers.mlp import ACTIVATIONS
+from ..layers.mlp import ACTIVATIONS, why_apart_frozen
 from ..layers.norm import Norm
 from .probe import Probe, Stub, close, gradients, numbers
 
@@ -83,7 +84,7 @@ def mlp_of(module: nn.Module, probe: Probe) -> MlpFusion | str | None:
     layers = linear_children(module)
     if any(p is not None for p in module._parameters.values()):
         return None
-    if len(layers) not in (2, 3) or not any(isinstance(layer, Layer) for layer in layers.values()):
+    if len(layers) not in (2, 3) or not any(isinstance(layer, Layer | FrozenLinear) for layer in layers.values()):
         return None
     reason: str | None = None
     for down in reversed(layers):
@@ -95,10 +96,18 @@ def mlp_of(module: nn.Module, probe: Probe) -> MlpFusion | str | None:
         found = {_mlp_over(module, probe, layers, into, down, training) for training in MODES}
         fusions = [fusion for fusion in found if isinstance(fusion, MlpFusion)]
         if len(found) == 1 and fusions:
-            not_fp8 = [name for name, layer in layers.items() if not isinstance(layer, Layer)]
-            return f"{not_fp8[0]} is not in FP8" if not_fp8 else fusions[0]
+            return _why_not_over(fusions[0], layers) or fusions[0]
         reason = reason or next((why for why in found if isinstance(why, str)), None)
     return reason
+
+
+def _why_not_over(fusion: MlpFusion, layers: dict[str, Any]) -> str:
+    gate: Any = None if fusion.gate is None else layers[fusion.gate]
+    up, down = layers[fusion.up], layers[fusion.down]
+    if isinstance(up, FrozenLinear):
+        return why_apart_frozen(gate, up, down)
+    not_fp8 = [name for name, layer in layers.items() if not isinstance(layer, Layer)]
+    return f"{not_fp8[0]} is not in FP8" if not_fp8 else ""
 
 
 def _mlp_over(
@@ -121,16 +130,25 @@ def _mlp_over(
         return "its result is not that of its last layer"
     product, leaves = stubs[down].calls[0][0][0], list(made.values())
     if layers[into[0]].out_features != layers[down].in_features:
-        return f"its gate and up are one layer, {into[0]}" if len(into) == 1 else None
+        if len(into) > 1:
+            return None
+        if not isinstance(layers[into[0]], FrozenLinear):
+            return f"its gate and up are one layer, {into[0]}"
     for activation, f in ACTIVATIONS.items():
         for gate, up in _roles(into):
-            value = f(made[up]) if gate is None else f(made[gate]) * made[up]
+            value = _product(f, None if gate is None else made[gate], made[up], layers[down].in_features)
             if not close(product, value):
                 continue
             if all(map(close, gradients(product, leaves), gradients(value, leaves))):
                 return MlpFusion(gate, up, down, activation)
             return "its gradient is not that of what it computes"
     return f"what stands between its layers is none of {', '.join(ACTIVATIONS)}"
+
+
+def _product(f: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor, inner: int) -> Tensor:
+    if gate is None and up.shape[-1] == 2 * inner:
+        gate, up = up.chunk(2, -1)
+    return f(up) if gate is None else f(gate) * up
 
 
 def _roles(into: Sequence[str]) -> Iterator[tuple[str | None, str]]:

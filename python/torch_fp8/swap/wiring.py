@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layers.frozen import frozen_layers
 from ..layers.fused import INPUT, BlockFusion, Fused, FusedNorm, Step
 from ..layers.linear import Layer, fp8_layers
 from .computes import MODES, norm_of
@@ -28,7 +29,7 @@ def block_of(module: nn.Module, probe: Probe) -> BlockFusion | str | None:
             norms.append(name)
         elif next(child.parameters(), None) is not None:
             others.append(name)
-    if not norms or not any(fp8_layers(children[name]) for name in others):
+    if not norms or not any(fp8_layers(children[name]) or frozen_layers(children[name]) for name in others):
         return None
     if any(isinstance(children[name], nn.ModuleList | Layer) for name in others):
         return None
