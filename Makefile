@@ -31,7 +31,8 @@ test: override CMAKE_ARGS += -DTORCH_FP8_TESTS=ON
 test: $(VENV)/ready
 	PYTHON=$(PYTHON) tools/setup_system.sh googletest
 	$(INSTALL)
-	tools/on_this_cpu.sh pytest
+	# A process a core: the threads that torch starts in each would wait for one another.
+	OMP_NUM_THREADS=1 tools/on_this_cpu.sh pytest
 	tools/on_this_cpu.sh ctest --test-dir build --output-on-failure
 
 build: $(VENV)/ready
