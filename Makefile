@@ -32,7 +32,7 @@ test: $(VENV)/ready
 	PYTHON=$(PYTHON) tools/setup_system.sh googletest
 	$(INSTALL)
 	# A process a core: the threads that torch starts in each would wait for one another.
-	OMP_NUM_THREADS=1 tools/on_this_cpu.sh pytest
+	OMP_NUM_THREADS=1 tools/on_this_cpu.sh pytest -n auto --dist worksteal
 	tools/on_this_cpu.sh ctest --test-dir build --output-on-failure
 
 build: $(VENV)/ready
