@@ -84,7 +84,7 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& a_sc
       // cuBLASLt's epilogue takes no float32 bias, and rounding it to 16 bits would lose what the caller has: start
       // from it instead. The same for a bias that lies at an odd address, and for an empty sum.
       target.copy_(padded_bias.expand_as(target));
-      args.addend = target.data_ptr();
+      args.addend = address_of(target);
     } else {
       args.bias = address_of(padded_bias);
     }
@@ -122,7 +122,7 @@ void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tens
     return;
   }
   args.out = out.data_ptr();
-  args.addend = args.out;
+  args.addend = address_of(out);
   run(args, a);
 }
 
