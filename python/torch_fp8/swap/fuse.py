@@ -40,8 +40,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     The order: ``convert``, then ``fuse``; before ``torch.compile``, DDP, ``fully_shard`` and adapters. What comes later
     may come as it likes: ``disabled``, ``freeze`` and ``revert`` leave the norms and blocks fused, whose layers then
-    compute one by one, but for frozen MLPs of a kind that the kernels take; after another ``convert``, or to fuse what was added, call ``fuse`` again. Whoever changes what
-    a module computes (another activation, another factor) calls ``unfuse`` first and ``fuse`` after.
+    compute one by one, but for frozen MLPs of a kind that the kernels take; after another ``convert``, or to fuse what
+    was added, call ``fuse`` again. Whoever changes what a module computes (another activation, another factor) calls
+    ``unfuse`` first and ``fuse`` after.
 
     Raises ValueError, with the model as it was, where nothing can be fused or no layer is in FP8."""
     if not fp8_layers(model) and not frozen_layers(model):
