@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .mlp import has_hooks, mlp
+from .mlp import has_hooks, mlp, result_dtype
 from .norm import Norm, can_norm, norm
 from .rewired import rewired
 
@@ -81,9 +81,7 @@ class FusedMlp(Fused):
 
 
 def _mlp_added_to(module: FusedMlp, x: Tensor, residual: Tensor | None) -> Tensor:
-    kind = x.device.type
-    made = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if residual is not None and (residual.dtype != made or residual.shape != x.shape):
+    if residual is not None and (residual.dtype != result_dtype(x) or residual.shape != x.shape):
         return residual + _mlp_added_to(module, x, None)  # where dtypes or shapes meet, PyTorch decides
     gate, up, down, activation = module.fp8_fusion
     of_gate = None if gate is None else getattr(module, gate)
