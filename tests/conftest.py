@@ -2,6 +2,7 @@
 failure, not a skip."""
 
 import os
+import sys
 import warnings
 
 import pytest
@@ -50,6 +51,14 @@ def cuda():
 def cublaslt(monkeypatch):
     """A GPU for tuning that is none: the same on every machine."""
     return CublasLt(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _compiles_afresh(monkeypatch):
+    """All tests of a process share Dynamo's count of compilations of a function, and its limit."""
+    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

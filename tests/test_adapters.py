@@ -90,7 +90,6 @@ class TestTraining:
             assert p.grad is not None and torch.equal(p.grad, q.grad), name
 
     def test_compiled(self, device):
-        torch._dynamo.reset()
         models = [adapted(fp8.freeze(llama().to(device))) for _ in range(2)]
         compiled = torch.compile(models[1], backend="aot_eager", fullgraph=True)
         ids = IDS.to(device)

@@ -21,12 +21,6 @@ RECIPES = [
 NORMS = {"rms": (fp8.RMSNorm, nn.RMSNorm), "layer": (fp8.LayerNorm, nn.LayerNorm)}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
-
-
 def error(made, exact):
     exact = exact.double()
     return ((made.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()

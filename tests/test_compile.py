@@ -17,14 +17,6 @@ from torch.utils.checkpoint import checkpoint
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
-    yield
-    torch._dynamo.reset()
-
-
 class Net(nn.Module):
     def __init__(self, dtype=torch.float32, bias=True):
         super().__init__()

@@ -408,8 +408,7 @@ NEVER = "never called in {} training steps"
 
 
 @pytest.mark.parametrize("recipe", [fp8.DelayedScaling(), fp8.CurrentScaling(), fp8.ConstantScaling()])
-def test_summary_says_what_was_never_called(recipe, device, monkeypatch):
-    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
+def test_summary_says_what_was_never_called(recipe, device):
     model = fp8.convert(ReadsWeights().to(device), recipe, tokens=None)
     assert "never called" not in str(fp8.summary(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -423,9 +422,8 @@ def test_summary_says_what_was_never_called(recipe, device, monkeypatch):
     assert NEVER.format(3) in str(fp8.summary(model))
 
 
-def test_summary_says_what_was_never_called_where_no_optimizer_holds_it(monkeypatch):
+def test_summary_says_what_was_never_called_where_no_optimizer_holds_it():
     """Layers that are not trained go with their model; and where nothing was called, the optimizer's steps tell."""
-    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
     model = fp8.convert(ReadsWeights(), tokens=None)
     model.read.requires_grad_(False)
     optimizer = torch.optim.SGD(model.called.parameters(), lr=0.01)
@@ -440,8 +438,7 @@ def test_summary_says_what_was_never_called_where_no_optimizer_holds_it(monkeypa
     assert NEVER.format(2) in fp8.summary(model)[1].note
 
 
-def test_summary_says_what_was_never_called_in_compiled_steps(device, monkeypatch):
-    monkeypatch.setattr(fp8.layers.traced, "_traced_training", False)
+def test_summary_says_what_was_never_called_in_compiled_steps(device):
     model = fp8.convert(ReadsWeights().to(device), tokens=None)
     compiled = torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

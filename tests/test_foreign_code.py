@@ -244,7 +244,6 @@ def test_copies_have_states_of_their_own(device):
 
 
 def test_a_model_on_meta_beside_a_compiled_one(device):
-    torch._dynamo.reset()
     counted = fp8.convert(net("meta"), tokens=None)
     model = fp8.convert(net(device), tokens=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -541,7 +540,6 @@ def test_compiled_autograd(device):
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 def test_a_whole_step_under_compiled_autograd(device):
     """The layers run outside of the graph: PyTorch hands no tensor that a backward changes to a graph of a graph."""
-    torch._dynamo.reset()
     model, _ = trained(device)
     twin = copy.deepcopy(model)
     x = torch.randn(16, 64, device=device)
@@ -553,7 +551,6 @@ def test_a_whole_step_under_compiled_autograd(device):
 
     with torch._dynamo.config.patch(compiled_autograd=True):
         step(x)
-    torch._dynamo.reset()
     for a, b in zip(model.parameters(), twin.parameters()):
         assert torch.equal(a.grad, b.grad)
 
@@ -601,7 +598,6 @@ def test_the_abstract_recipe_cannot_break_a_model(device):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gemms_in_16_bits(device, gemms, compiled, autocast):
     """A GEMM in 16 bits is nn.Linear's; and only what an FP8 GEMM reads is cast."""
-    torch._dynamo.reset()
     dtype = torch.float32 if autocast else torch.bfloat16
     plain = nn.Linear(64, 96, device=device, dtype=dtype)
     layer = fp8.Linear(64, 96, device=device, dtype=dtype, recipe=fp8.DelayedScaling(fp8_gemms=gemms))

@@ -22,12 +22,6 @@ N, K = 144, 256
 ROWS = [1, 12, 17, 40]  # the ways that a product may go
 
 
-@pytest.fixture(autouse=True)
-def _compiles_afresh():
-    """All tests of a process share Dynamo's count of compilations of FrozenLinear.forward, and its limit."""
-    torch._dynamo.reset()
-
-
 @pytest.fixture(params=["token", "static"])
 def layer(request, device):
     plain = nn.Linear(K, N, device=device, dtype=torch.bfloat16)

@@ -260,7 +260,6 @@ def test_autocast(device, weight, x_dtype):
 def test_compiled(device, activations, backend):
     if backend == "inductor" and device.type == "cpu":
         pytest.skip("once is enough")
-    torch._dynamo.reset()
     layer, _ = layer_of(device, activations)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     for rows in (4, 40, 80):
@@ -269,7 +268,6 @@ def test_compiled(device, activations, backend):
 
 
 def test_several_forwards_before_a_backward(device):
-    torch._dynamo.reset()
     layer, _ = layer_of(device)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     xs = [torch.randn(40, K, device=device).bfloat16().requires_grad_() for _ in range(3)]

@@ -309,7 +309,6 @@ def test_hooks_run(device):
 @pytest.mark.parametrize("rows", [40, 4])
 @pytest.mark.parametrize("activations", ["token", "static"])
 def test_compiled(device, activations, rows):
-    torch._dynamo.reset()
     model = frozen_model(device, activations)
     x = torch.randn(rows, 64, device=device).bfloat16()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -138,6 +138,7 @@ def test_a_block_casts_what_its_norms_and_its_mlp_hand_over_nowhere_else(cuda):
         step(), optimizer.step(), optimizer.zero_grad()
     names = device_work(step)
     ours = [name for name in names if "torch_fp8" in name]
-    assert sum("quantize_kernel" in name for name in ours) == 1 + 5 + 7, names
+    assert sum("quantize_kernel" in name for name in ours) == 5 + 6, names
+    assert sum("small_cast" in name for name in ours) == 1, names  # the attention's result with the weight of o
     assert sum("norm" in name and "backward" not in name and "norm_any" not in name for name in ours) >= 2, names
     assert sum("rotary" in name for name in ours) == 2, names

@@ -65,7 +65,6 @@ CHANGED = {"tokens": LATER_TOKENS, "samples": OTHER_SAMPLES}
 @pytest.mark.parametrize("recipe", ["delayed", "constant"])
 def test_an_output_depends_on_its_own_inputs_alone(device, recipe, what, training, compiled):
     model = trained(RECIPES[recipe], device).train(training)
-    torch._dynamo.reset()
     run = torch.compile(model, backend="aot_eager") if compiled else model
     x = inputs(device, 9)
     plain, other = run(x), run(disturbed(x, CHANGED[what]))

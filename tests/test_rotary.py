@@ -371,7 +371,6 @@ def test_opcheck(device, norm, heads_first):
     ("tanh", False, "aot_eager"),
 ])  # fmt: skip
 def test_compile(device, norm, dynamic, backend):
-    torch._dynamo.reset()
     q, k, cos, sin, gains = arguments(device, norm)
 
     def f(q, k, *gains):

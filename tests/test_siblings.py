@@ -119,9 +119,7 @@ def test_siblings_that_read_two_tensors_cast_both(device):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_who_shared_and_then_reads_less_follows_its_own(device, compiled, monkeypatch):
-    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
-    torch._dynamo.reset()
+def test_who_shared_and_then_reads_less_follows_its_own(device, compiled):
     model, twin = twins(RECIPES[0], device)
     model.norm, twin.norm = nn.Identity(), nn.Identity()
     call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
@@ -296,10 +294,8 @@ def test_who_may_share(device):
 
 @pytest.mark.parametrize("recipe", RECIPES[:4], ids=str)
 @pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled(device, recipe, backend, monkeypatch):
+def test_compiled(device, recipe, backend):
     """The same numbers, one cast for three layers once they have a history, and few graphs."""
-    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
-    torch._dynamo.reset()
     model, twin = twins(recipe, device)
     graphs = []
 
@@ -323,9 +319,7 @@ def test_compiled(device, recipe, backend, monkeypatch):
     assert len(graphs) <= 3
 
 
-def test_compiled_where_the_tensor_changes_or_is_recomputed(device, monkeypatch):
-    monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
-    torch._dynamo.reset()
+def test_compiled_where_the_tensor_changes_or_is_recomputed(device):
     model, twin = twins(fp8.ConstantScaling(bias=2), device)
 
     def changed(m, x):
@@ -351,7 +345,6 @@ def test_compiled_where_the_tensor_changes_or_is_recomputed(device, monkeypatch)
 
 def test_nothing_is_left_on_a_tensor_from_outside_of_a_graph(device):
     """Its owner writes to it between two calls."""
-    torch._dynamo.reset()
     model, _ = twins(fp8.CurrentScaling(), device)
     call = torch.compile(lambda h: model.q_proj(h), backend="aot_eager", fullgraph=True)
     x = torch.randn(8, 32, device=device)

@@ -45,7 +45,7 @@ GemmArgs args_of(const GemmProblem& p) {
   args.a_scale_inv = args.b_scale_inv = reinterpret_cast<const float*>(somewhere);
   args.bias = p.bias ? somewhere : nullptr;
   args.out = somewhere;
-  if (p.accumulate) args.addend = args.out;
+  args.addend = p.accumulate ? args.out : nullptr;
   args.fast_accum = p.fast_accum;
   args.scales = p.scales;
   return args;
@@ -79,6 +79,7 @@ struct Operands {
     args.a_scale_inv = a_scale_inv.const_data_ptr<float>(), args.b_scale_inv = b_scale_inv.const_data_ptr<float>();
     if (p.bias) args.bias = bias.const_data_ptr();
     args.out = out.data_ptr();
+    args.addend = p.accumulate ? args.out : nullptr;
   }
 };
 
