@@ -30,7 +30,8 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     auto [y, sum, q, q_t, scale_inv, stats] =
         norm_op.call(x, residual, gain, bias, call.eps, call.layer_norm, call.gain_offset,
                      call.reader ? OptionalTensor(reader.slots) : c10::nullopt, kInput, reader.casts, reader.history,
-                     reader.training, reader.record, call.reader.has_value(), call.columnwise, /*wants_y=*/true);
+                     reader.training, reader.record, call.reader.has_value(), call.columnwise && !call.recompute,
+                     /*wants_y=*/true);
     call.codes = {q, q_t, scale_inv};
     ctx->save_for_backward({residual ? sum : x, gain.value_or(at::Tensor()), stats});
     ctx->saved_data["layer_norm"] = call.layer_norm;
@@ -98,6 +99,9 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTenso
   const at::Tensor& y = made[0];
   if (call.reader) {
     Siblings::Shared shared{call.codes, y};
+    if (call.recompute && call.columnwise) {
+      shared.source = Normed{made[1], gain.value_or(at::Tensor()), bias.value_or(at::Tensor()), options};
+    }
     // A GEMM adds to float32 and bfloat16.
     if (y.requires_grad() && reader->place.siblings->size() > 1 && y.scalar_type() != at::kHalf) {
       shared.sum = new_sum();

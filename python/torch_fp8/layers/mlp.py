@@ -129,14 +129,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
-    *, recompute: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
+) -> Tensor:
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
     Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
-    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
-    recompute: in eager mode backward makes the product's codes again instead of keeping them."""
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
     if isinstance(up, FrozenLinear):
         run = _frozen if _can_run_frozen(x, gate, up, down) else _apart
         y = run(x, gate, up, down, activation)
@@ -151,7 +149,7 @@ def mlp(
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
+    return _C.mlp(x, residual, first, second, given[-1], activation, down.fp8_state.recompute)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -36,8 +36,8 @@ def norm(
     reader = _leader(readers)
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, gain, bias, how, residual, reader)
-    given = None if reader is None else linear_layer(reader)
-    return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given)
+    given, recompute = (None, False) if reader is None else (linear_layer(reader), reader.fp8_state.recompute)
+    return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given, recompute)
 
 
 def can_norm(x: Tensor, *others: Tensor | None) -> bool:
