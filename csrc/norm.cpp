@@ -6,6 +6,7 @@
 #include "call.h"
 #include "check.h"
 #include "siblings.h"
+#include "transforms.h"
 
 namespace torch_fp8 {
 namespace {
@@ -79,6 +80,9 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
 std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain,
                                         const OptionalTensor& bias, const NormOptions& options,
                                         const LinearLayer* reader) {
+  check_no_transform("a norm gives its input");
+  TORCH_CHECK(!x._fw_grad(0).defined() && !(residual && residual->_fw_grad(0).defined()),
+              "torch_fp8: a norm that hands over FP8 codes has no forward-mode derivative; use loss.backward()");
   NormCall call{options, {}, false, {}};
   const bool steps = reader && reader->training && at::GradMode::is_enabled() && reader->place.siblings;
   const bool differentiable = x.requires_grad() || (residual && residual->requires_grad()) ||

@@ -14,6 +14,7 @@ from ..state import InputGroup
 from . import traced
 from .dtensor import is_dtensor
 from .linear import SUPPORTED_DTYPES, Layer, linear_layer
+from .transforms import is_transformed
 
 
 class Norm(NamedTuple):
@@ -43,7 +44,7 @@ def norm(
 def can_norm(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take these tensors; else PyTorch's own norm computes."""
     tensors = [x, *(other for other in others if other is not None)]
-    return all(
+    return not is_transformed(*tensors) and all(
         t.dtype in SUPPORTED_DTYPES and t.layout == torch.strided and not is_dtensor(t) and not t.is_nested
         and t.device == x.device
         for t in tensors
