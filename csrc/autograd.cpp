@@ -51,7 +51,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     if (call.product && fp8_weight) {
       tensors.push_back(call.product->gate);
       tensors.push_back(call.product->up);
+      tensors.push_back(call.product->alphas);
       data["activation"] = call.product->activation;
+      data["beta"] = call.product->beta;
     }
     ctx->save_for_backward(std::move(tensors));
 
@@ -102,7 +104,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
     variable_list saved = ctx->get_saved_variables();
     if (grad_weight && data.count("activation")) {
-      saved[0] = cast_again({saved[6], saved[7], data["activation"].toInt()}, saved[1], n.casts);
+      const Product product{saved[6], saved[7], saved[8], data["activation"].toInt(), data["beta"].toDouble()};
+      saved[0] = cast_again(product, saved[1], n.casts);
     }
     const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
     static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(

@@ -30,8 +30,9 @@ static_assert(std::is_trivially_copyable_v<Numbers>);
 
 // What an input's codes can be made of again: f(gate), or f(gate) * up.
 struct Product {
-  at::Tensor gate, up;  // up: or undefined
+  at::Tensor gate, up, alphas;  // up, alphas: or undefined
   int64_t activation;
+  double beta;
 };
 
 struct Call : Numbers {
