@@ -46,7 +46,7 @@ void share_input(at::Tensor& x, const LinearLayer& layer, const cuda::StreamStat
   Siblings& siblings = *layer.place.siblings;
   if (auto shared = siblings.take(x, layer.place.member, wanted)) {
     call.x_codes = {shared->codes.q, shared->codes.q_t, shared->codes.scale_inv};
-    call.sum = shared->sum;
+    call.sum = shared->sum, call.source = shared->source;
     x = shared->x;
     return;
   }
@@ -88,7 +88,7 @@ ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c1
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto run = [&](const auto& forward) {
     return forward(x, weight, bias, call.slots, call.x_codes, call.weight_codes, call.casts, call.history, call.fp8,
-                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight && !call.product,
+                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight && !call.source,
                    call.gathered, call.autocast, residual);
   };
   if (is_plain(x, weight)) return run(forward_only);
@@ -99,9 +99,10 @@ Codes cast_product(const Product& product, const at::Tensor& slots, at::IntArray
                    bool training, bool record, bool rowwise, bool columnwise) {
   static const auto activate = op<decltype(activation_cast)>("torch_fp8::activation_cast");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto up = product.up.defined() ? c10::optional<at::Tensor>(product.up) : c10::nullopt;
-  auto [q, q_t, scale_inv] = activate.call(product.gate, up, product.activation, slots, kInput, casts, history,
-                                           training, record, rowwise, columnwise, /*alphas=*/{}, /*beta=*/0);
+  const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
+  auto [q, q_t, scale_inv] =
+      activate.call(product.gate, optional(product.up), product.activation, slots, kInput, casts, history, training,
+                    record, rowwise, columnwise, optional(product.alphas), product.beta);
   return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 

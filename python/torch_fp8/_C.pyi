@@ -109,6 +109,8 @@ def mlp(
     down: LinearLayer,
     activation: str,
     recompute: bool = False,
+    alphas: Tensor | None = None,
+    beta: float = 0.5,
 ) -> Tensor: ...
 def norm(
     x: Tensor,
@@ -119,6 +121,7 @@ def norm(
     layer_norm: bool,
     gain_offset: float,
     reader: LinearLayer | None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 def frozen_linear(
     x: Tensor,
