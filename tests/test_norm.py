@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 ops = torch.ops.torch_fp8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Odd widths and few rows; widths of one block, of a cluster, of the largest, and beyond what registers hold.
+# Odd widths and few rows; widths of one block, of a cluster, of the largest, and beyond it; more rows than one round.
 SHAPES = [(1, 1), (7, 17), (3, 5, 40), (33, 264), (130, 1000), (64, 1024), (48, 5000), (35, 14336), (18, 20000)]
+SHAPES += [(3, 40000), (2500, 4112)]
 EPS = 1e-5
 RELATIVE = 2e-6  # of float32 arithmetic
 FLOAT32 = 2.0**-24

@@ -254,9 +254,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     // Of rows behind the last, these are sums of whatever lies there; nobody reads them.
-    const auto for_elements = [&](const auto& use) {
+    const auto for_elements = [&](int end, const auto& use) {
 #pragma unroll
-      for (int c = 0; c < kMostChunks<T>; ++c) {
+      for (int c = 0; c < end; ++c) {
         if (lane_col + c * kChunk >= cols_here) continue;
 #pragma unroll
         for (int i = 0; i < kWarpRows; ++i) {
@@ -267,17 +267,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     };
-    // Of row lane / 8. A sum of large values in float32 is good enough as an origin: the distances from it are small.
+    // Of row lane / 8. The distances of all elements are taken from the mean of the first kChunk: that is near enough
+    // to the mean for nothing to cancel, for where it is far the first elements alone make the deviation as large.
     Moments m{};
     float squares[kWarpRows] = {};
     if constexpr (kLayerNorm) {
       const float count = static_cast<float>(cols_here), per_col = cols_here > 0 ? 1.0f / count : 0.0f;
+      const float per_first = 1.0f / static_cast<float>(max(1, min(kChunk, cols_here)));
       float sums[kWarpRows] = {}, origin[kWarpRows], rest[kWarpRows] = {};
-      for_elements([&](int i, float x) { sums[i] += x; });
-      m.mean = sum_of_row(sums, lane) * per_col;
+      for_elements(1, [&](int i, float x) { sums[i] += x; });
+      m.mean = sum_of_row(sums, lane) * per_first;
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i) origin[i] = __shfl_sync(0xFFFFFFFF, m.mean, 8 * i);
-      for_elements([&](int i, float x) {
+      for_elements(kMostChunks<T>, [&](int i, float x) {
         const float distance = x - origin[i];
         rest[i] += distance, squares[i] += distance * distance;
       });
@@ -286,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       m.squares = sum_of_row(squares, lane) - count * off * off;
       if (m.squares < 0) m.squares = 0;
     } else {
-      for_elements([&](int i, float x) { squares[i] += x * x; });
+      for_elements(kMostChunks<T>, [&](int i, float x) { squares[i] += x * x; });
       m.squares = sum_of_row(squares, lane);
     }
     // To the warps of the same rows, those of this block among them: 8 lanes for a row, each for every eighth part. The
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int of_row = down * kWarpRows + lane / 8;
     if (lane == 0) expect_bytes(told_here, parts * kWarpRows * static_cast<int>(sizeof(Moments)));
     for (int to = lane % 8; to < parts; to += 8) {
-      // A block's parts have a copy each.
+      // The parts of a block read one copy, which is written for each of them.
       const int other = to % kAcross * kDown + down;
       send_to(to / kAcross, shared_address(&of_parts[part][of_row]), m.mean, m.squares,
               shared_address(&told[parity][other]));

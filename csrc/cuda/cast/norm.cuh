@@ -52,6 +52,11 @@ __device__ inline void load_floats(const float* source, float (&out)[kPackSize])
   out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
 }
 
+__device__ inline void store_floats(float* target, const float (&x)[kPackSize]) {
+  *reinterpret_cast<float4*>(target) = make_float4(x[0], x[1], x[2], x[3]);
+  *reinterpret_cast<float4*>(target + 4) = make_float4(x[4], x[5], x[6], x[7]);
+}
+
 // As it lies in memory: so many can be on their way before the first is converted.
 template <class T>
 __device__ uint32_t parameter_bits(const Vector& v, int64_t col) {

@@ -155,11 +155,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   for (int p = 0; p < kPacks; ++p) {
     if (!inside(p)) continue;
     const int64_t at = blockIdx.x * cols + int64_t{thread + p * threads} * kPackSize;
-#pragma unroll
-    for (int j = 0; j < kPackSize; ++j) {
-      if (args.dgain) args.dgain[at + j] = dgain[p][j];
-      if (kLayerNorm && args.dbias) args.dbias[at + j] = dbias[p][j];
-    }
+    if (args.dgain) store_floats(args.dgain + at, dgain[p]);
+    if (kLayerNorm && args.dbias) store_floats(args.dbias + at, dbias[p]);
   }
 }
 
