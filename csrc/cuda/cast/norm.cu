@@ -32,10 +32,11 @@ using PartMoments = Moments[kRows];
 
 // How the columns are shared out, and a block's shared memory.
 struct Share {
-  int blocks;  // of a cluster, kAcross parts each
-  int width;   // columns of a part, a multiple of kAlignment
-  int chunks;  // of them, in whole ones
-  int pieces, step, padded_cols;
+  int blocks;        // of a cluster, kAcross parts each
+  int width;         // columns of a part, a multiple of kAlignment
+  int chunks;        // of them, in whole ones
+  int pieces, step;  // step: from a piece of a cluster to its next
+  int padded_cols;
   int64_t padded_rows;
 
   __host__ __device__ int parts() const { return blocks * kAcross; }
@@ -96,7 +97,8 @@ template <class T, bool kLayerNorm, bool kWantsY>
 __global__ void __launch_bounds__(kThreads, 1)
     norm_kernel(__grid_constant__ const NormArgs args, __grid_constant__ const Share share) {
   extern __shared__ __align__(1024) uint8_t dynamic[];
-  __shared__ alignas(8) uint64_t full[kDown * kAcross], told[2][kDown * kAcross];  // the warp's rows are here, moments
+  __shared__ alignas(8) uint64_t full[kDown * kAcross],
+      told[2][kDown * kAcross];  // the warp's rows are here, all moments
   __shared__ uint32_t of_warp[kDown * kAcross];
   const int blocks = share.blocks, width = share.width, chunks = share.chunks, parts = share.parts();
   uint8_t* const columns = dynamic + share.piece_bytes<T>();
@@ -104,8 +106,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const bias = gain + share.held_cols();
   auto* const moments = reinterpret_cast<PartMoments*>(bias + share.held_cols());  // of all parts, for two pieces
   const Matrix& x = args.cast.x;
-  const int warp =
-      __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);  // which the compiler then knows to be uniform
+  // Out of a shuffle, the compiler knows warp to be the same in all lanes, and keeps what follows from it in registers
+  // that all lanes share. Without that some of held's spilled.
+  const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int down = warp % kDown, across = warp / kDown;
   const int rank = static_cast<int>(blockIdx.x) % blocks, cols = static_cast<int>(x.cols);
@@ -222,6 +225,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto in_memory = [&](const void* data, int64_t row_stride) {
       return const_cast<T*>(static_cast<const T*>(data)) + row * row_stride + first_col + lane_col;
     };
+    // Of row lane / 8 the first element. Parts tell each other their means as distances from it: of large means float32
+    // would lose what they differ by.
+    float reference = 0;
+    if (kLayerNorm && lane / 8 < rows_left) {
+      const auto first = [&](const Matrix& of) {
+        return to_float(static_cast<const T*>(of.data)[(row + lane / 8) * of.row_stride]);
+      };
+      reference = args.residual.data ? first(x) + first(args.residual) : first(x);
+    }
     if (rows_left > 0 && cols_here > 0) wait(full_here, parity);
 #pragma unroll
     for (int c = 0; c < kMostChunks<T>; ++c) {
@@ -284,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         rest[i] += distance, squares[i] += distance * distance;
       });
       const float off = sum_of_row(rest, lane) * per_col;
-      m.mean += off;
+      m.mean = (m.mean - reference) + off;
       m.squares = sum_of_row(squares, lane) - count * off * off;
       if (m.squares < 0) m.squares = 0;
     } else {
@@ -311,20 +323,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       store_transposed(piece - step);
     }
     wait(told_here, turn);
-    const float origin = kLayerNorm ? of_parts[0][of_row].mean : 0.0f;
-    float offsets = 0;
     m = {};
     if constexpr (kLayerNorm) {
-      for (int of = lane % 8; of < parts; of += 8) {
-        offsets += static_cast<float>(cols_of(of)) * (of_parts[of][of_row].mean - origin);
-      }
-      m.mean = origin + sum_of_lanes<8>(offsets) / static_cast<float>(cols);
+      for (int of = lane % 8; of < parts; of += 8)
+        m.mean += static_cast<float>(cols_of(of)) * of_parts[of][of_row].mean;
+      m.mean = sum_of_lanes<8>(m.mean) / static_cast<float>(cols);
     }
     for (int of = lane % 8; of < parts; of += 8) {
       const Moments other = of_parts[of][of_row];
       const float distance = other.mean - m.mean;
       m.squares += other.squares + (kLayerNorm ? static_cast<float>(cols_of(of)) * distance * distance : 0.0f);
     }
+    m.mean += reference;
     const float deviation = reciprocal_deviation(sum_of_lanes<8>(m.squares), cols, args.eps);
     if (part == 0 && lane % 8 == 0 && lane / 8 < rows_left) {
       store_stats(args.stats, kLayerNorm, x.rows, row + lane / 8, m.mean, deviation);
@@ -443,7 +453,7 @@ void launch_typed(const NormArgs& args, cudaStream_t stream) {
   const auto pieces = static_cast<int>(blocks_for(x.rows, kRows));
   Share share{blocks, width, (width + kChunk - 1) / kChunk, pieces, 0, cols, padded(x.rows)};
   const auto kernel = args.layer_norm ? args.y ? norm_kernel<T, true, true> : norm_kernel<T, true, false>
-                      : args.y ? norm_kernel<T, false, true>
+                      : args.y        ? norm_kernel<T, false, true>
                                       : norm_kernel<T, false, false>;
   allow_shared(kernel, kMostShared);
   if (blocks > 8) allow_large_cluster(kernel);
