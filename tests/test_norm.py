@@ -105,9 +105,9 @@ def test_forward(device, shape, dtype, added, layer_norm):
         assert torch.allclose(stats[0].double(), mean.flatten(), rtol=RELATIVE, atol=4 * FLOAT32 * 10)
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_more_rows_than_blocks_hold(device, layer_norm):
-    test_forward(device, (2000, 4112), torch.bfloat16, True, layer_norm)
+@pytest.mark.parametrize("shape", [(13000, 48), (1000, 2064)])
+def test_more_rows_than_blocks_hold(device, shape):
+    test_forward(device, shape, torch.float32, True, True)
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (35, 17)])
