@@ -121,6 +121,7 @@ def norm(
     layer_norm: bool,
     gain_offset: float,
     reader: LinearLayer | None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 def frozen_linear(
     x: Tensor,

@@ -22,6 +22,7 @@ from .dtensor import is_dtensor
 from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
 from .frozen import FrozenLinear, autocast_dtype
 from .linear import Layer, linear_layer
+from .transforms import is_transformed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -104,7 +105,7 @@ def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.M
         return False  # first, since in decoding the host's time counts
     if is_dtensor(x) or why_apart_frozen(gate, up, down, activation):
         return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_transformed(x):
         return False
     layers = _by_role(gate, up, down).values()
     tensors = [x, *(t for layer in layers for t in layer._state() if t is not None)]
@@ -147,14 +148,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 def mlp(
     x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
-    *, recompute: bool = False, alphas: Tensor | None = None, beta: float = 0.5,
+    *, alphas: Tensor | None = None, beta: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
     Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
     x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``NAMES``; alphas (2) float32
-    and beta are those of ``xielu``. recompute: in eager mode backward makes the product's codes again instead of
-    keeping them."""
+    and beta are those of ``xielu``."""
     f = ACTIVATIONS[activation] if alphas is None else functools.partial(xielu, alphas=alphas, beta=beta)
     if isinstance(up, FrozenLinear):
         if _can_run_frozen(x, gate, up, down, activation):
@@ -172,7 +172,7 @@ def mlp(
         return _traced(x, layers, activation, residual, alphas, beta)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta)
+    return _C.mlp(x, residual, first, second, given[-1], activation, layers[-1].fp8_state.recompute, alphas, beta)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from ..state import InputGroup
 from . import traced
 from .dtensor import is_dtensor
 from .linear import SUPPORTED_DTYPES, Layer, linear_layer
+from .transforms import is_transformed
 
 
 class Norm(NamedTuple):
@@ -36,14 +37,14 @@ def norm(
     reader = _leader(readers)
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, gain, bias, how, residual, reader)
-    given = None if reader is None else linear_layer(reader)
-    return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given)
+    given, recompute = (None, False) if reader is None else (linear_layer(reader), reader.fp8_state.recompute)
+    return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given, recompute)
 
 
 def can_norm(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take these tensors; else PyTorch's own norm computes."""
     tensors = [x, *(other for other in others if other is not None)]
-    return all(
+    return not is_transformed(*tensors) and all(
         t.dtype in SUPPORTED_DTYPES and t.layout == torch.strided and not is_dtensor(t) and not t.is_nested
         and t.device == x.device
         for t in tensors
