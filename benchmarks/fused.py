@@ -20,12 +20,12 @@ import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
 from lib.peers import ADAPTERS, TORCHAO, TRANSFORMER_ENGINE, peer_modules, torchao, transformer_engine_ffn
 from lib.report import bars, header, legend, level, numbers, pair, table, write
-from lib.steps import Layer, converted, forward_of, llama, step_of
+from lib.steps import FusedLayer, Layer, converted, forward_of, llama, step_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fp8.picture import FP8, INK, SECOND
 
-from models.llama import FFN, DecoderLayer, Shape, rms_norm, rotation_of
+from models.llama import FFN, DecoderLayer, Shape, rms_norm
 
 TOKENS = 8192
 OVER = "times as fast as BF16, GPU / loop"
@@ -67,20 +67,6 @@ class FusedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm(x))
-
-
-class FusedLayer(nn.Module):
-    def __init__(self, shape: Shape, recompute: bool = False) -> None:
-        super().__init__()
-        self.head = shape.head
-        sizes = shape.hidden, shape.heads, shape.ffn
-        self.block = fp8.TransformerBlock(*sizes, num_kv_heads=shape.kv_heads, recompute=recompute)
-        self.rotation: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] not in self.rotation:
-            self.rotation[x.shape[1]] = rotation_of(x.shape[1], self.head, x)
-        return self.block(x, *self.rotation[x.shape[1]])
 
 
 def compiled(module: nn.Module) -> nn.Module:
