@@ -58,9 +58,9 @@ NormImpl<Derived, kLayerNorm>::NormImpl(const NormOptions& options_) : options(o
 
 template <class Derived, bool kLayerNorm>
 void NormImpl<Derived, kLayerNorm>::reset() {
-  const auto with = at::TensorOptions(c10::get_default_dtype_as_scalartype());
+  const at::TensorOptions parameter_options(c10::get_default_dtype_as_scalartype());  // as torch::nn's
   const auto registered = [&](const char* name, bool wanted, double value) {
-    const at::Tensor t = wanted ? at::full({options.dim()}, value, with) : at::Tensor();
+    const at::Tensor t = wanted ? at::full({options.dim()}, value, parameter_options) : at::Tensor();
     return this->register_parameter(name, t, /*requires_grad=*/wanted);
   };
   weight = registered("weight", options.elementwise_affine(), 1);
@@ -106,8 +106,9 @@ void MLPImpl::reset() {
   up_proj = register_module("up_proj", Linear(layer_options(options, hidden, wide)));
   down_proj = register_module("down_proj", Linear(layer_options(options, wide, hidden)));
   if (options.activation() == "xielu") {
-    const auto raw = [](double factor) {  // softplus gives it back
-      return at::full({1}, std::log(std::expm1(factor)), c10::get_default_dtype_as_scalartype());
+    const auto raw = [](double factor) {                                                  // softplus gives it back
+      const at::TensorOptions parameter_options(c10::get_default_dtype_as_scalartype());  // as torch::nn's
+      return at::full({1}, std::log(std::expm1(factor)), parameter_options);
     };
     alpha_p = register_parameter("alpha_p", raw(0.8));
     alpha_n = register_parameter("alpha_n", raw(0.8 - kBeta));

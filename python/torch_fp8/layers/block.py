@@ -148,10 +148,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = getattr(self, "gate_proj", None)
         alphas = xielu_alphas(self.alpha_p, self.alpha_n, _BETA) if self.activation == "xielu" else None
-        return mlp(
-            x, gate, self.up_proj, self.down_proj, self.activation, residual, alphas=alphas,
-            beta=_BETA,
-        )  # fmt: skip
+        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual, alphas=alphas, beta=_BETA)
 
 
 class TransformerBlock(nn.Module):

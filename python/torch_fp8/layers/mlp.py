@@ -172,7 +172,8 @@ def mlp(
         return _traced(x, layers, activation, residual, alphas, beta)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation, layers[-1].fp8_state.recompute, alphas, beta)
+    recompute = layers[-1].fp8_state.recompute
+    return _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
