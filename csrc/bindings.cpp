@@ -164,7 +164,7 @@ PYBIND11_MODULE(_C, m) {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
     const py::gil_scoped_release no_gil;
-    return op.call(x, weight, weight_scale, bias, input_slot, activations, dtype);
+    return op.call(x, weight, weight_scale, bias, input_slot, activations, dtype, c10::nullopt, c10::nullopt);
   });
   m.def("is_input_quantized",
         [](int64_t m, int64_t n, int64_t k, const std::string& weight, const std::string& activations) {

@@ -20,6 +20,7 @@ from . import traced
 from .dtensor import is_dtensor
 from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
 from .frozen import FrozenLinear, autocast_dtype
+from .given import FEW_ROWS, codes_for
 from .linear import Layer, linear_layer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -76,13 +77,9 @@ def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> 
     return ""
 
 
-# The op casts the product of more rows than these alone, whatever the layers' sizes (csrc/ops/frozen_route.h).
-_FEW_ROWS = 16
-
-
 def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module) -> bool:
     """Whether frozen layers take this input in one piece: few rows gain nothing, and gradients are of single layers."""
-    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= _FEW_ROWS:
+    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= FEW_ROWS:
         return False  # first, since in decoding the host's time counts
     if is_dtensor(x) or why_apart_frozen(gate, up, down):
         return False
@@ -115,7 +112,7 @@ def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, a
     weights, scales, biases, slots = zip(*(layer._state() for layer in layers), strict=True)
     how = FROZEN_ACTIVATIONS.index(layers[0].activations)
     return torch.ops.torch_fp8.frozen_mlp(
-        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x)
+        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x), *codes_for(x, *layers[:-1])
     )  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..layers.frozen import frozen_layers
+from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.fused import Fused, FusedAttention, FusedBlock, FusedMlp, FusedNorm, fused_class, fused_modules
 from ..layers.linear import Layer, fp8_layers
 from ..layers.norm import feed
 from ..layers.rewired import why_not_rewired
+from ..layers.siblings import SIBLINGS
 from .computes import linear_children, mlp_of, norm_of
 from .probe import Probe
 from .wiring import block_of
@@ -109,15 +110,22 @@ def feed_blocks(model: nn.Module) -> None:
         for step in block.fp8_fusion.steps:
             norm = getattr(block, step.value, None) if step.addend is None else None
             if isinstance(norm, FusedNorm):
-                readers = _readers(getattr(block, step.child), norm)
+                child, width = getattr(block, step.child), next((p.shape[0] for p in norm.parameters(False)), None)
+                readers = _readers(child, width)
                 feed(readers)
-                norm.fp8_readers = tuple(readers)
+                norm.fp8_readers = tuple(readers or _frozen_readers(child, width))
 
 
-def _readers(module: nn.Module, norm: nn.Module) -> list[Layer]:
+def _frozen_readers(module: nn.Module, width: int | None) -> list[FrozenLinear]:
+    """The same of layers that are frozen: the first that is named so. By it the codes are made that others take, too."""
+    names = [name for siblings in SIBLINGS for name in siblings] + list(_FIRST)
+    children = [getattr(module, name, None) for name in names]
+    return [child for child in children if isinstance(child, FrozenLinear) and child.in_features == width][:1]
+
+
+def _readers(module: nn.Module, width: int | None) -> list[Layer]:
     """The layers of an attention or MLP that take its input: the members of one group, or the one that is named so. A
     wrong guess costs time and no number: a layer takes codes of the very tensor that it was given, or casts."""
-    width = next((p.shape[0] for p in norm.parameters(recurse=False)), None)
     layers = {name: child for name, child in module.named_children() if isinstance(child, Layer)}
     for layer in layers.values():
         group = layer.fp8_state.group
