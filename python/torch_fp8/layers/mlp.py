@@ -83,7 +83,9 @@ def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.M
         return False  # first, since in decoding the host's time counts
     if is_dtensor(x) or why_apart_frozen(gate, up, down):
         return False
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.is_functorch_wrapped_tensor(x) or torch.jit.is_tracing()  # which knows no lists of Tensor?
+    ):
         return False
     layers = _by_role(gate, up, down).values()
     tensors = [x, *(t for layer in layers for t in layer._state() if t is not None)]

@@ -40,6 +40,7 @@ def norm(
         y, total, q, scale = torch.ops.torch_fp8.frozen_norm(
             x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, slot
         )
+        y = _operators(y)
         offer(y, q, scale, slot)
         return y, x if residual is None else total
     reader = _leader(readers)
@@ -98,6 +99,11 @@ def _leader(readers: Sequence[nn.Module]) -> Layer | None:
     return None
 
 
+def _operators(y: Tensor) -> Tensor:
+    """Dynamo lays attributes down on what an operator gave as its one result."""
+    return y.view(y.shape) if torch.compiler.is_compiling() else y
+
+
 def _traced(
     x: Tensor, gain: Tensor | None, bias: Tensor | None, how: Norm, residual: Tensor | None, reader: Any
 ) -> tuple[Tensor, Tensor]:
@@ -107,7 +113,7 @@ def _traced(
         state = reader.fp8_state if traced.takes_codes(reader.fp8_state, call) else None
     slots = None if state is None else state.slots
     y, total, *codes = _Norm.apply(x, residual, gain, bias, how, slots, call)
-    y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
+    y = _operators(y)
     if state is not None and call is not None:
         traced.offer_codes(state, y, call, (codes[0], codes[1], codes[2]))
     return y, total

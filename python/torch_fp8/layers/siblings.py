@@ -8,7 +8,6 @@ from typing import Any
 from ..state import InputGroup
 from .linear import Layer
 
-
 # Names that layers which read one tensor have in the published GPT and Llama code bases, below one module.
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), ("to_q", "to_k", "to_v"),

@@ -117,7 +117,7 @@ def feed_blocks(model: nn.Module) -> None:
 
 
 def _frozen_readers(module: nn.Module, width: int | None) -> list[FrozenLinear]:
-    """The same of layers that are frozen: the first that is named so. By it the codes are made that others take, too."""
+    """The same of layers that are frozen: the first that is named so, as which the codes are made."""
     names = [name for siblings in SIBLINGS for name in siblings] + list(_FIRST)
     children = [getattr(module, name, None) for name in names]
     return [child for child in children if isinstance(child, FrozenLinear) and child.in_features == width][:1]
