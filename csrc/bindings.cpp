@@ -122,6 +122,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {
     return Place{std::move(siblings), member};
   }));
+  // The stream that kernels on a tensor's device run on, and the CUDA graph that it records, or 0.
+  m.def("stream_of", [](const at::Tensor& t) {
+    const cuda::StreamState now = stream_of(t);
+    return std::pair(reinterpret_cast<uintptr_t>(now.stream), now.capture);
+  });
   m.def("this_thread", [] { return at::RecordFunction::currentThreadId(); });
 
   // As PyTorch's own ops do, it lets other threads of Python run meanwhile.

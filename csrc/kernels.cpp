@@ -66,6 +66,7 @@ const Kernels& kernels_of(const at::Tensor& tensor) {
 
 void norm_and_quantize(const Kernels& kernels, const NormRowsArgs& args) {
   kernels.norm(args.norm);
+  if (!args.q) return;
   Matrix y = args.norm.cast.x;
   y.data = args.norm.y, y.row_stride = y.cols, y.col_stride = 1;
   if (args.slot) {

@@ -177,8 +177,8 @@ struct NormArgs {
 struct NormRowsArgs {
   NormArgs norm;
   const Slot* slot;  // or null: each row by its own amax
-  uint8_t* q;        // E4M3 (padded(rows), padded(cols)), zero behind cols; rows behind those of x are anything
-  float* scale_inv;  // rows, or null with a slot
+  uint8_t* q;  // E4M3 (padded(rows), padded(cols)), zero behind cols; rows behind those of x are anything; or null
+  float* scale_inv;  // rows, or null without q or with a slot
 };
 
 // dx = rstd * (g - mean of g - n * mean of g * n) [+ dsum], rounded once, with g = dy * (gain + gain_offset) and

@@ -209,10 +209,11 @@ TORCH_LIBRARY(torch_fp8, m) {
 
   // The norm of norm_cast for frozen layers that read it: y, the sum, and the codes of y as it was rounded, which
   // frozen_linear and frozen_mlp take: q (M, pad16(K)) float8_e4m3fn and scale (M), the multipliers, each row by its
-  // own amax; or by input_slot (1, 4), when scale has 0 elements. y counts its writes in inference mode, too.
+  // own amax; or by input_slot (1, 4), when scale has 0 elements. Without codes, which few rows are not read as, both
+  // have 0 elements. y counts its writes in inference mode, too.
   m.def(
       "frozen_norm(Tensor x, Tensor? residual, Tensor? gain, Tensor? bias, float eps, bool layer_norm, "
-      "float gain_offset, Tensor? input_slot=None) -> (Tensor y, Tensor sum, Tensor q, Tensor scale)");
+      "float gain_offset, Tensor? input_slot=None, bool codes=True) -> (Tensor y, Tensor sum, Tensor q, Tensor scale)");
 
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0

@@ -26,8 +26,8 @@ def slot_of(scale_inv, device):
     return torch.tensor([[scale_inv, 1 / scale_inv, 0.0, 0.0]], device=device)
 
 
-def frozen_norm(x, residual=None, gain=None, bias=None, *, layer_norm=False, offset=0.0, slot=None):
-    return ops.frozen_norm(x, residual, gain, bias, EPS, layer_norm, offset, slot)
+def frozen_norm(x, residual=None, gain=None, bias=None, *, layer_norm=False, offset=0.0, slot=None, codes=True):
+    return ops.frozen_norm(x, residual, gain, bias, EPS, layer_norm, offset, slot, codes)
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
@@ -49,6 +49,9 @@ def test_against_float64(device, shape, dtype, added, layer_norm, static):
     exact, error, *_ = exact_norm(total if added else x, gain, bias, layer_norm, float(added))
     assert_near(y, exact, error, dtype)
     assert_codes_of(y, q, scale, slot)
+    plain = frozen_norm(x, residual, gain, bias, layer_norm=layer_norm, offset=float(added), slot=slot, codes=False)
+    assert torch.equal(plain[0], y) and torch.equal(plain[1], total)
+    assert plain[2].numel() == plain[3].numel() == 0
 
 
 def assert_codes_of(y, q, scale, slot):
@@ -286,7 +289,7 @@ class Calls(TorchDispatchMode):
         name = func.name().partition("::")[2]
         if name in self.count:
             self.count[name] += 1
-            self.count["with codes"] += len(args) > {"frozen_norm": 9, "frozen_linear": 7, "frozen_mlp": 8}[name]
+            self.count["with codes"] += len(args) > {"frozen_norm": 10, "frozen_linear": 7, "frozen_mlp": 8}[name]
         return func(*args, **(kwargs or {}))
 
 
@@ -346,7 +349,7 @@ def test_a_frozen_model_casts_what_norms_give_nowhere(device, activations, norm,
         torch.testing.assert_close(y, plain(x), rtol=0.05, atol=0.1)
         with Calls() as calls:  # few rows: the norms make no codes
             few = model(x[:, :8])
-        assert calls.count["frozen_norm"] == calls.count["with codes"] == 0
+        assert calls.count["frozen_norm"] == 4 and calls.count["with codes"] == 0 and not given._offers
         torch.testing.assert_close(few, plain(x[:, :8]), rtol=0.05, atol=0.1)
     assert not given._offers  # which live no longer than the tensors
 
@@ -577,6 +580,30 @@ def test_in_a_cuda_graph(cuda):
                 assert torch.equal(y, model(x))
 
 
+def test_a_graph_or_stream_of_its_own_casts(cuda):
+    """Codes may be let go of, or be older than what is copied into a graph's input, where they were made elsewhere."""
+    block = model_of(cuda)[0]
+    norm, q = block.first, block.attention.q_proj
+    with torch.no_grad():
+        x = x_of(cuda)
+        y = norm(x)
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other), Calls() as calls:
+            assert torch.equal(q(y), q(y.clone()))
+        assert calls.count["with codes"] == 0
+        torch.cuda.current_stream().wait_stream(other)
+        with Calls() as calls:
+            q(y)
+        assert calls.count["with codes"] == 1
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = q(y)
+        y.copy_(norm(3 * x.flip(0)))
+        graph.replay()
+        assert torch.equal(out, q(y.clone()))
+
+
 def test_kernels_of_a_frozen_block(cuda):
     """Norms cast for q, k, v, gate and up, SwiGLU for down: what is left is the input of o."""
     from test_launches import device_work
@@ -592,7 +619,7 @@ def test_kernels_of_a_frozen_block(cuda):
     assert sum("quantize" in name for name in names) == 1, names
 
 
-def test_the_same_bits_as_norm_cast(device):
+def test_the_same_bits_as_norm_cast():
     """For the norm itself, on the CPU."""
     x = random((20, 100), torch.bfloat16, "cpu", 0)
     gain = random((100,), torch.float32, "cpu", 1)

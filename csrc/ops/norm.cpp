@@ -114,7 +114,7 @@ auto counting_writes(const Make& make) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm(
     const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain, const OptionalTensor& bias,
-    double eps, bool layer_norm, double gain_offset, const OptionalTensor& input_slot) {
+    double eps, bool layer_norm, double gain_offset, const OptionalTensor& input_slot, bool codes) {
   check_norm(x, residual, gain, bias, eps, gain_offset);
   check_input_slot(input_slot, x);
   RECORD_FUNCTION("torch_fp8::frozen_norm", std::vector<c10::IValue>());
@@ -125,13 +125,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm(
   call.args.y = data_of(call.y);
   const int64_t rows = call.x.size(0), cols = call.x.size(1);
   // Kernels of whole tiles write rows of padding, which are not given away.
-  const at::Tensor q = at::empty({padded(rows), padded(cols)}, x.options().dtype(at::kFloat8_e4m3fn));
-  const at::Tensor scale = at::empty({input_slot ? 0 : rows}, x.options().dtype(at::kFloat));
+  const auto fp8 = x.options().dtype(at::kFloat8_e4m3fn);
+  const at::Tensor q = codes ? at::empty({padded(rows), padded(cols)}, fp8) : at::empty({0, 0}, fp8);
+  const at::Tensor scale = at::empty({codes && !input_slot ? rows : 0}, x.options().dtype(at::kFloat));
   if (x.numel()) {
-    kernels_of(x).norm_rows({call.args, input_slot ? slots_of(*input_slot) : nullptr,
-                             static_cast<uint8_t*>(q.data_ptr()), static_cast<float*>(data_of(scale))});
+    kernels_of(x).norm_rows({call.args, input_slot ? slots_of(*input_slot) : nullptr, static_cast<uint8_t*>(data_of(q)),
+                             static_cast<float*>(data_of(scale))});
   }
-  return {call.y, call.sum, q.narrow(0, 0, rows), scale};
+  return {call.y, call.sum, q.narrow(0, 0, codes ? rows : 0), scale};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_cast(
@@ -225,16 +226,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {like_x(wants_y), like_x(residual.has_value()), q, q_t, scale_inv, stats};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm_meta(const at::Tensor& x,
-                                                                            const OptionalTensor& residual,
-                                                                            const OptionalTensor&,
-                                                                            const OptionalTensor&, double, bool, double,
-                                                                            const OptionalTensor& input_slot) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm_meta(
+    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor&, const OptionalTensor&, double, bool,
+    double, const OptionalTensor& input_slot, bool codes) {
   const c10::SymInt rows = leading_size_symbolic(x), cols = padded_symbolic(x.sym_size(-1));
   const at::Tensor y = counting_writes([&] { return at::empty_symint(x.sym_sizes(), x.options()); });
   const at::Tensor sum = residual ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
-  const at::Tensor q = at::empty_symint({rows, cols}, x.options().dtype(at::kFloat8_e4m3fn));
-  return {y, sum, q, at::empty_symint({input_slot ? c10::SymInt(0) : rows}, x.options().dtype(at::kFloat))};
+  const c10::SymInt none = 0;
+  const at::Tensor q =
+      at::empty_symint({codes ? rows : none, codes ? cols : none}, x.options().dtype(at::kFloat8_e4m3fn));
+  return {y, sum, q, at::empty_symint({codes && !input_slot ? rows : none}, x.options().dtype(at::kFloat))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_meta(const at::Tensor&, const at::Tensor& x,

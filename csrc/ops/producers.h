@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm_meta(
     const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
     const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
-    const c10::optional<at::Tensor>& input_slot);
+    const c10::optional<at::Tensor>& input_slot, bool codes);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
                                                                   const c10::optional<at::Tensor>& dsum,
                                                                   const c10::optional<at::Tensor>& gain,

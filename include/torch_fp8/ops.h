@@ -75,13 +75,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(const at::Tensor& d
 
 // The same norm for frozen layers that read it -> y, the sum, and the codes of y as it was rounded, for frozen_linear
 // and frozen_mlp: q (M, pad16(K)) and scale (M), by row or, with an input_slot (1, 4), by that, when scale has 0
-// elements. Not differentiable. y counts its writes in inference mode too.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm(const at::Tensor& x,
-                                                                       const c10::optional<at::Tensor>& residual,
-                                                                       const c10::optional<at::Tensor>& gain,
-                                                                       const c10::optional<at::Tensor>& bias,
-                                                                       double eps, bool layer_norm, double gain_offset,
-                                                                       const c10::optional<at::Tensor>& input_slot);
+// elements. Without codes both have 0 elements. Not differentiable. y counts its writes in inference mode too.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm(
+    const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
+    const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
+    const c10::optional<at::Tensor>& input_slot, bool codes = true);
 
 // How the input of a frozen layer is quantised.
 enum class Activations : uint8_t { kNone, kStatic, kTensor, kToken };

@@ -120,6 +120,7 @@ def norm(
     gain_offset: float,
     reader: LinearLayer | None,
 ) -> tuple[Tensor, Tensor]: ...
+def stream_of(t: Tensor) -> tuple[int, int]: ...
 def frozen_linear(
     x: Tensor,
     weight: Tensor,

@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kPacks > 2 ? 1024 : 512) norm_rows_kernel(__gr
     for (int j = 0; j < kPackSize; ++j) seen = max(seen, raw_magnitude(held[i][j]));
   }
 
+  if (!args.q) return;
   float scale;
   if (args.slot) {
     scale = args.slot->scale;

@@ -20,7 +20,7 @@ from . import traced
 from .dtensor import is_dtensor
 from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
 from .frozen import FrozenLinear, autocast_dtype
-from .given import FEW_ROWS, codes_for
+from .given import FEW_ROWS, codes_for, codes_in_graph
 from .linear import Layer, linear_layer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -112,9 +112,10 @@ def _makes_both(up: Any, down: Any) -> bool:
 def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
     layers = list(_by_role(gate, up, down).values())
     weights, scales, biases, slots = zip(*(layer._state() for layer in layers), strict=True)
+    find = codes_in_graph if torch.compiler.is_compiling() else codes_for
     how = FROZEN_ACTIVATIONS.index(layers[0].activations)
     return torch.ops.torch_fp8.frozen_mlp(
-        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x), *codes_for(x, *layers[:-1])
+        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x), *find(x, *layers[:-1])
     )  # fmt: skip
 
 

@@ -36,12 +36,14 @@ def norm(
     x, residual (..., K) of one dtype; gain, bias (K). readers: the layers that read the result; where they are FP8
     layers in one group they take its codes, and so do frozen ones, where no gradient is wanted."""
     if (frozen := _frozen_reader(x, readers)) is not None and not _is_differentiated(x, residual, gain, bias):
+        codes = x.shape[:-1].numel() > FEW_ROWS
         slot = frozen.input_slot if frozen.activations == "static" else None
         y, total, q, scale = torch.ops.torch_fp8.frozen_norm(
-            x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, slot
+            x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, slot, codes
         )
-        y = _operators(y)
-        offer(y, q, scale, slot)
+        if codes:
+            y = _operators(y)
+            offer(y, q, scale, slot)
         return y, x if residual is None else total
     reader = _leader(readers)
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
@@ -54,18 +56,19 @@ def _frozen_reader(x: Tensor, readers: Sequence[nn.Module]) -> FrozenLinear | No
     """As which of these layers codes of a tensor like x are made: None where no frozen layer would take them."""
     if not readers or not isinstance(layer := readers[0], FrozenLinear) or x.dim() == 0:
         return None
-    if x.shape[:-1].numel() <= FEW_ROWS or layer.granularity == "block" or layer.in_features != x.shape[-1]:
+    if layer.granularity == "block" or layer.in_features != x.shape[-1]:
         return None
     needed = layer.input_slot if layer.activations == "static" else layer.weight
     fits = layer.activations in ("token", "static") and needed is not None and needed.device == x.device
     return layer if fits else None
 
 
-def _is_differentiated(*tensors: Tensor | None) -> bool:
+def _is_differentiated(x: Tensor, *others: Tensor | None) -> bool:
     """Or transformed by torch.func, whose tensors are none that could be offered."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensors[0]):
+    tensors = [t for t in (x, *others) if t is not None]
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def can_norm(x: Tensor, *others: Tensor | None) -> bool:

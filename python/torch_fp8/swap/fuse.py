@@ -40,10 +40,11 @@ def fuse(model: nn.Module) -> nn.Module:
     forward of its own, another dtype, arguments that were not foreseen, DTensors) is computed as before.
 
     The order: ``convert``, then ``fuse``; before ``torch.compile``, DDP, ``fully_shard`` and adapters. What comes later
-    may come as it likes: ``disabled``, ``freeze`` and ``revert`` leave the norms and blocks fused, whose layers then
-    compute one by one, but for frozen MLPs of a kind that the kernels take; after another ``convert``, or to fuse what
-    was added, call ``fuse`` again. Whoever changes what a module computes (another activation, another factor) calls
-    ``unfuse`` first and ``fuse`` after.
+    may come as it likes: ``disabled`` and ``revert`` leave the norms and blocks fused, whose layers then compute one by
+    one. Of a frozen model, before or after ``freeze``, norms and MLPs make the codes that frozen layers read, where
+    those are scaled by token or static and no gradient is wanted; the codes are those that the layers would make. After
+    another ``convert``, or to fuse what was added, call ``fuse`` again. Whoever changes what a module computes
+    (another activation, another factor) calls ``unfuse`` first and ``fuse`` after.
 
     Raises ValueError, with the model as it was, where nothing can be fused or no layer is in FP8."""
     if not fp8_layers(model) and not frozen_layers(model):
