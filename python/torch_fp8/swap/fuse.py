@@ -118,8 +118,10 @@ def feed_blocks(model: nn.Module) -> None:
 
 
 def _frozen_readers(module: nn.Module, width: int | None) -> list[FrozenLinear]:
-    """The same of layers that are frozen: the first that is named so, as which the codes are made."""
+    """The same of layers that are frozen: one of them, as which the codes are made."""
     names = [name for siblings in SIBLINGS for name in siblings] + list(_FIRST)
+    if isinstance(module, FusedMlp):
+        names = [module.fp8_fusion.up]
     children = [getattr(module, name, None) for name in names]
     return [child for child in children if isinstance(child, FrozenLinear) and child.in_features == width][:1]
 
