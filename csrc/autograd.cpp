@@ -14,17 +14,50 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The transpose of a product's codes, by the scale that it was cast with: a slot of its own has it.
-at::Tensor cast_again(const Product& product, const at::Tensor& scale_inv, std::array<int64_t, kRoles> casts) {
+using Data = decltype(AutogradContext::saved_data);
+
+c10::optional<at::Tensor> defined(const at::Tensor& t) { return t.defined() ? c10::optional(t) : c10::nullopt; }
+
+void keep_source(const Source& source, variable_list& tensors, Data& data) {
+  if (const auto* const product = std::get_if<Product>(&source)) {
+    tensors.insert(tensors.end(), {product->gate, product->up});
+    data["activation"] = product->activation;
+    return;
+  }
+  const auto& [x, gain, bias, options] = std::get<Normed>(source);
+  tensors.insert(tensors.end(), {x, gain, bias});
+  data["eps"] = options.eps, data["layer_norm"] = options.layer_norm, data["gain_offset"] = options.gain_offset;
+}
+
+c10::optional<Source> kept_source(const variable_list& tensors, size_t first, const Data& data) {
+  if (const auto activation = data.find("activation"); activation != data.end()) {
+    return Product{tensors[first], tensors[first + 1], activation->second.toInt()};
+  }
+  if (!data.count("eps")) return {};
+  const NormOptions options{data.at("eps").toDouble(), data.at("layer_norm").toBool(),
+                            data.at("gain_offset").toDouble()};
+  return Normed{tensors[first], tensors[first + 1], tensors[first + 2], options};
+}
+
+// The transpose of the codes made of a source, by the scale that they were made with: a slot of its own has it.
+at::Tensor transpose_again(const Source& source, const at::Tensor& scale_inv, std::array<int64_t, kRoles> casts) {
   const at::Tensor slots = at::zeros({kRoles, 4}, scale_inv.options());
   slots.select(0, kInput).narrow(0, 0, 1).copy_(scale_inv);
   slots.select(0, kInput).narrow(0, 1, 1).copy_(scale_inv.reciprocal());
   Cast cast = Cast::unpacked(casts[kInput]);
   cast.scaling = Scaling::kConstant;
   casts[kInput] = cast.packed();
-  return cast_product(product, slots, casts, /*history=*/0, /*training=*/true, /*record=*/false, /*rowwise=*/false,
-                      /*columnwise=*/true)
-      .q_t;
+  if (const auto* const product = std::get_if<Product>(&source)) {
+    return cast_product(*product, slots, casts, /*history=*/0, /*training=*/true, /*record=*/false, /*rowwise=*/false,
+                        /*columnwise=*/true)
+        .q_t;
+  }
+  const auto& [x, gain, bias, options] = std::get<Normed>(source);
+  static const auto norm_op = op<decltype(norm_cast)>("torch_fp8::norm_cast");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return std::get<3>(norm_op.call(x, /*residual=*/{}, defined(gain), defined(bias), options.eps, options.layer_norm,
+                                  options.gain_offset, slots, kInput, casts, /*history=*/0, /*training=*/true,
+                                  /*record=*/false, /*rowwise=*/false, /*columnwise=*/true, /*wants_y=*/false));
 }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
@@ -38,7 +71,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     tensors.reserve(6);
     const auto keep = [&](const at::Tensor& t, bool wanted) { tensors.push_back(wanted ? t : at::Tensor()); };
     const bool fp8_x = call.grad_x && call.fp8[1] && !call.gathered, fp8_weight = call.grad_weight && call.fp8[2];
-    keep(call.x_codes.empty() ? made_x_t : call.x_codes[1], fp8_weight && !call.product);
+    keep(call.x_codes.empty() ? made_x_t : call.x_codes[1], fp8_weight && !call.source);
     keep(call.x_codes.empty() ? made_x_scale_inv : call.x_codes[2], fp8_weight);
     keep(call.weight_codes.empty() ? made_weight_t : call.weight_codes[1], fp8_x);
     keep(call.weight_codes.empty() ? made_weight_scale_inv : call.weight_codes[2], fp8_x);
@@ -48,11 +81,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     }
     keep(weight, call.grad_x && (call.gathered || !call.fp8[1]));
     auto& data = ctx->saved_data;
-    if (call.product && fp8_weight) {
-      tensors.push_back(call.product->gate);
-      tensors.push_back(call.product->up);
-      data["activation"] = call.product->activation;
-    }
+    if (call.source && fp8_weight) keep_source(*call.source, tensors, data);
     ctx->save_for_backward(std::move(tensors));
 
     const Numbers& numbers = call;
@@ -89,7 +118,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     };
     const at::Tensor slots = held("slots"), main_grad = held("main_grad");
     const int64_t sum = data.count("sum") && grad_x && can_sum() ? data["sum"].toInt() : 0;
-    const at::Tensor dx_sum = sum ? sum_so_far(sum) : at::Tensor();
+    SharedInBackward shared = sum ? shared_so_far(sum) : SharedInBackward{};
+    const at::Tensor dx_sum = shared.dx;
 
     // Codes may come in place of dy.
     const HandedOver* const handed = handed_over(dy);
@@ -101,10 +131,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     }
 
     variable_list saved = ctx->get_saved_variables();
-    if (grad_weight && data.count("activation")) {
-      saved[0] = cast_again({saved[6], saved[7], data["activation"].toInt()}, saved[1], n.casts);
+    if (const auto source = kept_source(saved, /*first=*/6, data); source && grad_weight) {
+      if (!shared.x_t.defined()) shared.x_t = transpose_again(*source, saved[1], n.casts);
+      saved[0] = shared.x_t;
     }
-    const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
     static const auto backward_op = op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, at::TensorList, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
         const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&, const c10::optional<at::Tensor>&,
@@ -114,8 +144,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         "torch_fp8::linear_backward");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto run = [&](const auto& backward, auto in_features) {
-      return backward(dy, dy_codes, optional(saved[0]), optional(saved[1]), optional(saved[2]), optional(saved[3]),
-                      optional(saved[4]), optional(saved[5]), slots, optional(main_grad), optional(dx_sum), n.casts,
+      return backward(dy, dy_codes, defined(saved[0]), defined(saved[1]), defined(saved[2]), defined(saved[3]),
+                      defined(saved[4]), defined(saved[5]), slots, defined(main_grad), defined(dx_sum), n.casts,
                       n.history, n.fp8, n.fast_accum, n.training, n.record, grad_x, grad_weight, dbias, in_features,
                       n.x_dtype, n.weight_dtype, n.dummy_grad);
     };
@@ -130,9 +160,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       if (grad_weight) memo->note_weight_grad();
     }
     if (grad_x && !dx_sum.defined()) {
-      if (sum) begin_sum(sum, dx);
+      shared.dx = dx;
       result[0] = std::move(dx);
     }
+    if (sum) share_in_backward(sum, shared);
     if (grad_weight && (!main_grad.defined() || n.dummy_grad)) result[1] = std::move(dw);
     if (dbias) result[2] = std::move(db);
     if (data.count("has_residual")) result[4] = dy;

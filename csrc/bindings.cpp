@@ -154,14 +154,14 @@ PYBIND11_MODULE(_C, m) {
       "norm",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
          const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
-         const OwnedLayer* reader) {
-        const NormOptions options{eps, layer_norm, gain_offset};
+         const OwnedLayer* reader, bool recompute) {
+        const NormOptions options{eps, layer_norm, gain_offset, recompute};
         if (!reader) return norm(x, residual, gain, bias, options, nullptr);
         const LinearLayer layer = reader->layer();
         return norm(x, residual, gain, bias, options, &layer);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gain"), py::arg("bias"),
-      py::arg("eps"), py::arg("layer_norm"), py::arg("gain_offset"), py::arg("reader"));
+      py::arg("eps"), py::arg("layer_norm"), py::arg("gain_offset"), py::arg("reader"), py::arg("recompute") = false);
   // Through the dispatcher, so that tracers, modes and subclasses see the op, but not through Python's wrapper of it.
   m.def("frozen_linear", [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                             const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,

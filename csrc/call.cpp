@@ -46,7 +46,7 @@ void share_input(at::Tensor& x, const LinearLayer& layer, const cuda::StreamStat
   Siblings& siblings = *layer.place.siblings;
   if (auto shared = siblings.take(x, layer.place.member, wanted)) {
     call.x_codes = {shared->codes.q, shared->codes.q_t, shared->codes.scale_inv};
-    call.sum = shared->sum;
+    call.sum = shared->sum, call.source = shared->source;
     x = shared->x;
     return;
   }
@@ -88,7 +88,7 @@ ForwardResult forward_of(const at::Tensor& x, const at::Tensor& weight, const c1
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto run = [&](const auto& forward) {
     return forward(x, weight, bias, call.slots, call.x_codes, call.weight_codes, call.casts, call.history, call.fp8,
-                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight && !call.product,
+                   call.fast_accum, call.training, call.record, call.grad_x, call.grad_weight && !call.source,
                    call.gathered, call.autocast, residual);
   };
   if (is_plain(x, weight)) return run(forward_only);

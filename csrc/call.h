@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "again.h"
 #include "memo.h"
 #include "ops/linear.h"
 #include "torch_fp8/mlp.h"
@@ -28,12 +29,6 @@ struct Numbers {
 };
 static_assert(std::is_trivially_copyable_v<Numbers>);
 
-// What an input's codes can be made of again: f(gate), or f(gate) * up.
-struct Product {
-  at::Tensor gate, up;  // up: or undefined
-  int64_t activation;
-};
-
 struct Call : Numbers {
   // The slots are mutated by design between forward and backward, so they are held past autograd's version check; the
   // scales that the saved codes need travel with those.
@@ -42,8 +37,7 @@ struct Call : Numbers {
   bool gathered, grad_x, grad_weight, grad_bias;
   c10::optional<at::ScalarType> autocast;
   c10::SmallVector<at::Tensor, 3> x_codes, weight_codes;  // given, or empty
-  // The transpose of the input's codes is not kept but made again in backward, of these.
-  c10::optional<Product> product;
+  c10::optional<Source> source;  // of which backward makes the transpose of the input's codes again; else it is kept
 
   bool is_differentiable() const { return grad_x || grad_weight || grad_bias; }
 };

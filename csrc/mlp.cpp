@@ -48,6 +48,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     data["training"] = of_gate.training, data["record"] = of_gate.record;
     data["sums"] = of_gate.grad_bias || (activate.up && activate.up->grad_bias);
     if (activate.up) data["up_slots"] = activate.up->slots;
+    data["again"] = activate.again;
     return stand_in(gate, {std::move(codes), {}});
   }
 
@@ -61,12 +62,15 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     const OptionalTensor up_slots = up ? OptionalTensor(data["up_slots"].toTensor()) : c10::nullopt;
     c10::optional<at::ScalarType> dbias;
     if (data["sums"].toBool()) dbias = at::kFloat;
+    // The transposes of these codes, which lie beside gate, up and the gradient here, are made of them by each layer.
+    const bool again = data["again"].toBool();
     static const auto backward_op = op<decltype(activation_backward_cast)>("torch_fp8::activation_backward_cast");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, gate_dbias, up_dbias, dalphas] =
         backward_op.call(grads[0], saved[0], up, data["activation"].toInt(), data["gate_slots"].toTensor(), up_slots,
                          kGradOutput, data["casts"].toIntVector(), data["histories"].toIntVector(),
-                         data["training"].toBool(), data["record"].toBool(), dbias, /*alphas=*/{}, /*beta=*/0);
+                         data["training"].toBool(), data["record"].toBool(), dbias, /*alphas=*/{}, /*beta=*/0,
+                         /*columnwise=*/!again);
     const auto hand_over = [](const at::Tensor& like, HandedOver handed) {
       return can_sum() ? stand_in(like, std::move(handed)) : values_of(handed.codes, like);
     };
@@ -133,7 +137,7 @@ at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const 
       ActivationFunction::apply(gate_y, up_y, Activate{of_gate, of_down, up ? &of_up : nullptr, activation, recompute});
   const Codes& codes = handed_over(product)->codes;
   of_down.x_codes = {codes.q, codes.q_t, codes.scale_inv};
-  if (recompute) of_down.product = Product{gate_y, up_y.value_or(at::Tensor()), activation};
+  if (recompute) of_down.source = Product{gate_y, up_y.value_or(at::Tensor()), activation};
   return run(product, down.weight, down.bias, of_down, residual);
 }
 

@@ -6,6 +6,7 @@
 #include "call.h"
 #include "check.h"
 #include "siblings.h"
+#include "transforms.h"
 
 namespace torch_fp8 {
 namespace {
@@ -30,7 +31,8 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
     auto [y, sum, q, q_t, scale_inv, stats] =
         norm_op.call(x, residual, gain, bias, call.eps, call.layer_norm, call.gain_offset,
                      call.reader ? OptionalTensor(reader.slots) : c10::nullopt, kInput, reader.casts, reader.history,
-                     reader.training, reader.record, call.reader.has_value(), call.columnwise, /*wants_y=*/true);
+                     reader.training, reader.record, call.reader.has_value(), call.columnwise && !call.recompute,
+                     /*wants_y=*/true);
     call.codes = {q, q_t, scale_inv};
     ctx->save_for_backward({residual ? sum : x, gain.value_or(at::Tensor()), stats});
     ctx->saved_data["layer_norm"] = call.layer_norm;
@@ -78,6 +80,9 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
 std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain,
                                         const OptionalTensor& bias, const NormOptions& options,
                                         const LinearLayer* reader) {
+  check_no_transform("a norm gives its input");
+  TORCH_CHECK(!x._fw_grad(0).defined() && !(residual && residual->_fw_grad(0).defined()),
+              "torch_fp8: a norm that hands over FP8 codes has no forward-mode derivative; use loss.backward()");
   NormCall call{options, {}, false, {}};
   const bool steps = reader && reader->training && at::GradMode::is_enabled() && reader->place.siblings;
   const bool differentiable = x.requires_grad() || (residual && residual->requires_grad()) ||
@@ -98,6 +103,9 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTenso
   const at::Tensor& y = made[0];
   if (call.reader) {
     Siblings::Shared shared{call.codes, y};
+    if (call.recompute && call.columnwise) {
+      shared.source = Normed{made[1], gain.value_or(at::Tensor()), bias.value_or(at::Tensor()), options};
+    }
     // A GEMM adds to float32 and bfloat16.
     if (y.requires_grad() && reader->place.siblings->size() > 1 && y.scalar_type() != at::kHalf) {
       shared.sum = new_sum();

@@ -137,10 +137,10 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool columnwise) -> (Tensor q, Tensor q_t, Tensor scale_inv)");
 
   // dx (..., K), dweight (N, K) and dbias (N) of dy (..., N), as far as they are wanted. dy_codes: empty, or {q, q_t,
-  // scale_inv} made before; of dy then nothing is read but its size and dtype. x: the input, where wgrad runs
-  // in 16 bits; weight: where dgrad does, or no codes of it were kept. main_grad (N, K) float32 or bfloat16: the
-  // weight's gradient is added to it, and dweight is empty or, with dummy_grad, has no meaning. dx_sum (..., K)
-  // likewise for dx.
+  // scale_inv} made before, q_t or a tensor of one dimension, where it is made of q; of dy then nothing is read but its
+  // size and dtype. x: the input, where wgrad runs in 16 bits; weight: where dgrad does, or no codes of it were kept.
+  // main_grad (N, K) float32 or bfloat16: the weight's gradient is added to it, and dweight is empty or, with
+  // dummy_grad, has no meaning. dx_sum (..., K) likewise for dx.
   m.def(
       "linear_backward(Tensor dy, Tensor[] dy_codes, Tensor? x_t, Tensor? x_scale_inv, Tensor? weight_t, Tensor? "
       "weight_scale_inv, "
@@ -167,9 +167,9 @@ TORCH_LIBRARY(torch_fp8, m) {
   m.def(
       "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
       "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record, "
-      "ScalarType? dbias=None, Tensor? alphas=None, float beta=0.5) -> (Tensor gate_q, Tensor gate_q_t, "
-      "Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor gate_dbias, Tensor up_dbias, "
-      "Tensor dalphas)");
+      "ScalarType? dbias=None, Tensor? alphas=None, float beta=0.5, bool columnwise=True) -> (Tensor gate_q, Tensor "
+      "gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor gate_dbias, Tensor "
+      "up_dbias, Tensor dalphas)");
 
   // q (B, S, Hq, D) and k (B, S, Hk, D) or, heads_first, (B, Hq, S, D) and (B, Hk, S, D): each head normalised, and
   // then its pairs of elements turned, (x1 c - x2 s, x2 c + x1 s), in float32 and rounded once. Differentiable in q, k

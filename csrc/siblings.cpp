@@ -132,7 +132,7 @@ using torch::autograd::variable_list;
 struct Sums {
   struct Sum {
     int backward;  // the number of the graph task
-    at::Tensor dx;
+    SharedInBackward made;
   };
   std::mutex mutex;
   int64_t next = 1;
@@ -169,18 +169,18 @@ at::Tensor fork_gradient(const at::Tensor& x, int64_t sum) { return ForkGradient
 
 bool can_sum() { return torch::autograd::get_current_node() != nullptr; }
 
-at::Tensor sum_so_far(int64_t sum) {
+SharedInBackward shared_so_far(int64_t sum) {
   const std::lock_guard lock(sums().mutex);
   const auto found = sums().begun.find(sum);
   const bool mine =
       found != sums().begun.end() && found->second.backward == torch::autograd::get_current_graph_task_id();
-  return mine ? found->second.dx : at::Tensor();
+  return mine ? found->second.made : SharedInBackward{};
 }
 
-void begin_sum(int64_t sum, const at::Tensor& dx) {
+void share_in_backward(int64_t sum, const SharedInBackward& made) {
   const int backward = torch::autograd::get_current_graph_task_id();
   const std::lock_guard lock(sums().mutex);
-  sums().begun.insert_or_assign(sum, Sums::Sum{backward, dx});
+  sums().begun.insert_or_assign(sum, Sums::Sum{backward, made});
 }
 
 }  // namespace torch_fp8

@@ -16,6 +16,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
 
+#include "again.h"
 #include "memo.h"
 #include "torch_fp8/cast.h"
 
@@ -57,8 +58,9 @@ class Siblings {
   };
   struct Shared {
     Codes codes;
-    at::Tensor x;     // behind the node that hands the sum of the gradients on; or the input itself
-    int64_t sum = 0;  // number of that sum; 0: each layer's gradient is its own
+    at::Tensor x;                       // behind the node that hands the sum of the gradients on; or the input itself
+    int64_t sum = 0;                    // number of that sum; 0: each layer's gradient is its own
+    c10::optional<Source> source = {};  // of which backward makes the transpose, where it is not in codes
   };
 
   // The codes that another member has made of x, if this member may take them.
@@ -115,9 +117,12 @@ at::Tensor fork_gradient(const at::Tensor& x, int64_t sum);
 int64_t new_sum();
 // Whether the engine itself runs this backward: compiled autograd expects a gradient of each layer, and its values.
 bool can_sum();
-// In a backward: the tensor that sum number has begun with in this backward, to be added to; or undefined. begin_sum
-// says that dx is that tensor.
-at::Tensor sum_so_far(int64_t sum);
-void begin_sum(int64_t sum, const at::Tensor& dx);
+// In a backward: what the layers of that sum have made in it so far, for those that come after.
+struct SharedInBackward {
+  at::Tensor dx;   // the sum, to be added to; or undefined
+  at::Tensor x_t;  // the transpose of their input's codes, where it was made again; or undefined
+};
+SharedInBackward shared_so_far(int64_t sum);
+void share_in_backward(int64_t sum, const SharedInBackward& made);
 
 }  // namespace torch_fp8

@@ -570,6 +570,64 @@ def test_recomputation_of_a_block(device, reentrant, variant):
         assert_same_state(block, twin)
 
 
+@pytest.mark.parametrize(
+    "variant, recipe", [*((v, RECIPES[0]) for v in VARIANTS), *(("llama", r) for r in RECIPES[1:])], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # a GEMM adds no gradients of float16
+def test_what_a_block_makes_again_in_backward_is_the_same(device, variant, recipe, dtype):
+    block, _, _ = blocks(device, dtype, recipe=recipe, **VARIANTS[variant])
+    lean, _, _ = blocks(device, dtype, recipe=recipe, recompute=True, **VARIANTS[variant])
+    for step in range(3):
+        for micro in range(1 + step % 2):
+            x = inputs(device, dtype, seed=10 * step + micro)
+            assert_same(run(lean, x), run(block, x))
+        fp8.update_scales(block), fp8.update_scales(lean)
+        assert_same_state(block, lean)
+    leaf = inputs(device, dtype).requires_grad_()
+    y = lean(leaf).square().sum()
+    assert_same(*(torch.autograd.grad(y, [leaf, *lean.parameters()], retain_graph=True) for _ in range(2)))
+
+
+def test_what_a_block_keeps_that_makes_again(device):
+    """Codes of the attention's result, which nothing else can make."""
+    kept = {}
+    for recompute in (False, True):
+        block, _, _ = blocks(device, recompute=recompute)
+        for step in range(2):
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+                y = block(inputs(device, seed=step))
+            y.sum().backward(), fp8.update_scales(block)
+        kept[recompute] = {t.data_ptr() for t in saved if t.dtype.itemsize == 1 and t.numel()}
+    assert (len(kept[False]), len(kept[True])) == (4 + 7, 1)
+
+
+@pytest.mark.parametrize("change", ["hook", "written", "frozen weight", "no gradient of x"])
+def test_readers_that_cast_keep_their_codes(device, change):
+    """Where a norm's codes are not taken, or their transpose is not wanted, there is nothing to be made again."""
+    block, lean = blocks(device)[0], blocks(device, recompute=True)[0]
+    for model in (block, lean):
+        if change == "hook":
+            model.attention_norm.register_forward_hook(lambda module, args, y: y * 1)
+        elif change == "written":
+            model.mlp_norm.register_forward_hook(lambda module, args, made: (made[0].mul_(2), made[1]))
+        elif change == "frozen weight":
+            model.k_proj.weight.requires_grad_(False), model.mlp.up_proj.weight.requires_grad_(False)
+        else:
+            model.attention_norm.requires_grad_(False)
+    for step in range(3):
+        x = inputs(device, seed=step).requires_grad_(change != "no gradient of x")
+        made = []
+        for model in (block, lean):
+            y = model(x)
+            y.square().sum().backward()
+            made.append([y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            model.zero_grad()
+        assert_same(*made)
+        fp8.update_scales(block), fp8.update_scales(lean)
+        assert_same_state(block, lean)
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_of_a_block_go_on_alike(device, how):
     block, _, _ = blocks(device)

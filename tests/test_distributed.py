@@ -459,20 +459,23 @@ def test_replicated_weight_and_refused_placements(ranks):
 # ---- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def blocks_on(device):
+def blocks_on(device, dtype=torch.bfloat16, recompute=False):
     torch.manual_seed(0)
     recipe = fp8.DelayedScaling(amax_history_len=3)
-    made = {"num_kv_heads": 2, "device": device, "dtype": torch.bfloat16, "recipe": recipe}
+    made = {"num_kv_heads": 2, "device": device, "dtype": dtype, "recipe": recipe, "recompute": recompute}
     return nn.Sequential(*(fp8.TransformerBlock(32, 4, 64, **made) for _ in range(2)))
 
 
-def train_blocks(device, shard):
-    model = blocks_on(device)
-    if shard:
+def train_blocks(device, how=None, recompute=False):
+    model = inner = blocks_on(device, recompute=recompute)
+    if how:
         fp8.reduce_amaxes(model)
+    if how == "fsdp":
         for block in model:
             fully_shard(block)
         fully_shard(model)
+    elif how == "ddp":
+        model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     losses = []
     for step in range(STEPS):
@@ -482,13 +485,55 @@ def train_blocks(device, shard):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values()), casts["cast_input"]
+    return losses, cpu(model.parameters()), cpu(fp8.state_dict(inner).values()), casts["cast_input"]
 
 
-def test_fsdp_of_blocks_equals_one_process(ranks):
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+def test_blocks_on_two_ranks_are_those_of_one_process(ranks, how, recompute):
     """Both ranks train on one batch, so that all is equal to the bit; the norms' codes are taken there, too."""
-    (losses, params, state, casts), other = ranks(train_blocks, True)
-    expected = train_blocks(ranks.device, False)
+    (losses, params, state, casts), other = ranks(train_blocks, how, recompute)
+    expected = train_blocks(ranks.device)
     assert losses == other[0] == expected[0]
     assert_equal(params, expected[1]), assert_equal(state, expected[2])
     assert casts == expected[3] == 2
+
+
+def steps_of_blocks(model, device, steps, lr=LR):
+    """Losses, and the gradients of the first step."""
+    losses, grads = [], None
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, foreach=False)  # DTensors and tensors beside each other
+    for step in steps:
+        loss = loss_of(model, batch(step, device))
+        loss.backward()
+        losses.append(loss.item())
+        grads = grads or cpu(p.grad for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, grads
+
+
+def train_parallel_blocks(device, state):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    model = blocks_on(device, torch.float32)
+    across = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj", "mlp.gate_proj", "mlp.up_proj")}
+    along = {name: RowwiseParallel() for name in ("o_proj", "mlp.down_proj")}
+    for block in model:
+        parallelize_module(block, mesh, across | along)
+    fp8.load_state_dict(model, state)  # otherwise the first step is scaled by each shard's own amax
+    fp8.reduce_amaxes(model)
+    return *steps_of_blocks(model, device, range(STEPS)), cpu(fp8.state_dict(model).values())
+
+
+def test_tensor_parallel_blocks(ranks):
+    """Their layers run one by one, each on its rank's part: as in one process, up to rounding."""
+    alone = blocks_on(ranks.device, torch.float32)
+    steps_of_blocks(alone, ranks.device, [99], lr=0.0)
+    state = {key: value.cpu() for key, value in fp8.state_dict(alone).items()}
+    losses, grads = steps_of_blocks(alone, ranks.device, range(STEPS))
+    first, second = ranks(train_parallel_blocks, state)
+    assert_equal(first[2], second[2])  # the scales of both ranks
+    for rank_losses, rank_grads, _ in (first, second):
+        assert rank_losses == pytest.approx(losses, rel=2e-3)
+        for got, expected in zip(rank_grads, grads, strict=True):
+            assert (got - expected).norm() <= 3e-2 * expected.norm()

@@ -213,6 +213,21 @@ class TestTraining:
 # ---- what is around a model ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmo2"])
+def test_what_is_made_again_in_backward_is_the_same(family):
+    model, lean = fused_model(family), fp8.fuse(converted(family), recompute=True)
+    kept = {}
+    for m in (model, lean):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            m(input_ids=ids_of()).logits.sum().backward()
+        m.zero_grad()
+        kept[m] = len({t.data_ptr() for t in saved if t.dtype.itemsize == 1 and t.numel()})
+    assert kept[lean] < kept[model] / 2
+    assert torch.equal(train(lean), train(model))
+    assert fp8.unfuse(lean) is lean and not any(layer.fp8_state.recompute for layer in fp8_layers(lean).values())
+
+
 def test_checkpointing_gives_the_same_bits():
     model = fused_model()
     other = copy.deepcopy(model)

@@ -96,7 +96,7 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
                                        int64_t activation, const at::Tensor& gate_slots, const OptionalTensor& up_slots,
                                        int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
                                        bool record, c10::optional<at::ScalarType> dbias, const OptionalTensor& alphas,
-                                       double beta) {
+                                       double beta, bool columnwise) {
   const Activation f = activation_of(activation);
   check_gate(gate, up);
   check_xielu(alphas, beta, f, gate);
@@ -113,7 +113,7 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
   const at::Tensor dy_2d = as_rows(dy), gate_2d = as_rows(gate), up_2d = up ? as_rows(*up) : at::Tensor();
   const auto planned = [&](const at::Tensor& x, const at::Tensor& slots, int64_t history) {
     QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
-    options.rowwise = options.columnwise = true;
+    options.rowwise = true, options.columnwise = columnwise;
     options.dbias = dbias;
     return plan_cast(x, slots, role, cast.format, options);
   };
@@ -156,8 +156,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(const at::Te
 GradientCasts activation_backward_cast_meta(const at::Tensor&, const at::Tensor& gate, const OptionalTensor& up,
                                             int64_t, const at::Tensor& gate_slots, const OptionalTensor&, int64_t role,
                                             at::IntArrayRef casts, at::IntArrayRef, bool, bool,
-                                            c10::optional<at::ScalarType> dbias, const OptionalTensor& alphas, double) {
-  const auto made = [&] { return cast_meta(gate, gate_slots, role, casts, 0, false, false, true, true); };
+                                            c10::optional<at::ScalarType> dbias, const OptionalTensor& alphas, double,
+                                            bool columnwise) {
+  const auto made = [&] { return cast_meta(gate, gate_slots, role, casts, 0, false, false, true, columnwise); };
   const auto none = [&] { return nothing(gate); };
   const auto sums = [&] {
     return dbias ? at::empty_symint({gate.sym_size(-1)}, gate.options().dtype(*dbias)) : none();

@@ -569,17 +569,13 @@ at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight
     return at::mm(matrix.to(wide.scalar_type()), wide).to(x_dtype).reshape(size);
   }
 
-  const Kernels& kernels = kernels_of(dy);
-  const at::Tensor transposed = at::empty({padded(k), padded(n)}, weight.options());
-  kernels.transpose(
-      {n, k, static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<uint8_t*>(transposed.data_ptr())});
   at::Tensor scale = weight_scale;
   if (kind == WeightScale::kChannel) scale = at::ones({k, 1}, weight_scale.options());
   if (kind == WeightScale::kBlock) scale = weight_scale.t().contiguous();
   Product p{.route = gradient_of(forward),
-            .kernels = kernels,
+            .kernels = kernels_of(dy),
             .x = matrix,
-            .weight = transposed,
+            .weight = transpose_codes(weight),
             .weight_scale = scale,
             .bias = {},
             .input_slot = {},

@@ -233,7 +233,8 @@ BackwardResult backward_only(const at::Tensor& dy, at::TensorList dy_codes, cons
   TORCH_CHECK(!grad_weight || fp8[kWgrad] || x, "torch_fp8: a wgrad in 16 bits needs the input");
   const NoAutocast no_autocast;
 
-  check_given(dy_codes, "dy_codes", dy, fp8_x, fp8_weight);
+  const bool transposes = fp8_weight && dy_codes.size() == 3 && dy_codes[1].dim() != 2;
+  check_given(dy_codes, "dy_codes", dy, fp8_x || transposes, fp8_weight && !transposes);
   TORCH_CHECK_VALUE(dy_codes.empty() || (fp8_x == grad_x && fp8_weight == grad_weight && !dbias_dtype),
                     "torch_fp8: dy_codes are all that is given of dy, so no GEMM can run in 16 bits and no gradient of "
                     "a bias be summed");
@@ -261,7 +262,7 @@ BackwardResult backward_only(const at::Tensor& dy, at::TensorList dy_codes, cons
       w = {{}, *weight_t, *weight_scale_inv};
     }
     dx = multiply(kDgrad, g, {w.q_t, {}, w.scale_inv}, x_size, x_dtype, fast_accum, {}, dx_sum);
-    g.q.reset();  // its memory serves the weight's gradient
+    if (!transposes) g.q.reset();  // its memory serves the weight's gradient
   } else if (grad_x) {
     const at::Tensor product = at::mm(matrix_in(dy, dy.scalar_type()), weight->to(dy.scalar_type()));
     if (dx_sum) {
@@ -272,6 +273,7 @@ BackwardResult backward_only(const at::Tensor& dy, at::TensorList dy_codes, cons
   }
 
   if (fp8_weight) {
+    if (transposes) g.q_t = transpose_codes(g.q);
     const std::array<int64_t, 2> size{out_features, in_features};
     dw = multiply(kWgrad, {g.q_t, {}, g.scale_inv}, {*x_t, {}, *x_scale_inv}, size, weight_dtype, fast_accum, {},
                   main_grad);

@@ -94,12 +94,12 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
                                        const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
                                        int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
                                        bool record, c10::optional<at::ScalarType> dbias,
-                                       const c10::optional<at::Tensor>& alphas, double beta);
+                                       const c10::optional<at::Tensor>& alphas, double beta, bool columnwise);
 GradientCasts activation_backward_cast_meta(const at::Tensor& dy, const at::Tensor& gate,
                                             const c10::optional<at::Tensor>& up, int64_t activation,
                                             const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
                                             int64_t role, at::IntArrayRef casts, at::IntArrayRef histories,
                                             bool training, bool record, c10::optional<at::ScalarType> dbias,
-                                            const c10::optional<at::Tensor>& alphas, double beta);
+                                            const c10::optional<at::Tensor>& alphas, double beta, bool columnwise);
 
 }  // namespace torch_fp8

@@ -99,6 +99,14 @@ Quantized quantize(const at::Tensor& x, const at::Tensor& slots, int64_t role, a
   return out;
 }
 
+at::Tensor transpose_codes(const at::Tensor& codes) {
+  const int64_t rows = codes.size(0), cols = codes.size(1);
+  at::Tensor transpose = at::empty({padded(cols), padded(rows)}, codes.options());
+  kernels_of(codes).transpose(
+      {rows, cols, static_cast<const uint8_t*>(codes.const_data_ptr()), static_cast<uint8_t*>(transpose.data_ptr())});
+  return transpose;
+}
+
 std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::Tensor& slots, int64_t role,
                                                 at::ScalarType dtype, const QuantizeOptions& options) {
   const Format format = format_of(dtype, "dtype");

@@ -11,6 +11,7 @@ struct NormOptions {
   double eps = 1e-6;
   bool layer_norm = false;   // else RMSNorm
   double gain_offset = 0.0;  // added to the gain: 1 in Gemma
+  bool recompute = false;    // the readers' backward makes the transpose of y's codes again instead of keeping it
 };
 
 // y, sum: the norm of sum = x + residual, both of x's shape (..., K) and dtype; without a residual sum is x. Whoever

@@ -45,6 +45,9 @@ struct ToQuantize {
 };
 std::pair<Quantized, Quantized> quantize_both(const ToQuantize& first, const ToQuantize& second);
 
+// (pad16(K), pad16(M)), of contiguous FP8 codes (M, K).
+at::Tensor transpose_codes(const at::Tensor& codes);
+
 // What the cast of x with slots[role] (or by its own amax, as options says) loses: counts (4) int64 of saturated,
 // flushed, infinite and NaN elements, and values (2) float32: the scale and the amax.
 std::tuple<at::Tensor, at::Tensor> count_losses(const at::Tensor& x, const at::Tensor& slots, int64_t role,

@@ -119,6 +119,7 @@ def norm(
     layer_norm: bool,
     gain_offset: float,
     reader: LinearLayer | None,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 def stream_of(t: Tensor) -> tuple[int, int]: ...
 def frozen_linear(

@@ -31,7 +31,8 @@ class LayerState:
     history: (roles, length) float32, a ring of the amaxes of earlier updates.
     has_history: which roles have one. torch.compile guards on it, so it is read from the device after updates.
     memo: what the host remembers between calls (csrc/memo.h); place: which of ``group``'s members the layer is.
-    recompute: backward casts the weight again instead of keeping its codes from the forward on.
+    recompute: backward makes the codes of the weight again instead of keeping them from the forward on, and those of
+        the input, where a norm or an activation made them.
     model, optimizer: whose step ends the layer's (``_after_optimizer_step`` in scaling.py).
     """
 
@@ -51,8 +52,8 @@ class LayerState:
         self.fp8_gemms, self.fast_accum = list(self.options.fp8_gemms), list(self.options.fast_accum)
         self.memo = _C.LayerMemo()
         self.place = _C.Place()
-        self.memo.set_gathered(self.recompute)
-        self.gathered = self.recompute  # as the memo knows it, where torch.compile can see it
+        self.is_sharded = False  # the weight is gathered for each forward
+        self._set_gathered()
         self.reduction: Any = None
         self.model: weakref.ref[nn.Module] | None = None  # that convert was given
         self.optimizer: weakref.ref[Any] | None = None  # the last whose step found that it holds the weight
@@ -61,10 +62,19 @@ class LayerState:
         if self.group is not None:
             self.group.join(self)
 
-    def cast_weight_again(self) -> None:
-        """From now on backward casts the weight anew, and no codes of it are kept between the two."""
-        self.recompute = self.gathered = True
-        self.memo.set_gathered(True)
+    def keep_codes(self, keep: bool) -> None:
+        """Whether codes are kept between forward and backward (``recompute``)."""
+        self.recompute = not keep
+        self._set_gathered()
+
+    def was_sharded(self) -> None:
+        self.is_sharded = True
+        self._set_gathered()
+
+    def _set_gathered(self) -> None:
+        """Whether codes of the weight end with the call that made them."""
+        self.gathered = self.is_sharded or self.recompute  # as the memo knows it, where torch.compile can see it
+        self.memo.set_gathered(self.gathered)
 
     def renew(self, device: torch.device | None = None) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""

@@ -118,7 +118,7 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"torch_fp8: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.activation, self.recompute = activation, recompute
+        self.activation = activation
         if gated:
             self.gate_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.up_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
@@ -127,7 +127,7 @@ class MLP(nn.Module):
             share_input([self.gate_proj, self.up_proj])
         if recompute:
             for layer in (*self.readers, self.down_proj):
-                layer.fp8_state.cast_weight_again()
+                layer.fp8_state.keep_codes(False)
 
     @property
     def readers(self) -> tuple[Layer, ...]:
@@ -137,9 +137,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = getattr(self, "gate_proj", None)
-        return mlp(
-            x, gate, self.up_proj, self.down_proj, self.activation, residual, recompute=self.recompute
-        )  # fmt: skip
+        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual)
 
 
 class TransformerBlock(nn.Module):
@@ -200,7 +198,7 @@ class TransformerBlock(nn.Module):
         )  # fmt: skip
         if recompute:
             for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-                layer.fp8_state.cast_weight_again()
+                layer.fp8_state.keep_codes(False)
         self.q_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
         new_norm = RMSNorm if norm == "rms" else LayerNorm

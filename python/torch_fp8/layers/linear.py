@@ -153,8 +153,7 @@ class Layer(nn.Module):
         state = self.fp8_state
         state.memo.forget_weight()
         if is_dtensor(weight):
-            state.memo.set_gathered(True)
-            state.gathered = True
+            state.was_sharded()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,

@@ -22,6 +22,7 @@ from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
 from .frozen import FrozenLinear, autocast_dtype
 from .given import FEW_ROWS, codes_for, codes_in_graph
 from .linear import Layer, linear_layer
+from .transforms import is_transformed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -83,9 +84,7 @@ def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.M
         return False  # first, since in decoding the host's time counts
     if is_dtensor(x) or why_apart_frozen(gate, up, down):
         return False
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.is_functorch_wrapped_tensor(x) or torch.jit.is_tracing()  # which knows no lists of Tensor?
-    ):
+    if is_transformed(x) or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):  # it knows no Tensor?[]
         return False
     layers = _by_role(gate, up, down).values()
     tensors = [x, *(t for layer in layers for t in layer._state() if t is not None)]
@@ -129,14 +128,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
-    *, recompute: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
+) -> Tensor:
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
     Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
-    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``.
-    recompute: in eager mode backward makes the product's codes again instead of keeping them."""
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
     if isinstance(up, FrozenLinear):
         run = _frozen if _can_run_frozen(x, gate, up, down) else _apart
         y = run(x, gate, up, down, activation)
@@ -151,7 +148,7 @@ def mlp(
         return _traced(x, layers, activation, residual)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation, recompute)
+    return _C.mlp(x, residual, first, second, given[-1], activation, layers[-1].fp8_state.recompute)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

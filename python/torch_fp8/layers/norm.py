@@ -16,6 +16,7 @@ from .dtensor import is_dtensor
 from .frozen import FrozenLinear
 from .given import FEW_ROWS, offer
 from .linear import SUPPORTED_DTYPES, Layer, linear_layer
+from .transforms import is_transformed
 
 
 class Norm(NamedTuple):
@@ -48,8 +49,8 @@ def norm(
     reader = _leader(readers)
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, gain, bias, how, residual, reader)
-    given = None if reader is None else linear_layer(reader)
-    return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given)
+    given, recompute = (None, False) if reader is None else (linear_layer(reader), reader.fp8_state.recompute)
+    return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given, recompute)
 
 
 def _frozen_reader(x: Tensor, readers: Sequence[nn.Module]) -> FrozenLinear | None:
@@ -63,18 +64,14 @@ def _frozen_reader(x: Tensor, readers: Sequence[nn.Module]) -> FrozenLinear | No
     return layer if fits else None
 
 
-def _is_differentiated(x: Tensor, *others: Tensor | None) -> bool:
-    """Or transformed by torch.func, whose tensors are none that could be offered."""
-    tensors = [t for t in (x, *others) if t is not None]
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def can_norm(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels take these tensors; else PyTorch's own norm computes."""
     tensors = [x, *(other for other in others if other is not None)]
-    return all(
+    return not is_transformed(*tensors) and all(
         t.dtype in SUPPORTED_DTYPES and t.layout == torch.strided and not is_dtensor(t) and not t.is_nested
         and t.device == x.device
         for t in tensors

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .dtensor import is_dtensor
 from .rotary import rotary
+from .transforms import is_transformed
 
 # Names that this function has: of q, k (batch, heads, tokens, dims), cos and sin ([batch,] tokens, width).
 _NAMES = ("apply_rotary_pos_emb",)
@@ -107,7 +108,7 @@ def _ours(theirs: Callable[..., Any], interleaved: bool) -> Callable[..., Any]:
             and cos.shape[-1] == q.shape[-1] and cos.shape[-2] == q.shape[-2] and q.dtype in _DTYPES
             and all(t.dtype == q.dtype and t.device == q.device and not is_dtensor(t) for t in tensors)
         )  # fmt: skip
-        if not fits:
+        if not fits or is_transformed(*tensors):
             return theirs(*tensors, *args, **kwargs)
         return rotary(q, k, cos, sin, interleaved=interleaved, heads_first=True)
 

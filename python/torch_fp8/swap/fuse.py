@@ -24,7 +24,7 @@ from .wiring import block_of
 NOT_FUSED = "_not_fused"  # on a module that fuse looked at and left alone: why
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """Let the norms, MLPs and blocks of a model compute in fewer passes, in place; returns the model.
 
     A norm makes the FP8 codes of its result for the layers that read it and takes the residual's addition into its
@@ -45,6 +45,10 @@ def fuse(model: nn.Module) -> nn.Module:
     those are scaled by token or static and no gradient is wanted; the codes are those that the layers would make. After
     another ``convert``, or to fuse what was added, call ``fuse`` again. Whoever changes what a module computes
     (another activation, another factor) calls ``unfuse`` first and ``fuse`` after.
+
+    recompute: keep less between forward and backward: the codes of the fused modules' weights are made again in
+        backward and, in eager mode, those that norms and MLPs made. For one micro-batch a step: with several, each
+        casts the weights anew. ``unfuse`` takes it back.
 
     Raises ValueError, with the model as it was, where nothing can be fused or no layer is in FP8."""
     if not fp8_layers(model) and not frozen_layers(model):
@@ -82,6 +86,9 @@ def fuse(model: nn.Module) -> nn.Module:
         if base is FusedNorm:
             module.__dict__["fp8_readers"] = ()
     feed_blocks(model)
+    if recompute:
+        for layer in _layers_of_fused(model):
+            layer.fp8_state.keep_codes(False)
     return model
 
 
@@ -95,12 +102,18 @@ def unfuse(model: nn.Module) -> nn.Module:
                 f"torch_fp8: {name or '(root)'} cannot be unfused: its class {type(module).__name__} was derived from "
                 "a fused one; undo that first"
             )
+    for layer in _layers_of_fused(model):
+        layer.fp8_state.keep_codes(True)
     for module in fused_modules(model).values():
         module.__class__ = cast(Any, type(module).plain_class)
     for part in model.modules():
         for attribute in ("fp8_fusion", "fp8_readers", NOT_FUSED):
             part.__dict__.pop(attribute, None)
     return model
+
+
+def _layers_of_fused(model: nn.Module) -> list[Layer]:
+    return [layer for module in fused_modules(model).values() for layer in fp8_layers(module).values()]
 
 
 def feed_blocks(model: nn.Module) -> None:
