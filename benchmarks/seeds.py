@@ -36,7 +36,7 @@ def main() -> None:
     ratios = [fp8 / bf16 - 1 for bf16, fp8 in losses.values()]
     error = statistics.stdev(ratios) / len(ratios) ** 0.5
     bf16_spread, fp8_spread = (statistics.stdev(arm) / statistics.mean(arm) for arm in zip(*losses.values()))
-    write("seeds", f"""{header("Validation losses of BF16 and FP8 over several seeds")}
+    write("seeds", f"""{header("Validation losses of BF16 and FP8 over several seeds", timed=False)}
 Training: `examples/train.py {" ".join(of_training)}`, `DelayedScaling()`; validation loss in nats a token at the end.
 
 {table(["seed", "BF16", "FP8", "FP8 against BF16"], rows)}

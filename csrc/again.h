@@ -12,8 +12,9 @@ namespace torch_fp8 {
 
 // f(gate), or f(gate) * up.
 struct Product {
-  at::Tensor gate, up;  // up: or undefined
+  at::Tensor gate, up, alphas;  // up, alphas: or undefined
   int64_t activation;
+  double beta;
 };
 
 // The norm of x.

@@ -29,7 +29,6 @@ namespace {
 constexpr std::array<const char*, 3> kScales = {"one", "rows", "blocks"};
 constexpr std::array<const char*, 3> kWeightScales = {"tensor", "channel", "block"};
 constexpr std::array<const char*, 4> kActivations = {"none", "static", "tensor", "token"};
-constexpr std::array<const char*, 5> kFunctions = {"silu", "gelu", "gelu_tanh", "xielu", "relu_squared"};
 constexpr std::array<const char*, 6> kWays = {"zeros", "few_rows", "dequantized", "streamed", "rescaled", "scaled"};
 
 template <class Enum, size_t kCount>
@@ -142,14 +141,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "mlp",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const OwnedLayer& gate, const OwnedLayer* up,
-         const OwnedLayer& down, const std::string& activation, bool recompute) {
-        const auto code = from_word<int64_t>(kFunctions, "activation", activation);
-        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code, recompute);
+         const OwnedLayer& down, const std::string& activation, bool recompute, const c10::optional<at::Tensor>& alphas,
+         double beta) {
+        const int64_t code = activation_of_name(activation);
+        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code, recompute, alphas, beta);
         const LinearLayer up_layer = up->layer();
-        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code, recompute);
+        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code, recompute, alphas, beta);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gate"), py::arg("up"),
-      py::arg("down"), py::arg("activation"), py::arg("recompute") = false);
+      py::arg("down"), py::arg("activation"), py::arg("recompute") = false, py::arg("alphas") = py::none(),
+      py::arg("beta") = 0.5);
   m.def(
       "norm",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,

@@ -99,9 +99,10 @@ Codes cast_product(const Product& product, const at::Tensor& slots, at::IntArray
                    bool training, bool record, bool rowwise, bool columnwise) {
   static const auto activate = op<decltype(activation_cast)>("torch_fp8::activation_cast");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto up = product.up.defined() ? c10::optional<at::Tensor>(product.up) : c10::nullopt;
-  auto [q, q_t, scale_inv] = activate.call(product.gate, up, product.activation, slots, kInput, casts, history,
-                                           training, record, rowwise, columnwise, /*alphas=*/{}, /*beta=*/0);
+  const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
+  auto [q, q_t, scale_inv] =
+      activate.call(product.gate, optional(product.up), product.activation, slots, kInput, casts, history, training,
+                    record, rowwise, columnwise, optional(product.alphas), product.beta);
   return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 

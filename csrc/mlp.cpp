@@ -1,10 +1,14 @@
 // An MLP: down(f(gate(x)) * up(x)), or down(f(gate(x))), and what it is added to. Its layers are called as by
 // themselves (call.h); between them is a node of autograd that makes and casts in one pass: the product for down, and
 // the gradients of gate and up. None of these exists in 16 bits: stand-ins travel along the graph (stand_in.h).
+#include <algorithm>
+#include <array>
+
 #include <ATen/ATen.h>
 
 #include "call.h"
 #include "check.h"
+#include "ops/producers.h"
 #include "siblings.h"
 #include "stand_in.h"
 #include "torch_fp8/mlp.h"
@@ -20,6 +24,7 @@ struct Activate {
   const Call &gate, &down;
   const Call* up;  // null without gating
   int64_t activation;
+  double beta;
   bool again;  // in backward
 };
 
@@ -31,14 +36,16 @@ at::Tensor values_of(const Codes& codes, const at::Tensor& like) {
 
 struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const OptionalTensor& up,
-                            const Activate& activate) {
+                            const OptionalTensor& alphas, const Activate& activate) {
     ctx->set_materialize_grads(false);
     const Call& down = activate.down;
+    const at::Tensor no_tensor, &up_y = up ? *up : no_tensor, &factors = alphas ? *alphas : no_tensor;
     Codes codes =
-        cast_product({gate, up.value_or(at::Tensor()), activate.activation}, down.slots, down.casts, down.history,
+        cast_product({gate, up_y, factors, activate.activation, activate.beta}, down.slots, down.casts, down.history,
                      down.training, down.record, /*rowwise=*/true, down.grad_weight && !activate.again);
-    ctx->save_for_backward({gate, up.value_or(at::Tensor())});
+    ctx->save_for_backward({gate, up_y, factors});
     auto& data = ctx->saved_data;
+    data["beta"] = activate.beta;
     const Call& of_gate = activate.gate;
     data["activation"] = activate.activation;
     data["gate_slots"] = of_gate.slots;
@@ -53,12 +60,13 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(3);  // gate, up, activate
+    variable_list result(4);  // gate, up, alphas, activate
     if (!grads[0].defined()) return result;
     check_not_differentiated_again();
     auto& data = ctx->saved_data;
     const variable_list saved = ctx->get_saved_variables();
-    const OptionalTensor up = saved[1].defined() ? OptionalTensor(saved[1]) : c10::nullopt;
+    const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : c10::nullopt; };
+    const OptionalTensor up = optional(saved[1]), alphas = optional(saved[2]);
     const OptionalTensor up_slots = up ? OptionalTensor(data["up_slots"].toTensor()) : c10::nullopt;
     c10::optional<at::ScalarType> dbias;
     if (data["sums"].toBool()) dbias = at::kFloat;
@@ -69,23 +77,23 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     auto [gate_q, gate_q_t, gate_scale_inv, up_q, up_q_t, up_scale_inv, gate_dbias, up_dbias, dalphas] =
         backward_op.call(grads[0], saved[0], up, data["activation"].toInt(), data["gate_slots"].toTensor(), up_slots,
                          kGradOutput, data["casts"].toIntVector(), data["histories"].toIntVector(),
-                         data["training"].toBool(), data["record"].toBool(), dbias, /*alphas=*/{}, /*beta=*/0,
+                         data["training"].toBool(), data["record"].toBool(), dbias, alphas, data["beta"].toDouble(),
                          /*columnwise=*/!again);
     const auto hand_over = [](const at::Tensor& like, HandedOver handed) {
       return can_sum() ? stand_in(like, std::move(handed)) : values_of(handed.codes, like);
     };
     result[0] = hand_over(saved[0], {{gate_q, gate_q_t, gate_scale_inv}, gate_dbias});
     if (up) result[1] = hand_over(saved[1], {{up_q, up_q_t, up_scale_inv}, up_dbias});
+    if (alphas) result[2] = std::move(dalphas);
     return result;
   }
 };
 
 void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const LinearLayer& gate, const LinearLayer* up,
-               const LinearLayer& down, int64_t activation, c10::optional<at::ScalarType> autocast) {
+               const LinearLayer& down, int64_t activation, const OptionalTensor& alphas, double beta,
+               c10::optional<at::ScalarType> autocast) {
   check_no_transform(x, gate.weight);
-  TORCH_CHECK_VALUE((activation >= 0 && activation <= 2) || activation == 4,
-                    "torch_fp8: activation must be 0 (silu), 1 (gelu), 2 (gelu, tanh) or 4 (relu squared), got ",
-                    activation);
+  check_activation(activation, alphas, beta, x, "the input");
   check_layer(x, gate.weight, gate.bias, gate.slots, autocast);
   const auto check_alike = [&](const LinearLayer& layer, const char* name) {
     TORCH_CHECK_VALUE(layer.options == gate.options, "torch_fp8: ", name,
@@ -115,14 +123,24 @@ void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const Linear
 
 }  // namespace
 
+int64_t activation_of_name(const std::string& name) {
+  constexpr std::array<const char*, 5> kNames{"silu", "gelu", "gelu_tanh", "xielu", "relu_squared"};
+  const auto* const found = std::find(kNames.begin(), kNames.end(), name);
+  TORCH_CHECK_VALUE(found != kNames.end(), "torch_fp8: activation must be one of ", c10::Join(", ", kNames), ", got '",
+                    name, "'");
+  return found - kNames.begin();
+}
+
 at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const LinearLayer& gate,
-               const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute) {
+               const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute,
+               const OptionalTensor& alphas, double beta) {
   const auto autocast = autocast_dtype(x_given);
-  check_mlp(x_given, residual, gate, up, down, activation, autocast);
+  check_mlp(x_given, residual, gate, up, down, activation, alphas, beta, autocast);
   const at::ScalarType x_dtype = x_given.scalar_type();
   Call of_gate = begin_call(gate, x_dtype, x_given.requires_grad(), autocast), of_up;
   if (up) of_up = begin_call(*up, x_dtype, x_given.requires_grad(), autocast);
-  const bool beyond = of_gate.is_differentiable() || (up && of_up.is_differentiable());
+  const bool beyond = of_gate.is_differentiable() || (up && of_up.is_differentiable()) ||
+                      (alphas && at::GradMode::is_enabled() && alphas->requires_grad());
   Call of_down = begin_call(down, autocast.value_or(x_dtype), beyond, autocast);
 
   const auto run_one = [&](const LinearLayer& layer, Call& call) {
@@ -133,11 +151,13 @@ at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const 
   const at::Tensor gate_y = run_one(gate, of_gate);
   const OptionalTensor up_y = up ? OptionalTensor(run_one(*up, of_up)) : c10::nullopt;
   find_codes(down, of_down, nullptr);
-  const at::Tensor product =
-      ActivationFunction::apply(gate_y, up_y, Activate{of_gate, of_down, up ? &of_up : nullptr, activation, recompute});
+  const Activate activate{of_gate, of_down, up ? &of_up : nullptr, activation, beta, recompute};
+  const at::Tensor product = ActivationFunction::apply(gate_y, up_y, alphas, activate);
   const Codes& codes = handed_over(product)->codes;
   of_down.x_codes = {codes.q, codes.q_t, codes.scale_inv};
-  if (recompute) of_down.source = Product{gate_y, up_y.value_or(at::Tensor()), activation};
+  if (recompute) {
+    of_down.source = Product{gate_y, up_y.value_or(at::Tensor()), alphas.value_or(at::Tensor()), activation, beta};
+  }
   return run(product, down.weight, down.bias, of_down, residual);
 }
 

@@ -75,6 +75,8 @@ class Siblings {
   // follows[i]: whose row of the scaling state is equal to that of member i; -1: nobody's.
   void set_follows(const std::vector<int>& follows);
   std::vector<int> follows() const;
+  // Whether the members read what a norm casts in the place of one of them; for the C++ modules (nn_layers.h).
+  bool reads_norms = true;
   // Pairs (i, s): member i has taken codes of s, and so has seen its amax; or may have, in a compiled step, which tells
   // the host nothing.
   struct Step {

@@ -27,6 +27,20 @@ def test_every_benchmark_runs_dry():
         assert "a dry run, the figures mean nothing" in text and text.count("\n|") >= 3, name
 
 
+def test_the_fused_training_runs_dry_and_repeats_nothing(tmp_path):
+    pytest.importorskip("transformers")
+    text, runs, page = tmp_path / "text", tmp_path / "runs.jsonl", ROOT / "runs" / "dry-run" / "fused_training.md"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 1000)
+    page.unlink(missing_ok=True)
+    arguments = ["--dry-run", "--steps=3", "--seeds=2", f"--data={text}", f"--runs={runs}"]
+    command = [sys.executable, "benchmarks/fused_training.py", *arguments]
+    for _ in range(2):
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        assert len(runs.read_text().splitlines()) == 6
+    assert "2 LlamaDecoderLayer" in page.read_text() and "FP8 fused against FP8: " in page.read_text()
+
+
 @pytest.mark.parametrize("name", [p.stem for p in SCRIPTS if (RESULTS / f"{p.stem}.png").exists()])
 def test_pictures_show_figures_of_the_page_and_begin_at_0(name, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")

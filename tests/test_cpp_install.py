@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_fp8 as fp8
 
 ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("TORCH_FP8_BUILD_DIR", ROOT / "build"))
@@ -54,12 +55,31 @@ def test_installs_the_library_its_headers_and_its_cmake_files(prefix):
 
 
 def test_consumer_trains(consumer):
-    assert run(consumer).splitlines() == [
+    assert run(consumer).splitlines()[:4] == [
         "torch_fp8::nn::Linear(in_features=32, out_features=16, bias=true)",
         "y: [4, 16]",
         "weight.grad: [16, 32] of 4",
         "input scale: 448",
     ]
+
+
+def test_its_norms_and_mlp_compute_what_pythons_do(consumer):
+    for line, dtype in zip(run(consumer).splitlines()[4:], (torch.float32, torch.bfloat16), strict=True):
+        torch.manual_seed(0)
+        norm, last, mlp = fp8.RMSNorm(32), fp8.LayerNorm(32), fp8.MLP(32, 48, activation="xielu")
+        norm.feeds(*mlp.readers)
+        model = torch.nn.Sequential(norm, last, mlp).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        numbers = []
+        for _ in range(4):
+            x, residual = torch.randn(12, 32).to(dtype).requires_grad_(), torch.randn(12, 32).to(dtype)
+            y, total = norm(x, residual)
+            loss = last(mlp(y, total)).float().pow(3).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            numbers += [loss.item(), x.grad.double().abs().sum().item()]
+        assert [float.fromhex(number) for number in line.split()[1:]] == numbers
 
 
 def libraries_of(binary: Path) -> dict[str, Path]:

@@ -290,7 +290,7 @@ def test_gradients_are_those_of_the_layers(device):
     # What it is added to gets its own, beside an MLP that has none.
     residual = torch.randn(40, 64, device=device).bfloat16().requires_grad_()
     with Calls() as calls:
-        gate, up, down, activation = model[0].fp8_fusion
+        gate, up, down, activation, _ = model[0].fp8_fusion
         layers = [None if name is None else getattr(model[0], name) for name in (gate, up, down)]
         mlp(inputs[0].detach(), *layers, activation, residual).backward(dy)
     assert calls.count["frozen_mlp"] == 1 and torch.equal(residual.grad, dy)

@@ -26,7 +26,7 @@ FAMILIES = {
     "llama": (5, 2, 2, 2), "mistral": (5, 2, 2, 2), "qwen2": (5, 2, 2, 2), "qwen3": (9, 2, 2, 2),
     "smollm3": (5, 2, 2, 2), "phi3": (5, 0, 2, 2), "gemma2": (9, 2, 2, 2), "gemma3_text": (13, 2, 2, 2),
     "olmo2": (9, 2, 2, 2), "mixtral": (5, 0, 2, 2), "gpt_neox": (5, 2, 2, 2), "gpt2": (5, 2, 2, 0),
-    "granite": (5, 2, 2, 2), "starcoder2": (5, 2, 2, 2), "cohere": (3, 2, 2, 2),
+    "granite": (5, 2, 2, 2), "starcoder2": (5, 2, 2, 2), "cohere": (3, 2, 2, 2), "apertus": (9, 2, 2, 2),
 }  # fmt: skip
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
@@ -986,6 +986,78 @@ class LateDrop(Mlp):
 class Adds(Mlp):
     def forward(self, x):
         return x + super().forward(x)
+
+
+class XieluAct(nn.Module):
+    """arXiv 2411.13010, with another slope at 0, and under other names than transformers'."""
+
+    def __init__(self, below=0.0):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.3))
+        self.b = nn.Parameter(torch.tensor([0.7]))
+        self.register_buffer("slope", torch.tensor(0.25))
+        self.register_buffer("below", torch.tensor(below))
+
+    def negative(self):
+        return self.slope + F.softplus(self.a)
+
+    def forward(self, x):
+        y = torch.where(
+            x > 0, F.softplus(self.b) * x * x, self.negative() * (torch.expm1(torch.minimum(x, self.below)) - x)
+        )
+        return y + self.slope * x
+
+
+class Xielu(Mlp):
+    def __init__(self, act=XieluAct, gated=True):
+        super().__init__()
+        self.act, self.w3 = act(), self.w3 if gated else None
+
+    def forward(self, x):
+        y = self.act(self.w1(x))
+        return self.w2(y if self.w3 is None else y * self.w3(x))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_xielu_under_other_names(gated):
+    plain = of(lambda: Block(lambda: Xielu(gated=gated)))
+    model = fp8.fuse(copy.deepcopy(plain))
+    assert counts(model) == (4, 2, 2, 0) and model[0].mlp.fp8_fusion.xielu == ("act", "b", "a", 0.25)
+    for mode in (True, False):
+        assert_same(model.train(mode), plain.train(mode))
+    seen = []
+    model[0].mlp.act.register_forward_hook(lambda *args: seen.append(args))
+    assert_same(model.train(), plain.train())
+    assert len(seen) == 1
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = fp8.freeze(fp8.revert(plain))(x)
+        assert off(fp8.freeze(model)(x), right) < 0.02
+    assert "xielu" in fp8.summary(fp8.fuse(fp8.unfuse(model))).not_fused["*.mlp"]
+
+
+class Unbounded(XieluAct):
+    def negative(self):
+        return F.softplus(self.a)
+
+
+class FixedFactor(XieluAct):
+    def negative(self):
+        return super().negative().detach()
+
+
+class LearntSlope(XieluAct):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(self.slope)
+
+
+@pytest.mark.parametrize("act", [Unbounded, FixedFactor, LearntSlope, lambda: XieluAct(below=-1.0)])
+def test_what_is_not_xielu(act):
+    plain = of(lambda: Block(lambda: Xielu(act)))
+    model = fp8.fuse(copy.deepcopy(plain))
+    assert counts(model) == (4, 0, 2, 0)
+    assert_same(model, plain)
 
 
 @pytest.mark.parametrize("mlp", [Tp, StopsUp, Scaled, Clamped, Tanh, LateDrop, Adds])

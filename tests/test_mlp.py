@@ -17,6 +17,7 @@ EXACT = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu_squared": lambda x: F.relu(x).square(),
+    "xielu": lambda x, p, n: torch.where(x > 0, p * x * x, n * (torch.expm1(x.clamp(max=0)) - x)) + 0.5 * x,
 }
 RECIPES = [
     fp8.DelayedScaling(amax_history_len=3),
@@ -34,8 +35,11 @@ class Apart(fp8.MLP):
         return y if residual is None else residual + y
 
     def product(self, x):
-        f = EXACT[self.activation]
-        return f(self.gate_proj(x)) * self.up_proj(x) if hasattr(self, "gate_proj") else f(self.up_proj(x))
+        f, alphas = EXACT[self.activation], ()
+        if self.activation == "xielu":
+            alphas = F.softplus(self.alpha_p), 0.5 + F.softplus(self.alpha_n)
+        gated = hasattr(self, "gate_proj")
+        return f(self.gate_proj(x), *alphas) * self.up_proj(x) if gated else f(self.up_proj(x), *alphas)
 
 
 def twins(device, dtype=torch.float32, hidden=HIDDEN, wide=WIDE, **kwargs):
@@ -74,7 +78,10 @@ def assert_no_worse(made, apart, exact, dtype):
     tensors differ by a tenth from step to step, and hardly on average."""
     errors = torch.tensor([[error(t, e) for t in pair] for *pair, e in zip(made, apart, exact, strict=True)])
     rounding = torch.finfo(dtype).eps
-    assert (errors[:, 0] <= 1.3 * errors[:, 1] + rounding).all(), errors
+    # One number's error, as of the gradients of xielu's factors, may be small by chance.
+    chance = torch.tensor([0.05 if t.numel() == 1 else 0.0 for t in made])
+    assert (errors[:, 0] <= 1.3 * errors[:, 1] + rounding + chance).all(), errors
+    errors = errors[chance == 0]
     assert errors[:, 0].mean() <= 1.1 * errors[:, 1].mean() + rounding, errors
 
 
@@ -204,6 +211,23 @@ def test_only_some_gradients_are_wanted(device, of, names, x_grad, residual_grad
             if a is not None:
                 assert error(a, b) < 0.08  # another code of the product now and then
         assert_states(model, apart)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_the_factors_of_xielu_are_trained(device, compiled):
+    model, apart, _ = twins(device, activation="xielu")
+    for m in (model, apart):
+        for layer in layers(m):
+            layer.requires_grad_(False)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    for step in range(2):
+        x = inputs(device, residual=False, seed=step)[0]
+        for m, forward in ((model, call), (apart, apart)):
+            forward(x).square().mean().backward()
+            fp8.update_scales(m)
+        for name in ("alpha_p", "alpha_n"):
+            torch.testing.assert_close(getattr(model, name).grad, getattr(apart, name).grad, rtol=0.1, atol=0)
+        model.zero_grad(), apart.zero_grad()
 
 
 def test_gradients_of_some_are_asked_for(device):
@@ -370,9 +394,10 @@ def test_one_cast_of_the_input_and_none_of_the_product(device, recipe):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_what_is_made_again_in_backward_is_the_same(device, gated):
-    model, _, _ = twins(device, gated=gated, bias=True)
-    again, _, _ = twins(device, gated=gated, bias=True, recompute=True)
+@pytest.mark.parametrize("activation", ["silu", "xielu"])
+def test_what_is_made_again_in_backward_is_the_same(device, gated, activation):
+    model, _, _ = twins(device, gated=gated, bias=True, activation=activation)
+    again, _, _ = twins(device, gated=gated, bias=True, recompute=True, activation=activation)
     for step in range(3):
         for micro in range(1 + step):
             given = inputs(device, seed=10 * step + micro)
@@ -418,8 +443,9 @@ def test_a_global_hook_sees_all_layers(device):
 
 
 @pytest.mark.parametrize("change", ["forward", "disabled", "eval", "recipe", "plain", "frozen", "fp8_gemms"])
-def test_what_cannot_run_in_one_piece_runs_apart(device, change):
-    model, _, exact = twins(device)
+@pytest.mark.parametrize("activation", ["silu", "xielu"])
+def test_what_cannot_run_in_one_piece_runs_apart(device, change, activation):
+    model, _, exact = twins(device, activation=activation)
     up, seen = model.up_proj, []
     if change == "forward":
         up.forward = lambda x, forward=up.forward: seen.append(x) or forward(x)
@@ -435,7 +461,8 @@ def test_what_cannot_run_in_one_piece_runs_apart(device, change):
     elif change == "frozen":
         fp8.freeze(up)
     else:
-        model, _, exact = twins(device, recipe=fp8.DelayedScaling(fp8_gemms=("fprop", "dgrad")))
+        recipe = fp8.DelayedScaling(fp8_gemms=("fprop", "dgrad"))
+        model, _, exact = twins(device, recipe=recipe, activation=activation)
     given = inputs(device)
     for _ in range(2):
         made, of_exact = run(model, *given), run(exact, *(t.double() for t in given))

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,8 +43,8 @@ options = Options()
 clocks: list[int] = []  # MHz, read just after each round of a loop
 
 
-def start(description: str) -> None:
-    """Read the command line."""
+def start(description: str, **more: dict[str, Any]) -> argparse.Namespace:
+    """Read the command line, which may have ``more`` options than all benchmarks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="half the rounds")
     parser.add_argument(
@@ -51,6 +52,8 @@ def start(description: str) -> None:
         action="store_true",
         help="tiny sizes, each call once, on the CPU: does the script run? The figures mean nothing",
     )
+    for name, how in more.items():
+        parser.add_argument(f"--{name}", **how)
     args = parser.parse_args()
     options.quick, options.dry = args.quick, args.dry_run
     if args.dry_run:
@@ -60,6 +63,7 @@ def start(description: str) -> None:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("no GPU is visible to PyTorch; --dry-run tries the script without one")
     torch.manual_seed(0)
+    return args
 
 
 def scaled(*sizes: int) -> tuple[int, ...]:

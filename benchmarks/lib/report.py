@@ -31,8 +31,9 @@ REGIMES = {
 }
 
 
-def header(title: str) -> str:
-    """Command, GPU, clocks, versions, date and regimes; to be called right after the run."""
+def header(title: str, timed: bool = True) -> str:
+    """Command, GPU, clocks, versions, date and, where something was timed, regimes; to be called right after the
+    run."""
     info = fp8.build_info()
     command = " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     gpu = "none: a dry run, the figures mean nothing" if options.dry else _gpu()
@@ -42,8 +43,12 @@ def header(title: str) -> str:
 * GPU: {gpu}
 * PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuBLASLt {info["cublaslt"]}, torch_fp8 {info["version"]}
 * date: {datetime.date.today()}
-* random data; medians; arms interleaved in one run. *GPU*: events, host hidden, boost clock. *loop*: back-to-back wall
-  time, host included, sustained clock. *graph*: back-to-back launches in a CUDA graph, over buffers that exceed the L2.
+{_TIMED if timed else ""}"""
+
+
+_TIMED = """* random data; medians; arms interleaved in one run. *GPU*: events, host hidden, boost clock. *loop*:
+  back-to-back wall time, host included, sustained clock. *graph*: back-to-back launches in a CUDA graph, over buffers
+  that exceed the L2.
 """
 
 

@@ -14,27 +14,6 @@ namespace {
 
 using OptionalTensor = c10::optional<at::Tensor>;
 
-Activation activation_of(int64_t activation) {
-  TORCH_CHECK_VALUE(activation >= 0 && activation <= 4,
-                    "torch_fp8: activation must be 0 (silu), 1 (gelu), 2 (gelu, tanh), 3 (xielu) or 4 (relu squared), "
-                    "got ",
-                    activation);
-  return static_cast<Activation>(activation);
-}
-
-void check_xielu(const OptionalTensor& alphas, double beta, Activation activation, const at::Tensor& gate) {
-  const bool needed = activation == Activation::kXielu;
-  TORCH_CHECK(alphas.has_value() == needed, "torch_fp8: alphas are of activation 3 (xielu) and of no other; ",
-              needed ? "give them" : "leave them out");
-  TORCH_CHECK_VALUE(std::isfinite(beta), "torch_fp8: beta must be a finite number, got ", beta);
-  if (!needed) return;
-  TORCH_CHECK(alphas->scalar_type() == at::kFloat && alphas->dim() == 1 && alphas->size(0) == 2,
-              "torch_fp8: alphas must be float32 of shape [2], those of positive and of negative values, got ",
-              alphas->scalar_type(), " ", alphas->sizes(), "; use torch.cat([alpha_p, alpha_n]).float()");
-  check_strided(*alphas, "alphas");
-  check_same_device(gate, "gate", *alphas, "alphas");
-}
-
 // (..., K) as (M, K) whose rows are 16-byte aligned and can be read in packs of 8: as it lies, or copied.
 at::Tensor as_rows(const at::Tensor& t) {
   constexpr int64_t kPack = 8;
@@ -63,15 +42,33 @@ at::Tensor dbias_of(const CastPlan& plan, c10::optional<at::ScalarType> dtype) {
 
 }  // namespace
 
+void check_activation(int64_t activation, const OptionalTensor& alphas, double beta, const at::Tensor& x,
+                      const char* x_name) {
+  TORCH_CHECK_VALUE(activation >= 0 && activation <= 4,
+                    "torch_fp8: activation must be 0 (silu), 1 (gelu), 2 (gelu, tanh), 3 (xielu) or 4 (relu squared), "
+                    "got ",
+                    activation);
+  const bool needed = static_cast<Activation>(activation) == Activation::kXielu;
+  TORCH_CHECK(alphas.has_value() == needed, "torch_fp8: alphas are of activation 3 (xielu) and of no other; ",
+              needed ? "give them" : "leave them out");
+  TORCH_CHECK_VALUE(std::isfinite(beta), "torch_fp8: beta must be a finite number, got ", beta);
+  if (!needed) return;
+  TORCH_CHECK(alphas->scalar_type() == at::kFloat && alphas->dim() == 1 && alphas->sym_size(0) == 2,
+              "torch_fp8: alphas must be float32 of shape [2], those of positive and of negative values, got ",
+              alphas->scalar_type(), " ", alphas->sym_sizes(), "; use torch.cat([alpha_p, alpha_n]).float()");
+  check_strided(*alphas, "alphas");
+  check_same_device(x, x_name, *alphas, "alphas");
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor& gate, const OptionalTensor& up,
                                                                int64_t activation, const at::Tensor& slots,
                                                                int64_t role, at::IntArrayRef casts, int64_t history,
                                                                bool training, bool record, bool rowwise,
                                                                bool columnwise, const OptionalTensor& alphas,
                                                                double beta) {
-  const Activation f = activation_of(activation);
   check_gate(gate, up);
-  check_xielu(alphas, beta, f, gate);
+  check_activation(activation, alphas, beta, gate, "gate");
+  const auto f = static_cast<Activation>(activation);
   check_role(slots, "slots", gate, "gate", casts, role);
   const Cast cast = Cast::unpacked(casts[static_cast<size_t>(role)]);
   TORCH_CHECK_VALUE(cast.format == Format::kE4M3, "torch_fp8: what an activation makes is cast to E4M3");
@@ -97,9 +94,9 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
                                        int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
                                        bool record, c10::optional<at::ScalarType> dbias, const OptionalTensor& alphas,
                                        double beta, bool columnwise) {
-  const Activation f = activation_of(activation);
   check_gate(gate, up);
-  check_xielu(alphas, beta, f, gate);
+  check_activation(activation, alphas, beta, gate, "gate");
+  const auto f = static_cast<Activation>(activation);
   check_like(dy, "dy", gate, "gate");
   check_role(gate_slots, "gate_slots", gate, "gate", casts, role);
   TORCH_CHECK(up.has_value() == up_slots.has_value(), "torch_fp8: up and up_slots come together");

@@ -24,6 +24,10 @@ inline void check_role(const at::Tensor& slots, const char* name, const at::Tens
                     "torch_fp8: role must be in [0, ", casts.size(), "), got ", role);
 }
 
+// alphas and beta are xielu's.
+void check_activation(int64_t activation, const c10::optional<at::Tensor>& alphas, double beta, const at::Tensor& x,
+                      const char* x_name);
+
 // The fakes of norm.cpp's ops, which are in torch_fp8/ops.h.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_cast_meta(
     const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,

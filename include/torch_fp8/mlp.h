@@ -2,6 +2,8 @@
 // of gate and up are ever written in 16 bits.
 #pragma once
 
+#include <string>
+
 #include "torch_fp8/linear.h"
 
 namespace torch_fp8 {
@@ -19,12 +21,16 @@ struct LinearLayer {
   const Place& place;
 };
 
+// 0 silu, 1 gelu, 2 gelu_tanh, 3 xielu, 4 relu_squared.
+int64_t activation_of_name(const std::string& name);
+
 // y (..., K) = down(f(gate(x)) * up(x)) [+ residual (..., K)] for x (..., K); without up it is down(f(gate(x))). The
 // three are layers of one recipe with all GEMMs in FP8; gate and up have weights (N, K), down (K, N).
-// activation: 0 silu, 1 gelu, 2 gelu by tanh, 4 relu squared. The same casts, states and gradients as of the layers one
-// after the other, but that what stands between them is rounded once. recompute: backward makes the product's codes
-// again instead of keeping them.
+// activation: activation_of_name. The same casts, states and gradients as of the layers one after the other, but that
+// what stands between them is rounded once. recompute: backward makes the product's codes again instead of keeping
+// them. alphas (2) float32, differentiable, and beta: xielu's alone, as activation_cast (csrc/register.cpp) has them.
 at::Tensor mlp(const at::Tensor& x, const c10::optional<at::Tensor>& residual, const LinearLayer& gate,
-               const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute = false);
+               const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute = false,
+               const c10::optional<at::Tensor>& alphas = c10::nullopt, double beta = 0.5);
 
 }  // namespace torch_fp8

@@ -4,6 +4,8 @@
 #include "torch_fp8/cuda.h"
 #include "torch_fp8/format.h"
 #include "torch_fp8/linear.h"
+#include "torch_fp8/mlp.h"
 #include "torch_fp8/nn.h"
+#include "torch_fp8/norm.h"
 #include "torch_fp8/ops.h"
 #include "torch_fp8/scale.h"

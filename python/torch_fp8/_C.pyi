@@ -109,6 +109,8 @@ def mlp(
     down: LinearLayer,
     activation: str,
     recompute: bool = False,
+    alphas: Tensor | None = None,
+    beta: float = 0.5,
 ) -> Tensor: ...
 def norm(
     x: Tensor,

@@ -5,6 +5,7 @@
 #include <torch/torch.h>
 
 #include "oracle.h"
+#include "siblings.h"
 #include "torch_fp8/torch_fp8.h"
 
 namespace torch_fp8::tests {
@@ -166,6 +167,160 @@ TEST_F(Module, SaysWhatItIs) {
   EXPECT_EQ(text.str(), "torch_fp8::nn::Linear(in_features=24, out_features=16, bias=false)");
   EXPECT_TRUE(throws<c10::ValueError>([] { nn::Linear(nn::LinearOptions(kIn, kOut).amax_history_len(0)); },
                                       "amax_history_len must be positive, got 0"));
+}
+
+// ---- norms and MLPs -------------------------------------------------------------------------------------------------
+
+struct HalfBlock {
+  explicit HalfBlock(const nn::MLPOptions& options) : norm(options.hidden_size()), mlp(options) {
+    model->push_back(norm), model->push_back(mlp);
+    model->to(torch::kBFloat16);
+  }
+  explicit HalfBlock(const std::shared_ptr<torch::nn::Module>& copied)
+      : norm(std::dynamic_pointer_cast<nn::RMSNormImpl>(copied->children()[0])),
+        mlp(std::dynamic_pointer_cast<nn::MLPImpl>(copied->children()[1])),
+        model(std::dynamic_pointer_cast<torch::nn::SequentialImpl>(copied)) {}
+
+  // Loss and gradient of the input, in a step of training or, without update, a micro-batch.
+  std::pair<float, at::Tensor> step(const at::Tensor& given, bool feeds = true, bool update = true) {
+    const at::Tensor x = given.to(torch::kBFloat16).requires_grad_();
+    model->zero_grad();
+    const auto [y, sum] =
+        norm->with_sum(x, c10::nullopt, feeds ? mlp->readers() : std::vector<torch_fp8::nn::Linear>());
+    const at::Tensor loss = mlp->forward(y, sum).to(at::kFloat).square().mean();
+    loss.backward();
+    if (update) {
+      const at::NoGradGuard no_grad;
+      for (at::Tensor& p : model->parameters()) p.sub_(p.grad(), 0.1);
+      nn::update_scales(*model);
+    }
+    return {loss.item<float>(), x.grad()};
+  }
+
+  nn::RMSNorm norm;
+  nn::MLP mlp;
+  torch::nn::Sequential model;
+};
+
+void expect_equal(const std::pair<float, at::Tensor>& a, const std::pair<float, at::Tensor>& b) {
+  EXPECT_EQ(a.first, b.first);
+  EXPECT_TRUE(same_bits(a.second, b.second));
+}
+
+std::vector<nn::MLPOptions> mlp_options() {
+  return {nn::MLPOptions(32, 48), nn::MLPOptions(32, 48).gated(false).activation("gelu_tanh").bias(true),
+          nn::MLPOptions(32, 48).activation("xielu").recipe({.scaling = Scaling::kCurrent})};
+}
+
+at::Tensor batch() { return torch::randn({12, 32}); }
+
+TEST_F(Module, ALayersCastOfANormIsTheNormsOwn) {
+  for (const auto& options : mlp_options()) {
+    HalfBlock block(options);
+    const auto readers = block.mlp->readers();
+    for (int i = 0; i < 3; ++i) block.step(batch());
+    const at::Tensor x = batch();
+    HalfBlock apart(block.model->clone());
+    const auto [fed, dx] = block.step(x);
+    const auto [cast, dx_apart] = apart.step(x, /*feeds=*/false);
+    EXPECT_NE(fed, cast) << "codes of what was never rounded";
+    EXPECT_NEAR(fed, cast, 0.02 * cast);
+    EXPECT_TRUE(at::allclose(dx, dx_apart, 0.1, 0.1 * dx_apart.abs().max().item<double>()));
+    for (const auto& reader : readers) EXPECT_TRUE(reader->place.siblings->reads_norms);
+    EXPECT_EQ(readers.front()->place.siblings->size(), readers.size());
+    EXPECT_TRUE(same_bits(readers.front()->slots[0], readers.back()->slots[0]));
+  }
+}
+
+TEST_F(Module, CopiesAndFilesOfAnMlpGoOnBitForBit) {
+  for (const auto& options : mlp_options()) {
+    HalfBlock block(options), loaded(options);
+    for (int i = 0; i < 3; ++i) block.step(batch()), loaded.step(batch());
+    HalfBlock copy(block.model->clone());
+    std::stringstream file;
+    torch::save(block.model, file);
+    torch::load(loaded.model, file);
+    for (int i = 0; i < 3; ++i) {
+      const at::Tensor x = batch();
+      const auto mine = block.step(x);
+      expect_equal(copy.step(x), mine);
+      expect_equal(loaded.step(x), mine);
+    }
+    EXPECT_FALSE(copy.mlp->up_proj->weight.is_alias_of(block.mlp->up_proj->weight));
+    EXPECT_NE(copy.mlp->up_proj->memo, block.mlp->up_proj->memo);
+    if (options.gated()) {
+      EXPECT_NE(copy.mlp->up_proj->place.siblings, block.mlp->up_proj->place.siblings);
+      EXPECT_EQ(copy.mlp->up_proj->place.siblings, copy.mlp->gate_proj->place.siblings);
+    }
+  }
+}
+
+TEST_F(Module, WhatIsMadeAgainInBackwardIsTheSame) {
+  for (const auto& options : mlp_options()) {
+    torch::manual_seed(1);
+    HalfBlock kept(options);
+    torch::manual_seed(1);
+    HalfBlock again(nn::MLPOptions(options).recompute(true));
+    for (int i = 0; i < 4; ++i) {
+      const at::Tensor x = batch();
+      expect_equal(again.step(x, true, i % 2 == 1), kept.step(x, true, i % 2 == 1));
+    }
+  }
+}
+
+TEST_F(Module, LayersThatAreUpdatedApartCastApart) {
+  HalfBlock block(mlp_options()[0]);
+  for (int i = 0; i < 3; ++i) block.step(batch());
+  const auto& siblings = *block.mlp->up_proj->place.siblings;
+  EXPECT_EQ(siblings.follows(), (std::vector<int>{-1, 0}));
+  block.step(3 * batch(), true, /*update=*/false);
+  nn::update_scales(*block.mlp->up_proj);
+  EXPECT_EQ(siblings.follows(), (std::vector<int>{-1, -1}));
+  EXPECT_FALSE(same_bits(block.mlp->up_proj->slots[0], block.mlp->gate_proj->slots[0]));
+}
+
+TEST_F(Module, ANormWhoseCodesNobodyReadsCastsNoMore) {
+  HalfBlock block(mlp_options()[0]);
+  for (int i = 0; i < 3; ++i) block.step(batch());
+  const auto [y, sum] = block.norm->with_sum(batch().to(torch::kBFloat16), c10::nullopt, block.mlp->readers());
+  block.mlp->forward(y + 1000).sum().backward();
+  const at::Tensor scale = block.mlp->up_proj->slots[0][1].clone();
+  nn::update_scales(*block.model);
+  EXPECT_FALSE(block.mlp->up_proj->place.siblings->reads_norms);
+  block.step(batch());
+}
+
+TEST_F(Module, NormsStartAndComputeAsTorchsDo) {
+  const at::Tensor x = batch(), gain = torch::rand({32}), bias = torch::rand({32});
+  for (const bool affine : {true, false}) {
+    nn::LayerNorm norm(nn::NormOptions(32).elementwise_affine(affine).eps(1e-3));
+    nn::RMSNorm rms(nn::NormOptions(32).elementwise_affine(affine).eps(1e-3));
+    EXPECT_EQ(norm->parameters().size(), affine ? 2 : 0);
+    EXPECT_EQ(rms->parameters().size(), affine ? 1 : 0);
+    const at::NoGradGuard no_grad;
+    c10::optional<at::Tensor> weight, shift;
+    if (affine) {
+      norm->weight.copy_(gain), norm->bias.copy_(bias), rms->weight.copy_(gain);
+      weight = gain, shift = bias;
+    }
+    EXPECT_TRUE(at::allclose(norm->forward(x), at::layer_norm(x, {32}, weight, shift, 1e-3), 1e-5, 1e-5));
+    EXPECT_TRUE(at::allclose(rms->forward(x), at::rms_norm(x, {32}, weight, 1e-3), 1e-5, 1e-5));
+  }
+  EXPECT_FALSE(nn::LayerNorm(nn::NormOptions(32).bias(false))->bias.defined());
+}
+
+TEST_F(Module, SaysWhatIsNoMlp) {
+  EXPECT_TRUE(throws<c10::ValueError>([] { nn::MLP(nn::MLPOptions(32, 48).activation("swish")); },
+                                      "activation must be one of silu, gelu, gelu_tanh, xielu, relu_squared, got"));
+  EXPECT_TRUE(throws<c10::ValueError>([] { nn::share_input({nn::Linear(32, 16)}); }, "two or more layers, got 1"));
+  EXPECT_TRUE(throws<c10::ValueError>([] { nn::share_input({nn::Linear(32, 16), nn::Linear(16, 16)}); },
+                                      "must have one in_features"));
+  const nn::Linear twice(32, 16);
+  EXPECT_TRUE(throws<c10::ValueError>([&] { nn::share_input({twice, twice}); }, "different layers"));
+  std::ostringstream text;
+  text << nn::MLP(32, 48) << nn::RMSNorm(32);
+  EXPECT_NE(text.str().find("torch_fp8::nn::MLP(silu)"), std::string::npos) << text.str();
+  EXPECT_NE(text.str().find("RMSNorm(32, eps=1e-05, elementwise_affine=true)"), std::string::npos) << text.str();
 }
 
 }  // namespace

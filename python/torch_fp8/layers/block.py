@@ -3,6 +3,7 @@ in one piece, and the block of the two and an attention."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from ..recipe import Recipe
 from .linear import Layer, Linear
-from .mlp import ACTIVATIONS, has_hooks, mlp, result_dtype
+from .mlp import NAMES, has_hooks, mlp, result_dtype, xielu_alphas
 from .norm import Norm, can_norm, feed, norm
 from .rotary import rotary
 from .siblings import share_input
@@ -91,13 +92,17 @@ class LayerNorm(_Norm, nn.LayerNorm):
         return y if residual is None else (y, total)
 
 
+_BETA = 0.5  # xielu's slope at 0
+
+
 class MLP(nn.Module):
     """``down_proj(f(gate_proj(x)) * up_proj(x))``, or ``down_proj(f(up_proj(x)))`` with gated=False, over FP8 layers
     and in one piece: neither the product nor the gradients of gate and up are ever written in 16 bits.
 
-    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu", "gelu_tanh" or
-    "relu_squared". residual (..., hidden_size), where it is given, is added by the last GEMM. Where one of the three
-    layers has hooks, or another recipe, they run one after the other.
+    x (..., hidden_size), result of the same shape and dtype. activation: "silu", "gelu", "gelu_tanh", "relu_squared" or
+    "xielu" (arXiv 2411.13010), whose factors are trained as the parameters alpha_p and alpha_n. residual (...,
+    hidden_size), where it is given, is added by the last GEMM. Where one of the three layers has hooks, or another
+    recipe, they run one after the other.
 
     recompute: keep less between forward and backward: the codes of the weights and, in eager mode, of the product are
     made again in backward. For one micro-batch a step: with several, each casts the weights anew."""
@@ -116,13 +121,18 @@ class MLP(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"torch_fp8: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if activation not in NAMES:
+            raise ValueError(f"torch_fp8: activation must be one of {', '.join(NAMES)}, got {activation!r}")
         self.activation = activation
         if gated:
             self.gate_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.up_proj = Linear(hidden_size, intermediate_size, bias, device, dtype, recipe=recipe)
         self.down_proj = Linear(intermediate_size, hidden_size, bias, device, dtype, recipe=recipe)
+        if activation == "xielu":
+            self.alpha_p, self.alpha_n = (
+                nn.Parameter(torch.tensor([math.log(math.expm1(factor))], device=device, dtype=dtype))
+                for factor in (0.8, 0.8 - _BETA)  # softplus gives them back: both factors begin at 0.8
+            )
         if gated:
             share_input([self.gate_proj, self.up_proj])
         if recompute:
@@ -137,7 +147,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         gate = getattr(self, "gate_proj", None)
-        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual)
+        alphas = xielu_alphas(self.alpha_p, self.alpha_n, _BETA) if self.activation == "xielu" else None
+        return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual, alphas=alphas, beta=_BETA)
 
 
 class TransformerBlock(nn.Module):

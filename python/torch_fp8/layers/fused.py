@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .mlp import has_hooks, mlp, result_dtype
+from .mlp import has_hooks, mlp, result_dtype, xielu_alphas
 from .norm import Norm, can_norm, norm
 from .rewired import rewired
 
@@ -63,11 +63,25 @@ def _is_plain(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) ->
     return can_norm(x, residual, *parameters)
 
 
+class Xielu(NamedTuple):
+    """A child that computes xielu of trained factors."""
+
+    child: str
+    alpha_p: str  # names of its parameters
+    alpha_n: str
+    beta: float
+
+    def alphas(self, module: nn.Module) -> Tensor:
+        child = getattr(module, self.child)
+        return xielu_alphas(getattr(child, self.alpha_p), getattr(child, self.alpha_n), self.beta)
+
+
 class MlpFusion(NamedTuple):
     gate: str | None  # names of children
     up: str
     down: str
-    activation: str  # of layers.mlp.ACTIVATIONS
+    activation: str  # of layers.mlp.NAMES
+    xielu: Xielu | None = None
 
 
 class FusedMlp(Fused):
@@ -75,7 +89,7 @@ class FusedMlp(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fits = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if not fits or _others_matter(self, self.fp8_fusion):
+        if not fits or _others_matter(self, self.fp8_fusion[:3]):
             return super().forward(*args, **kwargs)
         return _mlp_added_to(self, args[0], None)
 
@@ -83,9 +97,10 @@ class FusedMlp(Fused):
 def _mlp_added_to(module: FusedMlp, x: Tensor, residual: Tensor | None) -> Tensor:
     if residual is not None and (residual.dtype != result_dtype(x) or residual.shape != x.shape):
         return residual + _mlp_added_to(module, x, None)  # where dtypes or shapes meet, PyTorch decides
-    gate, up, down, activation = module.fp8_fusion
+    gate, up, down, activation, xielu = module.fp8_fusion
     of_gate = None if gate is None else getattr(module, gate)
-    return mlp(x, of_gate, getattr(module, up), getattr(module, down), activation, residual)
+    factors: dict[str, Any] = {} if xielu is None else {"alphas": xielu.alphas(module), "beta": xielu.beta}
+    return mlp(x, of_gate, getattr(module, up), getattr(module, down), activation, residual, **factors)
 
 
 def _others_matter(module: nn.Module, called: Collection[str | None]) -> bool:
@@ -182,7 +197,7 @@ def _fits(
 
 def _adds(child: Any) -> bool:
     """Whether the last child of a block can add the residual itself."""
-    return isinstance(child, FusedMlp) and not has_hooks(child) and not _others_matter(child, child.fp8_fusion)
+    return isinstance(child, FusedMlp) and not has_hooks(child) and not _others_matter(child, child.fp8_fusion[:3])
 
 
 def _sum(values: dict[str, Tensor], *names: str) -> Tensor:

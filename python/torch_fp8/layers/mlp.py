@@ -7,6 +7,7 @@ Where one of them needs its own forward, since it has a hook or computes in anot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu_squared": lambda x: F.relu(x).square(),
 }
-_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu_squared": 4}
+_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "xielu": 3, "relu_squared": 4}
+NAMES = tuple(_CODES)
+
+
+def xielu(x: Tensor, alphas: Tensor, beta: float) -> Tensor:
+    """alphas[0] x^2 + beta x where x > 0, else alphas[1] (e^x - 1 - x) + beta x (arXiv 2411.13010), rounded once."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    below = wide.clamp(max=0)  # beyond it e^x would be Inf, and its gradient NaN
+    y = torch.where(wide > 0, alphas[0] * wide * wide, alphas[1] * (torch.expm1(below) - below)) + beta * wide
+    return y.to(x.dtype)
+
+
+def xielu_alphas(alpha_p: Tensor, alpha_n: Tensor, beta: float) -> Tensor:
+    """xielu's two factors of what is trained in their place, both of one element; beta bounds the second from below."""
+    p, n = (a.reshape(1).to(torch.promote_types(a.dtype, torch.float32)) for a in (alpha_p, alpha_n))
+    return torch.cat([F.softplus(p), beta + F.softplus(n)])
 
 
 def _by_role(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> dict[str, Any]:
@@ -63,7 +79,7 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
     return ""
 
 
-def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
+def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> str:
     """The same of layers of which up is frozen, as far as it does not depend on what they are given."""
     layers = _by_role(gate, up, down)
     for name, layer in layers.items():
@@ -75,14 +91,16 @@ def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> 
         return f"frozen layers make no codes of a product with activations={up.activations!r}"
     if up.granularity == "block":
         return "frozen layers make no codes of a product for weights with block scales"
+    if activation == "xielu":
+        return "frozen layers make no codes of a product of xielu"
     return ""
 
 
-def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module) -> bool:
+def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> bool:
     """Whether frozen layers take this input in one piece: few rows gain nothing, and gradients are of single layers."""
     if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= FEW_ROWS:
         return False  # first, since in decoding the host's time counts
-    if is_dtensor(x) or why_apart_frozen(gate, up, down):
+    if is_dtensor(x) or why_apart_frozen(gate, up, down, activation):
         return False
     if is_transformed(x) or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):  # it knows no Tensor?[]
         return False
@@ -93,8 +111,7 @@ def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.M
     return not any(has_hooks(layer) or is_dtensor(layer.weight) for layer in layers)
 
 
-def _apart(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> Tensor:
-    f = ACTIVATIONS[activation]
+def _apart(x: Tensor, gate: Any, up: Any, down: Any, f: Callable[[Tensor], Tensor]) -> Tensor:
     if gate is not None:
         return down(f(gate(x)) * up(x))
     y = up(x)
@@ -128,27 +145,33 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def mlp(
-    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
+    *, alphas: Tensor | None = None, beta: float = 0.5,
+) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
     Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
-    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``ACTIVATIONS``."""
+    x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``NAMES``; alphas (2) float32
+    and beta are those of ``xielu``."""
+    f = ACTIVATIONS[activation] if alphas is None else functools.partial(xielu, alphas=alphas, beta=beta)
     if isinstance(up, FrozenLinear):
-        run = _frozen if _can_run_frozen(x, gate, up, down) else _apart
-        y = run(x, gate, up, down, activation)
+        if _can_run_frozen(x, gate, up, down, activation):
+            y = _frozen(x, gate, up, down, activation)
+        else:
+            y = _apart(x, gate, up, down, f)
         return y if residual is None else residual + y
     if is_dtensor(x) or why_apart(gate, up, down):
         if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
             _check_residual(residual, x, down)
-        y = _apart(x, gate, up, down, activation)
+        y = _apart(x, gate, up, down, f)
         return y if residual is None else residual + y
     layers = list(_by_role(gate, up, down).values())
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
-        return _traced(x, layers, activation, residual)
+        return _traced(x, layers, activation, residual, alphas, beta)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
-    return _C.mlp(x, residual, first, second, given[-1], activation, layers[-1].fp8_state.recompute)
+    recompute = layers[-1].fp8_state.recompute
+    return _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -166,9 +189,11 @@ def _check_residual(residual: Tensor, x: Tensor, down: Layer) -> None:
         raise RuntimeError(f"torch_fp8: the residual must have the output's shape {shape}, got {list(residual.shape)}")
 
 
-def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | None) -> Tensor:
+def _traced(
+    x: Tensor, layers: list[Any], activation: str, residual: Tensor | None, alphas: Tensor | None, beta: float
+) -> Tensor:
     calls, tensors = [], []
-    beyond = x.requires_grad
+    beyond = x.requires_grad or (alphas is not None and alphas.requires_grad)
     for layer in layers[:-1]:
         call = traced.call_of(layer, x, x.requires_grad)
         beyond = beyond or call.grad_weight or call.grad_bias
@@ -180,7 +205,7 @@ def _traced(x: Tensor, layers: list[Any], activation: str, residual: Tensor | No
         calls[i] = calls[i]._replace(dummy_grad=dummy)
         codes = (None, None, None) if i == len(layers) - 1 else traced.shared_codes(state, x, calls[i])
         tensors += [layer.matrix, layer.bias, state.slots, state.grad_slots, main_grad, *codes]
-    return _Mlp.apply(x, residual, _CODES[activation], calls, *tensors)
+    return _Mlp.apply(x, residual, alphas, beta, _CODES[activation], calls, *tensors)
 
 
 _PER_LAYER = 8  # tensors of a layer among _Mlp's arguments
@@ -191,7 +216,8 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, activation: int, calls: list[traced.Call], *tensors: Any
+        ctx: Any, x: Tensor, residual: Tensor | None, alphas: Tensor | None, beta: float, activation: int,
+        calls: list[traced.Call], *tensors: Any,
     ) -> Tensor:  # fmt: skip
         layers = [tensors[i : i + _PER_LAYER] for i in range(0, len(tensors), _PER_LAYER)]
         outputs, saved, ctx.kept = [], [], []
@@ -205,17 +231,17 @@ class _Mlp(torch.autograd.Function):
         down = calls[-1]
         product = torch.ops.torch_fp8.activation_cast(
             gate, up, activation, slots, 0, down.casts, down.history, down.training, down.record, True,
-            down.grad_weight,
+            down.grad_weight, alphas, beta,
         )  # fmt: skip
         y, kept = traced.forward(gate, weight, bias, slots, product, down, residual)
         ctx.kept.append(traced.kept_of(gate, weight, bias, grad_slots, main_grad, down))
-        ctx.save_for_backward(*saved, *kept, gate, up)
-        ctx.activation, ctx.has_residual = activation, residual is not None
+        ctx.save_for_backward(*saved, *kept, gate, up, alphas)
+        ctx.activation, ctx.beta, ctx.has_residual = activation, beta, residual is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, gate, up = ctx.saved_tensors
+        *saved, gate, up, alphas = ctx.saved_tensors
         of = [saved[i : i + 6] for i in range(0, len(saved), 6)]
         kept: list[traced.Kept] = ctx.kept
         dproduct, ddown, dbias = traced.backward(dy, [], of[-1], kept[-1])
@@ -228,7 +254,7 @@ class _Mlp(torch.autograd.Function):
             codes = torch.ops.torch_fp8.activation_backward_cast(
                 dproduct, gate, up, ctx.activation, kept[0].slots, None if up is None else kept[1].slots, 2,
                 calls[0].casts, [call.history for call in calls[:-1]], calls[0].training, calls[0].record,
-                torch.float32 if any(call.grad_bias for call in calls[:-1]) else None,
+                torch.float32 if any(call.grad_bias for call in calls[:-1]) else None, alphas, ctx.beta,
             )  # fmt: skip
         for i, output in reversed(list(enumerate(outputs))):  # in the order of the engine
             made = dweight = of_bias = None
@@ -244,4 +270,5 @@ class _Mlp(torch.autograd.Function):
                 dx = made if dx is None else dx + made
             gradients = [dweight, of_bias, *[None] * (_PER_LAYER - 2), *gradients]
         gradients += [ddown, dbias, *[None] * (_PER_LAYER - 2)]
-        return (dx, dy if ctx.has_residual else None, None, None, *gradients)
+        dalphas = None if alphas is None or dproduct is None else codes[8]
+        return (dx, dy if ctx.has_residual else None, dalphas, None, None, None, *gradients)

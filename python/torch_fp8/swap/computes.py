@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.frozen import FrozenLinear
-from ..layers.fused import MlpFusion, NormFusion
+from ..layers.fused import MlpFusion, NormFusion, Xielu
 from ..layers.linear import Layer
-from ..layers.mlp import ACTIVATIONS, why_apart_frozen
+from ..layers.mlp import ACTIVATIONS, NAMES, why_apart_frozen, xielu, xielu_alphas
 from ..layers.norm import Norm
-from .probe import Probe, Stub, close, gradients, numbers
+from .probe import Probe, Stub, close, gradients, numbers, owns
 
 MODES = (True, False)  # training and evaluation: a module is fused only if it computes the same in both
 
@@ -86,6 +87,8 @@ def mlp_of(module: nn.Module, probe: Probe) -> MlpFusion | str | None:
         return None
     if len(layers) not in (2, 3) or not any(isinstance(layer, Layer | FrozenLinear) for layer in layers.values()):
         return None
+    owners = {name: child for name, child in module.named_children() if name not in layers and owns(child)}
+    factors = _xielu_of(*owners.popitem(), probe) if len(owners) == 1 else None
     reason: str | None = None
     for down in reversed(layers):
         into = [name for name in layers if name != down]
@@ -93,7 +96,7 @@ def mlp_of(module: nn.Module, probe: Probe) -> MlpFusion | str | None:
         inner = layers[down].in_features
         if len(sizes) != 1 or sizes.pop()[1] not in (inner, 2 * inner):
             continue
-        found = {_mlp_over(module, probe, layers, into, down, training) for training in MODES}
+        found = {_mlp_over(module, probe, layers, into, down, factors, training) for training in MODES}
         fusions = [fusion for fusion in found if isinstance(fusion, MlpFusion)]
         if len(found) == 1 and fusions:
             return _why_not_over(fusions[0], layers) or fusions[0]
@@ -105,20 +108,31 @@ def _why_not_over(fusion: MlpFusion, layers: dict[str, Any]) -> str:
     gate: Any = None if fusion.gate is None else layers[fusion.gate]
     up, down = layers[fusion.up], layers[fusion.down]
     if isinstance(up, FrozenLinear):
-        return why_apart_frozen(gate, up, down)
+        return why_apart_frozen(gate, up, down, fusion.activation)
     not_fp8 = [name for name, layer in layers.items() if not isinstance(layer, Layer)]
     return f"{not_fp8[0]} is not in FP8" if not_fp8 else ""
 
 
 def _mlp_over(
-    module: nn.Module, probe: Probe, layers: dict[str, Any], into: list[str], down: str, training: bool
+    module: nn.Module,
+    probe: Probe,
+    layers: dict[str, Any],
+    into: list[str],
+    down: str,
+    factors: Xielu | None,
+    training: bool,
 ) -> MlpFusion | str | None:
     x, result = (
         numbers(1, 3, n, seed=i) for i, n in enumerate((layers[into[0]].in_features, layers[down].out_features))
     )
     made = {name: numbers(1, 3, layers[name].out_features, seed=2 + i) for i, name in enumerate(into)}
     stubs = {name: Stub(value) for name, value in made.items()} | {down: Stub(result)}
-    output = probe.run(module, stubs, {}, training, x)
+    activations, of_factors = dict(ACTIVATIONS), []
+    children: dict[str, Any] = dict(stubs)
+    if factors is not None:
+        of_factors = [numbers(2, seed=9)]
+        children[factors.child] = activations["xielu"] = partial(xielu, alphas=of_factors[0], beta=factors.beta)
+    output = probe.run(module, children, {}, training, x)
     if isinstance(output, Exception):
         if sum(p.default is p.empty for p in inspect.signature(type(module).forward).parameters.values()) != 2:
             return None  # it takes more than self and an input
@@ -128,21 +142,43 @@ def _mlp_over(
         return None
     if output is not result:
         return "its result is not that of its last layer"
-    product, leaves = stubs[down].calls[0][0][0], list(made.values())
+    product, leaves = stubs[down].calls[0][0][0], [*made.values(), *of_factors]
     if layers[into[0]].out_features != layers[down].in_features:
         if len(into) > 1:
             return None
         if not isinstance(layers[into[0]], FrozenLinear):
             return f"its gate and up are one layer, {into[0]}"
-    for activation, f in ACTIVATIONS.items():
+    for activation, f in activations.items():
         for gate, up in _roles(into):
             value = _product(f, None if gate is None else made[gate], made[up], layers[down].in_features)
             if not close(product, value):
                 continue
             if all(map(close, gradients(product, leaves), gradients(value, leaves))):
-                return MlpFusion(gate, up, down, activation)
+                return MlpFusion(gate, up, down, activation, factors if activation == "xielu" else None)
             return "its gradient is not that of what it computes"
-    return f"what stands between its layers is none of {', '.join(ACTIVATIONS)}"
+    return f"what stands between its layers is none of {', '.join(NAMES)}"
+
+
+def _xielu_of(name: str, module: nn.Module, probe: Probe) -> Xielu | None:
+    """Of a child: whether it is xielu, whose slope at 0 may be a buffer's value."""
+    parameters = {key: p for key, p in module._parameters.items() if p is not None}
+    buffers = {key: b for key, b in module._buffers.items() if b is not None}
+    tensors = [*parameters.values(), *buffers.values()]
+    if len(parameters) != 2 or any(t.numel() != 1 or t.is_meta for t in tensors) or any(map(owns, module.children())):
+        return None
+    constants = {key: buffer.detach().to("cpu", torch.float64) for key, buffer in buffers.items()}
+    given = {key: numbers(*p.shape, seed=i) for i, (key, p) in enumerate(parameters.items())}
+    x = (3 * numbers(4, 16, seed=7)).detach().requires_grad_()
+    leaves = [x, *given.values()]
+    for beta in dict.fromkeys([*(constant.item() for constant in constants.values()), 0.5]):
+        for p, n in (tuple(parameters), tuple(parameters)[::-1]):
+            right = xielu(x, xielu_alphas(given[p], given[n], beta), beta)
+            results = [probe.run(module, {}, {**given, **constants}, training, x) for training in MODES]
+            if all(close(got, right) for got in results) and all(
+                map(close, gradients(results[0], leaves), gradients(right, leaves))
+            ):
+                return Xielu(name, p, n, beta)
+    return None
 
 
 def _product(f: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor, inner: int) -> Tensor:

@@ -63,7 +63,7 @@ class Passed:
 def numbers(*size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Random ones that want a gradient; no state of random numbers moves."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    made = torch.randn(*size, generator=generator, dtype=torch.float64, device="cpu")
+    made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     return made.to(dtype).requires_grad_()
 
 
@@ -123,7 +123,7 @@ class Probe:
         new.__dict__["_parameters"] = dict(module._parameters)
         new.__dict__["_buffers"] = {name: _other_values(buffer) for name, buffer in module._buffers.items()}
         new.__dict__["_modules"] = {
-            name: child if child is None else _Owner(name) if _owns(child) else self._copy(child, training)
+            name: child if child is None else _Owner(name) if owns(child) else self._copy(child, training)
             for name, child in module._modules.items()
         }
         return new
@@ -141,7 +141,7 @@ _OF_MODULES = set(nn.Module().__dict__)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _owns(module: nn.Module) -> bool:
+def owns(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
