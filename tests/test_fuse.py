@@ -149,12 +149,13 @@ class TestFamilies:
             right = exact(ids).logits
             for module in (frozen, mlp):
                 monkeypatch.setattr(module, "codes_for", lambda *args: taken.append(codes_for(*args)) or taken[-1])
-            logits = model(ids).logits
+            logits, made = model(ids).logits, model.generate(ids[:, :20], max_new_tokens=3, do_sample=False)
             # Not where norms stand behind the layers.
             assert sum(map(bool, taken)) >= (0 if family == "olmo2" else 4)
             for module in (frozen, mlp):
                 monkeypatch.setattr(module, "codes_for", lambda *args: ())
             assert torch.equal(model(ids).logits, logits)
+            assert torch.equal(model.generate(ids[:, :20], max_new_tokens=3, do_sample=False), made)
             assert off(logits, right) <= 1.15 * off(plain(ids).logits, right)
 
     def test_nothing_moves(self, family):
