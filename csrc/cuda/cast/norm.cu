@@ -325,8 +325,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait(told_here, turn);
     m = {};
     if constexpr (kLayerNorm) {
-      for (int of = lane % 8; of < parts; of += 8)
+      for (int of = lane % 8; of < parts; of += 8) {
         m.mean += static_cast<float>(cols_of(of)) * of_parts[of][of_row].mean;
+      }
       m.mean = sum_of_lanes<8>(m.mean) / static_cast<float>(cols);
     }
     for (int of = lane % 8; of < parts; of += 8) {

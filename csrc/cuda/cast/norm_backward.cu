@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (kLayerNorm && inside(p)) shared_gain[p * threads * kPackSize + j] = gain[p][j];
     }
   }
-  const auto load_gain = [&](int p, float(&of_pack)[kPackSize]) {
+  const auto load_gain = [&](int p, float (&of_pack)[kPackSize]) {
     if constexpr (kLayerNorm) {
       load_floats(shared_gain + p * threads * kPackSize, of_pack);
     } else {
