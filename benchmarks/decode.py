@@ -3,8 +3,10 @@
 Decode: 128 tokens after a prompt of 512, greedy, each step one replay of a CUDA graph; wall time of all steps, host
 included. Its one row is not quantised: only the weights are FP8. Prefill: a prompt in eager mode, with the logits of
 its last token. Norms, rotary positions, SwiGLU's product and residuals are compiled in all arms, to kernels that let
-the next one start early (TORCHINDUCTOR_ENABLE_PDL); attention, embedding and output head stay in BF16. *fused*: in
-prefill the product of SwiGLU is cast as it is made.
+the next one start early (TORCHINDUCTOR_ENABLE_PDL); attention, embedding and output head stay in BF16. *modules*: each
+layer runs as the PyTorch module that it is, and only rotary positions are compiled. *fused*: the same modules after
+`fp8.fuse`, with nothing else compiled: norms add the residual and make the codes of their readers, and SwiGLU those of
+the last layer.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, scaled, start
 from lib.report import bars, header, legend, level, numbers, pair, table, write
 from lib.steps import llama
-from torch_fp8.layers.mlp import mlp
+from torch import nn
 from torch_fp8.observe.evaluation import shared_copy
 from torch_fp8.picture import FP8, INK, SECOND
 
@@ -28,7 +30,7 @@ PREFILLS = (2048, 8192)
 SCALED = {
     "FP8, token": "FP8, inputs scaled by token",
     "FP8, static": "FP8, inputs scaled by constants",
-    "FP8, token, fused": "by token, SwiGLU fused",
+    "FP8, token, fused": "by token, fp8.fuse",
 }
 OVER = " × BF16: "  # between what is timed and the regimes, in the heads of columns
 ARMS = {  # what fp8.freeze is told
@@ -47,14 +49,10 @@ def build() -> Decoder:
         torch.set_default_dtype(before)
 
 
-def fused(model: Decoder) -> Decoder:
-    """The same frozen model, whose FFNs run in one piece where there are many tokens."""
+def as_modules(model: Decoder) -> Decoder:
+    """The same model, whose layers run as modules."""
     model = shared_copy(model)
-    for layer in model.layers:
-        plain = layer.ffn
-        layer.ffn = lambda y, layer=layer, plain=plain: (
-            plain(y) if y.shape[1] == 1 else mlp(y, None, layer.gate_up, layer.down, "silu")
-        )
+    model.by_modules = True
     return model
 
 
@@ -106,7 +104,7 @@ def decode_seconds(arms: dict, rounds: int) -> dict[str, float]:
 
 def linear_bytes(model: Decoder) -> int:
     """Of everything in the layers but their norms."""
-    layers = [layer for block in model.layers for layer in (block.qkv, block.o, block.gate_up, block.down)]
+    layers = [m for layer in model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
     return sum(t.numel() * t.element_size() for layer in layers for t in [*layer.parameters(), *layer.buffers()])
 
 
@@ -116,7 +114,7 @@ def draw(figure, tables) -> None:
     groups = [f"{what}\n{regime}" for what, regimes in columns for regime in regimes.split(" / ")]
     series = {
         SCALED[row["arm"]]: (color, [x for column in columns for x in numbers(row[OVER.join(column)])])
-        for row, color in zip(rows[1:], (FP8, SECOND, INK))  # the first is BF16
+        for row, color in zip([row for row in rows if row["arm"] in SCALED], (FP8, SECOND, INK))
     }
     axes = figure.subplots()
     bars(axes, groups, series, "%.2f")
@@ -138,7 +136,10 @@ def main() -> None:
         if how["activations"] == "static":
             fp8.calibrate(model, [prompt_of(model, prompt)])
         models[name] = fp8.freeze(model, **how)
-    models["FP8, token, fused"] = fused(models["FP8, token"])
+    for name in ("BF16", "FP8, token"):
+        models[f"{name}, modules"] = as_modules(models[name])
+    for name in ARMS:
+        models[f"{name}, fused"] = fp8.fuse(as_modules(models[name]))
     seconds = decode_seconds({name: decoding(model, prompt, new) for name, model in models.items()}, rounds)
     prefill = {}
     for tokens in scaled(*PREFILLS):

@@ -17,7 +17,8 @@ NOTE = """*graph* regime. Forward: SwiGLU reads gate and up, 2 bytes an element 
 transpose, 1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient. The copy
 moves as many bytes: the fewest, for nothing is written in 16 bits. A norm reads x and writes codes and transpose; with
 a residual it reads that too and writes the sum. Its backward reads dy and x, and what else reached the sum, and writes
-dx; the gradients of gain and bias are in its time.
+dx; the gradients of gain and bias are in its time. A norm of frozen layers writes its result in 16
+bits and its codes, each row by its own amax.
 """
 OPS = torch.ops.torch_fp8
 CASTS = [fp8.DelayedScaling().options().cast(role).packed for role in range(3)]
@@ -32,6 +33,8 @@ PASSES = {  # bytes an element
     "RMSNorm, codes and 16 bits": 6,
     "RMSNorm + residual": 8,
     "LayerNorm": 4,
+    "RMSNorm of frozen layers": 5,
+    "RMSNorm of frozen layers + residual": 9,
     "RMSNorm backward": 6,
     "RMSNorm backward + residual": 8,
     "LayerNorm backward": 6,
@@ -73,6 +76,9 @@ def measure(rows: int, cols: int) -> dict[str, float]:
             0, CASTS, 7, True, True, True, True, wants_y,
         )  # fmt: skip
 
+    def frozen_norm(added: bool = False):
+        return lambda i: OPS.frozen_norm(gates[i], ups[i] if added else None, gain, None, 1e-5, False, 0.0)
+
     def norm_backward(added: bool = False, layer_norm: bool = False):
         return lambda i: OPS.norm_backward(
             grads[i], gates[i], ups[i] if added else None, gain, layer if layer_norm else rms, layer_norm, 0.0, True,
@@ -94,6 +100,8 @@ def measure(rows: int, cols: int) -> dict[str, float]:
         "RMSNorm, codes and 16 bits": norm(wants_y=True),
         "RMSNorm + residual": norm(added=True),
         "LayerNorm": norm(layer_norm=True),
+        "RMSNorm of frozen layers": frozen_norm(),
+        "RMSNorm of frozen layers + residual": frozen_norm(added=True),
         "RMSNorm backward": norm_backward(),
         "RMSNorm backward + residual": norm_backward(added=True),
         "LayerNorm backward": norm_backward(layer_norm=True),

@@ -121,6 +121,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Place>(m, "Place").def(py::init<>()).def(py::init([](std::shared_ptr<Siblings> siblings, int member) {
     return Place{std::move(siblings), member};
   }));
+  // The stream that kernels on a tensor's device run on, and the CUDA graph that it records, or 0.
+  m.def("stream_of", [](const at::Tensor& t) {
+    const cuda::StreamState now = stream_of(t);
+    return std::pair(reinterpret_cast<uintptr_t>(now.stream), now.capture);
+  });
   m.def("this_thread", [] { return at::RecordFunction::currentThreadId(); });
 
   // As PyTorch's own ops do, it lets other threads of Python run meanwhile.
@@ -165,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_linear", "").typed<decltype(frozen_linear)>();
     const py::gil_scoped_release no_gil;
-    return op.call(x, weight, weight_scale, bias, input_slot, activations, dtype);
+    return op.call(x, weight, weight_scale, bias, input_slot, activations, dtype, c10::nullopt, c10::nullopt);
   });
   m.def("is_input_quantized",
         [](int64_t m, int64_t n, int64_t k, const std::string& weight, const std::string& activations) {

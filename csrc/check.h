@@ -97,5 +97,10 @@ inline c10::SymInt padded_symbolic(const c10::SymInt& n) { return (n + (kAlignme
 
 // The product of every size but the last, also where the last is 0.
 inline int64_t leading_size(at::IntArrayRef size) { return c10::multiply_integers(size.slice(0, size.size() - 1)); }
+inline c10::SymInt leading_size_symbolic(const at::Tensor& x) {
+  c10::SymInt size = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) size = size * x.sym_size(i);
+  return size;
+}
 
 }  // namespace torch_fp8

@@ -30,17 +30,18 @@ struct FrozenFunction : torch::autograd::Function<FrozenFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
                             const c10::optional<at::Tensor>& input_slot, int64_t activations,
-                            c10::optional<at::ScalarType> dtype) {
+                            c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes,
+                            const c10::optional<at::Tensor>& x_scale) {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({weight, weight_scale});
     ctx->saved_data["activations"] = activations;
     ctx->saved_data["x_dtype"] = static_cast<int64_t>(x.scalar_type());
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return forward_op().call(x, weight, weight_scale, bias, input_slot, activations, dtype);
+    return forward_op().call(x, weight, weight_scale, bias, input_slot, activations, dtype, x_codes, x_scale);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(7);  // of forward's arguments
+    variable_list result(9);  // of forward's arguments
     if (!grads[0].defined()) return result;
     TORCH_CHECK(
         !at::GradMode::is_enabled(),
@@ -62,26 +63,28 @@ struct FrozenFunction : torch::autograd::Function<FrozenFunction> {
 at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
                                   const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
                                   const c10::optional<at::Tensor>& input_slot, int64_t activations,
-                                  c10::optional<at::ScalarType> dtype) {
+                                  c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes,
+                                  const c10::optional<at::Tensor>& x_scale) {
   using torch::autograd::compute_requires_grad;
   check_not_forward_mode(x);
   if (!compute_requires_grad(x, weight, weight_scale, bias, input_slot)) {
     // Not the boxed fallback of the other ops, since the host's time decides in decoding.
     const at::AutoDispatchBelowADInplaceOrView guard;
     return forward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weight, weight_scale, bias, input_slot,
-                                   activations, dtype);
+                                   activations, dtype, x_codes, x_scale);
   }
   TORCH_CHECK(!compute_requires_grad(weight, weight_scale, bias, input_slot),
               "torch_fp8: a FrozenLinear computes the gradient of its input only, but one of its own tensors requires "
               "one; train an adapter beside it (LoRA), or all of the layer with fp8.Linear (torch_fp8.convert)");
   check_no_transform("a FrozenLinear gives its input");
-  return FrozenFunction::apply(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  return FrozenFunction::apply(x, weight, weight_scale, bias, input_slot, activations, dtype, x_codes, x_scale);
 }
 
 at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList weights,
                                at::TensorList weight_scales, const c10::List<c10::optional<at::Tensor>>& biases,
                                const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
-                               int64_t activations, c10::optional<at::ScalarType> dtype) {
+                               int64_t activations, c10::optional<at::ScalarType> dtype,
+                               const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_mlp", "").typed<decltype(frozen_mlp)>();
   check_not_forward_mode(x);
@@ -93,7 +96,7 @@ at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at
               "torch.no_grad(), or its layers by frozen_linear");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weights, weight_scales, biases, input_slots,
-                       activation, activations, dtype);
+                       activation, activations, dtype, x_codes, x_scale);
 }
 
 }  // namespace torch_fp8

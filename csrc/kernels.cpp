@@ -64,6 +64,18 @@ const Kernels& kernels_of(const at::Tensor& tensor) {
   return tensor.is_meta() ? meta_kernels() : kernels(tensor.is_cuda());
 }
 
+void norm_and_quantize(const Kernels& kernels, const NormRowsArgs& args) {
+  kernels.norm(args.norm);
+  if (!args.q) return;
+  Matrix y = args.norm.cast.x;
+  y.data = args.norm.y, y.row_stride = y.cols, y.col_stride = 1;
+  if (args.slot) {
+    kernels.quantize({y, Format::kE4M3, args.slot, args.q, nullptr, nullptr, nullptr, nullptr});
+  } else {
+    kernels.quantize_rows({y, args.q, args.scale_inv, nullptr});
+  }
+}
+
 namespace cuda {
 
 const char* toolkit_version() { return TORCH_FP8_CUDA_VERSION; }

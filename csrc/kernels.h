@@ -172,6 +172,15 @@ struct NormArgs {
   float* stats;  // rstd (rows); with layer_norm the means, and behind them rstd
 };
 
+// The same norm for layers that are not trained: norm.y, which is not null here, is rounded first, and q is
+// quantize_rows of what it is then or, with a slot, quantize. norm.cast is x alone.
+struct NormRowsArgs {
+  NormArgs norm;
+  const Slot* slot;  // or null: each row by its own amax
+  uint8_t* q;  // E4M3 (padded(rows), padded(cols)), zero behind cols; rows behind those of x are anything; or null
+  float* scale_inv;  // rows, or null without q or with a slot
+};
+
 // dx = rstd * (g - mean of g - n * mean of g * n) [+ dsum], rounded once, with g = dy * (gain + gain_offset) and
 // n = (x - mean) * rstd; without layer_norm the mean of g is not taken off. dgain and dbias: the sums over rows of
 // dy * n and dy, row r in part r % parts.
@@ -367,6 +376,7 @@ struct Kernels {
   void (*rotary_backward)(const RotaryArgs& args);
   void (*norm)(const NormArgs& args);
   void (*norm_backward)(const NormBackwardArgs& args);
+  void (*norm_rows)(const NormRowsArgs& args);
   void (*quantize_rows)(const QuantizeRowsArgs& args);
   void (*quantize_groups)(const QuantizeGroupsArgs& args);
   void (*count_losses)(const LossArgs& args);
@@ -405,6 +415,9 @@ const Kernels& kernels_of(const at::Tensor& tensor);
 // The tables that the files of csrc/cpu and csrc/cuda fill while the library is loaded.
 Kernels& cpu_kernels();
 Kernels& cuda_kernels();
+
+// What norm_rows computes, by the kernels that do one thing each: the reference, and for what a kernel does not take.
+void norm_and_quantize(const Kernels& kernels, const NormRowsArgs& args);
 
 namespace cuda {
 inline StreamState current_stream() { return kernels(/*on_cuda=*/true).current_stream(); }

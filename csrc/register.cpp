@@ -24,22 +24,26 @@ void gemm_accumulate_meta(const at::Tensor& out, const at::Tensor& a, const at::
 // csrc/ops/frozen.cpp: the same, and all that can be checked of them.
 at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                               const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                              int64_t activations, c10::optional<at::ScalarType> dtype);
+                              int64_t activations, c10::optional<at::ScalarType> dtype,
+                              const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale);
 at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
                            const c10::List<c10::optional<at::Tensor>>& biases,
                            const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
-                           int64_t activations, c10::optional<at::ScalarType> dtype);
+                           int64_t activations, c10::optional<at::ScalarType> dtype,
+                           const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale);
 at::Tensor frozen_linear_backward_meta(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
                                        int64_t activations, at::ScalarType x_dtype);
 // csrc/frozen_autograd.cpp
 at::Tensor frozen_linear_autograd(c10::DispatchKeySet keys, const at::Tensor& x, const at::Tensor& weight,
                                   const at::Tensor& weight_scale, const c10::optional<at::Tensor>& bias,
                                   const c10::optional<at::Tensor>& input_slot, int64_t activations,
-                                  c10::optional<at::ScalarType> dtype);
+                                  c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes,
+                                  const c10::optional<at::Tensor>& x_scale);
 at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at::TensorList weights,
                                at::TensorList weight_scales, const c10::List<c10::optional<at::Tensor>>& biases,
                                const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
-                               int64_t activations, c10::optional<at::ScalarType> dtype);
+                               int64_t activations, c10::optional<at::ScalarType> dtype,
+                               const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale);
 
 namespace {
 
@@ -63,6 +67,7 @@ std::tuple<at::Tensor, at::Tensor> count_losses_op(const at::Tensor& x, const at
 void implement(torch::Library& m) {
   m.impl("quantize", quantize_op);
   m.impl("count_losses", count_losses_op);
+  m.impl("frozen_norm", frozen_norm);
   m.impl("frozen_linear", frozen_linear);
   m.impl("frozen_mlp", frozen_mlp);
   m.impl("frozen_experts", frozen_experts);
@@ -202,23 +207,34 @@ TORCH_LIBRARY(torch_fp8, m) {
       "norm_backward(Tensor dy, Tensor x, Tensor? dsum, Tensor? gain, Tensor stats, bool layer_norm, "
       "float gain_offset, bool wants_dgain, bool wants_dbias) -> (Tensor dx, Tensor dgain, Tensor dbias)");
 
+  // The norm of norm_cast for frozen layers that read it: y, the sum, and the codes of y as it was rounded, which
+  // frozen_linear and frozen_mlp take: q (M, pad16(K)) float8_e4m3fn and scale (M), the multipliers, each row by its
+  // own amax; or by input_slot (1, 4), when scale has 0 elements. Without codes, which few rows are not read as, both
+  // have 0 elements. y counts its writes in inference mode, too.
+  m.def(
+      "frozen_norm(Tensor x, Tensor? residual, Tensor? gain, Tensor? bias, float eps, bool layer_norm, "
+      "float gain_offset, Tensor? input_slot=None, bool codes=True) -> (Tensor y, Tensor sum, Tensor q, Tensor scale)");
+
   // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias, differentiable in x. weight (N, K) float8_e4m3fn;
   // weight_scale float32 of 1 element, (N, 1), or (ceil(N / 128), ceil(K / 128)). activations, how x is quantised: 0
   // not at all, 1 with input_slot (1, 4) {scale_inv, scale, -, -}, 2 by its own amax, 3 each row by its own amax or,
   // where weight_scale is a grid of blocks, each 128 columns of a row. Few rows are never quantised, nor with a grid of
   // blocks what is not 3 (is_input_quantized in ops/frozen_route.h). x, bias, dtype: bfloat16, float16 or float32.
+  // x_codes (M, pad16(K)) float8_e4m3fn, where they are given, are those that would be made of x: with x_scale (M), the
+  // multipliers, by row; without by input_slot. Where x would not be quantised they are not read, nor for a gradient.
   m.def(
       "frozen_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_slot, int activations, "
-      "ScalarType? dtype=None) -> Tensor");
+      "ScalarType? dtype=None, Tensor? x_codes=None, Tensor? x_scale=None) -> Tensor");
 
   // y (..., N) = down(f(gate(x)) * up(x)) or, of two layers, down(f(up(x))), each layer as frozen_linear computes it.
   // f: activation_cast's activation, but 3. The lists are of gate, up and down, or of up and down; a first of two
   // layers with twice down's inputs is gate and, behind it, up. Where down quantises more than few rows by row or by
   // its slot, and has no grid of blocks, the product is cast as it is made, never rounded to 16 bits; gate and up cast
-  // x once where both would make the same codes.
+  // x once where both would make the same codes. x_codes and x_scale are frozen_linear's, for the layers that read x.
   m.def(
       "frozen_mlp(Tensor x, Tensor[] weights, Tensor[] weight_scales, Tensor?[] biases, Tensor?[] input_slots, "
-      "int activation, int activations, ScalarType? dtype=None) -> Tensor");
+      "int activation, int activations, ScalarType? dtype=None, Tensor? x_codes=None, Tensor? x_scale=None) -> "
+      "Tensor");
 
   // y (rows, N) of x (rows, K), whose rows are sorted by expert: rows offsets[e] to offsets[e + 1] are multiplied with
   // weight[e] as frozen_linear does, rows behind offsets[E] are zero. offsets (E + 1) int64, on the CPU whatever the
@@ -263,7 +279,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_li
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
   for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
                            "linear_backward", "frozen_linear_backward", "activation_cast", "activation_backward_cast",
-                           "norm_cast", "norm_backward", "rotary_backward", "update_scales_"}) {
+                           "norm_cast", "norm_backward", "frozen_norm", "rotary_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
@@ -286,6 +302,7 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("rotary_backward", rotary_backward_meta);
   m.impl("norm_cast", norm_cast_meta);
   m.impl("norm_backward", norm_backward_meta);
+  m.impl("frozen_norm", frozen_norm_meta);
   m.impl("frozen_linear", frozen_linear_meta);
   m.impl("frozen_mlp", frozen_mlp_meta);
   m.impl("frozen_linear_backward", frozen_linear_backward_meta);

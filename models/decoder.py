@@ -1,11 +1,13 @@
 """A Llama as an inference engine runs it: fused qkv and gate-up, a static KV cache, decode steps for a CUDA graph.
 
-What stands between the linear layers is compiled in both arms, so that at batch 1 it is a few small kernels and not
-twenty: what is compared is the linear layers, at the speed of everything else that a tuned engine has.
+What stands between the linear layers is compiled, so that at batch 1 it is a few small kernels and not twenty: what is
+compared is the linear layers, at the speed of everything else that a tuned engine has. With ``by_modules`` each layer
+runs as the module that it is, as ``torch_fp8.fuse`` makes of it: only positions and cache are compiled then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +16,48 @@ from torch.nn import functional as F
 
 from .llama import Shape, rms_norm, rotation_of
 
+Attend = Callable[[Tensor], Tensor]  # of what qkv gives, to (1, heads, tokens, head)
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(shape.hidden, (shape.heads + 2 * shape.kv_heads) * shape.head, bias=False)
+        self.o = nn.Linear(shape.heads * shape.head, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        return self.o(attend(self.qkv(x)).transpose(1, 2).flatten(2))
+
+
+class FFN(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(shape.hidden, 2 * shape.ffn, bias=False)
+        self.down = nn.Linear(shape.ffn, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
 
 class Layer(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.attention_norm = nn.Parameter(torch.ones(shape.hidden))
-        self.ffn_norm = nn.Parameter(torch.ones(shape.hidden))
-        self.qkv = nn.Linear(shape.hidden, (shape.heads + 2 * shape.kv_heads) * shape.head, bias=False)
-        self.o = nn.Linear(shape.heads * shape.head, shape.hidden, bias=False)
-        self.gate_up = nn.Linear(shape.hidden, 2 * shape.ffn, bias=False)
-        self.down = nn.Linear(shape.ffn, shape.hidden, bias=False)
+        self.attention_norm, self.ffn_norm = Norm(shape.hidden), Norm(shape.hidden)
+        self.attention, self.ffn = Attention(shape), FFN(shape)
 
-    def ffn(self, y: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(y)))
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), attend)
+        return x + self.ffn(self.ffn_norm(x))
 
 
 @dataclass
@@ -43,10 +74,10 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Shape, layers: int, vocabulary: int) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.by_modules = shape, False
         self.embedding = nn.Embedding(vocabulary, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(layers))
-        self.norm = nn.Parameter(torch.ones(shape.hidden))
+        self.norm = Norm(shape.hidden)
         self.lm_head = nn.Linear(shape.hidden, vocabulary, bias=False)
 
     def new_cache(self, length: int) -> Cache:
@@ -85,12 +116,19 @@ class Decoder(nn.Module):
 
     def _run(self, ids: Tensor, positions: Tensor, cache: Cache, attend) -> Tensor:
         x, angles = self.embedding(ids), tuple(part[positions] for part in cache.rotation)
-        y = rms_norm(x, self.layers[0].attention_norm)
+
+        def attend_over(k: Tensor, v: Tensor) -> Attend:
+            return lambda qkv: attend(rotate_and_store(qkv, angles, positions, k, v), k, v)
+
+        if self.by_modules:
+            for layer, k, v in zip(self.layers, cache.k, cache.v):
+                x = layer(x, attend_over(k, v))
+            return self.lm_head(self.norm(x[:, -1:]))
+        y = self.layers[0].attention_norm(x)
         following = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
         for layer, k, v, norm in zip(self.layers, cache.k, cache.v, following):
-            q = rotate_and_store(layer.qkv(y), angles, positions, k, v)
-            x, y = add_and_norm(x, layer.o(attend(q, k, v).transpose(1, 2).flatten(2)), layer.ffn_norm)
-            x, y = add_and_norm(x, layer.ffn(y), norm)
+            x, y = add_and_norm(x, layer.attention(y, attend_over(k, v)), layer.ffn_norm.weight)
+            x, y = add_and_norm(x, layer.ffn.down(swiglu(layer.ffn.gate_up(y))), norm.weight)
         return self.lm_head(y[:, -1:])
 
 

@@ -21,6 +21,7 @@ from families import (
     transformers,
 )
 from torch import nn
+from torch_fp8.layers import frozen, given, mlp
 from torch_fp8.layers.fused import FusedBlock, fused_modules
 from torch_fp8.layers.linear import fp8_layers
 
@@ -49,6 +50,32 @@ class TestFamilies:
                 errors[name] += torch.tensor([off(a, b) for a, b in zip(got, right)], dtype=torch.float64)
         assert (errors["fused"] <= 1.15 * errors["fp8"]).all(), errors
         assert (errors["fused"] >= errors["16 bits"]).all()  # it is FP8
+
+    @pytest.mark.parametrize("activations", ["token", "static"])
+    def test_frozen(self, family, activations, monkeypatch):
+        """Norms make the codes of the layers that read them; to the bit what those would make, and no worse in all."""
+        exact, model, ids = make(family, torch.float32).eval(), make(family).eval(), ids_of()
+        for a, b in zip(exact.parameters(), model.parameters()):
+            a.data.copy_(b.data)
+        if activations == "static":
+            fp8.calibrate(model, [ids])
+        fp8.freeze(model, activations, "tensor" if activations == "static" else "channel")
+        plain = copy.deepcopy(model)
+        fp8.fuse(model)
+        assert counts(model)[0] == FAMILIES[family][0] and counts(model)[2:] == FAMILIES[family][2:]
+        taken, codes_for = [], given.codes_for
+        with torch.no_grad():
+            right = exact(ids).logits
+            for module in (frozen, mlp):
+                monkeypatch.setattr(module, "codes_for", lambda *args: taken.append(codes_for(*args)) or taken[-1])
+            logits, made = model(ids).logits, model.generate(ids[:, :20], max_new_tokens=3, do_sample=False)
+            # Not where norms stand behind the layers.
+            assert sum(map(bool, taken)) >= (0 if family == "olmo2" else 4)
+            for module in (frozen, mlp):
+                monkeypatch.setattr(module, "codes_for", lambda *args: ())
+            assert torch.equal(model(ids).logits, logits)
+            assert torch.equal(model.generate(ids[:, :20], max_new_tokens=3, do_sample=False), made)
+            assert off(logits, right) <= 1.15 * off(plain(ids).logits, right)
 
     def test_nothing_moves(self, family):
         model = converted(family)

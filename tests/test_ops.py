@@ -48,6 +48,9 @@ def samples(device):
     yield ops.norm_cast, (x, x.clone(), gain, None, 1e-5, False, 1.0, slots, *rest, True, True, True), {}
     yield ops.norm_cast, (x, None, gain, gain.clone(), 1e-5, True, 0.0, slots, *rest, True, False, False), {}
     yield ops.norm_cast, (x, None, None, None, 1e-5, False, 0.0, None, *rest, True, True, True), {}
+    yield ops.frozen_norm, (x, x.clone(), gain, None, 1e-5, False, 1.0), {}
+    yield ops.frozen_norm, (x, None, gain, gain.clone(), 1e-5, True, 0.0, slots[:1].clone()), {}
+    yield ops.frozen_norm, (x, None, None, None, 1e-5, False, 0.0), {"codes": False}
     stats = torch.ones(2, 15, device=device)
     yield ops.norm_backward, (x.clone(), x, x * 2, gain, stats, True, 0.0, True, True), {}
     yield ops.norm_backward, (x.clone(), x, None, None, stats[0].clone(), False, 0.0, True, False), {}
@@ -57,7 +60,7 @@ def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(22))
+@pytest.mark.parametrize("index", range(25))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -67,7 +70,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(22))
+@pytest.mark.parametrize("index", range(25))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

@@ -99,8 +99,11 @@ void norm_backward(const NormBackwardArgs& args) {
   with_type(args.x.type, [&](auto t) { norm_backward_as<decltype(t)>(args); });
 }
 
+void norm_rows(const NormRowsArgs& args) { norm_and_quantize(cpu_kernels(), args); }
+
 [[maybe_unused]] const bool filled = [] {
   cpu_kernels().norm = norm;
+  cpu_kernels().norm_rows = norm_rows;
   cpu_kernels().norm_backward = norm_backward;
   return true;
 }();

@@ -59,6 +59,31 @@ WeightScale check_frozen(const at::Tensor& x, const at::Tensor& weight, const at
   return kind_of(weight_scale, weight.sym_size(0), weight.sym_size(1));
 }
 
+// Codes that somebody has made of x, for layers whose weights have scales of these kinds.
+void check_given(const at::Tensor& x, const c10::optional<at::Tensor>& codes, const c10::optional<at::Tensor>& scale,
+                 Activations activations, at::ArrayRef<WeightScale> kinds) {
+  if (!codes) return;
+  const bool by_row = activations == Activations::kToken;
+  const bool takes = by_row || activations == Activations::kStatic;
+  TORCH_CHECK_VALUE(takes && std::none_of(kinds.begin(), kinds.end(), [](auto k) { return k == WeightScale::kBlock; }),
+                    "torch_fp8: x_codes are for activations 1 or 3 and weights without a grid of scales; give x alone");
+  TORCH_CHECK_TYPE(codes->scalar_type() == at::kFloat8_e4m3fn, "torch_fp8: x_codes must be float8_e4m3fn, got ",
+                   codes->scalar_type());
+  const c10::SymInt rows = leading_size_symbolic(x), cols = padded_symbolic(x.sym_size(-1));
+  TORCH_CHECK(codes->dim() == 2 && codes->sym_size(0) == rows && codes->sym_size(1) == cols && codes->is_contiguous(),
+              "torch_fp8: x_codes must be contiguous and of shape [", rows, ", ", cols, "], got ", codes->sym_sizes(),
+              " with strides ", codes->sym_strides(), "; frozen_norm makes such ones");
+  check_same_device(x, "the input", *codes, "x_codes");
+  TORCH_CHECK(by_row == scale.has_value(), "torch_fp8: x_codes by row come with x_scale, those by input_slot without; ",
+              "got activations ", static_cast<int>(activations), by_row ? " and no x_scale" : " and x_scale");
+  if (!scale) return;
+  TORCH_CHECK(
+      scale->scalar_type() == at::kFloat && scale->dim() == 1 && scale->sym_size(0) == rows && scale->is_contiguous(),
+      "torch_fp8: x_scale must be contiguous float32 of shape [", rows, "], got ", scale->scalar_type(), " ",
+      scale->sym_sizes());
+  check_same_device(x, "the input", *scale, "x_scale");
+}
+
 WeightScale check_frozen_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
                                   int64_t activations, at::ScalarType x_dtype) {
   type_of(dy.scalar_type(), "the output's gradient");
@@ -89,9 +114,9 @@ struct Product {
   // Of a gradient, whose sums are promoted to float32 as in all training: what x's columns are multiplied by, or null.
   bool is_gradient = false;
   const float* col_scale = nullptr;
-  // Of an MLP. codes: those of x, where another layer has made them; or null. made: x is gate, and what is quantised is
-  // f(gate) or, with up (m, k), f(gate) * up.
+  // The codes of x, where somebody has made them; or null.
   const QuantizedInput* codes_of_x = nullptr;
+  // Of an MLP. made: x is gate, and what is quantised is f(gate) or, with up (m, k), f(gate) * up.
   c10::optional<Activation> made = {};
   c10::optional<at::Tensor> up = {};
 
@@ -153,9 +178,26 @@ struct QuantizedInput {
   int64_t rows;        // m, or more of them
   const float* scale;  // one, or as many as scales_of says
   bool has_one_scale;
-  float* sums;               // (m, padded(n)), if asked for
-  at::Tensor own_sums = {};  // where they lie, if not in scratch
+  float* sums;                // (m, padded(n)), if asked for
+  at::Tensor own_sums = {};   // where they lie, if not in scratch
+  at::Tensor own_scale = {};  // likewise
 };
+
+at::Tensor aligned(const at::Tensor& tensor) { return is_aligned(tensor.const_data_ptr()) ? tensor : tensor.clone(); }
+
+// Of codes that were checked.
+c10::optional<QuantizedInput> given_input(const c10::optional<at::Tensor>& codes,
+                                          const c10::optional<at::Tensor>& scale,
+                                          const c10::optional<at::Tensor>& input_slot) {
+  if (!codes) return {};
+  QuantizedInput given{};
+  given.scratch = aligned(*codes), given.own_scale = scale ? aligned(*scale) : *input_slot;
+  given.q = static_cast<uint8_t*>(given.scratch.data_ptr());
+  given.rows = codes->size(0);
+  given.scale = static_cast<const float*>(given.own_scale.const_data_ptr());  // of a slot scale_inv comes first
+  given.has_one_scale = !scale;
+  return given;
+}
 
 QuantizedInput quantized_input(const Product& p, bool with_sums) {
   const int64_t m = p.route.m, n = p.route.n, k = p.route.k;
@@ -255,8 +297,6 @@ at::Tensor rescaled(const Product& p) {
                      p.has_one_weight_scale(), p.bias_data(), out.data_ptr(), p.route.y});
   return out;
 }
-
-at::Tensor aligned(const at::Tensor& tensor) { return is_aligned(tensor.const_data_ptr()) ? tensor : tensor.clone(); }
 
 at::Tensor padded_with(const at::Tensor& vector, int64_t size) {
   return aligned(vector.size(-1) == size ? vector : at::constant_pad_nd(vector, {0, size - vector.size(-1)}));
@@ -391,6 +431,11 @@ std::vector<WeightScale> check_frozen_mlp(const at::Tensor& x, Tensors weights, 
   return kinds;
 }
 
+// Of the layers that read x.
+at::ArrayRef<WeightScale> first_kinds(const std::vector<WeightScale>& kinds) {
+  return at::ArrayRef<WeightScale>(kinds).slice(0, kinds.size() - 1);
+}
+
 at::Tensor activated(const at::Tensor& x, Activation f) {
   if (f == Activation::kSilu) return at::silu(x);
   if (f == Activation::kReluSquared) return at::relu(x).square();
@@ -411,9 +456,10 @@ bool have_same_codes(const FrozenProduct& a, const FrozenProduct& b) {
          (a.weight_scale == WeightScale::kBlock) == (b.weight_scale == WeightScale::kBlock);
 }
 
-at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f) {
+at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f, const QuantizedInput* given) {
   Product first = layers.product(0, x);
   const bool gated = layers.kinds.size() == 3;
+  first.codes_of_x = given;
   at::Tensor gate;
   c10::optional<at::Tensor> up;
   if (!gated) {
@@ -425,7 +471,9 @@ at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f) {
   } else {
     Product second = layers.product(1, x);
     c10::optional<QuantizedInput> codes;
-    if (have_same_codes(first.route, second.route)) {
+    if (given) {
+      second.codes_of_x = given;
+    } else if (have_same_codes(first.route, second.route)) {
       codes = quantized_input(first, /*with_sums=*/false);
       first.codes_of_x = second.codes_of_x = &*codes;
     }
@@ -455,7 +503,8 @@ at::Tensor frozen_product(const at::Tensor& x, const at::Tensor& weight, const a
 at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
                       const c10::List<c10::optional<at::Tensor>>& biases,
                       const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation, int64_t activations,
-                      c10::optional<at::ScalarType> dtype) {
+                      c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes,
+                      const c10::optional<at::Tensor>& x_scale) {
   const Layers layers{weights,
                       weight_scales,
                       biases,
@@ -463,19 +512,24 @@ at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorLis
                       static_cast<Activations>(activations),
                       dtype.value_or(x.scalar_type()),
                       check_frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype)};
+  check_given(x, x_codes, x_scale, layers.activations, first_kinds(layers.kinds));
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
-  return mlp_of(x, layers, static_cast<Activation>(activation));
+  const auto given = given_input(x_codes, x_scale, input_slots.get(0));
+  return mlp_of(x, layers, static_cast<Activation>(activation), given ? &*given : nullptr);
 }
 
 at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
                            const c10::List<c10::optional<at::Tensor>>& biases,
                            const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
-                           int64_t activations, c10::optional<at::ScalarType> dtype) {
+                           int64_t activations, c10::optional<at::ScalarType> dtype,
+                           const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale) {
   if (GemmRecord::is_open()) {
-    return frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype);
+    return frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype, x_codes, x_scale);
   }
-  check_frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype);
+  const std::vector<WeightScale> kinds =
+      check_frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype);
+  check_given(x, x_codes, x_scale, static_cast<Activations>(activations), first_kinds(kinds));
   auto size = x.sym_sizes().vec();
   size.back() = weights.back().sym_size(0);
   return at::empty_symint(size, x.options().dtype(dtype.value_or(x.scalar_type())));
@@ -483,12 +537,17 @@ at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::Tens
 
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                         int64_t activations, c10::optional<at::ScalarType> dtype) {
+                         int64_t activations, c10::optional<at::ScalarType> dtype,
+                         const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale) {
   const WeightScale kind = check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  check_given(x, x_codes, x_scale, static_cast<Activations>(activations), kind);
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
-  return frozen_product(x, weight, weight_scale, kind, bias, input_slot, static_cast<Activations>(activations),
-                        dtype.value_or(x.scalar_type()));
+  const auto given = given_input(x_codes, x_scale, input_slot);
+  Product p = product_of(x, weight, weight_scale, kind, bias, input_slot, static_cast<Activations>(activations),
+                         dtype.value_or(x.scalar_type()));
+  if (given) p.codes_of_x = &*given;
+  return computed(p);
 }
 
 at::Tensor frozen_linear_backward(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
@@ -538,9 +597,13 @@ at::Tensor frozen_linear_backward_meta(const at::Tensor& dy, const at::Tensor& w
 
 at::Tensor frozen_linear_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                               const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                              int64_t activations, c10::optional<at::ScalarType> dtype) {
-  if (GemmRecord::is_open()) return frozen_linear(x, weight, weight_scale, bias, input_slot, activations, dtype);
-  check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype);
+                              int64_t activations, c10::optional<at::ScalarType> dtype,
+                              const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale) {
+  if (GemmRecord::is_open()) {
+    return frozen_linear(x, weight, weight_scale, bias, input_slot, activations, dtype, x_codes, x_scale);
+  }
+  const WeightScale kind = check_frozen(x, weight, weight_scale, bias, input_slot, activations, dtype);
+  check_given(x, x_codes, x_scale, static_cast<Activations>(activations), kind);
   auto size = x.sym_sizes().vec();
   size.back() = weight.sym_size(0);
   return at::empty_symint(size, x.options().dtype(dtype.value_or(x.scalar_type())));

@@ -1,11 +1,12 @@
 // norm_cast, norm_backward: RMSNorm and LayerNorm, with what stands before them (a residual that is added) and behind
-// (the cast of the layer that reads them) in one pass.
+// (the cast of the layer that reads them) in one pass. frozen_norm: the same for layers that are not trained.
 #include <algorithm>
 #include <cmath>
 
 #include <ATen/ATen.h>
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 
 #include "ops/cast_plan.h"
 #include "ops/producers.h"
@@ -59,18 +60,86 @@ c10::SymDimVector stats_size(c10::SymInt rows, bool layer_norm) {
 
 void* data_of(const at::Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; }
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_cast(
-    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain, const OptionalTensor& bias,
-    double eps, bool layer_norm, double gain_offset, const OptionalTensor& slots, int64_t role, at::IntArrayRef casts,
-    int64_t history, bool training, bool record, bool rowwise, bool columnwise, bool wants_y) {
+void check_norm(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain,
+                const OptionalTensor& bias, double eps, double gain_offset) {
   check_x(x);
   if (residual) check_like(*residual, "residual", x, "x");
   check_parameter(gain, "gain", x);
   check_parameter(bias, "bias", x);
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "torch_fp8: eps must be 0 or a positive number, got ", eps);
   TORCH_CHECK_VALUE(std::isfinite(gain_offset), "torch_fp8: gain_offset must be a finite number, got ", gain_offset);
+}
+
+// What a kernel reads and writes, and what keeps it alive.
+struct NormCall {
+  at::Tensor x;  // (M, K)
+  OptionalTensor residual, gain, bias;
+  at::Tensor y = {}, sum = {}, stats = {};
+  NormArgs args = {};
+};
+
+NormCall norm_call(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain,
+                   const OptionalTensor& bias, double eps, bool layer_norm, double gain_offset, bool wants_y) {
+  const auto like_x = [&x](bool wanted) {
+    return wanted ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  };
+  NormCall call{.x = as_rows(x), .residual = as_rows(residual), .gain = dense(gain), .bias = dense(bias)};
+  call.y = like_x(wants_y), call.sum = like_x(residual.has_value());
+  call.stats = at::empty_symint(stats_size(call.x.size(0), layer_norm), x.options().dtype(at::kFloat));
+  NormArgs& args = call.args;
+  args.layer_norm = layer_norm, args.eps = static_cast<float>(eps);
+  args.cast.x = torch_fp8::matrix_of(call.x), args.residual = matrix_of(call.residual);
+  args.gain = vector_of(call.gain), args.bias = vector_of(call.bias);
+  args.gain_offset = static_cast<float>(gain_offset);
+  args.sum = data_of(call.sum), args.y = data_of(call.y), args.stats = static_cast<float*>(data_of(call.stats));
+  return call;
+}
+
+void check_input_slot(const OptionalTensor& input_slot, const at::Tensor& x) {
+  if (!input_slot) return;
+  check_slots(*input_slot, 1);
+  check_same_device(x, "x", *input_slot, "input_slot");
+}
+
+// A tensor that counts its writes in inference mode too, where others do not: its reader asks.
+template <class Make>
+auto counting_writes(const Make& make) {
+  const bool in_inference = c10::InferenceMode::is_enabled();
+  c10::optional<c10::InferenceMode> out_of_it;
+  if (in_inference) out_of_it.emplace(false);
+  return make();
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm(
+    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain, const OptionalTensor& bias,
+    double eps, bool layer_norm, double gain_offset, const OptionalTensor& input_slot, bool codes) {
+  check_norm(x, residual, gain, bias, eps, gain_offset);
+  check_input_slot(input_slot, x);
+  RECORD_FUNCTION("torch_fp8::frozen_norm", std::vector<c10::IValue>());
+  const c10::DeviceGuard on_device(x.device());
+  const NoAutocast no_autocast;
+  NormCall call = norm_call(x, residual, gain, bias, eps, layer_norm, gain_offset, /*wants_y=*/false);
+  call.y = counting_writes([&] { return at::empty(x.sizes(), x.options()); });
+  call.args.y = data_of(call.y);
+  const int64_t rows = call.x.size(0), cols = call.x.size(1);
+  // Kernels of whole tiles write rows of padding, which are not given away.
+  const auto fp8 = x.options().dtype(at::kFloat8_e4m3fn);
+  const at::Tensor q = codes ? at::empty({padded(rows), padded(cols)}, fp8) : at::empty({0, 0}, fp8);
+  const at::Tensor scale = at::empty({codes && !input_slot ? rows : 0}, x.options().dtype(at::kFloat));
+  if (x.numel()) {
+    kernels_of(x).norm_rows({call.args, input_slot ? slots_of(*input_slot) : nullptr, static_cast<uint8_t*>(data_of(q)),
+                             static_cast<float*>(data_of(scale))});
+  }
+  return {call.y, call.sum, q.narrow(0, 0, codes ? rows : 0), scale};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_cast(
+    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& gain, const OptionalTensor& bias,
+    double eps, bool layer_norm, double gain_offset, const OptionalTensor& slots, int64_t role, at::IntArrayRef casts,
+    int64_t history, bool training, bool record, bool rowwise, bool columnwise, bool wants_y) {
+  check_norm(x, residual, gain, bias, eps, gain_offset);
   Cast cast;
   if (slots) {
     check_role(*slots, "slots", x, "x", casts, role);
@@ -81,18 +150,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   RECORD_FUNCTION("torch_fp8::norm_cast", std::vector<c10::IValue>());
   const c10::DeviceGuard on_device(x.device());
   const NoAutocast no_autocast;
-  const at::Tensor x_2d = as_rows(x);
-  const OptionalTensor residual_2d = as_rows(residual), dense_gain = dense(gain), dense_bias = dense(bias);
-  const at::Tensor y = wants_y ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  const at::Tensor sum = residual ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  const at::Tensor stats = at::empty_symint(stats_size(x_2d.size(0), layer_norm), x.options().dtype(at::kFloat));
-
-  NormArgs args{};
-  args.layer_norm = layer_norm, args.eps = static_cast<float>(eps);
-  args.cast.x = torch_fp8::matrix_of(x_2d), args.residual = matrix_of(residual_2d);
-  args.gain = vector_of(dense_gain), args.bias = vector_of(dense_bias);
-  args.gain_offset = static_cast<float>(gain_offset);
-  args.sum = data_of(sum), args.y = data_of(y), args.stats = static_cast<float*>(data_of(stats));
+  const NormCall call = norm_call(x, residual, gain, bias, eps, layer_norm, gain_offset, wants_y);
+  const at::Tensor &y = call.y, &sum = call.sum, &stats = call.stats;
+  NormArgs args = call.args;
   const auto run = [&](const QuantizeArgs& codes) {
     args.cast = codes;
     if (x.numel()) kernels_of(x).norm(args);
@@ -103,11 +163,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   }
   QuantizeOptions options = how(casts, static_cast<int>(role), history, training, record);
   options.rowwise = rowwise, options.columnwise = columnwise;
-  CastPlan plan = plan_cast(x_2d, *slots, role, cast.format, options);
+  CastPlan plan = plan_cast(call.x, *slots, role, cast.format, options);
   if (is_own(plan)) {
     run(amax_only(plan)), scale_by_own(plan);
     // All but the codes is made: the second pass makes them of what the first has added up.
-    if (residual) plan.steps.cast.x = torch_fp8::matrix_of(sum.view(x_2d.sizes()));
+    if (residual) plan.steps.cast.x = torch_fp8::matrix_of(sum.view(call.x.sizes()));
     args.residual = {}, args.sum = args.y = nullptr;
   }
   run(plan.steps.cast);
@@ -159,12 +219,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto like_x = [&](bool wanted) {
     return wanted ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
   };
-  c10::SymInt rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
-  const at::Tensor stats = at::empty_symint(stats_size(rows, layer_norm), x.options().dtype(at::kFloat));
+  const at::Tensor stats =
+      at::empty_symint(stats_size(leading_size_symbolic(x), layer_norm), x.options().dtype(at::kFloat));
   if (!slots) return {like_x(wants_y), like_x(residual.has_value()), nothing(x), nothing(x), nothing(x), stats};
   const auto [q, q_t, scale_inv] = cast_meta(x, *slots, role, casts, history, training, record, rowwise, columnwise);
   return {like_x(wants_y), like_x(residual.has_value()), q, q_t, scale_inv, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm_meta(
+    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor&, const OptionalTensor&, double, bool,
+    double, const OptionalTensor& input_slot, bool codes) {
+  const c10::SymInt rows = leading_size_symbolic(x), cols = padded_symbolic(x.sym_size(-1));
+  const at::Tensor y = counting_writes([&] { return at::empty_symint(x.sym_sizes(), x.options()); });
+  const at::Tensor sum = residual ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
+  const c10::SymInt none = 0;
+  const at::Tensor q =
+      at::empty_symint({codes ? rows : none, codes ? cols : none}, x.options().dtype(at::kFloat8_e4m3fn));
+  return {y, sum, q, at::empty_symint({codes && !input_slot ? rows : none}, x.options().dtype(at::kFloat))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_meta(const at::Tensor&, const at::Tensor& x,

@@ -34,6 +34,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
     const c10::optional<at::Tensor>& slots, int64_t role, at::IntArrayRef casts, int64_t history, bool training,
     bool record, bool rowwise, bool columnwise, bool wants_y);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm_meta(
+    const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
+    const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
+    const c10::optional<at::Tensor>& input_slot, bool codes);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward_meta(const at::Tensor& dy, const at::Tensor& x,
                                                                   const c10::optional<at::Tensor>& dsum,
                                                                   const c10::optional<at::Tensor>& gain,

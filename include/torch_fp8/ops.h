@@ -76,24 +76,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(const at::Tensor& d
                                                              const at::Tensor& stats, bool layer_norm,
                                                              double gain_offset, bool wants_dgain, bool wants_dbias);
 
+// The same norm for frozen layers that read it -> y, the sum, and the codes of y as it was rounded, for frozen_linear
+// and frozen_mlp: q (M, pad16(K)) and scale (M), by row or, with an input_slot (1, 4), by that, when scale has 0
+// elements. Without codes both have 0 elements. Not differentiable. y counts its writes in inference mode too.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> frozen_norm(
+    const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,
+    const c10::optional<at::Tensor>& bias, double eps, bool layer_norm, double gain_offset,
+    const c10::optional<at::Tensor>& input_slot, bool codes = true);
+
 // How the input of a frozen layer is quantised.
 enum class Activations : uint8_t { kNone, kStatic, kTensor, kToken };
 
 // y (..., N) = x (..., K) . (weight * weight_scale)^T + bias. weight (N, K) float8_e4m3fn;
 // weight_scale float32: one, (N, 1), or (ceil(N / 128), ceil(K / 128)); input_slot (1, 4) float32 {scale_inv, scale, -,
-// -} for kStatic. Which x are quantised: is_input_quantized (csrc/ops/frozen_route.h) says it.
+// -} for kStatic. Which x are quantised: is_input_quantized (csrc/ops/frozen_route.h) says it. x_codes (M, pad16(K)),
+// where they are given, are those that would be made of x: by row with x_scale (M), or by the slot without. They are
+// read where x would be quantised; the gradient knows nothing of them.
 at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
                          const c10::optional<at::Tensor>& bias, const c10::optional<at::Tensor>& input_slot,
-                         int64_t activations, c10::optional<at::ScalarType> dtype);
+                         int64_t activations, c10::optional<at::ScalarType> dtype,
+                         const c10::optional<at::Tensor>& x_codes = c10::nullopt,
+                         const c10::optional<at::Tensor>& x_scale = c10::nullopt);
 
 // y (..., N) = down(f(gate(x)) * up(x)) or, of two layers, down(f(up(x))), each layer as frozen_linear computes it; f:
 // activation_cast's activation, but 3. weights, weight_scales, biases and input_slots are those of gate, up and down,
 // or of up and down; a first of two layers with twice down's inputs is gate and, behind it, up. Where down quantises by
-// row or by its slot, the product is cast as it is made, never rounded to 16 bits. Not differentiable.
+// row or by its slot, the product is cast as it is made, never rounded to 16 bits. x_codes and x_scale are for the
+// layers that read x. Not differentiable.
 at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
                       const c10::List<c10::optional<at::Tensor>>& biases,
                       const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation, int64_t activations,
-                      c10::optional<at::ScalarType> dtype);
+                      c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes = c10::nullopt,
+                      const c10::optional<at::Tensor>& x_scale = c10::nullopt);
 
 // y (rows, N) of x (rows, K): rows offsets[e] to offsets[e + 1] by weight[e] and the rest of expert e, as frozen_linear
 // has it; rows behind offsets[E] are zero. offsets (E + 1) int64 on the CPU; weight (E, N, K) float8_e4m3fn; bias (E,

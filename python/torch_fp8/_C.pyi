@@ -123,6 +123,7 @@ def norm(
     reader: LinearLayer | None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
+def stream_of(t: Tensor) -> tuple[int, int]: ...
 def frozen_linear(
     x: Tensor,
     weight: Tensor,

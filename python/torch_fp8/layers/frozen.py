@@ -11,6 +11,7 @@ from torch.overrides import has_torch_function
 
 from .. import _C
 from ..format import BLOCK, E4M3
+from .given import codes_for, codes_in_graph
 
 #: How the input is quantised; the index is what the op takes.
 ACTIVATIONS = ("none", "static", "tensor", "token")
@@ -164,8 +165,12 @@ class FrozenLinear(FrozenState, nn.Linear):
         arguments = (input, *state, ACTIVATIONS.index(self.activations), autocast_dtype(input))
         # What takes part in Python (the compiler, a mode, a subclass) is shown Python's op; all others go through the
         # dispatcher too, past half of the host's time.
-        if torch.compiler.is_compiling() or has_torch_function((input, *state)):
+        if torch.compiler.is_compiling():
+            return torch.ops.torch_fp8.frozen_linear(*arguments, *codes_in_graph(input, self))
+        if has_torch_function((input, *state)):
             return torch.ops.torch_fp8.frozen_linear(*arguments)
+        if codes := codes_for(input, self):
+            return torch.ops.torch_fp8.frozen_linear(*arguments, *codes)
         return _C.frozen_linear(*arguments)
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -21,6 +21,7 @@ from . import traced
 from .dtensor import is_dtensor
 from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
 from .frozen import FrozenLinear, autocast_dtype
+from .given import FEW_ROWS, codes_for, codes_in_graph
 from .linear import Layer, linear_layer
 from .transforms import is_transformed
 
@@ -95,17 +96,13 @@ def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module, act
     return ""
 
 
-# The op casts the product of more rows than these alone, whatever the layers' sizes (csrc/ops/frozen_route.h).
-_FEW_ROWS = 16
-
-
 def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> bool:
     """Whether frozen layers take this input in one piece: few rows gain nothing, and gradients are of single layers."""
-    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= _FEW_ROWS:
+    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= FEW_ROWS:
         return False  # first, since in decoding the host's time counts
     if is_dtensor(x) or why_apart_frozen(gate, up, down, activation):
         return False
-    if is_transformed(x):
+    if is_transformed(x) or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):  # it knows no Tensor?[]
         return False
     layers = _by_role(gate, up, down).values()
     tensors = [x, *(t for layer in layers for t in layer._state() if t is not None)]
@@ -131,9 +128,10 @@ def _makes_both(up: Any, down: Any) -> bool:
 def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
     layers = list(_by_role(gate, up, down).values())
     weights, scales, biases, slots = zip(*(layer._state() for layer in layers), strict=True)
+    find = codes_in_graph if torch.compiler.is_compiling() else codes_for
     how = FROZEN_ACTIVATIONS.index(layers[0].activations)
     return torch.ops.torch_fp8.frozen_mlp(
-        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x)
+        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x), *find(x, *layers[:-1])
     )  # fmt: skip
 
 

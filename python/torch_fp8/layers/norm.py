@@ -13,6 +13,8 @@ from .. import _C
 from ..state import InputGroup
 from . import traced
 from .dtensor import is_dtensor
+from .frozen import FrozenLinear
+from .given import FEW_ROWS, offer
 from .linear import SUPPORTED_DTYPES, Layer, linear_layer
 from .transforms import is_transformed
 
@@ -33,12 +35,37 @@ def norm(
     where there is no residual. Whoever goes on with the sum in the place of x has both gradients added by the norm.
 
     x, residual (..., K) of one dtype; gain, bias (K). readers: the layers that read the result; where they are FP8
-    layers in one group they take its codes."""
+    layers in one group they take its codes, and so do frozen ones, where no gradient is wanted."""
+    if (frozen := _frozen_reader(x, readers)) is not None and not _is_differentiated(x, residual, gain, bias):
+        codes = x.shape[:-1].numel() > FEW_ROWS
+        slot = frozen.input_slot if frozen.activations == "static" else None
+        y, total, q, scale = torch.ops.torch_fp8.frozen_norm(
+            x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, slot, codes
+        )
+        if codes:
+            y = _operators(y)
+            offer(y, q, scale, slot)
+        return y, x if residual is None else total
     reader = _leader(readers)
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
         return _traced(x, gain, bias, how, residual, reader)
     given, recompute = (None, False) if reader is None else (linear_layer(reader), reader.fp8_state.recompute)
     return _C.norm(x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, given, recompute)
+
+
+def _frozen_reader(x: Tensor, readers: Sequence[nn.Module]) -> FrozenLinear | None:
+    """As which of these layers codes of a tensor like x are made: None where no frozen layer would take them."""
+    if not readers or not isinstance(layer := readers[0], FrozenLinear) or x.dim() == 0:
+        return None
+    if layer.granularity == "block" or layer.in_features != x.shape[-1]:
+        return None
+    needed = layer.input_slot if layer.activations == "static" else layer.weight
+    fits = layer.activations in ("token", "static") and needed is not None and needed.device == x.device
+    return layer if fits else None
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def can_norm(x: Tensor, *others: Tensor | None) -> bool:
@@ -72,6 +99,11 @@ def _leader(readers: Sequence[nn.Module]) -> Layer | None:
     return None
 
 
+def _operators(y: Tensor) -> Tensor:
+    """Dynamo lays attributes down on what an operator gave as its one result."""
+    return y.view(y.shape) if torch.compiler.is_compiling() else y
+
+
 def _traced(
     x: Tensor, gain: Tensor | None, bias: Tensor | None, how: Norm, residual: Tensor | None, reader: Any
 ) -> tuple[Tensor, Tensor]:
@@ -81,7 +113,7 @@ def _traced(
         state = reader.fp8_state if traced.takes_codes(reader.fp8_state, call) else None
     slots = None if state is None else state.slots
     y, total, *codes = _Norm.apply(x, residual, gain, bias, how, slots, call)
-    y = y.view(y.shape)  # Dynamo lays attributes down on results of operators alone, and y is one of a function
+    y = _operators(y)
     if state is not None and call is not None:
         traced.offer_codes(state, y, call, (codes[0], codes[1], codes[2]))
     return y, total

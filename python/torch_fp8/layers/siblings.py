@@ -8,6 +8,13 @@ from typing import Any
 from ..state import InputGroup
 from .linear import Layer
 
+# Names that layers which read one tensor have in the published GPT and Llama code bases, below one module.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), ("to_q", "to_k", "to_v"),
+    ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
+    ("gate", "up"),
+)  # fmt: skip
+
 
 def share_input(layers: Sequence[Layer]) -> None:
     """Tell FP8 layers that they read one tensor, so that it is cast once for all of them.

@@ -143,21 +143,38 @@ def offer_codes(state: LayerState, x: Tensor, call: Call, codes: Codes) -> None:
     x._fp8_codes = (group, state.member, True, _wanted(call, version), left, codes)  # type: ignore[attr-defined]
 
 
+def offer_rows(x: Tensor, q: Tensor, scale: Tensor, slot: Tensor | None) -> None:
+    """The same for frozen layers (given.py): codes by row, or by that slot."""
+    version = _version_of_x()
+    if version >= 0:
+        x._fp8_rows = (version, q, scale if slot is None else None, slot)  # type: ignore[attr-defined]
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """What was laid down so, if x is the same still."""
+    made = getattr(x, "_fp8_rows", None)
+    if made is None or made[0] != _version_of_x():
+        return None
+    return made[1], made[2], made[3]
+
+
 def _version_of_x() -> int:
     """Runs when a step is traced: the version of its caller's x, which Dynamo knows and the traced code does not. -1
     where nothing may be laid down on x: within activation checkpointing, where x comes from outside of the graph, so
-    that others may write to it after, where Dynamo takes no attributes (results of an autograd.Function), and in traces
-    that are not Dynamo's."""
+    that others may write to it after, where Dynamo takes no attributes (results of an autograd.Function), where writes
+    are not counted (inference mode), and in traces that are not Dynamo's."""
+    laid_down = (shared_codes.__code__, offer_codes.__code__, offer_rows.__code__, rows_of.__code__)
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         tracer: Any = frame.f_locals.get("self")
-        if getattr(tracer, "f_code", None) in (shared_codes.__code__, offer_codes.__code__):
+        if getattr(tracer, "f_code", None) in laid_down:
             x = tracer.symbolic_locals["x"].realize()
             if x.source is not None or tracer.output.current_tracer.parent is not None:
                 return -1
             if not tracer.output.side_effects.is_attribute_mutation(x):
                 return -1
-            return x.proxy.node.meta["example_value"]._version
+            example = x.proxy.node.meta["example_value"]
+            return -1 if example.is_inference() else example._version
         frame = frame.f_back
     return -1
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..layers.classes import fp8_class_of, is_conv1d, plain_class_of
 from ..layers.frozen import frozen_layers
 from ..layers.linear import Layer, fp8_layers
-from ..layers.siblings import share_input
+from ..layers.siblings import SIBLINGS, share_input
 from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
 from .fuse import feed_blocks
@@ -113,19 +113,11 @@ def convert(
     return model
 
 
-# Names that layers which read one tensor have in the published GPT and Llama code bases, below one module.
-_SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"), ("to_q", "to_k", "to_v"),
-    ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
-    ("gate", "up"),
-)  # fmt: skip
-
-
 def _share_inputs(model: nn.Module) -> None:
     """Put layers into groups that cast their input once. A name says nothing for certain, and need not: a layer that
     meets another tensor than its siblings casts for itself."""
     for module in model.modules():
-        for names in _SIBLINGS:
+        for names in SIBLINGS:
             children = [child for name in names if isinstance(child := getattr(module, name, None), Layer)]
             alike = {(child.in_features, child.recipe, child.weight.device) for child in children}
             if len(children) > 1 and len(alike) == 1 and all(child.fp8_state.group is None for child in children):

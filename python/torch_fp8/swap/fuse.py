@@ -11,11 +11,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..layers.frozen import frozen_layers
+from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.fused import Fused, FusedAttention, FusedBlock, FusedMlp, FusedNorm, fused_class, fused_modules
 from ..layers.linear import Layer, fp8_layers
 from ..layers.norm import feed
 from ..layers.rewired import why_not_rewired
+from ..layers.siblings import SIBLINGS
 from .computes import linear_children, mlp_of, norm_of
 from .probe import Probe
 from .wiring import block_of
@@ -39,10 +40,11 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     hooks or a forward of its own, another dtype, arguments that were not foreseen, DTensors) is computed as before.
 
     The order: ``convert``, then ``fuse``; before ``torch.compile``, DDP, ``fully_shard`` and adapters. What comes later
-    may come as it likes: ``disabled``, ``freeze`` and ``revert`` leave the norms and blocks fused, whose layers then
-    compute one by one, but for frozen MLPs of a kind that the kernels take; after another ``convert``, or to fuse what
-    was added, call ``fuse`` again. Whoever changes what a module computes (another activation, another factor) calls
-    ``unfuse`` first and ``fuse`` after.
+    may come as it likes: ``disabled`` and ``revert`` leave the norms and blocks fused, whose layers then compute one by
+    one. Of a frozen model, before or after ``freeze``, norms and MLPs make the codes that frozen layers read, where
+    those are scaled by token or static and no gradient is wanted; the codes are those that the layers would make. After
+    another ``convert``, or to fuse what was added, call ``fuse`` again. Whoever changes what a module computes
+    (another activation, another factor) calls ``unfuse`` first and ``fuse`` after.
 
     recompute: keep less between forward and backward: the codes of the fused modules' weights are made again in
         backward and, in eager mode, those that norms and MLPs made. For one micro-batch a step: with several, each
@@ -122,15 +124,24 @@ def feed_blocks(model: nn.Module) -> None:
         for step in block.fp8_fusion.steps:
             norm = getattr(block, step.value, None) if step.addend is None else None
             if isinstance(norm, FusedNorm):
-                readers = _readers(getattr(block, step.child), norm)
+                child, width = getattr(block, step.child), next((p.shape[0] for p in norm.parameters(False)), None)
+                readers = _readers(child, width)
                 feed(readers)
-                norm.fp8_readers = tuple(readers)
+                norm.fp8_readers = tuple(readers or _frozen_readers(child, width))
 
 
-def _readers(module: nn.Module, norm: nn.Module) -> list[Layer]:
+def _frozen_readers(module: nn.Module, width: int | None) -> list[FrozenLinear]:
+    """The same of layers that are frozen: one of them, as which the codes are made."""
+    names = [name for siblings in SIBLINGS for name in siblings] + list(_FIRST)
+    if isinstance(module, FusedMlp):
+        names = [module.fp8_fusion.up]
+    children = [getattr(module, name, None) for name in names]
+    return [child for child in children if isinstance(child, FrozenLinear) and child.in_features == width][:1]
+
+
+def _readers(module: nn.Module, width: int | None) -> list[Layer]:
     """The layers of an attention or MLP that take its input: the members of one group, or the one that is named so. A
     wrong guess costs time and no number: a layer takes codes of the very tensor that it was given, or casts."""
-    width = next((p.shape[0] for p in norm.parameters(recurse=False)), None)
     layers = {name: child for name, child in module.named_children() if isinstance(child, Layer)}
     for layer in layers.values():
         group = layer.fp8_state.group

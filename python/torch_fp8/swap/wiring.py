@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layers.frozen import frozen_layers
+from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.fused import INPUT, BlockFusion, Fused, FusedNorm, Step
 from ..layers.linear import Layer, fp8_layers
 from .computes import MODES, norm_of
@@ -27,11 +27,11 @@ def block_of(module: nn.Module, probe: Probe) -> BlockFusion | str | None:
     for name, child in children.items():
         if isinstance(child, FusedNorm) or norm_of(child, probe) is not None:
             norms.append(name)
-        elif next(child.parameters(), None) is not None:
+        elif next(child.parameters(), None) is not None or frozen_layers(child):  # which have no parameters
             others.append(name)
     if not norms or not any(fp8_layers(children[name]) or frozen_layers(children[name]) for name in others):
         return None
-    if any(isinstance(children[name], nn.ModuleList | Layer) for name in others):
+    if any(isinstance(children[name], nn.ModuleList | Layer | FrozenLinear) for name in others):
         return None
     if len(others) != 2:
         return f"beside norms it has {len(others)} children with parameters, and not two ({', '.join(others)})"
