@@ -4,7 +4,8 @@ BF16 eager and compiled; FP8 layers alone (*converted*, as fp8.convert leaves a 
 modules, fp8.RMSNorm with fp8.MLP, and fp8.TransformerBlock: eager, compiled, and eager with recompute=True. Each FP8
 weight is cast once a step, as without gradient accumulation; a *later micro-batch* of many keeps the codes of weights,
 and its gradients are added to those of the others. The *floor* is what cannot be avoided: the FP8 GEMMs, the
-BF16 attention, and a copy of as many bytes as everything between them must read and write.
+BF16 attention, and a copy of as many bytes as everything between them must read and write. Where they are installed,
+torchao's compiled layers and, for the FFN, Transformer Engine's LayerNormMLP stand beside ours.
 
 Where the time of a decoder layer's forward and backward goes, by the profiler's clock. *norms* has the sums of their
 gains' gradients, *attention* what cuDNN launches around it.
@@ -17,13 +18,14 @@ import re
 import torch
 import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.peers import ADAPTERS, TORCHAO, TRANSFORMER_ENGINE, peer_modules, torchao, transformer_engine_ffn
 from lib.report import bars, header, legend, level, numbers, pair, table, write
-from lib.steps import Layer, converted, forward_of, llama, step_of
+from lib.steps import FusedLayer, Layer, converted, forward_of, llama, step_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fp8.picture import FP8, INK, SECOND
 
-from models.llama import FFN, DecoderLayer, Shape, rms_norm, rotation_of
+from models.llama import FFN, DecoderLayer, Shape, rms_norm
 
 TOKENS = 8192
 OVER = "times as fast as BF16, GPU / loop"
@@ -65,20 +67,6 @@ class FusedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ffn(self.norm(x))
-
-
-class FusedLayer(nn.Module):
-    def __init__(self, shape: Shape, recompute: bool = False) -> None:
-        super().__init__()
-        self.head = shape.head
-        sizes = shape.hidden, shape.heads, shape.ffn
-        self.block = fp8.TransformerBlock(*sizes, num_kv_heads=shape.kv_heads, recompute=recompute)
-        self.rotation: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] not in self.rotation:
-            self.rotation[x.shape[1]] = rotation_of(x.shape[1], self.head, x)
-        return self.block(x, *self.rotation[x.shape[1]])
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -195,6 +183,10 @@ def measure(sequences: int) -> tuple[dict[str, tuple], dict[str, dict[str, tuple
     torch._dynamo.reset()
     for name in ("BF16 compiled", "FP8 fused, compiled"):
         compiled(modules[name])
+    makers = {TORCHAO: lambda: torchao(modules["BF16"])}
+    if not sequences:
+        makers[TRANSFORMER_ENGINE] = lambda: transformer_engine_ffn(shape)
+    modules |= peer_modules(makers, x, dy)
     arms = {name: step_of(module, x, dy) for name, module in modules.items()}
     arms["floor"] = floor(shape, tokens, sequences)
     gpu, loop = gpu_ms(arms, rounds=20), loop_ms(arms, seconds=0.4)
@@ -225,8 +217,9 @@ def main() -> None:
         measured, profiles = measure(sequences)
         bf16, bf16_compiled = measured["BF16"], measured["BF16 compiled"]
         if sequences:
+            ours = {arm: profile for arm, profile in profiles.items() if arm not in ADAPTERS}
             for kind in KINDS:
-                cells = (f"{count}, {us:.0f}" for count, us in (profile[kind] for profile in profiles.values()))
+                cells = (f"{count}, {us:.0f}" for count, us in (profile[kind] for profile in ours.values()))
                 kinds.append([name, kind, *cells])
         for arm, (gpu, loop, *rest) in measured.items():
             after, peak, count = (f"{rest[0]:.0f}", f"{rest[1]:.0f}", str(rest[2])) if rest else ("", "", "")
@@ -244,7 +237,7 @@ def main() -> None:
         ratio = pair(later["BF16"][0] / gpu, later["BF16"][1] / loop)
         rows.append([f"{CASES[0][0]}, a later micro-batch", arm, pair(gpu, loop), f"**{ratio}**", *[""] * 5])
     note, of_kinds = __doc__.split("\n\n")[1:]
-    by_kind = table(["module", "kernels", *(f"{arm}: launches, us" for arm in profiles)], kinds)
+    by_kind = table(["module", "kernels", *(f"{arm}: launches, us" for arm in ours)], kinds)
     title = header("Blocks of Llama-3-8B in fewer passes")
     write("fused", title, note, table(head, rows), of_kinds, by_kind, draw=draw)
 

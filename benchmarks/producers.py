@@ -8,8 +8,7 @@ import math
 import torch
 import torch_fp8 as fp8
 from lib.common import graph_us, options, randn, scaled, start
-from lib.report import bars, header, legend, level, numbers, table, write
-from torch_fp8.picture import FP8, SECOND
+from lib.report import header, shares_of_copy, table, write
 
 SHAPES = [(8192, 4096), (8192, 14336)]
 BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2
@@ -112,17 +111,7 @@ def measure(rows: int, cols: int) -> dict[str, float]:
 
 
 def draw(figure, tables) -> None:
-    (rows,) = tables
-    axes, matrices = figure.subplots(), dict.fromkeys(row["BF16 matrix"] for row in rows)
-    series = {
-        matrix.replace("x", "×"): (color, [numbers(r["share of copy"])[0] for r in rows if r["BF16 matrix"] == matrix])
-        for matrix, color in zip(matrices, (FP8, SECOND))
-    }
-    names = dict.fromkeys(row["pass"] for row in rows)
-    bars(axes, [name.replace(" backward", "\nbackward").replace(", ", ",\n") for name in names], series, "%.0f %%")
-    level(axes, "copy", 100)
-    axes.set(ylabel="% of the copy's speed\nhigher is better", title="Time per launch, graph")
-    legend(axes)
+    shares_of_copy(figure, tables[0], "BF16 matrix")
 
 
 def main() -> None:

@@ -7,8 +7,7 @@ import math
 
 import torch
 from lib.common import graph_us, options, randn, start
-from lib.report import bars, header, legend, level, numbers, table, write
-from torch_fp8.picture import FP8, SECOND
+from lib.report import header, shares_of_copy, table, write
 
 SHAPES = {  # batch, tokens, heads of q and of k, dims
     "Llama-3-8B, 4 x 2048 tokens": (4, 2048, 32, 8, 128),
@@ -72,17 +71,7 @@ def measure(batch: int, tokens: int, q_heads: int, k_heads: int, dims: int) -> d
 
 
 def draw(figure, tables) -> None:
-    (rows,) = tables
-    axes, shapes = figure.subplots(), dict.fromkeys(row["shape"] for row in rows)
-    series = {
-        shape: (color, [numbers(row["share of copy"])[0] for row in rows if row["shape"] == shape])
-        for shape, color in zip(shapes, (FP8, SECOND))
-    }
-    names = dict.fromkeys(row["pass"] for row in rows)
-    bars(axes, [name.replace(" backward", "\nbackward").replace(", ", ",\n") for name in names], series, "%.0f %%")
-    level(axes, "copy", 100)
-    axes.set(ylabel="% of the copy's speed\nhigher is better", title="Time per launch, graph")
-    legend(axes)
+    shares_of_copy(figure, tables[0], "shape")
 
 
 def main() -> None:

@@ -13,30 +13,16 @@ import statistics
 import time
 
 import torch
-import torch_fp8 as fp8
 from lib.common import options, scaled, start
 from lib.report import header, table, write
-from lib.steps import llama
+from lib.steps import FusedLayer, llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.llama import DecoderLayer, Shape, rotation_of
+from models.llama import DecoderLayer, Shape
 
 LAYERS, MICRO_BATCHES, SEQUENCES, TOKENS = 8, 4, 4, 8192
 WARM, STEPS = 2, 5
-
-
-class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.head = shape.head
-        self.block = fp8.TransformerBlock(shape.hidden, shape.heads, shape.ffn, num_kv_heads=shape.kv_heads)
-        self.rotation: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] not in self.rotation:
-            self.rotation[x.shape[1]] = rotation_of(x.shape[1], self.head, x)
-        return self.block(x, *self.rotation[x.shape[1]])
 
 
 class Head(nn.Module):
@@ -108,8 +94,8 @@ def main() -> None:
     arms = {
         "BF16": (DecoderLayer, False),
         "BF16 compiled": (DecoderLayer, True),
-        "FP8": (Block, False),
-        "FP8 compiled": (Block, True),
+        "FP8": (FusedLayer, False),
+        "FP8 compiled": (FusedLayer, True),
     }
     measured = {name: measure(*arm) for name, arm in arms.items()}
     tokens = MICRO_BATCHES * TOKENS

@@ -76,10 +76,11 @@ template <class Derived, bool kLayerNorm>
 std::tuple<at::Tensor, at::Tensor> NormImpl<Derived, kLayerNorm>::with_sum(const at::Tensor& input,
                                                                            const c10::optional<at::Tensor>& residual,
                                                                            const std::vector<Linear>& readers) {
-  const torch_fp8::NormOptions how{options.eps(), kLayerNorm};
+  torch_fp8::NormOptions how{.eps = options.eps(), .layer_norm = kLayerNorm};
   if (!readers.empty()) feed(readers);
   const Linear* const reader = leader(readers);
   if (!reader) return norm(input, residual, optional(weight), optional(bias), how, nullptr);
+  how.recompute = (*reader)->options.recompute();
   const Given given(*reader);
   const LinearLayer layer = given.layer();
   return norm(input, residual, optional(weight), optional(bias), how, &layer);

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 ops = torch.ops.torch_fp8
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Odd widths and few rows; widths of one block, of a cluster, of the largest, and beyond what registers hold.
+# Odd widths and few rows; widths of one block, of a cluster, of the largest, and beyond it.
 SHAPES = [(1, 1), (7, 17), (3, 5, 40), (33, 264), (130, 1000), (64, 1024), (48, 5000), (35, 14336), (18, 20000)]
+SHAPES += [(3, 40000)]
 EPS = 1e-5
 RELATIVE = 2e-6  # of float32 arithmetic
 FLOAT32 = 2.0**-24
@@ -102,6 +103,11 @@ def test_forward(device, shape, dtype, added, layer_norm):
     assert torch.allclose(stats.double().reshape(-1, rstd.numel())[-1], rstd.flatten(), rtol=RELATIVE, atol=0)
     if layer_norm:
         assert torch.allclose(stats[0].double(), mean.flatten(), rtol=RELATIVE, atol=4 * FLOAT32 * 10)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_more_rows_than_blocks_hold(device, layer_norm):
+    test_forward(device, (2000, 4112), torch.bfloat16, True, layer_norm)
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (35, 17)])

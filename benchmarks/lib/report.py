@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch_fp8 as fp8
 from torch_fp8.files import replacing
-from torch_fp8.picture import INK, caption, picture
+from torch_fp8.picture import FP8, INK, SECOND, caption, picture
 from torch_fp8.table import markdown, read_markdown
 
 from .common import clocks, options
@@ -143,6 +143,20 @@ def level(axes: Axes, name: str, at: float = 1) -> None:
     axes.axhline(at, color=INK, linewidth=1)
     axes.annotate(name, (1, at), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
                   va="center", fontsize=8.5)  # fmt: skip
+
+
+def shares_of_copy(figure: Figure, rows: Sequence[Mapping[str, str]], by: str) -> None:
+    """A group of bars for each "pass": its "share of copy", of each value of the column ``by``."""
+    axes, kinds = figure.subplots(), dict.fromkeys(row[by] for row in rows)
+    series = {
+        kind.replace("x", "×"): (color, [numbers(row["share of copy"])[0] for row in rows if row[by] == kind])
+        for kind, color in zip(kinds, (FP8, SECOND))
+    }
+    names = dict.fromkeys(row["pass"] for row in rows)
+    bars(axes, [name.replace(" backward", "\nbackward").replace(", ", ",\n") for name in names], series, "%.0f %%")
+    level(axes, "copy", 100)
+    axes.set(ylabel="% of the copy's speed\nhigher is better", title="Time per launch, graph")
+    legend(axes)
 
 
 def legend(axes: Axes) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch_fp8 as fp8
 from torch import Tensor, nn
 
-from models.llama import SIZES, Shape
+from models.llama import SIZES, Shape, rotation_of
 
 from .common import options, randn
 
@@ -26,6 +26,22 @@ def llama() -> tuple[Shape, int, int]:
 
 def linear(kind: type[nn.Linear], k: int, n: int, bias: bool = False) -> nn.Linear:
     return kind(k, n, bias=bias, device=options.device, dtype=torch.bfloat16)
+
+
+class FusedLayer(nn.Module):
+    """DecoderLayer as fp8.TransformerBlock."""
+
+    def __init__(self, shape: Shape, recompute: bool = False) -> None:
+        super().__init__()
+        self.head = shape.head
+        sizes = shape.hidden, shape.heads, shape.ffn
+        self.block = fp8.TransformerBlock(*sizes, num_kv_heads=shape.kv_heads, recompute=recompute)
+        self.rotation: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.rotation:
+            self.rotation[x.shape[1]] = rotation_of(x.shape[1], self.head, x)
+        return self.block(x, *self.rotation[x.shape[1]])
 
 
 def converted(module: nn.Module, tokens: int) -> nn.Module:

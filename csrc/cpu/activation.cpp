@@ -6,8 +6,8 @@
 #include <vector>
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+
+#include "types.h"
 
 namespace torch_fp8::cpu {
 namespace {
@@ -17,15 +17,6 @@ struct Math {
   static float reciprocal(float x) { return 1.0f / x; }
   static Normal normal(float x) { return {0.5f * std::erfc(x * -0.70710678f), std::exp(-0.5f * x * x) * 0.39894228f}; }
 };
-
-float element(const Matrix& x, int64_t row, int64_t col) {
-  const int64_t at = row * x.row_stride + col * x.col_stride;
-  switch (x.type) {
-    case Type::kFloat16: return static_cast<const c10::Half*>(x.data)[at];
-    case Type::kBFloat16: return static_cast<const c10::BFloat16*>(x.data)[at];
-    default: return static_cast<const float*>(x.data)[at];
-  }
-}
 
 // value(row, col) of all rows and columns.
 template <class Value>

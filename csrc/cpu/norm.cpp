@@ -3,27 +3,11 @@
 #include <vector>
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
-#include "kernels.h"
+#include "types.h"
 
 namespace torch_fp8::cpu {
 namespace {
-
-template <class Function>
-void with_type(Type type, Function&& function) {
-  switch (type) {
-    case Type::kFloat32: return function(float{});
-    case Type::kFloat16: return function(c10::Half{});
-    case Type::kBFloat16: return function(c10::BFloat16{});
-  }
-}
-
-template <class T>
-float element(const Matrix& x, int64_t row, int64_t col) {
-  return static_cast<const T*>(x.data)[row * x.row_stride + col * x.col_stride];
-}
 
 std::vector<float> floats(const Vector& v, int64_t cols, float offset, float otherwise) {
   std::vector<float> values(static_cast<size_t>(cols), otherwise);

@@ -3,31 +3,15 @@
 #include <atomic>
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
-#include "kernels.h"
+#include "types.h"
 
 namespace torch_fp8::cpu {
 namespace {
 
 template <class Function>
-void with_type(Type type, Function&& function) {
-  switch (type) {
-    case Type::kFloat32: return function(float{});
-    case Type::kFloat16: return function(c10::Half{});
-    case Type::kBFloat16: return function(c10::BFloat16{});
-  }
-}
-
-template <class Function>
 void with_format(Format format, Function&& function) {
   format == Format::kE4M3 ? function(E4M3{}) : function(E5M2{});
-}
-
-template <class T>
-float element(const Matrix& x, int64_t row, int64_t col) {
-  return static_cast<float>(static_cast<const T*>(x.data)[row * x.row_stride + col * x.col_stride]);
 }
 
 // As signed integers, since an amax that was loaded may be -0.0, which is then below everything.

@@ -3,31 +3,13 @@
 #include <vector>
 
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
-#include "kernels.h"
+#include "types.h"
 
 namespace torch_fp8::cpu {
 namespace {
 
 using Row = std::vector<float>;
-
-float element(const void* data, Type type, int64_t at) {
-  switch (type) {
-    case Type::kFloat16: return static_cast<const c10::Half*>(data)[at];
-    case Type::kBFloat16: return static_cast<const c10::BFloat16*>(data)[at];
-    default: return static_cast<const float*>(data)[at];
-  }
-}
-
-void set_element(void* data, Type type, int64_t at, float value) {
-  switch (type) {
-    case Type::kFloat16: static_cast<c10::Half*>(data)[at] = value; break;
-    case Type::kBFloat16: static_cast<c10::BFloat16*>(data)[at] = value; break;
-    default: static_cast<float*>(data)[at] = value;
-  }
-}
 
 struct Place {
   int64_t batch, token, head;

@@ -35,7 +35,7 @@ struct LinearOptions {
   TORCH_ARG(torch_fp8::LinearOptions, recipe) = {};
   TORCH_ARG(int64_t, amax_history_len) = 1024;  // 1 is the "most_recent" algorithm
   TORCH_ARG(int64_t, constant_bias) = 0;        // of Scaling::kConstant: the scales are 2^constant_bias
-  TORCH_ARG(bool, recompute) = false;           // backward casts the weight again instead of keeping its codes
+  TORCH_ARG(bool, recompute) = false;           // backward makes codes again instead of keeping them
 };
 
 class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
@@ -121,7 +121,7 @@ struct MLPOptions {
   TORCH_ARG(torch_fp8::LinearOptions, recipe) = {};
   TORCH_ARG(int64_t, amax_history_len) = 1024;
   TORCH_ARG(int64_t, constant_bias) = 0;
-  // Backward makes the codes of weights and product again instead of keeping them.
+  // Backward makes the codes of weights, product and a norm in front again instead of keeping them.
   TORCH_ARG(bool, recompute) = false;
 };
 

@@ -3,20 +3,22 @@
 #include <bit>
 
 #include "cuda/common/block.cuh"
+#include "cuda/common/decode.cuh"
 
 namespace torch_fp8::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPairs = 8;                                                    // of a lane: two packs
-constexpr int kStaying = static_cast<int>(kRotaryParts / kMultiprocessors);  // blocks of a multiprocessor
+constexpr int kPairs = 8;  // of a lane: two packs
 static_assert(kPairs == kPackSize && kRotaryDims == 2 * 32 * kPairs, "a head fits a warp");
 
-// Without a norm a block takes one head a group. With one, whose sums make a head's way long, few blocks stay, load the
-// gain once, and each head while the one before it is worked on.
-constexpr int kPassing = 5;  // blocks of a multiprocessor, at least
-template <RotaryNorm kNorm>
-constexpr int kBlocks = kNorm == RotaryNorm::kNone ? kPassing : kStaying;
+// Blocks of a multiprocessor, at least. A block takes one head a group. Where it sums a gain's gradient it stays, and
+// loads each head while the one before it is worked on.
+constexpr int kStaying = static_cast<int>(kRotaryParts / kMultiprocessors);
+template <RotaryNorm kNorm, bool kStays>
+constexpr int kBlocks = kNorm == RotaryNorm::kNone ? 5
+                        : kStays                   ? kStaying
+                                                   : 3;
 
 struct Pairs {
   float first[kPairs], second[kPairs];
@@ -25,6 +27,7 @@ struct Pairs {
 // How a launch is divided: blocks behind q_blocks are k's.
 struct Division {
   uint32_t q_blocks, blocks, lanes;  // lanes of a head, a power of two
+  float per_dim;                     // 1 / dims
 };
 
 // Eight elements as they were loaded. All loads of a head are on their way before the first is waited for; a conversion
@@ -78,12 +81,26 @@ __device__ __forceinline__ float float_of(uint32_t bits, Type type) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
+// The branches by the type are around all eight: one for each element were a third of the instructions.
 __device__ __forceinline__ void to_floats(const Raw& raw, Type type, bool spread, float (&values)[kPairs]) {
+  if (type == Type::kFloat32) {
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
-    const uint32_t packed = j % 2 ? raw.words[j / 2] >> 16 : raw.words[j / 2] & 0xFFFF;
-    values[j] = float_of(spread || type == Type::kFloat32 ? raw.words[j] : packed, type);
+    for (int j = 0; j < kPairs; ++j) values[j] = __uint_as_float(raw.words[j]);
+    return;
   }
+  uint32_t pairs[kPairs / 2];
+#pragma unroll
+  for (int j = 0; j < kPairs; j += 2) {
+    pairs[j / 2] = spread ? raw.words[j] | raw.words[j + 1] << 16 : raw.words[j / 2];
+  }
+  const auto convert = [&](auto t) {
+#pragma unroll
+    for (int j = 0; j < kPairs; j += 2) {
+      const float2 pair = to_float2(pairs[j / 2], t);
+      values[j] = pair.x, values[j + 1] = pair.y;
+    }
+  };
+  type == Type::kBFloat16 ? convert(__nv_bfloat16{}) : convert(__half{});
 }
 
 __device__ float element(const void* data, Type type, int64_t at) { return float_of(load_bits(data, type, at), type); }
@@ -286,28 +303,29 @@ struct Work {
 };
 
 template <class T, RotaryNorm kNorm, bool kPacked, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, kBlocks<kNorm>)
+__global__ void __launch_bounds__(kThreads, kBlocks<kNorm, false>)
     rotary_kernel(__grid_constant__ const RotaryArgs args, const Division division, bool packed_tables) {
   const Work work(args, division);
   const Lane<kPacked, kInterleaved> lane{args, static_cast<int>(threadIdx.x % division.lanes)};
   begin_dependent();
-  RawPairs raw_gain{};
-  if (kNorm == RotaryNorm::kRms && work.side.gain) raw_gain = lane.load(work.side.gain, work.side.gain_type, 0);
-  const Pairs gain = gain_of(args, work.side, lane, raw_gain);
   const float factor = kNorm == RotaryNorm::kTanh ? element(work.side.gain, work.side.gain_type, 0) : 0.0f;
   struct Loaded {
-    RawPairs x, angles;
+    RawPairs x, angles, gain;
   };
   const auto load = [&](const Work::Head& head) {
-    return Loaded{lane.load(work.side.x.data, kTypeOf<T>, head.of(work.side.x)),
-                  lane.load_angles(work.table_row(head), packed_tables)};
+    Loaded loaded{lane.load(work.side.x.data, kTypeOf<T>, head.of(work.side.x)),
+                  lane.load_angles(work.table_row(head), packed_tables),
+                  {}};
+    if (kNorm == RotaryNorm::kRms && work.side.gain) loaded.gain = lane.load(work.side.gain, work.side.gain_type, 0);
+    return loaded;
   };
-  work.for_heads<kNorm != RotaryNorm::kNone>(load, [&](const Work::Head& head, const Loaded& loaded) {
+  work.for_heads<false>(load, [&](const Work::Head& head, const Loaded& loaded) {
     Pairs x = lane.pairs(loaded.x, kTypeOf<T>);
     if constexpr (kNorm == RotaryNorm::kRms) {
       float squares = 0;
       for_each([&](auto part, int j) { squares += (x.*part)[j] * (x.*part)[j]; });
-      const float rstd = rsqrtf(sum_of_group(squares, work.lanes) / static_cast<float>(args.dims) + args.eps);
+      const float rstd = rsqrtf(sum_of_group(squares, work.lanes) * division.per_dim + args.eps);
+      const Pairs gain = gain_of(args, work.side, lane, loaded.gain);
       for_each([&](auto part, int j) { (x.*part)[j] *= rstd * (gain.*part)[j]; });
     } else if constexpr (kNorm == RotaryNorm::kTanh) {
       for_each([&](auto part, int j) { (x.*part)[j] = tanhf(factor * (x.*part)[j]); });
@@ -349,7 +367,7 @@ __device__ void store_sums(const RotaryArgs& args, const Lane& lane, uint32_t la
 }
 
 template <class T, RotaryNorm kNorm, bool kPacked, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, kBlocks<kNorm>)
+__global__ void __launch_bounds__(kThreads, kBlocks<kNorm, true>)
     rotary_backward_kernel(__grid_constant__ const RotaryArgs args, const Division division, bool packed_tables) {
   const Work work(args, division);
   const Lane<kPacked, kInterleaved> lane{args, static_cast<int>(threadIdx.x % division.lanes)};
@@ -379,9 +397,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kNorm>)
         squares += (x.*part)[j] * (x.*part)[j];
         dot += (d.*part)[j] * (gain.*part)[j] * (x.*part)[j];
       });
-      const float size = static_cast<float>(args.dims);
-      const float rstd = rsqrtf(sum_of_group(squares, work.lanes) / size + args.eps);
-      const float mean = sum_of_group(dot, work.lanes) * rstd / size;
+      const float rstd = rsqrtf(sum_of_group(squares, work.lanes) * division.per_dim + args.eps);
+      const float mean = sum_of_group(dot, work.lanes) * rstd * division.per_dim;
       for_each([&](auto part, int j) {
         const float normal = (x.*part)[j] * rstd;
         if (head.exists) (sums.*part)[j] += (d.*part)[j] * normal;
@@ -454,18 +471,18 @@ bool has_packed_tables(const RotaryArgs& args) {
          reinterpret_cast<uintptr_t>(args.sin) % 16 == 0;
 }
 
-Division divide(const RotaryArgs& args, bool packed) {
+Division divide(const RotaryArgs& args, bool packed, bool stays) {
   const int64_t rows = args.batch * args.tokens, heads = args.q.heads + args.k.heads;
   blocks_for(rows * heads, 1);  // whose numbers have 31 bits
   const uint32_t lanes = packed ? std::bit_ceil(static_cast<uint32_t>(args.dims / (2 * kPairs))) : 32;
   const auto blocks_of = [&](const RotarySide& side) {
     const uint32_t needed = blocks_for(rows * side.heads, kThreads / lanes);
-    if (args.norm == RotaryNorm::kNone || needed == 0) return needed;
+    if (!stays || needed == 0) return needed;
     const uint32_t share = static_cast<uint32_t>(kRotaryParts * side.heads / heads);
     return std::min(needed, std::max(share, 1u));
   };
   const uint32_t q_blocks = blocks_of(args.q);
-  return {q_blocks, q_blocks + blocks_of(args.k), lanes};
+  return {q_blocks, q_blocks + blocks_of(args.k), lanes, 1.0f / static_cast<float>(args.dims)};
 }
 
 template <class Function>
@@ -479,7 +496,7 @@ void with_norm(RotaryNorm norm, Function&& function) {
 
 void launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
   const bool packed = is_packed(args);
-  const Division division = divide(args, packed);
+  const Division division = divide(args, packed, false);
   if (division.blocks == 0) return;
   with_type(args.type, [&](auto t) {
     with_norm(args.norm, [&](auto norm) {
@@ -494,7 +511,7 @@ void launch_rotary(const RotaryArgs& args, cudaStream_t stream) {
 
 void launch_rotary_backward(const RotaryArgs& args, cudaStream_t stream) {
   const bool packed = is_packed(args), sums = args.parts;
-  const Division division = divide(args, packed);
+  const Division division = divide(args, packed, args.norm != RotaryNorm::kNone);
   if (division.blocks > 0) {
     with_type(args.type, [&](auto t) {
       with_norm(args.norm, [&](auto norm) {

@@ -6,13 +6,14 @@
 
 namespace torch_fp8::cuda {
 
-// Sums over lanes, the same bits in each of them.
-__device__ inline float half_warp_sum(float x) {
+// Sums over neighbouring lanes, the same bits in each of them.
+template <int kLanes>
+__device__ float sum_of_lanes(float x) {
 #pragma unroll
-  for (int lanes = 8; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFF, x, lanes);
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFF, x, lanes);
   return x;
 }
-__device__ inline float warp_sum(float x) { return half_warp_sum(x + __shfl_xor_sync(0xFFFFFFFF, x, 16)); }
+__device__ inline float warp_sum(float x) { return sum_of_lanes<32>(x); }
 
 // A pack as the words that it is loaded and stored as: as elements, 16-bit ones take a register each.
 template <class T>
@@ -45,10 +46,33 @@ __device__ Words<T> words_of(const float (&x)[kPackSize]) {
   }
 }
 
+__device__ inline void load_floats(const float* source, float (&out)[kPackSize]) {
+  const float4 low = *reinterpret_cast<const float4*>(source), high = *reinterpret_cast<const float4*>(source + 4);
+  out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+  out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+}
+
+__device__ inline void store_floats(float* target, const float (&x)[kPackSize]) {
+  *reinterpret_cast<float4*>(target) = make_float4(x[0], x[1], x[2], x[3]);
+  *reinterpret_cast<float4*>(target + 4) = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+// As it lies in memory: so many can be on their way before the first is converted.
+template <class T>
+__device__ uint32_t parameter_bits(const Vector& v, int64_t col) {
+  return v.type == Type::kFloat32 ? static_cast<const uint32_t*>(v.data)[col]
+                                  : static_cast<const uint16_t*>(v.data)[col];
+}
+template <class T>
+__device__ float parameter_of(const Vector& v, uint32_t bits) {
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (v.type != Type::kFloat32) return to_float2(bits, T{}).x;
+  }
+  return __uint_as_float(bits);
+}
 template <class T>
 __device__ float parameter(const Vector& v, int64_t col) {
-  return v.type == Type::kFloat32 ? static_cast<const float*>(v.data)[col]
-                                  : to_float(static_cast<const T*>(v.data)[col]);
+  return parameter_of<T>(v, parameter_bits<T>(v, col));
 }
 template <class T>
 __device__ float gain_at(const Vector& gain, float offset, int64_t col) {
