@@ -239,7 +239,7 @@ def main() -> None:
     note, of_kinds = __doc__.split("\n\n")[1:]
     by_kind = table(["module", "kernels", *(f"{arm}: launches, us" for arm in ours)], kinds)
     title = header("Blocks of Llama-3-8B in fewer passes")
-    write("fused", title, note, table(head, rows), of_kinds, by_kind, draw=draw)
+    write("fused", title, f"{note}\n", table(head, rows), of_kinds, by_kind, draw=draw)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ TEST_F(Cuda, NormAndMlpTrainAsOnTheCpu) {
       for (torch::nn::Sequential model : {cpu, gpu}) {
         const auto& [norm, mlp] = std::pair(model[0]->as<nn::RMSNorm>(), model[1]->as<nn::MLP>());
         const at::Device device = norm->weight.device();
-        const at::Tensor input = x.to(device).requires_grad_();
+        const at::Tensor input = x.detach().to(device).requires_grad_();
         const auto [y, sum] = norm->with_sum(input, c10::nullopt, mlp->readers());
         const at::Tensor result = mlp->forward(y, sum);
         model->zero_grad();
