@@ -105,6 +105,7 @@ PYBIND11_MODULE(_C, m) {
       .def("set_history", &LayerMemo::set_history, no_gil)
       .def("forget", &LayerMemo::forget, no_gil)
       .def("set_gathered", &LayerMemo::set_gathered)
+      .def("set_recompute", &LayerMemo::set_recompute)
       .def("forget_weight", &LayerMemo::forget_weight, no_gil);
 
   py::class_<Siblings, std::shared_ptr<Siblings>>(m, "Siblings")

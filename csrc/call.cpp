@@ -41,8 +41,9 @@ void share_input(at::Tensor& x, const LinearLayer& layer, const cuda::StreamStat
   const bool rowwise = call.fp8[0], columnwise = call.grad_weight && call.fp8[2];
   if (!rowwise && !columnwise) return;
   const bool by_history = layer.options.scaling == Scaling::kDelayed && (call.history >> kInput & 1);
-  const Siblings::Wanted wanted{call.casts[kInput], by_history,           call.record, rowwise,
-                                columnwise,         layer.memo.updates(), now};
+  const Siblings::Wanted wanted{
+      call.casts[kInput], by_history,           call.record, rowwise,
+      columnwise,         layer.memo.updates(), now,         layer.memo.recompute() ? saving_hooks() : nullptr};
   Siblings& siblings = *layer.place.siblings;
   if (auto shared = siblings.take(x, layer.place.member, wanted)) {
     call.x_codes = {shared->codes.q, shared->codes.q_t, shared->codes.scale_inv};
@@ -135,7 +136,7 @@ Call begin_call(const LinearLayer& layer, at::ScalarType x_dtype, bool grad_x, c
   call.record = training && grad_mode && options.scaling != Scaling::kConstant;
   call.grad_x = grad_mode && grad_x, call.grad_weight = grad_mode && weight.requires_grad();
   call.grad_bias = grad_mode && bias && bias->requires_grad();
-  call.gathered = memo.gathered();
+  call.gathered = memo.casts_again();
   call.dummy_grad = dummy_grad;
   call.memo = memo.number();
   call.x_dtype = x_dtype, call.weight_dtype = weight.scalar_type();

@@ -162,7 +162,7 @@ bool LayerMemo::Identity::operator==(const Identity& other) const {
 }
 
 bool LayerMemo::shall_keep(const at::Tensor& weight) {
-  return forwards_ < last_forwards_ && !gathered_ && has_identity(weight);
+  return forwards_ < last_forwards_ && !casts_again() && has_identity(weight);
 }
 
 c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda::StreamState& now, bool transposed,
@@ -172,7 +172,7 @@ c10::optional<Codes> LayerMemo::kept_weight(const at::Tensor& weight, const cuda
   const at::Tensor owner = owner_of(weight);
   // A gradient that was made and is gone has been used: the weight may be another one, past any counter.
   const bool used_up = grad_made_ && !has_main_grad && !(owner.is_leaf() && owner.grad().defined());
-  if (gathered_ || used_up || forwards_ > last_forwards_ || weight_.made_on != now ||
+  if (casts_again() || used_up || forwards_ > last_forwards_ || weight_.made_on != now ||
       !(weight_.identity == Identity::of(owner))) {
     weight_ = {};
     return c10::nullopt;

@@ -49,7 +49,10 @@ class LayerMemo {
   // The weight is there for the time of a forward or backward only (FSDP2 gathers it, and frees it after): its FP8
   // copies must not outlive that, so none is kept, and backward casts the weight that it finds.
   void set_gathered(bool gathered) { gathered_ = gathered; }
-  bool gathered() const { return gathered_; }
+  // No codes are kept from a forward to its backward, which makes them again.
+  void set_recompute(bool recompute) { recompute_ = recompute; }
+  bool recompute() const { return recompute_; }
+  bool casts_again() const { return gathered_ || recompute_; }
 
   // A forward in training: of which thread, and in which recorded graph.
   void note_forward(const cuda::StreamState& now);
@@ -92,7 +95,7 @@ class LayerMemo {
   int64_t history_ = 0;
   std::atomic<uint16_t> used_{0};                    // one bit a role; the backward thread writes it too
   std::atomic<int> forwards_{0}, last_forwards_{0};  // in training, in this step and in the last that ended
-  std::atomic<bool> grad_made_{false}, captured_{false}, gathered_{false};
+  std::atomic<bool> grad_made_{false}, captured_{false}, gathered_{false}, recompute_{false};
   std::atomic<int64_t> updates_{0};
   std::atomic<uint64_t> thread_{0};
 };

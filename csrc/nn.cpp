@@ -57,7 +57,7 @@ void LinearImpl::reset_parameters() {
 
 void LinearImpl::renew_memo() {
   memo = new_memo();
-  memo->set_gathered(options.recompute());
+  memo->set_recompute(options.recompute());
 }
 
 at::Tensor LinearImpl::forward(const at::Tensor& input) {

@@ -95,8 +95,10 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const OptionalTenso
     const bool by_history = reader->options.scaling == Scaling::kDelayed && (of_reader.history >> kInput & 1);
     // What has no history records for itself, so each layer casts.
     const bool shared = by_history || reader->options.scaling != Scaling::kDelayed;
-    wanted = {of_reader.casts[kInput],  by_history, of_reader.record, rowwise, call.columnwise, reader->memo.updates(),
-              stream_of(reader->weight)};
+    wanted = {of_reader.casts[kInput],   by_history,
+              of_reader.record,          rowwise,
+              call.columnwise,           reader->memo.updates(),
+              stream_of(reader->weight), call.recompute ? saving_hooks() : nullptr};
     if (rowwise && shared) call.reader = std::move(of_reader);
   }
   const variable_list made = NormFunction::apply(x, residual, gain, bias, call);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -119,6 +120,11 @@ Siblings::Step Siblings::end_step() {
   for (Member& member : members_) member = {member.follows};
   dying = withdraw();
   return step;
+}
+
+const void* saving_hooks() {
+  const auto hooks = at::SavedTensorDefaultHooks::get_hooks();
+  return hooks ? hooks->first.ptr(&hooks->first.pyinterpreter()) : nullptr;
 }
 
 // ---- sums of gradients ---------------------------------------------------------------------------------------------

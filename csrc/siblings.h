@@ -54,6 +54,7 @@ class Siblings {
     bool by_history, record, rowwise, columnwise;
     int64_t step;  // updates of the scaling state
     cuda::StreamState now;
+    const void* saving = nullptr;  // where codes are made again: the hooks of saved tensors (saving_hooks)
     bool operator==(const Wanted&) const = default;
   };
   struct Shared {
@@ -113,6 +114,10 @@ class Siblings {
   Wanted wanted_{};
   Shared shared_;
 };
+
+// The hooks through which tensors are saved now. A checkpoint counts those, so within one no source is taken that was
+// made without: when it is run again, there is none.
+const void* saving_hooks();
 
 // x, behind a node of autograd whose backward ends the sum of that number.
 at::Tensor fork_gradient(const at::Tensor& x, int64_t sum);

@@ -588,6 +588,21 @@ def test_what_a_block_makes_again_in_backward_is_the_same(device, variant, recip
     assert_same(*(torch.autograd.grad(y, [leaf, *lean.parameters()], retain_graph=True) for _ in range(2)))
 
 
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_a_checkpoint_of_a_part_of_a_block_that_makes_again(device, part):
+    """It counts what is saved: readers inside take nothing of a norm outside that would have to be made again."""
+    block, lean = blocks(device)[0], blocks(device, recompute=True)[0]
+    inner = lean.attention if part == "attention" else lean.mlp.forward
+    target = lean if part == "attention" else lean.mlp
+    setattr(target, "attention" if part == "attention" else "forward",
+            lambda *args: checkpoint(inner, *args, use_reentrant=False))  # fmt: skip
+    for step in range(3):
+        x = inputs(device, seed=step)
+        for a, b in zip(run(lean, x), run(block, x), strict=True):
+            assert error(a, b) < 0.2  # codes of gradients fall to their neighbours
+        fp8.update_scales(block), fp8.update_scales(lean)
+
+
 def test_what_a_block_keeps_that_makes_again(device):
     """Codes of the attention's result, which nothing else can make."""
     kept = {}

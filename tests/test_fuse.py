@@ -22,7 +22,7 @@ from families import (
 )
 from torch import nn
 from torch_fp8.layers import frozen, given, mlp
-from torch_fp8.layers.fused import FusedBlock, fused_modules
+from torch_fp8.layers.fused import Fused, FusedBlock, fused_modules
 from torch_fp8.layers.linear import fp8_layers
 
 
@@ -97,7 +97,7 @@ class TestFamilies:
             fp8.unfuse(model)
             assert torch.equal(model(ids).logits, logits)
         assert not fused_modules(model) and not fp8.summary(model).fused and not fp8.summary(model).not_fused
-        assert all(type(module).__name__[:5] != "Fused" for module in modules.values()) and classes
+        assert not any(isinstance(module, Fused) for module in modules.values()) and classes
         assert not any(name.startswith("fp8_fus") for module in modules.values() for name in vars(module))
 
     def test_masks_and_caches(self, family):
@@ -171,6 +171,28 @@ def test_what_is_made_again_in_backward_is_the_same(family):
     assert kept[lean] < kept[model] / 2
     assert torch.equal(train(lean), train(model))
     assert fp8.unfuse(lean) is lean and not any(layer.fp8_state.recompute for layer in fp8_layers(lean).values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_fuse_after_checkpointing_was_switched_on(reentrant, frozen):
+    model = fp8.freeze(make()) if frozen else converted()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert counts(fp8.fuse(model)) == FAMILIES["llama"]
+
+
+def test_classes_keep_their_names():
+    """By which accelerate and FSDP's policies find them."""
+    model = fused_model()
+    assert {type(m).__name__ for m in fused_modules(model).values()} == {
+        "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm",
+    }  # fmt: skip
+
+
+def test_convert_again_keeps_what_is_made_again():
+    model = fp8.fuse(converted(), recompute=True)
+    fp8.convert(model, fp8.CurrentScaling(), tokens=None)
+    assert all(layer.fp8_state.recompute for layer in fp8_layers(model).values())
 
 
 def test_checkpointing_gives_the_same_bits():

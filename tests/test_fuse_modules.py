@@ -323,10 +323,105 @@ class Open(Block):
         return x + self.mlp(self.n2(x))
 
 
+class Clips(Block):
+    """Beyond what numbers of a usual size show."""
+
+    def forward(self, x):
+        x = x + self.mix(self.n1(x))
+        return (x + self.mlp(self.n2(x))).clamp(-6e4, 6e4)
+
+
+class ClipsHalf(Block):
+    def forward(self, x):
+        x = x + self.mix(self.n1(x))
+        x = x + self.mlp(self.n2(x))
+        return x.clamp(-64512, 64512) if x.dtype == torch.float16 else x
+
+
+class OfBatches(Block):
+    def forward(self, x):
+        x = x + self.mix(self.n1(x - x.mean(0)))
+        return x + self.mlp(self.n2(x))
+
+
+class OfTokens(Block):
+    def forward(self, x):
+        x = x + self.mix(self.n1(x))
+        return x + self.mlp(self.n2(x)) if x.shape[1] < 4 else x - self.mlp(self.n2(x))
+
+
+class OfGradients(Block):
+    def forward(self, x):
+        x = x + self.mix(self.n1(x))
+        return x + self.mlp(self.n2(x)) if torch.is_grad_enabled() else x - self.mlp(self.n2(x))
+
+
+class Auxiliary(Block):
+    def forward(self, x):
+        self.loss = x.square().mean()
+        x = x + self.mix(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+class Appends(Block):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        x = x + self.mix(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
 HOSTILE = [
-    Drops, DropsByFunction, SkipsLayers, Multiplies, Learns, LearnsBelow, Buffered, Detaches, Casts, Pair, Twice,
-    Evaluates, Raises, Garbage, Open,
+    Clips, ClipsHalf, OfBatches, OfTokens, OfGradients, Auxiliary, Appends, Drops, DropsByFunction, SkipsLayers,
+    Multiplies, Learns, LearnsBelow, Buffered, Detaches, Casts, Pair, Twice, Evaluates, Raises, Garbage, Open,
 ]  # fmt: skip
+
+
+class Needs(Block):
+    """None is an argument, too, and not what the mask that is made of it is."""
+
+    def forward(self, x, mask):
+        mask = torch.full((), 0.5) if mask is None else mask
+        x = x + self.mix(self.n1(x), mask)
+        return x + self.mlp(self.n2(x))
+
+
+class Converts(Block):
+    def forward(self, x, mask=None):
+        x = x + self.mix(self.n1(x), 1 - mask if torch.is_tensor(mask) else mask)
+        return x + self.mlp(self.n2(x))
+
+
+class Unpacks(Block):
+    def forward(self, x, mask=None):
+        if isinstance(mask, dict):
+            x = x + mask["prompt"]
+        x = x + self.mix(self.n1(x), None if isinstance(mask, dict) else mask)
+        return x + self.mlp(self.n2(x))
+
+
+class ReadsRest(Block):
+    def forward(self, x, **kwargs):
+        x = x + kwargs.get("scale", 1.0) * self.mix(self.n1(x))
+        return x + self.mlp(self.n2(x))
+
+
+@pytest.mark.parametrize(
+    "block, given",
+    [
+        (Needs, {"mask": None}), (Converts, {"mask": torch.full((), 0.3)}), (ReadsRest, {"scale": 0.3}),
+        (Unpacks, {"mask": {"prompt": 2.0}}),
+    ],
+)  # fmt: skip
+def test_arguments_of_which_somebody_asks_what_they_are(block, given):
+    plain = block()
+    x = torch.randn(2, 3, 64)
+    model = fp8.fuse(fp8.convert(copy.deepcopy(plain), tokens=None))
+    with torch.no_grad():
+        assert off(model(x, **given), plain(x, **given)) < 0.08
 
 
 @pytest.mark.parametrize("block", HOSTILE)
@@ -533,7 +628,14 @@ def test_what_is_not_xielu(act):
     assert_same(model, plain)
 
 
-@pytest.mark.parametrize("mlp", [Tp, StopsUp, Scaled, Clamped, Tanh, LateDrop, Adds])
+class ClampedFar(Mlp):
+    """As DeepSeek-V4's."""
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x).clamp(max=10)) * self.w3(x).clamp(-10, 10))
+
+
+@pytest.mark.parametrize("mlp", [Tp, StopsUp, Scaled, Clamped, ClampedFar, Tanh, LateDrop, Adds])
 @pytest.mark.parametrize("training", [True, False])
 def test_mlps_that_compute_something_else(mlp, training):
     plain = of(lambda: Block(mlp)).train(training)

@@ -245,6 +245,23 @@ def test_changes_of_weights_and_gains(device, change, recompute):
         assert (y - expected).norm() / expected.norm() < 0.1
 
 
+@pytest.mark.parametrize("change", ["in place", "new"])
+def test_a_weight_that_grew_is_no_history_s(device, change):
+    """Also where no codes are kept: the same bits."""
+    made = []
+    for recompute in (False, True):
+        model, _ = trained(device, recompute=recompute)
+        for layer in fp8_layers(model).values():
+            if change == "in place":
+                layer.weight.detach().mul_(1.9)
+            else:
+                layer.weight = nn.Parameter(1.9 * layer.weight.detach())
+        loss = loss_of(model, batch(9, device))
+        made.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)
+
+
 # ---- what is around a model -----------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,8 @@ class LayerState:
     def _set_gathered(self) -> None:
         """Whether codes of the weight end with the call that made them."""
         self.gathered = self.is_sharded or self.recompute  # as the memo knows it, where torch.compile can see it
-        self.memo.set_gathered(self.gathered)
+        self.memo.set_gathered(self.is_sharded)
+        self.memo.set_recompute(self.recompute)
 
     def renew(self, device: torch.device | None = None) -> None:
         """Forget every amax: the next step is scaled by its own tensors, like the first one."""

@@ -228,7 +228,9 @@ def fused_class(base: type[Fused], plain: Any) -> type[Fused]:
         namespace["fp8_defaults"] = {p.name: p.default for p in parameters if p.default is not p.empty}
     if base is FusedAttention:
         namespace["forward"] = rewired(plain.forward)
-    new: Any = type(plain)(f"Fused{plain.__name__}", (base, plain), namespace)
+    # accelerate and FSDP's policies find classes by the names that the model's own code gave them.
+    namespace["__qualname__"] = plain.__qualname__
+    new: Any = type(plain)(plain.__name__, (base, plain), namespace)
     new.fp8_whole = True  # no __init_subclass__ objected
     return cast(type[Fused], new)
 

@@ -87,11 +87,14 @@ def _number_in(slot: Tensor) -> float | None:
     """The scale in a slot, for which the host waits once. None where it may not, or could not tell that it changed."""
     if type(slot) is not Tensor or slot.is_inference() or slot.is_meta:
         return None
+    # What is recorded now is replayed after the number has changed.
+    if torch.jit.is_tracing() or _C.stream_of(slot)[1]:
+        return None
     now = slot._version, slot.data_ptr()
     known: tuple[Any, float] = _numbers.get(slot, ((), 0.0))
     if known[0] == now:
         return known[1]
-    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0 or _C.stream_of(slot)[1]:
+    if torch._C._len_torch_dispatch_stack() > 0:
         return None
     _numbers[slot] = now, float(slot[0, 1])
     return float(_numbers[slot][1])

@@ -16,7 +16,7 @@ from ..layers.fused import MlpFusion, NormFusion, Xielu
 from ..layers.linear import Layer
 from ..layers.mlp import ACTIVATIONS, NAMES, why_apart_frozen, xielu, xielu_alphas
 from ..layers.norm import Norm
-from .probe import Probe, Stub, close, gradients, numbers, owns
+from .probe import IN_HALF, SAMPLES, Probe, Sample, Stub, close, gradients, numbers, owns
 
 MODES = (True, False)  # training and evaluation: a module is fused only if it computes the same in both
 
@@ -45,7 +45,9 @@ def _is_norm(module: nn.Module, probe: Probe, fusion: NormFusion, width: int, tr
     values = {name: numbers(width, seed=i, dtype=torch.float32) for i, name in enumerate(names)}
     # Any number of dimensions; numbers so small that eps decides, and large ones.
     for size, scale, shift in (((4, width), 1, 0.5), ((2, 3, width), 1e-3, 0), ((1, 2, 2, width), 1e3, 0)):
-        x = (scale * numbers(*size, seed=7, dtype=torch.float32) + shift).detach().requires_grad_()
+        x = (scale * numbers(*size, seed=7, dtype=torch.float32) + shift).detach()
+        x[..., 0] *= 1 if scale == 1 else 1e3  # an element whose norm is large, too
+        x.requires_grad_()
         got = probe.run(module, {}, values, training, x)
         right = _norm(x, values[fusion.gain], None if fusion.bias is None else values[fusion.bias], fusion.how)
         if not close(got, right, 1e-4):
@@ -96,7 +98,12 @@ def mlp_of(module: nn.Module, probe: Probe) -> MlpFusion | str | None:
         inner = layers[down].in_features
         if len(sizes) != 1 or sizes.pop()[1] not in (inner, 2 * inner):
             continue
-        found = {_mlp_over(module, probe, layers, into, down, factors, training) for training in MODES}
+        first = _mlp_over(module, probe, layers, into, down, factors, True, SAMPLES[0])
+        named = [first.activation] if isinstance(first, MlpFusion) else NAMES  # of large numbers several are one
+        found = {first} | {
+            _mlp_over(module, probe, layers, into, down, factors, False, sample, named)
+            for sample in (*SAMPLES, IN_HALF)
+        }
         fusions = [fusion for fusion in found if isinstance(fusion, MlpFusion)]
         if len(found) == 1 and fusions:
             return _why_not_over(fusions[0], layers) or fusions[0]
@@ -121,11 +128,17 @@ def _mlp_over(
     down: str,
     factors: Xielu | None,
     training: bool,
+    sample: Sample,
+    named: Sequence[str] = NAMES,
 ) -> MlpFusion | str | None:
-    x, result = (
-        numbers(1, 3, n, seed=i) for i, n in enumerate((layers[into[0]].in_features, layers[down].out_features))
-    )
-    made = {name: numbers(1, 3, layers[name].out_features, seed=2 + i) for i, name in enumerate(into)}
+    def drawn(features: int, seed: int) -> Tensor:
+        return numbers(
+            sample.sequences, sample.tokens, features, seed=seed, dtype=sample.dtype, scale=sample.scale
+        )  # fmt: skip
+
+    in_half = sample.dtype is not torch.float64
+    x, result = (drawn(n, i) for i, n in enumerate((layers[into[0]].in_features, layers[down].out_features)))
+    made = {name: drawn(layers[name].out_features, 2 + i) for i, name in enumerate(into)}
     stubs = {name: Stub(value) for name, value in made.items()} | {down: Stub(result)}
     activations, of_factors = dict(ACTIVATIONS), []
     children: dict[str, Any] = dict(stubs)
@@ -149,14 +162,17 @@ def _mlp_over(
         if not isinstance(layers[into[0]], FrozenLinear):
             return f"its gate and up are one layer, {into[0]}"
     for activation, f in activations.items():
-        for gate, up in _roles(into):
+        for gate, up in _roles(into) if activation in named else ():
             value = _product(f, None if gate is None else made[gate], made[up], layers[down].in_features)
-            if not close(product, value):
+            if not close(product, value, 1e-2 if in_half else 1e-6, _OF_HALF if in_half else 1e-6):
                 continue
-            if all(map(close, gradients(product, leaves), gradients(value, leaves))):
+            if in_half or all(map(close, gradients(product, leaves), gradients(value, leaves))):
                 return MlpFusion(gate, up, down, activation, factors if activation == "xielu" else None)
             return "its gradient is not that of what it computes"
     return f"what stands between its layers is none of {', '.join(NAMES)}"
+
+
+_OF_HALF = 50.0  # in float16 it is asked what overflows; what is small was rounded in other places
 
 
 def _xielu_of(name: str, module: nn.Module, probe: Probe) -> Xielu | None:

@@ -99,10 +99,12 @@ def convert(
     classes = {name: fp8_class_of(layer) for name, layer in chosen.items()}
 
     for name, layer in chosen.items():
+        recompute = isinstance(layer, Layer) and layer.fp8_state.recompute
         if isinstance(layer, Layer):
             layer._make_plain()
         layer.__class__ = classes[name]
         layer._make_fp8(recipe, auto_update, fuse_main_grad)
+        layer.fp8_state.keep_codes(not recompute)
         layer.fp8_state.model = weakref.ref(model)
         layer.__dict__.pop(NOT_FP8, None)
     for name, layer in layers.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +61,29 @@ class Passed:
         raise AttributeError(name)
 
 
-def numbers(*size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def numbers(*size: int, seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
     """Random ones that want a gradient; no state of random numbers moves."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+    made = scale * torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     return made.to(dtype).requires_grad_()
 
 
-def close(a: Any, b: Tensor, tolerance: float = 1e-6) -> bool:
-    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.to(b.dtype), b, tolerance, tolerance)
+class Sample(NamedTuple):
+    """Of what size, and how large, the numbers of a run are: batches, single tokens, and what somebody may clamp."""
+
+    sequences: int = 1
+    tokens: int = 3
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float64
+
+
+SAMPLES = (Sample(), Sample(2, 1, 100.0), Sample(3, 6, 1e6))
+IN_HALF = Sample(2, 3, 500.0, torch.float16)  # products and sums overflow
+
+
+def close(a: Any, b: Tensor, tolerance: float = 1e-6, absolute: float | None = None) -> bool:
+    absolute = tolerance if absolute is None else absolute
+    return isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a.to(b.dtype), b, tolerance, absolute)
 
 
 def gradients(of: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -101,15 +116,20 @@ class Probe:
             apart = self._copy(module, training)
             apart.__dict__["_modules"] |= children
             apart.__dict__["_parameters"] |= parameters
+            state = _state_of(apart)
             with torch.autocast("cpu", enabled=False), torch.device("cpu"):  # whatever surrounds the call of fuse
                 result = type(module).forward(apart, *args, **kwargs)
+            if (changed := _changed(state, _state_of(apart))) is not None:
+                result = _Unknown(f"it writes to its {changed}")
         except Exception as error:  # somebody else's forward, on what it did not expect
             result = error
         if not all(map(_same, before, _random_states())):
             random.setstate(before[0])
             torch.set_rng_state(before[1])
-            if len(before) > 2:
-                torch.cuda.set_rng_state_all(before[2:])
+            if before[2] is not None:
+                sys.modules["numpy"].random.set_state(before[2])
+            if len(before) > 3:
+                torch.cuda.set_rng_state_all(before[3:])
             return _Unknown("it draws random numbers" + (" in training" if training else ""))
         return result
 
@@ -120,6 +140,8 @@ class Probe:
         for name in _HOOKS:
             new.__dict__[name] = {}
         new.__dict__["training"] = training
+        if new.__dict__.get("gradient_checkpointing"):  # transformers' switch: the same numbers, made twice
+            new.__dict__["gradient_checkpointing"] = False
         new.__dict__["_parameters"] = dict(module._parameters)
         new.__dict__["_buffers"] = {name: _other_values(buffer) for name, buffer in module._buffers.items()}
         new.__dict__["_modules"] = {
@@ -153,9 +175,26 @@ def _other_values(buffer: Tensor | None) -> Tensor | None:
 
 
 def _random_states() -> list[Any]:
-    states: list[Any] = [random.getstate(), torch.get_rng_state()]
+    of_numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+    states: list[Any] = [random.getstate(), torch.get_rng_state(), of_numpy]
     return states + (torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
 
 
 def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+    return torch.equal(a, b) if isinstance(a, Tensor) else repr(a) == repr(b)
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """What a forward may leave on its module."""
+    state = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULES}
+    state |= {
+        f"{name}, {len(value)} long": None for name, value in state.items() if isinstance(value, list | dict | set)
+    }
+    buffers = {name: b for name, b in module._buffers.items() if b is not None}
+    return state | buffers | {f"{name}, version {b._version}": None for name, b in buffers.items()}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The name of something that is not what it was."""
+    names = (name for name in before.keys() | after.keys() if before.get(name, _OF_MODULES) is not after.get(name))
+    return min((name.partition(",")[0] for name in names), default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import itertools
@@ -14,7 +15,7 @@ from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.fused import INPUT, BlockFusion, Fused, FusedNorm, Step
 from ..layers.linear import Layer, fp8_layers
 from .computes import MODES, norm_of
-from .probe import Passed, Probe, Stub, close, gradients, numbers
+from .probe import SAMPLES, Passed, Probe, Sample, Stub, close, gradients, numbers
 
 
 def block_of(module: nn.Module, probe: Probe) -> BlockFusion | str | None:
@@ -74,17 +75,22 @@ class _Wiring:
     ) -> None:  # fmt: skip
         self.module, self.probe, self.norms, self.others, self.width = module, probe, norms, others, width
         self.parameters = [p for p in signature if p.kind is not p.VAR_KEYWORD]
-        self.takes_rest = len(self.parameters) < len(signature)
+        rest = next((p.name for p in signature if p.kind is p.VAR_KEYWORD), None)
+        self.takes_rest = rest is not None and not _reads(type(module).forward, rest)
         self.defaults = {p.name: p.default for p in self.parameters if p.default is not p.empty}
         self.opaque = {p.name: Passed() for p in self.parameters[1:]}
         self.rest = Passed()
 
     def run(
         self, given: dict[str, Any], tuples: tuple[str, ...] = (), training: bool = True,
-        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64),
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64), sample: Sample = SAMPLES[0],
     ) -> _Run:  # fmt: skip
         names = [INPUT, *self.norms, *self.others]
-        values = {name: numbers(1, 3, self.width, seed=i, dtype=dtypes[name != INPUT]) for i, name in enumerate(names)}
+        size = sample.sequences, sample.tokens, self.width
+        values = {
+            name: numbers(*size, seed=i, dtype=dtypes[name != INPUT], scale=sample.scale)
+            for i, name in enumerate(names)
+        }
         order: list[str] = []
         stubs = {name: Stub((value, None) if name in tuples else value) for name, value in values.items()}
         del stubs[INPUT]
@@ -231,18 +237,48 @@ class _Wiring:
                 what = "in training and in evaluation" if variant is given else "where arguments are not given"
                 why = f": {now}" if isinstance(now, str) else ""
                 return f"it computes otherwise {what}{why}"
-            values = {**self.defaults, **variant}
-            for step in steps:
-                args, kwargs = run.stubs[step.child].calls[0]
-                wanted = {key: values[source] for key, source in step.passes} | dict(step.constants)
-                got = {key: value for key, value in kwargs.items() if key not in (step.keyword, _REST)}
-                rest = args[0 if step.keyword else 1 :]
-                if (
-                    got.keys() != wanted.keys() or any(got[key] is not value for key, value in wanted.items())
-                    or len(rest) != len(step.positional)
-                    or any(value is not values[source] for value, source in zip(rest, step.positional, strict=True))
-                ):  # fmt: skip
-                    return f"{step.child} gets other arguments in some calls"
+            if (child := self._who_gets_others(run, steps, variant)) is not None:
+                return f"{child} gets other arguments in some calls"
+        return self._varies_with_values(given, tuples, flow, steps)
+
+    def _who_gets_others(self, run: _Run, steps: list[Step], given: dict[str, Any]) -> str | None:
+        """A child that gets other arguments than its step says."""
+        values = {**self.defaults, **given}
+        for step in steps:
+            args, kwargs = run.stubs[step.child].calls[0]
+            wanted = {key: values[source] for key, source in step.passes} | dict(step.constants)
+            got = {key: value for key, value in kwargs.items() if key not in (step.keyword, _REST)}
+            rest = args[0 if step.keyword else 1 :]
+            if (
+                got.keys() != wanted.keys() or any(got[key] is not value for key, value in wanted.items())
+                or len(rest) != len(step.positional)
+                or any(value is not values[source] for value, source in zip(rest, step.positional, strict=True))
+            ):  # fmt: skip
+                return step.child
+        return None
+
+    def _varies_with_values(
+        self, given: dict[str, Any], tuples: tuple[str, ...], flow: _Flow, steps: list[Step]
+    ) -> str:  # fmt: skip
+        """Whether it computes otherwise with other sizes or larger numbers, without gradients, in float16 where sums
+        overflow, or where something that it hands on is of a kind that somebody asks for."""
+        for sample in SAMPLES[1:]:
+            if not _follows(self.run(given, tuples, sample=sample), flow):
+                return "it computes otherwise with other sizes, or larger numbers"
+        half = torch.float16
+        if not _follows(self.run(given, tuples, dtypes=(half, half), sample=Sample(2, 3, 2e4, half)), flow):
+            return "it computes otherwise in float16"
+        with torch.no_grad():
+            if not _follows(self.run(given, tuples), flow):
+                return "it computes otherwise without gradients"
+        handed_on = {source for step in steps for source in (*step.positional, *dict(step.passes).values())}
+        value: Any
+        for name in handed_on & given.keys():
+            for value in (None, False, {}, [], torch.ones(1, 1, 3, 3, dtype=torch.float64, device="cpu")):
+                now = given | {name: value}
+                run = self.run(now, tuples)
+                if not _follows(run, flow) or self._who_gets_others(run, steps, now) is not None:
+                    return f"it does more with {name} than to hand it on"
         return ""
 
     def _casts(self, given: dict[str, Any], tuples: tuple[str, ...], flow: _Flow) -> str:
@@ -274,6 +310,43 @@ class _Wiring:
             function = function.__wrapped__
         names = {p.name for p in self.parameters}
         return tuple(name for name in dict.fromkeys(found) if name not in names)
+
+
+def _follows(run: _Run, flow: _Flow) -> bool:
+    """Whether values go where they went, up to the rounding of their dtype."""
+    values = {name: t.detach() for name, t in run.values.items()}
+    tolerance = 1e-9 if run.values[INPUT].dtype is torch.float64 else 1e-2
+
+    def is_(t: Any, expected: Tensor) -> bool:
+        same = isinstance(t, Tensor) and t.shape == expected.shape and t.dtype == expected.dtype
+        return same and torch.allclose(t.detach(), expected, tolerance, tolerance, equal_nan=True)
+
+    if sorted(run.order) != sorted(run.stubs):
+        return False
+    for name, value, addend, keyword in flow[0]:
+        args, kwargs = run.stubs[name].calls[0]
+        expected = values[value] if addend is None else values[value] + values[addend]
+        if addend is not None:
+            values[f"{value} + {addend}"] = expected
+        taken = args[0] if keyword is None else kwargs[keyword]
+        if not is_(taken, expected):
+            return False
+    orders = itertools.permutations([values[name] for name in flow[1]])
+    return any(is_(run.output, functools.reduce(torch.add, order)) for order in orders)
+
+
+def _reads(function: Any, name: str) -> bool:
+    """Whether a function does more with its keywords of that name than to hand them on."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    if not hasattr(function, "__code__"):
+        return True
+    code = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    for i, following in itertools.pairwise(code):
+        named = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+        if name in named and "FAST" in i.opname and (named[-1] != name or following.opname != "DICT_MERGE"):
+            return True
+    return False
 
 
 _REST = "_of_a_caller"  # a keyword that no forward has
