@@ -434,6 +434,23 @@ def test_static_scales_that_part_are_followed(device, change, apart):
         assert torch.equal(y, apart(model, x)) and not torch.equal(y, before)
 
 
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_follows_static_scales_that_part(device, called, apart):
+    """What a host has read is not in a trace: it would be replayed after the scale has changed."""
+    model, x = model_of(device, "static"), x_of(device)
+    slot = model[0].attention.k_proj.input_slot
+    with torch.no_grad():
+        if called:
+            model(x)
+        traced = torch.jit.trace(model, (x,), check_trace=False)
+        model.load_state_dict(
+            model.state_dict() | {"0.attention.k_proj.input_slot": slot_of(slot[0, 0].item() / 64, device)}
+        )
+        y = model(x)
+        assert (traced(x).float() - y.float()).norm() < 0.03 * y.float().norm()
+
+
 def test_layers_of_other_kinds_cast_for_themselves(device, apart):
     """Whatever the first of those that read a norm is."""
     x = x_of(device)
