@@ -434,6 +434,19 @@ def test_static_scales_that_part_are_followed(device, change, apart):
         assert torch.equal(y, apart(model, x)) and not torch.equal(y, before)
 
 
+def test_an_exported_program_serves_any_number_of_rows(device):
+    """Few rows and many are computed in two ways, and a program has one."""
+    model = model_of(device)
+    dim = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        shapes = ({0: dim, 1: dim},)
+        x = x_of(device).view(2, -1, x_of(device).shape[-1])
+        program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+        for given in (x[:, :5], x, torch.cat([x, -x, x])):
+            y = model(given)
+            assert (program(given).float() - y.float()).norm() < 0.03 * y.float().norm()
+
+
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_follows_static_scales_that_part(device, called, apart):

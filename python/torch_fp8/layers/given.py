@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from .frozen import FrozenLinear
 
 #: The op of a frozen layer casts the input of more rows than these alone, whatever its sizes (csrc/ops/frozen_route.h).
-FEW_ROWS = 16
+_FEW_ROWS = 16
+
+
+def casts_rows(x: Tensor) -> bool:
+    """Whether codes of x are worth making elsewhere. Never in a program exported for any number of rows, as it is."""
+    if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
+        return x.shape[:-1].numel() > _FEW_ROWS
+    return all(isinstance(size, int) for size in x.shape) and x.shape[:-1].numel() > _FEW_ROWS
 
 
 class _Offer(NamedTuple):

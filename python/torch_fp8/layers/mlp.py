@@ -21,7 +21,7 @@ from . import traced
 from .dtensor import is_dtensor
 from .frozen import ACTIVATIONS as FROZEN_ACTIVATIONS
 from .frozen import FrozenLinear, autocast_dtype
-from .given import FEW_ROWS, codes_for, codes_in_graph
+from .given import casts_rows, codes_for, codes_in_graph
 from .linear import Layer, linear_layer
 from .transforms import is_transformed
 
@@ -98,7 +98,7 @@ def why_apart_frozen(gate: nn.Module | None, up: nn.Module, down: nn.Module, act
 
 def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> bool:
     """Whether frozen layers take this input in one piece: few rows gain nothing, and gradients are of single layers."""
-    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or x.shape[:-1].numel() <= FEW_ROWS:
+    if x.is_nested or x.layout != torch.strided or x.dim() == 0 or not casts_rows(x):
         return False  # first, since in decoding the host's time counts
     if is_dtensor(x) or why_apart_frozen(gate, up, down, activation):
         return False

@@ -14,7 +14,7 @@ from ..state import InputGroup
 from . import traced
 from .dtensor import is_dtensor
 from .frozen import FrozenLinear
-from .given import FEW_ROWS, offer
+from .given import casts_rows, offer
 from .linear import SUPPORTED_DTYPES, Layer, linear_layer
 from .transforms import is_transformed
 
@@ -37,7 +37,7 @@ def norm(
     x, residual (..., K) of one dtype; gain, bias (K). readers: the layers that read the result; where they are FP8
     layers in one group they take its codes, and so do frozen ones, where no gradient is wanted."""
     if (frozen := _frozen_reader(x, readers)) is not None and not _is_differentiated(x, residual, gain, bias):
-        codes = x.shape[:-1].numel() > FEW_ROWS
+        codes = casts_rows(x)
         slot = frozen.input_slot if frozen.activations == "static" else None
         y, total, q, scale = torch.ops.torch_fp8.frozen_norm(
             x, residual, gain, bias, how.eps, how.layer_norm, how.gain_offset, slot, codes

@@ -46,7 +46,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     another ``convert``, or to fuse what was added, call ``fuse`` again. Whoever changes what a module computes
     (another activation, another factor, a global that its forward reads) calls ``unfuse`` first and ``fuse`` after. A
     write past the version counter (``y.data``, numpy) to a norm's result is not seen by the layers that take its codes.
-    ``torch.export`` of a frozen, fused model holds on one side of 16 rows, that of the example.
+    A program that a frozen, fused model is exported to for any number of rows hands over no codes; with strict=True it
+    serves few rows or many, as its example.
 
     recompute: keep less between forward and backward: the codes of the fused modules' weights are made again in
         backward and, in eager mode, those that norms and MLPs made. For one micro-batch a step: with several, each
