@@ -117,7 +117,7 @@ class _Wiring:
         for other in self.others:  # those that may return a tuple or a tensor
             if other not in tuples and self._flow(self.run(given, (*tuples, other))) == flow:
                 steps = [step._replace(first=True) if step.child == other else step for step in steps]
-        handed_on = {source for step in steps for source in (*step.positional, *dict(step.passes).values())}
+        handed_on = _handed_on(steps)
         fixed = tuple(name for name in self.opaque if given.get(name) is not self.opaque[name])
         ignored = tuple(name for name in self.opaque if name not in fixed and name not in handed_on)
         why = self._varies(given, tuples, flow, steps, ignored) or self._casts(given, tuples, flow)
@@ -271,9 +271,8 @@ class _Wiring:
         with torch.no_grad():
             if not _follows(self.run(given, tuples), flow):
                 return "it computes otherwise without gradients"
-        handed_on = {source for step in steps for source in (*step.positional, *dict(step.passes).values())}
         value: Any
-        for name in handed_on & given.keys():
+        for name in _handed_on(steps) & given.keys():
             for value in (None, False, {}, [], torch.ones(1, 1, 3, 3, dtype=torch.float64, device="cpu")):
                 now = given | {name: value}
                 run = self.run(now, tuples)
@@ -310,6 +309,10 @@ class _Wiring:
             function = function.__wrapped__
         names = {p.name for p in self.parameters}
         return tuple(name for name in dict.fromkeys(found) if name not in names)
+
+
+def _handed_on(steps: list[Step]) -> set[str]:
+    return {source for step in steps for source in (*step.positional, *dict(step.passes).values())}
 
 
 def _follows(run: _Run, flow: _Flow) -> bool:
