@@ -36,6 +36,10 @@ const Kernels& meta_kernels() {
     none.dequantize = [](const DequantizeArgs&) {};
     none.transpose = [](const TransposeArgs&) {};
     none.skinny = [](const SkinnyArgs&) {};
+    none.attention = [](const AttentionArgs&) {};
+    none.attention_backward = [](const AttentionBackwardArgs&) {};
+    none.role_amaxes = [](const RoleAmaxesArgs&) {};
+    none.dequantize_heads = [](const DequantizeHeadsArgs&) {};
     none.skinny_fp8 = [](const SkinnyFp8Args&) {};
     return none;
   }();

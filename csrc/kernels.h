@@ -361,6 +361,70 @@ struct RoleState {
 };
 static_assert(sizeof(RoleState) == 24, "over a thousand of them fit a kernel's arguments");
 
+// FP8 attention: O = softmax(scale * Q K^T) V, and its gradient, with the roles' tensors as codes. Scales are read from
+// one slot a role, as they are when the kernel runs; what is cast inside of a kernel, or comes from it, is scaled by
+// its slot's scale, which must be there before.
+//   forward   P = exp(scale * S - its row's maximum so far) is cast, and the sums of rows that O is divided by are of P
+//             before the cast; O is cast
+//   backward  P = exp(scale * S - lse) is cast as P's role; D = rowsum(dO * O); dS = P * (dO V^T - D) is cast as dP's;
+//             dV = P^T dO, dQ = scale * dS K and dK = scale * dS^T Q are cast
+enum AttentionRole : int { kQ, kK, kV, kP, kO, kGradO, kGradP, kGradQ, kGradK, kGradV, kAttentionRoles };
+
+struct AttentionSize {
+  int64_t batch, heads, kv_heads, tokens, kv_tokens, dims;  // heads a multiple of kv_heads; dims of 16
+  bool causal;                                              // a query sees the keys up to its own number
+  float scale;
+};
+
+struct AttentionArgs {
+  AttentionSize size;
+  Heads q, k, v;       // E4M3, 16-byte aligned, with strides that are multiples of 16
+  Heads o;             // E4M3: where the result goes, likewise
+  const Slot* scales;  // kAttentionRoles
+  float* lse;          // (batch, heads, tokens): the natural logarithm of each row's sum of exp(scale * S)
+  float* amaxes;       // kAttentionRoles: those of kP and kO are overwritten by max |.| of what was cast
+};
+
+struct AttentionBackwardArgs {
+  AttentionSize size;
+  Heads q, k, v, o;    // as in forward
+  Heads dy;            // of grad_format
+  Heads dq, dk, dv;    // of result_format: where the results go
+  Format grad_format;  // of dO and dP
+  Format result_format;
+  const Slot* scales;
+  const float* lse;
+  float* amaxes;  // those of kGradP, kGradQ, kGradK, kGradV are overwritten
+};
+
+// What was measured outside of a cast: slots[role].amax is raised to amaxes[role] for the roles of record (one bit
+// each), and scales[role] becomes the slot of a tensor that is scaled by its own amax (own_slot) for those of own.
+struct RoleAmaxesArgs {
+  int roles;
+  const float* amaxes;
+  Slot *slots, *scales;
+  uint32_t record, own;
+  struct {
+    float target;
+    bool power_of_two;
+  } casts[kAttentionRoles];
+};
+
+// Codes of one scale as numbers: out (outer, inner) = scale_inv * (the sum over group of codes (outer, group, inner)),
+// in float32, rounded once. inner is a multiple of 16; up to 4 tensors in one launch.
+struct HeadsOfCodes {
+  const uint8_t* codes;  // 16-byte aligned, as out
+  const float* scale_inv;
+  void* out;
+  int64_t outer, group, inner;
+};
+struct DequantizeHeadsArgs {
+  int count;
+  Format format;
+  Type type;  // of out
+  HeadsOfCodes tensors[4];
+};
+
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.
 struct Kernels {
   // parts (kAmaxParts): their largest is max |x|.
@@ -385,11 +449,17 @@ struct Kernels {
   void (*rescale)(const RescaleArgs& args);
   void (*dequantize)(const DequantizeArgs& args);
   void (*transpose)(const TransposeArgs& args);
+  void (*attention)(const AttentionArgs& args);
+  void (*attention_backward)(const AttentionBackwardArgs& args);
+  void (*role_amaxes)(const RoleAmaxesArgs& args);
+  void (*dequantize_heads)(const DequantizeHeadsArgs& args);
   // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
   // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
   void (*update_scales)(const RoleState* roles, int64_t count);
 
   // From here on CUDA's alone.
+  // Throws, in words, where the library, this cuDNN or this GPU has no FP8 attention.
+  void (*check_attention)();
   void (*cast_small)(const SmallCasts& small);
   void (*skinny)(const SkinnyArgs& args);
   void (*skinny_fp8)(const SkinnyFp8Args& args);
