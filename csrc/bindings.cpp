@@ -72,6 +72,10 @@ PYBIND11_MODULE(_C, m) {
       .value("constant", Scaling::kConstant);
 
   py::class_<Cast>(m, "Cast")
+      .def(py::init([](at::ScalarType dtype, Scaling scaling, bool power_of_two, int64_t margin) {
+             return Cast{format_of(dtype, "dtype"), scaling, power_of_two, margin};
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("scaling"), py::arg("power_of_two"), py::arg("margin"))
       .def_property_readonly("dtype", &Cast::dtype)
       .def_readonly("scaling", &Cast::scaling)
       .def_readonly("power_of_two", &Cast::power_of_two)
@@ -92,7 +96,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("fp8_gemms", &LinearOptions::fp8_gemms);
 
   py::class_<LayerMemo, std::shared_ptr<LayerMemo>>(m, "LayerMemo")
-      .def(py::init(&new_memo))
+      .def(py::init(py::overload_cast<>(&new_memo)))
+      .def(py::init([](const std::vector<std::pair<std::string, float>>& roles) {
+             std::vector<MemoRole> known;
+             known.reserve(roles.size());
+             for (const auto& [name, constant] : roles) known.push_back({name, constant});
+             return new_memo(std::move(known));
+           }),
+           py::arg("roles"))
+      .def("history", &LayerMemo::history, no_gil)
+      .def("note_forward", [](LayerMemo& memo, const at::Tensor& t) { memo.note_forward(stream_of(t)); })
+      .def("note_used_roles", &LayerMemo::note_used_roles)
       .def_property_readonly("used_roles", &LayerMemo::used_roles)
       .def(
           "end_step",

@@ -1,5 +1,6 @@
 #include "memo.h"
 
+#include <bit>
 #include <unordered_map>
 
 #include <ATen/ATen.h>
@@ -46,12 +47,21 @@ at::Tensor owner_of(const at::Tensor& weight) {
   return transposed ? base : weight;
 }
 
-constexpr const char* kRoleNames[] = {"input", "weight", "output gradient"};
+// The row of a role that has seen nothing.
+at::Tensor fresh_row(float scale) { return at::tensor({1.0f / scale, scale, 0.0f, 0.0f}, at::kFloat); }
+
+int64_t constant_roles(const std::vector<MemoRole>& roles) {
+  int64_t constant = 0;
+  for (size_t role = 0; role < roles.size(); ++role) constant |= int64_t{roles[role].constant != 0} << role;
+  return constant;
+}
 
 }  // namespace
 
-std::shared_ptr<LayerMemo> new_memo() {
-  auto memo = std::make_shared<LayerMemo>();
+std::shared_ptr<LayerMemo> new_memo() { return new_memo({{"input"}, {"weight"}, {"output gradient"}}); }
+
+std::shared_ptr<LayerMemo> new_memo(std::vector<MemoRole> roles) {
+  auto memo = std::make_shared<LayerMemo>(std::move(roles));
   const std::lock_guard lock(registry().mutex);
   registry().memos.emplace(memo->number(), memo);
   return memo;
@@ -60,7 +70,10 @@ std::shared_ptr<LayerMemo> new_memo() {
 void end_step(LayerMemo& memo, const at::Tensor& weight) { memo.end_step(&weight); }
 int64_t used_roles(const LayerMemo& memo) { return memo.used_roles(); }
 
-LayerMemo::LayerMemo() : number_(next_number()) {}
+LayerMemo::LayerMemo(std::vector<MemoRole> roles)
+    : number_(next_number()), roles_(std::move(roles)), constant_(constant_roles(roles_)) {
+  TORCH_CHECK(roles_.size() <= 16, "torch_fp8: a layer has at most 16 roles, got ", roles_.size());
+}
 
 LayerMemo::~LayerMemo() {
   const std::lock_guard lock(registry().mutex);
@@ -84,7 +97,7 @@ int64_t LayerMemo::history(const at::Tensor& slots, int64_t roles_asked) {
   const auto is_capturing = [&] { return slots.is_cuda() && stream_of(slots).capture != 0; };
   if (!known_) {
     if (!has_values(slots)) return ~int64_t{0};
-    check_slots(slots, kRoles);
+    check_slots(slots, static_cast<int64_t>(roles_.size()));
     TORCH_CHECK(!is_capturing(),
                 "torch_fp8: a CUDA graph is being captured before this layer's first scaling update, so its first "
                 "step, scaled by each tensor's own amax, would be replayed for ever; run at least two training steps "
@@ -92,18 +105,21 @@ int64_t LayerMemo::history(const at::Tensor& slots, int64_t roles_asked) {
     const at::Tensor rows = slots.cpu();
     history_ = 0;
     for (int64_t role = 0; role < rows.size(0); ++role) {
-      if (is_sound(slots_of(rows)[role])) {
-        history_ |= int64_t{slots_of(rows)[role].cursor > 0} << role;
-      } else {  // somebody else wrote it: what is no state is no history
-        slots.select(0, role).copy_(at::tensor({1.0f, 1.0f, 0.0f, 0.0f}, at::kFloat));
+      const Slot& slot = slots_of(rows)[role];
+      const float constant = roles_[static_cast<size_t>(role)].constant;
+      // Somebody else wrote what is no state: it is no history.
+      if (!is_sound(slot) || (constant != 0 && slot.scale != constant)) {
+        slots.select(0, role).copy_(fresh_row(constant != 0 ? constant : 1.0f));
+      } else if (constant == 0) {
+        history_ |= int64_t{slot.cursor > 0} << role;
       }
     }
     known_ = true;
   }
-  const int64_t missing = roles_asked & ~history_;
+  const int64_t missing = roles_asked & ~history_ & ~constant_;
   if (missing != 0 && is_capturing()) {
-    const int role = missing & 1 ? 0 : missing & 2 ? 1 : 2;
-    TORCH_CHECK(false, "torch_fp8: a CUDA graph is being captured while this layer's ", kRoleNames[role],
+    const auto role = static_cast<size_t>(std::countr_zero(static_cast<uint64_t>(missing)));
+    TORCH_CHECK(false, "torch_fp8: a CUDA graph is being captured while this layer's ", roles_.at(role).name,
                 " has no amax history; run training steps until it has seen a value other than zero, then capture");
   }
   return history_;
@@ -128,7 +144,7 @@ void LayerMemo::end_step(const at::Tensor* weight) {
   weight_ = {};
   updated_ = weight != nullptr && has_identity(*weight) ? Identity::of(*weight) : Identity{};
   ++updates_;
-  if (used & ~history_) known_ = false;  // a role may have a history now
+  if (used & ~history_ & ~constant_) known_ = false;  // a role may have a history now
 }
 
 void LayerMemo::see_weight(const at::Tensor& weight) {

@@ -5,6 +5,8 @@
 #include <array>
 #include <atomic>
 #include <mutex>
+#include <string>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -13,9 +15,15 @@
 
 namespace torch_fp8 {
 
+// A role as the host knows it: by what name errors call it and, where its scale never changes, that scale.
+struct MemoRole {
+  std::string name;
+  float constant = 0;
+};
+
 class LayerMemo {
  public:
-  LayerMemo();
+  explicit LayerMemo(std::vector<MemoRole> roles);  // as many as the slots have rows
   ~LayerMemo();
   LayerMemo(const LayerMemo&) = delete;
 
@@ -23,9 +31,10 @@ class LayerMemo {
   int64_t number() const { return number_; }
   static std::shared_ptr<LayerMemo> find(int64_t number);
 
-  // Which roles have an amax history, one bit each. Read from the device when not known (once, and again after an
-  // update that may have begun one), which a stream capture does not allow: an error then. A row that is read and is no
-  // state (is_sound in scale.h) is replaced by one without history.
+  // Which roles have an amax history, one bit each; constant ones never do. Read from the device when not known (once,
+  // and again after an update that may have begun one), which a stream capture does not allow: an error then. A row
+  // that is read and is no state (is_sound in scale.h) is replaced by one without history, one of a constant role that
+  // has another scale by its own.
   int64_t history(const at::Tensor& slots, int64_t roles_asked);
   // From who has read it already: spares this layer its own reading of the device.
   void set_history(int64_t history);
@@ -56,7 +65,8 @@ class LayerMemo {
 
   // A forward in training: of which thread, and in which recorded graph.
   void note_forward(const cuda::StreamState& now);
-  void note_used(int role) { used_.fetch_or(static_cast<uint16_t>(1 << role), std::memory_order_relaxed); }
+  void note_used(int role) { note_used_roles(int64_t{1} << role); }
+  void note_used_roles(int64_t roles) { used_.fetch_or(static_cast<uint16_t>(roles), std::memory_order_relaxed); }
   // The roles that took part in training since the last update, or may have, one bit each. Replays of a graph tell the
   // host nothing, so a layer that one was recorded of may always have.
   int64_t used_roles() const { return captured_ ? 0xFFFF : used_.load(std::memory_order_relaxed); }
@@ -88,7 +98,9 @@ class LayerMemo {
     cuda::StreamState made_on;  // other streams do not wait for it, and outside of its graph it does not exist
   };
   const int64_t number_;
-  std::mutex mutex_;  // of weight_, updated_, history_ and known_: forwards hold no lock of Python's
+  const std::vector<MemoRole> roles_;
+  const int64_t constant_;  // roles, one bit each
+  std::mutex mutex_;        // of weight_, updated_, history_ and known_: forwards hold no lock of Python's
   Weight weight_;
   Identity updated_;  // the weight when its scale was last updated
   bool known_ = false;
@@ -99,6 +111,8 @@ class LayerMemo {
   std::atomic<int64_t> updates_{0};
   std::atomic<uint64_t> thread_{0};
 };
+
+std::shared_ptr<LayerMemo> new_memo(std::vector<MemoRole> roles);
 
 // The stream that is current on the tensor's device, and the graph that it records.
 cuda::StreamState stream_of(const at::Tensor& t);

@@ -53,6 +53,11 @@ class Recipe(ABC):
         """Binades left free above an amax: of inputs and weights, and of output gradients."""
         return 0, getattr(self, "grad_margin", 0)
 
+    @property
+    def biases(self) -> tuple[int, int]:
+        """The logarithms of constant scales: of inputs and weights, and of output gradients."""
+        return 0, 0
+
     def _options(self, scaling: Any, *, power_of_two: bool) -> _C.LinearOptions:
         margin, grad_margin = self.margins
         return _C.LinearOptions(
@@ -180,6 +185,10 @@ class ConstantScaling(Recipe):
     @property
     def history_length(self) -> int:
         return 1
+
+    @property
+    def biases(self) -> tuple[int, int]:
+        return self.bias, self.bias - self.grad_margin
 
     def options(self) -> _C.LinearOptions:
         return self._options(_C.Scaling.constant, power_of_two=True)

@@ -15,23 +15,23 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _C
-from .layers.linear import Layer, alive_layers, fp8_layers
+from .layers.scaled import Scaled, alive_modules, scaled_modules
 from .layers.traced import traced_training
-from .recipe import ConstantScaling
-from .state import ROLES, LayerState
+from .state import State
 
 
 def update_scales(model: nn.Module) -> None:
-    """One scaling update of every FP8 layer of ``model``: roll the histories, compute the scales, clear the amaxes.
+    """One scaling update of every FP8 layer and attention of ``model``: roll the histories, compute the scales, clear
+    the amaxes.
 
     Runs by itself after ``optimizer.step()`` for every layer whose step that ends; call it by hand for layers with
     ``auto_update=False``. A role that recorded nothing keeps its scale and its history. Raises ValueError where the
     model has no FP8 layer.
     """
-    layers = fp8_layers(model).values()
-    if not layers:
+    modules = scaled_modules(model).values()
+    if not modules:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer to update; torch_fp8.convert it first")
-    _update(layers, held=layers)
+    _update(modules, held=modules)
 
 
 class _AmaxReduction:
@@ -39,20 +39,21 @@ class _AmaxReduction:
 
     _count = itertools.count()
 
-    def __init__(self, states: Iterable[LayerState], group: Any) -> None:
+    def __init__(self, states: Iterable[State], group: Any) -> None:
         self.group = group
         self.number = next(self._count)
         self._states = [weakref.ref(state) for state in states]
 
-    def states(self) -> list[LayerState]:
+    def states(self) -> list[State]:
         found = (ref() for ref in self._states)
         return [state for state in found if state is not None and state.reduction is self]
 
     def run(self) -> None:
         amaxes = [state.slots[:, 2] for state in self.states()]
+        sizes = [len(amax) for amax in amaxes]
         together = torch.cat(amaxes).view(torch.int32)  # magnitudes are ordered as integers, and NaN is the largest
         torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, self.group)
-        torch._foreach_copy_(amaxes, list(together.view(torch.float32).split(len(ROLES))))
+        torch._foreach_copy_(amaxes, list(together.view(torch.float32).split(sizes)))
 
 
 def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
@@ -64,8 +65,8 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
     Every rank must then train in every step. Copies of the model (deepcopy, pickle) are without it. Raises ValueError
     where the model has no layer with amaxes, RuntimeError where torch.distributed is not initialised.
     """
-    states = [layer.fp8_state for layer in fp8_layers(model).values()]
-    states = [state for state in states if not isinstance(state.recipe, ConstantScaling)]
+    states = [module.fp8_state for module in scaled_modules(model).values()]
+    states = [state for state in states if not state.is_constant]
     if not states:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FP8 layer with amaxes; torch_fp8.convert it first")
     if not torch.distributed.is_initialized():
@@ -75,11 +76,11 @@ def reduce_amaxes(model: nn.Module, group: Any = None) -> None:
         state.reduction = reduction
 
 
-def _update(layers: Iterable[Layer], held: Container[Layer]) -> None:
+def _update(modules: Iterable[Scaled], held: Container[Scaled]) -> None:
     # The weights as their optimizer leaves them, where it is known to hold them: masters may be copied to others later.
-    weights = {layer.fp8_state: layer.weight if layer in held else None for layer in layers}
+    weights = {module.fp8_state: module.cast_weight() if module in held else None for module in modules}
     states = dict.fromkeys(weights)
-    # A layer that this rank did not use may have been used on another: all enter the collective. Several models' take
+    # A module that this rank did not use may have been used on another: all enter the collective. Several models' take
     # the order in which they were set up.
     reductions = {state.reduction for state in states} - {None}
     groups = {state.group: None for state in states if state.group is not None}
@@ -87,17 +88,18 @@ def _update(layers: Iterable[Layer], held: Container[Layer]) -> None:
     for reduction in sorted(reductions, key=lambda reduction: reduction.number):
         reduction.run()
         states.update(dict.fromkeys(reduction.states()))
-    by_device: dict[torch.device, list[LayerState]] = defaultdict(list)
+    by_device: dict[torch.device, list[State]] = defaultdict(list)
     for state in states:
-        if not isinstance(state.recipe, ConstantScaling) and not state.slots.is_meta:
+        if not state.is_constant and not state.slots.is_meta:
             by_device[state.slots.device].append(state)
         state.was_loaded = False
     for together in by_device.values():
+        _join_amaxes([state.slots[state.one_scale, 2] for state in together if state.one_scale != slice(0)])
         torch.ops.torch_fp8.update_scales_(
             [state.slots for state in together],
             [state.history for state in together],
-            [state.options.cast(role).target for state in together for role in range(len(ROLES))],
-            [int(state.options.cast(0).power_of_two) for state in together],
+            [target for state in together for target in state.targets],
+            [power_of_two for state in together for power_of_two in state.powers_of_two],
         )
     begun = [[state for state in together if _may_have_begun(state)] for together in by_device.values()]
     for state in states:
@@ -125,29 +127,38 @@ def _share_amaxes(steps: list[tuple[_Pairs, _Pairs]]) -> None:
         torch._foreach_copy_(takers, torch.where(own == 0, others, own).unbind())
 
 
-def _used_roles(state: LayerState) -> int:
+def _join_amaxes(amaxes: list[torch.Tensor]) -> None:
+    """Roles with one scale have one amax, the largest: for all modules in one launch."""
+    if amaxes:
+        largest = torch.stack(amaxes).amax(1, keepdim=True)
+        torch._foreach_copy_(amaxes, list(largest.expand(-1, len(amaxes[0])).unbind()))
+
+
+def _used_roles(state: State) -> int:
     """The roles that took part in training since the last scaling update, or may have, one bit each."""
-    return (1 << len(ROLES)) - 1 if traced_training() else state.memo.used_roles
+    return (1 << len(state.roles)) - 1 if traced_training() else state.memo.used_roles
 
 
-def _may_have_begun(state: LayerState) -> bool:
+def _may_have_begun(state: State) -> bool:
     """A role without history was used. Where that is only a guess (compiled or captured steps), and the role may well
     be one that nobody ever uses, it is looked up at the first updates and then ever more rarely."""
-    if all(state.has_history):
+    awaited = ~(state.known_roles() | state.constant_roles)
+    if not awaited & (1 << len(state.roles)) - 1:
         return False
     memo = state.memo
     if (traced_training() or memo.captured) and memo.updates & (memo.updates - 1):  # not 0, 1, 2, 4, 8, ...
         return False
-    used = _used_roles(state)
-    return any(used >> role & 1 and not known for role, known in enumerate(state.has_history))
+    return bool(_used_roles(state) & (1 << len(state.roles)) - 1 & awaited)
 
 
-def _read_history(states: list[LayerState]) -> None:
+def _read_history(states: list[State]) -> None:
     """Bring ``has_history`` up to date, waiting for the device: in the first steps, until every role has one."""
     if not states or (states[0].slots.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    for state, rows in zip(states, torch.stack([state.slots for state in states]).tolist()):
-        state.read_history(rows)
+    rows = torch.cat([state.slots for state in states]).tolist()
+    for state in states:
+        state.read_history(rows[: len(state.roles)])
+        del rows[: len(state.roles)]
     for group in {state.group: None for state in states if state.group is not None}:
         group.compare()
 
@@ -164,44 +175,46 @@ def _trains(model: nn.Module | None) -> bool:
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """An optimizer's step ends the step of the layers whose weight or bias it holds, and of those that no optimizer is
-    known to hold: an FP8 base under adapters, the flat parameter of FSDP1, a model whose optimizer has float32 masters.
-    Such a layer goes with its model, which is what ``convert`` was given. Where there is none, or the optimizer holds
-    nothing of any FP8 model, it goes with the thread of its last forward."""
+    """An optimizer's step ends the step of the modules of which it holds an owner: a layer's weight or bias, what an
+    attention goes with. And of those that no optimizer is known to hold: an FP8 base under adapters, the flat parameter
+    of FSDP1, a model whose optimizer has float32 masters, an attention that goes with nothing. Such a module goes with
+    its model, which is what ``convert`` was given. Where there is none, or the optimizer holds nothing of any FP8
+    model, it goes with the thread of its last forward."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    ended: list[Layer] = []
-    unowned: list[Layer] = []
-    along: list[Layer] = []
-    for layer in alive_layers():
-        state = layer.fp8_state
-        used = layer.auto_update and not state.slots.is_meta and _used_roles(state)
-        if id(layer.weight) in held or id(layer.bias) in held:
+    ended: list[Scaled] = []
+    unowned: list[Scaled] = []
+    along: list[Scaled] = []
+    for module in alive_modules():
+        state = module.fp8_state
+        used = module.auto_update and not state.slots.is_meta and _used_roles(state)
+        if any(id(owner) in held for owner in module.owners()):
             state.optimizer, state.passed_over = weakref.ref(optimizer), 0
             if used:
-                ended.append(layer)
+                ended.append(module)
             else:
-                state.memo.see_weight(layer.weight)  # the change is the optimizer's
+                if (weight := module.cast_weight()) is not None:
+                    state.memo.see_weight(weight)  # the change is the optimizer's
                 state.unused_steps += 1
         elif used:
             # An owner that has not stepped for so long is alive, but not in use any more.
             state.passed_over += 1
-            if state.passed_over > _PATIENCE or not _alive(state.optimizer) or not layer.weight.requires_grad:
-                unowned.append(layer)
-    models = {layer: ref() if (ref := layer.fp8_state.model) is not None else None for layer in unowned}
+            if state.passed_over > _PATIENCE or not _alive(state.optimizer) or not module.is_trained():
+                unowned.append(module)
+    models = {module: ref() if (ref := module.fp8_state.model) is not None else None for module in unowned}
     ours = {
         model: any(id(parameter) in held for parameter in model.parameters())
         for model in set(models.values())
         if model is not None
     }
     is_stranger = not ended and not any(ours.values())  # it holds parameters that nobody here knows
-    for layer, model in models.items():
-        in_thread = layer.fp8_state.memo.thread in (0, _C.this_thread())
-        if is_stranger or not (layer.weight.requires_grad or _trains(model)):
+    for module, model in models.items():
+        in_thread = module.fp8_state.memo.thread in (0, _C.this_thread())
+        if is_stranger or not (module.is_trained() or _trains(model)):
             goes_along = in_thread
         else:
             goes_along = model is not None and ours[model]
         if goes_along:
-            along.append(layer)
+            along.append(module)
     if ended or along:
         _update(ended + along, held=ended)
 
@@ -211,8 +224,9 @@ register_optimizer_step_post_hook(_after_optimizer_step)
 
 def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The scaling state of a model, to be saved beside its weights and its optimizer: a dict of plain float32 tensors,
-    ``"<layer>.fp8_slots"`` (3, 4) and ``"<layer>.fp8_history"`` (3, length), copied. Layers with ConstantScaling have
-    none. Names are those of the model without its wrappers for checkpointing, FSDP1 and torch.compile."""
+    ``"<layer>.fp8_slots"`` (3, 4) and ``"<layer>.fp8_history"`` (3, length), copied; of an attention (10, 4) and
+    (10, length). Layers with ConstantScaling have none. Names are those of the model without its wrappers for
+    checkpointing, FSDP1 and torch.compile."""
     return {key: tensor.detach().clone() for key, tensor in _state(model).items()}
 
 
@@ -220,8 +234,18 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Restore what :func:`state_dict` gave, before or after the weights are loaded.
 
     Everything is checked first: on a KeyError (entries missing or surplus), TypeError or ValueError (not a float32
-    tensor, another shape, values no scaling state can have) the model is as it was.
+    tensor, another shape, values no scaling state can have, another constant scale; a model on the meta device) the
+    model is as it was.
     """
+    modules = scaled_modules(model)
+    for name, module in modules.items():
+        if module.fp8_slots.is_meta:
+            module.settle()
+        if module.fp8_slots.is_meta and not module.fp8_state.is_constant:
+            raise ValueError(
+                f"torch_fp8: {name or '(root)'} is on the meta device, where its scaling state has no values; give the "
+                "model its weights first"
+            )
     own = _state(model)
     if not isinstance(state, dict):
         raise TypeError(f"torch_fp8: the scaling state must be a dict of tensors, got {type(state).__name__}")
@@ -236,13 +260,21 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         )
     for key, tensor in own.items():
         _check_entry(key, state[key], tensor, length=own[key.replace("fp8_slots", "fp8_history")].shape[1])
+    for name, module in modules.items():
+        if not module.fp8_state.is_constant:
+            slots, history = (state[_key(name, part)] for part in _PARTS)
+            if why := module.fp8_state.why_not(slots.detach().cpu(), history.detach().cpu()):
+                raise ValueError(
+                    f"torch_fp8: {_key(name, 'fp8_slots')} does not fit the model: {why}; build the model with the "
+                    "options that it was saved with"
+                )
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
-    for layer in fp8_layers(model).values():
-        layer.fp8_state.memo.forget()  # what the host knew of the old state is void
-        layer.fp8_state.was_loaded = True
-        _read_history([layer.fp8_state])
+    for module in modules.values():
+        module.fp8_state.memo.forget()  # what the host knew of the old state is void
+        module.fp8_state.was_loaded = True
+        _read_history([module.fp8_state])
 
 
 class ScalingState:
@@ -264,12 +296,19 @@ def _plain_name(name: str) -> str:
     return re.sub(r"(^|\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)(?=\.)", "", name).lstrip(".")
 
 
+_PARTS = ("fp8_slots", "fp8_history")
+
+
+def _key(name: str, part: str) -> str:
+    return _plain_name(f"{name}.{part}" if name else part)
+
+
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        _plain_name(f"{name}.{part}" if name else part): tensor
-        for name, layer in fp8_layers(model).items()
-        if not isinstance(layer.recipe, ConstantScaling)
-        for part, tensor in (("fp8_slots", layer.fp8_slots), ("fp8_history", layer.fp8_history))
+        _key(name, part): getattr(module, part)
+        for name, module in scaled_modules(model).items()
+        if not module.fp8_state.is_constant
+        for part in _PARTS
     }
 
 
@@ -301,10 +340,13 @@ def _check_entry(key: str, value: Any, own: torch.Tensor, length: int) -> None:
         raise ValueError(f"torch_fp8: {key} holds values that no scaling state has: the checkpoint is damaged")
 
 
-def scales(layer: Layer) -> dict[str, float]:
-    """The current scale of each role of a layer; NaN where a role has no history and so no scale of its own yet."""
-    if layer.fp8_slots.is_meta:
-        return dict.fromkeys(ROLES, math.nan)
-    slots = layer.fp8_slots.detach().cpu()
-    constant = isinstance(layer.recipe, ConstantScaling)
-    return {role: slots[i, 1].item() if constant or slots[i, 3] > 0 else math.nan for i, role in enumerate(ROLES)}
+def scales(module: Scaled) -> dict[str, float]:
+    """The current scale of each role of a module; NaN where a role has no history and so no scale of its own yet."""
+    state = module.fp8_state
+    names = [role.name for role in state.roles]
+    if state.slots.is_meta:
+        return dict.fromkeys(names, math.nan)
+    rows = state.slots.detach().tolist()
+    return {
+        role.name: row[1] if role.constant or row[3] > 0 else math.nan for role, row in zip(state.roles, rows)
+    }  # fmt: skip

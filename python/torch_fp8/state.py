@@ -1,66 +1,193 @@
-"""The scaling state of one layer, and all that is remembered beside it: an object of its own.
+"""The scaling state of one module, and all that is remembered beside it: an object of its own.
 
 It is neither a parameter nor a buffer, so that nothing that fills, casts, averages, broadcasts or assigns those can
-reach a scale. It follows its layer's weight: to another device, into shared memory, into copies and pickles.
+reach a scale. It follows its module's tensors: to another device, into shared memory, into copies and pickles.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Container
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
-from .recipe import ConstantScaling, DelayedScaling, Recipe
+from .recipe import DelayedScaling, Recipe
 
 ROLES = ("input", "weight", "grad_output")
 _INPUT = ROLES.index("input")
 
-_COPIED = ("recipe", "slots", "history", "has_history", "was_loaded", "group", "member", "recompute")
+
+class Role(NamedTuple):
+    """What a tensor is to a module."""
+
+    name: str
+    cast: _C.Cast
+    constant: float = 0.0  # its scale, where that never changes
 
 
-class LayerState:
-    """The scaling state of a layer with the roles ``ROLES``.
+def role_of(name: str, cast: _C.Cast, bias: int) -> Role:
+    """A role that is cast so; by constant scaling with the scale ``2**bias``."""
+    return Role(name, cast, 2.0**bias if cast.scaling == _C.Scaling.constant else 0.0)
 
+
+class State(ABC):
+    """The scaling state of a module. Each tensor that it casts has one of its roles, and each role a cast of its own.
+
+    roles: how each is cast; one row of slots and history is that of one role.
     slots: (roles, 4) float32, ``{scale_inv, scale, amax, cursor}`` of each role: amax is the maximum of magnitudes
         since the last update, cursor the place in the history that was written last (0: no history yet).
     history: (roles, length) float32, a ring of the amaxes of earlier updates.
     has_history: which roles have one. torch.compile guards on it, so it is read from the device after updates.
-    memo: what the host remembers between calls (csrc/memo.h); place: which of ``group``'s members the layer is.
-    recompute: backward makes the codes of the weight again instead of keeping them from the forward on, and those of
-        the input, where a norm or an activation made them.
-    model, optimizer: whose step ends the layer's (``_after_optimizer_step`` in scaling.py).
+    memo: what the host remembers between calls (csrc/memo.h).
+    one_scale: roles that have one scale: each sees the largest of their amaxes.
+    group: the layers that cast their input once, together with this one.
+    model, optimizer: whose step ends the module's (``_after_optimizer_step`` in scaling.py).
     """
 
-    recompute = False
+    copied: ClassVar[tuple[str, ...]] = ("recipe", "slots", "history", "has_history", "was_loaded")
+    one_scale = slice(0)
+    group: InputGroup | None = None
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe = recipe
-        self.group: InputGroup | None = None
-        self.member = 0
         self.slots = self.history = torch.empty(0, dtype=torch.float32, device="meta")
         self._join()
         self.renew(device)
 
+    @abstractmethod
+    def _make_roles(self) -> list[Role]:
+        """By the recipe, and what else the module was told."""
+
     def _join(self) -> None:
-        self.options = self.recipe.options()
-        self.casts = [self.options.cast(role).packed for role in range(len(ROLES))]
-        self.fp8_gemms, self.fast_accum = list(self.options.fp8_gemms), list(self.options.fast_accum)
-        self.memo = _C.LayerMemo()
-        self.place = _C.Place()
-        self.is_sharded = False  # the weight is gathered for each forward
-        self._set_gathered()
+        self.roles = self._make_roles()
+        self.casts = [role.cast.packed for role in self.roles]
+        self.targets = [role.cast.target for role in self.roles]
+        self.powers_of_two = [int(role.cast.power_of_two) for role in self.roles]
+        self.constant_roles = sum((role.constant != 0) << i for i, role in enumerate(self.roles))
+        self.is_constant = all(role.constant for role in self.roles)  # there is nothing to update
+        self.memo = _C.LayerMemo([(role.name, role.constant) for role in self.roles])
         self.reduction: Any = None
         self.model: weakref.ref[nn.Module] | None = None  # that convert was given
         self.optimizer: weakref.ref[Any] | None = None  # the last whose step found that it holds the weight
         self.passed_over = 0  # steps of other optimizers since
-        self.unused_steps = 0  # its optimizer's, in which the layer was not called
+        self.unused_steps = 0  # its optimizer's, in which the module was not called
+
+    def renew(self, device: torch.device | None = None) -> None:
+        """Forget every amax: the next step is scaled by its own tensors, like the first one."""
+        device = self.slots.device if device is None else device
+        scales = [role.constant or 1.0 for role in self.roles]
+        rows = [[1 / scale, scale, 0, 0] for scale in scales]  # powers of two
+        fresh = torch.tensor(rows, dtype=torch.float32, device="cpu")
+        with torch.no_grad():
+            if device == self.slots.device and not self.slots.is_meta:
+                self.slots.copy_(fresh)
+                self.history.zero_()
+            else:
+                length = self.recipe.history_length
+                history = torch.zeros(len(rows), length, dtype=torch.float32, device=device)
+                self._hold(fresh.to(device), history)
+        self.has_history = (False,) * len(rows)
+        self.was_loaded = False
+        self.memo.forget()
+
+    def _hold(self, slots: Tensor, history: Tensor) -> None:
+        self.slots, self.history = slots, history
+        # For backward under torch.compile, a tensor of its own over the same memory: AOTAutograd refuses one that
+        # forward changes, as soon as a second forward has run before the first backward.
+        self.grad_slots = slots if slots.is_meta else torch.from_dlpack(slots)
+        for tensor in (self.slots, self.grad_slots):
+            # What torch._dynamo.mark_static_address sets: a graph of mode="reduce-overhead" may write here.
+            tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+    def follow(self, tensor: Tensor) -> None:
+        """Go where the module's tensors are, of which this is one. On the meta device there are no values, and whoever
+        comes from there begins anew."""
+        device = tensor.device
+        if hasattr(tensor, "fake_mode"):
+            return  # only a trace sees this one, and it has no device of its own
+        if device != self.slots.device:
+            if device.type == "meta" or self.slots.is_meta:
+                self.renew(device)
+            else:
+                self._hold(self.slots.to(device), self.history.to(device))
+                self.memo.forget()
+        if device.type == "cpu" and tensor.is_shared() and not self.slots.is_shared():
+            self.slots.share_memory_(), self.history.share_memory_()
+            self._hold(self.slots, self.history)
+
+    def read_history(self, rows: list[list[float]]) -> None:
+        """Take note of slots that were read from the device."""
+        self.has_history = tuple(row[3] > 0 and not role.constant for row, role in zip(rows, self.roles))
+        self.memo.set_history(self.known_roles())
+
+    def known_roles(self) -> int:
+        """Which roles have a history, one bit each, as the ops take it."""
+        return sum(known << role for role, known in enumerate(self.has_history))
+
+    def why_not(self, slots: Tensor, history: Tensor) -> str:
+        """Why these cannot be the state's tensors, which are sound and of the right shape; or nothing."""
+        for role, row, ring in zip(self.roles, slots.tolist(), history.tolist()):
+            if role.constant and (row[1] != role.constant or row[3] > 0 or any(ring)):
+                saved = "one with a history" if row[3] > 0 or any(ring) else f"{row[1]:g}"
+                return f"{role.name} has the constant scale {role.constant:g}, the saved state {saved}"
+        rows = torch.cat([slots[:, [0, 1, 3]], history], 1)[self.one_scale]
+        if any(not torch.equal(row, rows[0]) for row in rows):
+            names = ", ".join(role.name for role in self.roles[self.one_scale])
+            return f"{names} have one scale, in the saved state several"
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hold(self.slots, self.history)
+        self._join()
+
+    def __copy__(self) -> State:
+        """Two modules that write one state would each undo what the other records."""
+        state = self.__getstate__()
+        new = object.__new__(type(self))
+        new.__setstate__({**state, "slots": self.slots.clone(), "history": self.history.clone(), "group": None})
+        return new
+
+
+class LayerState(State):
+    """The scaling state of a linear layer.
+
+    place: which of ``group``'s members the layer is.
+    recompute: backward makes the codes of the weight again instead of keeping them from the forward on, and those of
+        the input, where a norm or an activation made them.
+    """
+
+    copied = (*State.copied, "group", "member", "recompute")
+    recompute = False
+    member = 0
+
+    def _make_roles(self) -> list[Role]:
+        self.options = self.recipe.options()
+        bias, grad_bias = self.recipe.biases
+        biases = (bias, bias, grad_bias)
+        return [role_of(name, self.options.cast(i), biases[i]) for i, name in enumerate(ROLES)]
+
+    def _join(self) -> None:
+        super()._join()
+        self.fp8_gemms, self.fast_accum = list(self.options.fp8_gemms), list(self.options.fast_accum)
+        self.place = _C.Place()
+        self.is_sharded = False  # the weight is gathered for each forward
+        self._set_gathered()
         if self.group is not None:
             self.group.join(self)
+
+    def renew(self, device: torch.device | None = None) -> None:
+        super().renew(device)
+        if self.group is not None:
+            self.group.part(self)
 
     def keep_codes(self, keep: bool) -> None:
         """Whether codes are kept between forward and backward (``recompute``)."""
@@ -76,72 +203,6 @@ class LayerState:
         self.gathered = self.is_sharded or self.recompute  # as the memo knows it, where torch.compile can see it
         self.memo.set_gathered(self.is_sharded)
         self.memo.set_recompute(self.recompute)
-
-    def renew(self, device: torch.device | None = None) -> None:
-        """Forget every amax: the next step is scaled by its own tensors, like the first one."""
-        device = self.slots.device if device is None else device
-        bias = grad_bias = 0
-        if isinstance(self.recipe, ConstantScaling):
-            bias, grad_bias = self.recipe.bias, self.recipe.bias - self.recipe.grad_margin
-        fresh = _C.new_slots(torch.device("cpu"), bias, grad_bias)
-        with torch.no_grad():
-            if device == self.slots.device and not self.slots.is_meta:
-                self.slots.copy_(fresh)
-                self.history.zero_()
-            else:
-                length = self.recipe.history_length
-                history = torch.zeros(len(ROLES), length, dtype=torch.float32, device=device)
-                self._hold(fresh.to(device), history)
-        self.has_history = (False,) * len(ROLES)
-        self.was_loaded = False
-        self.memo.forget()
-        if self.group is not None:
-            self.group.part(self)
-
-    def _hold(self, slots: Tensor, history: Tensor) -> None:
-        self.slots, self.history = slots, history
-        # For backward under torch.compile, a tensor of its own over the same memory: AOTAutograd refuses one that
-        # forward changes, as soon as a second forward has run before the first backward.
-        self.grad_slots = slots if slots.is_meta else torch.from_dlpack(slots)
-        for tensor in (self.slots, self.grad_slots):
-            # What torch._dynamo.mark_static_address sets: a graph of mode="reduce-overhead" may write here.
-            tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-
-    def follow(self, weight: Tensor) -> None:
-        """Go where the layer's weight is. On the meta device there are no values, and whoever comes from there begins
-        anew."""
-        device = weight.device
-        if hasattr(weight, "fake_mode"):
-            return  # only a trace sees this one, and it has no device of its own
-        if device != self.slots.device:
-            if device.type == "meta" or self.slots.is_meta:
-                self.renew(device)
-            else:
-                self._hold(self.slots.to(device), self.history.to(device))
-                self.memo.forget()
-        if device.type == "cpu" and weight.is_shared() and not self.slots.is_shared():
-            self.slots.share_memory_(), self.history.share_memory_()
-            self._hold(self.slots, self.history)
-
-    def read_history(self, rows: list[list[float]]) -> None:
-        """Take note of slots that were read from the device."""
-        self.has_history = tuple(row[3] > 0 for row in rows)
-        self.memo.set_history(sum(known << role for role, known in enumerate(self.has_history)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _COPIED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._hold(self.slots, self.history)
-        self._join()
-
-    def __copy__(self) -> LayerState:
-        """Two layers that write one state would each undo what the other records."""
-        state = self.__getstate__()
-        new = object.__new__(type(self))
-        new.__setstate__({**state, "slots": self.slots.clone(), "history": self.history.clone(), "group": None})
-        return new
 
 
 _numbers = itertools.count()
@@ -219,7 +280,7 @@ class InputGroup:
         self.offered = -1
         self._unread.add(member)
 
-    def part_unless(self, states: Container[LayerState]) -> None:
+    def part_unless(self, states: Container[State]) -> None:
         """After an update of these states alone: those of a group that were not all among them have parted."""
         if any(state not in states for state in self.states().values()):
             self._set_follows([-1] * self.size)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,32 +13,25 @@ from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
 from . import dtensor, traced
 from .dtensor import is_dtensor
+from .scaled import Scaled
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# Every FP8 layer of the process that is alive, by id. A plain dict of weak references: list() of its values is one
-# step, which no other thread can disturb.
-_alive: dict[int, weakref.ref[Layer]] = {}
 
 # What an FP8 layer has besides an nn.Linear's attributes.
 _OPTIONS = ("fp8_state", "auto_update", "fuse_main_grad", "fp8_enabled")
 
 
-class Layer(nn.Module):
+class Layer(Scaled):
     """What an FP8 layer has besides the parameters of the class that stands beside this one among its bases: the
     scaling state, and a forward of three GEMMs in FP8. ``Linear`` says what it does; classes.py makes such classes."""
 
+    fp8_state: LayerState
     weight: Tensor
     bias: Tensor | None
     in_features: int
     out_features: int
     is_transposed: ClassVar[bool] = False  # the weight lies as (in_features, out_features)
     plain_class: ClassVar[type[nn.Module]]  # what revert makes of the layer; each class's own, not inherited
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Layer:
-        self = super().__new__(cls)
-        self._register()
-        return self
 
     def _make_fp8(self, recipe: Recipe, auto_update: bool, fuse_main_grad: bool) -> None:
         """Give this layer, whose class was changed, what an FP8 layer has besides its parameters."""
@@ -49,30 +41,25 @@ class Layer(nn.Module):
         self.fp8_state = LayerState(recipe, self.weight.device)
         self._register()
 
-    def _register(self) -> None:
-        key = id(self)
-        _alive[key] = weakref.ref(self, lambda ref: _alive.pop(key, None))
-
     def _make_plain(self) -> None:
         """Take away what _make_fp8 gave."""
-        _alive.pop(id(self), None)
+        self._unregister()
         if self.fp8_state.group is not None:
             self.fp8_state.group.leave(self.fp8_state)
         for name in _OPTIONS:
             delattr(self, name)
 
-    @property
-    def recipe(self) -> Recipe:
-        """How the scales are chosen."""
-        return self.fp8_state.recipe
+    def owners(self) -> Sequence[Tensor]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-    @property
-    def fp8_slots(self) -> Tensor:
-        return self.fp8_state.slots
+    def is_trained(self) -> bool:
+        return self.weight.requires_grad
 
-    @property
-    def fp8_history(self) -> Tensor:
-        return self.fp8_state.history
+    def cast_weight(self) -> Tensor:
+        return self.weight
+
+    def settle(self) -> None:
+        self.fp8_state.follow(self.weight)
 
     @property
     def matrix(self) -> Tensor:
@@ -127,10 +114,6 @@ class Layer(nn.Module):
             weight.grad_added_to_main_grad = True
         return main_grad, hooked
 
-    def reset_scaling(self) -> None:
-        """Forget every amax: the next step is scaled by its own tensors, like the first one."""
-        self.fp8_state.renew()
-
     def forget_weight(self) -> None:
         """Say that the weight changed in a way that cannot be seen, such as a write through ``.data`` between two
         micro-batches of one step: it is cast again."""
@@ -172,19 +155,6 @@ class Layer(nn.Module):
         # torch_fp8.load_state_dict was called first.
         if prefix + "weight" in state_dict and not self.fp8_state.was_loaded:
             self.reset_scaling()
-
-    def _replicate_for_data_parallel(self) -> Layer:
-        raise RuntimeError(
-            "torch_fp8: nn.DataParallel copies the layers in every forward, and what the copies record is lost; use "
-            "DistributedDataParallel or fully_shard under torchrun, or let the program see one GPU "
-            "(CUDA_VISIBLE_DEVICES=0). transformers' Trainer wraps in nn.DataParallel wherever it sees several"
-        )
-
-    def __copy__(self) -> Layer:
-        new = type(self).__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        new.__dict__["fp8_state"] = copy.copy(self.fp8_state)
-        return new
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"
@@ -249,12 +219,6 @@ def linear_layer(layer: Layer) -> _C.LinearLayer:
     return _C.LinearLayer(
         layer.matrix, layer.bias, state.slots, state.options, state.memo, layer.training, main_grad, dummy, state.place
     )
-
-
-def alive_layers() -> list[Layer]:
-    """Every FP8 layer of the process."""
-    found = [layer for ref in list(_alive.values()) if (layer := ref()) is not None]
-    return [layer for layer in found if "fp8_state" in layer.__dict__]  # others are being made, by another thread
 
 
 def fp8_layers(model: nn.Module) -> dict[str, Layer]:

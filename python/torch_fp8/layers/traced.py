@@ -3,7 +3,7 @@
 In eager mode the host's time decides, and the C++ function of csrc/autograd.cpp is the faster one. A trace cannot look
 into it and follows a Python ``autograd.Function``. Neither has rules. What the C++ side remembers between calls does
 not exist here: the weight is cast in every forward, and what the host decides, whether a tensor is scaled by its own
-amax or by its slot, is a guard of the graph (``LayerState.has_history``): a graph for the first step, and one for all
+amax or by its slot, is a guard of the graph (``State.has_history``): a graph for the first step, and one for all
 that follow.
 """
 
@@ -54,9 +54,9 @@ def call_of(layer: Layer, x: Tensor, grad_x: bool) -> Call:
     grads = torch.is_grad_enabled()
     history = 0
     if isinstance(state.recipe, DelayedScaling):  # only there: what is looked up becomes a guard
-        history = sum(known << role for role, known in enumerate(state.has_history))
+        history = state.known_roles()
     if grads and layer.training:
-        _note_training()
+        note_training()
     return Call(
         casts=state.casts,
         history=history,
@@ -206,7 +206,7 @@ def traced_training() -> bool:
     return _traced_training
 
 
-def _note_training() -> bool:
+def note_training() -> bool:
     """Runs when a step is traced, and leaves nothing in the graph."""
     global _traced_training
     _traced_training = True
@@ -214,7 +214,7 @@ def _note_training() -> bool:
 
 
 # What torch.compiler.assume_constant_result sets. Calling it would import torch._dynamo, which takes as long as torch.
-_note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
+note_training._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _note_cast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _note_offer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _version_of_x._dynamo_marked_constant = True  # type: ignore[attr-defined]
