@@ -31,6 +31,7 @@ _check_torch()
 from . import _C  # noqa: E402
 from .checkpoints import CheckpointError, QuantizationConfig, load_pretrained, save_pretrained  # noqa: E402
 from .layers import replicas as _replicas  # noqa: E402, F401  DDP finds it there
+from .layers.attention import ScaledDotProductAttention  # noqa: E402
 from .layers.block import MLP, LayerNorm, RMSNorm, TransformerBlock  # noqa: E402
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
@@ -85,6 +86,7 @@ __all__ = [
     "QuantizationConfig",
     "RMSNorm",
     "Recipe",
+    "ScaledDotProductAttention",
     "ScalingState",
     "TransformerBlock",
     "Tuning",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .layers.linear import fp8_layers
+from .layers.scaled import scaled_modules
 from .scaling import load_state_dict, state_dict
 
 
@@ -22,9 +22,9 @@ def trainer_callback() -> Any:
     """A callback for Hugging Face's ``Trainer(callbacks=[...])``: checkpoints carry the scaling state, and
     ``trainer.train(resume_from_checkpoint=...)``, in any of its forms, restores it: training resumes bit for bit.
 
-    The state is a part of the checkpoint's ``trainer_state.json`` (at most 16 KB a layer with a history of 1024),
-    which needs no path and cannot be left behind. A checkpoint without one gives a warning, and scales start anew; one
-    that does not fit the model is a KeyError or ValueError.
+    The state is a part of the checkpoint's ``trainer_state.json`` (at most 16 KB a layer with a history of 1024,
+    55 KB an attention), which needs no path and cannot be left behind. A checkpoint without one gives a warning, and
+    scales start anew; one that does not fit the model is a KeyError or ValueError.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
@@ -43,7 +43,7 @@ def trainer_callback() -> Any:
 
         def state(self) -> dict[str, Any]:
             scaling = None
-            if self.model is not None and fp8_layers(self.model):
+            if self.model is not None and scaled_modules(self.model):
                 scaling = _encode(state_dict(self.model))
             return {"args": {}, "attributes": {"scaling": scaling}}
 

@@ -15,20 +15,23 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _C
+from ..layers.attention import ScaledDotProductAttention
 from ..layers.dtensor import is_dtensor
-from ..layers.linear import SUPPORTED_DTYPES, Layer, fp8_layers
+from ..layers.linear import SUPPORTED_DTYPES, Layer
+from ..layers.scaled import Scaled, scaled_modules
 from ..layers.traced import traced_training
-from ..state import ROLES
+from ..state import Role
 from ..table import html, plain
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One role of one layer in one step: counts over all its micro-batches, in elements."""
+    """One role of one layer or attention in one step: counts over all its micro-batches, in elements. Where elements is
+    0 nothing was counted, for the tensor was there within a kernel alone: scale and amax are known."""
 
     step: int  # optimizer steps since the monitor began
     layer: str
-    role: str  # "input", "weight" or "grad_output"
+    role: str  # "input", "weight" or "grad_output"; "q", "k", "v", "p", "o", "grad_o", ... "grad_v"
     scale: float  # of the last cast; x is multiplied by it
     amax: float  # of |x|
     fp8_max: float
@@ -43,8 +46,15 @@ class Sample:
         """log2 of how much larger the scale could have been."""
         return math.log2(self.fp8_max / (self.amax * self.scale)) if 0 < self.amax < math.inf else 0.0
 
+    def share(self, count: int) -> float:
+        """What of all elements that is."""
+        return count / max(1, self.elements)
+
     @property
     def verdict(self) -> str:
+        if not self.elements:
+            high = -self.unused_binades
+            return f"saturates: the scale is {high:.1f} binades high" if high >= 0.05 else ""
         if self.nan or self.inf:
             return f"{self.nan} NaN, {self.inf} Inf"
         if self.saturated:
@@ -59,14 +69,16 @@ class Sample:
 
 
 def monitor(model: nn.Module, every: int = 100, writer: Any = None) -> Monitor:
-    """Sample the FP8 layers of ``model`` in the next optimizer step and in each ``every``-th after it. The result is a
-    :class:`Monitor`: ``print`` it for the latest sample, or see its methods.
+    """Sample the FP8 layers and attentions of ``model`` in the next optimizer step and in each ``every``-th after it.
+    The result is a :class:`Monitor`: ``print`` it for the latest sample, or see its methods.
 
     Between samples nothing of it is left on the layers. In a sampled step every cast is preceded by one more reading of
-    its tensor. writer: what has ``add_scalar(tag, value, step)``, such as TensorBoard's ``SummaryWriter``; each sample
-    is written to it. Recomputed forwards (activation checkpointing) are counted again, which leaves shares as they are.
-    A compiled model runs its sampled steps uncompiled (``torch.compiler.set_stance``); steps replayed from a CUDA graph
-    cannot be sampled. Raises ValueError where the model has no FP8 layer or every is not positive.
+    its tensor. What attention casts within its kernels (p, o, grad_p, grad_q, grad_k, grad_v) is not counted; its scale
+    and amax are reported once it has a history. writer: what has ``add_scalar(tag, value, step)``, such as
+    TensorBoard's ``SummaryWriter``; each sample is written to it. Recomputed forwards (activation checkpointing) are
+    counted again, which leaves shares as they are. A compiled model runs its sampled steps uncompiled
+    (``torch.compiler.set_stance``); steps replayed from a CUDA graph cannot be sampled. Raises ValueError where the
+    model has no FP8 layer or every is not positive.
     """
     return Monitor(model, every, writer)
 
@@ -87,10 +99,11 @@ def _weak_hook(monitor: Monitor) -> Callable[..., None]:
 
 
 class Monitor:
-    """What :func:`monitor` gives. ``samples`` grows by three records a layer with each sample."""
+    """What :func:`monitor` gives. ``samples`` grows by three records a layer with each sample, and by up to ten an
+    attention."""
 
     def __init__(self, model: nn.Module, every: int = 100, writer: Any = None) -> None:
-        self._layers = {name: weakref.ref(layer) for name, layer in fp8_layers(model).items()}
+        self._layers = {name: weakref.ref(layer) for name, layer in scaled_modules(model).items()}
         if not self._layers:
             raise ValueError(
                 f"torch_fp8: {type(model).__name__} has no FP8 layer to monitor; torch_fp8.convert it first"
@@ -132,7 +145,9 @@ class Monitor:
     def _begin(self) -> None:
         layers = {name: ref() for name, ref in self._layers.items()}
         for name, layer in layers.items():
-            if layer is None:
+            if isinstance(layer, ScaledDotProductAttention):
+                self._hooks.append(layer.register_forward_hook(self._after_attention(name), with_kwargs=True))
+            if not isinstance(layer, Layer):
                 continue
             self._hooks.append(layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True))
             self._hooks.append(layer.register_forward_hook(self._after_forward(name)))
@@ -163,12 +178,42 @@ class Monitor:
 
         return hook
 
-    def _count(self, name: str, layer: Layer, role: str, x: Any) -> None:
+    def _after_attention(self, name: str) -> Callable[..., None]:
+        def hook(layer: ScaledDotProductAttention, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            mode = layer.last[0] if layer.last else "16bit"
+            if mode == "16bit" or not _records(layer):
+                return
+            given = {**dict(zip(("query", "key", "value"), args)), **kwargs}
+            tensors = [given["query"], given["key"], given["value"]]
+            for role, x in zip(("q", "k", "v"), tensors):
+                self._count(name, layer, role, x)
+            self._note(name, layer, ("p", "o"))
+            read = next((x for x in tensors if x.requires_grad), None)
+            if mode == "fp8" and read is not None and out.requires_grad:
+                out.register_hook(lambda dy: self._count(name, layer, "grad_o", dy))
+                # Its gradient is there once attention's backward has run.
+                read.register_hook(lambda _: self._note(name, layer, ("grad_p", "grad_q", "grad_k", "grad_v")))
+
+        return hook
+
+    def _note(self, name: str, layer: Scaled, roles: Iterable[str]) -> None:
+        """What the slots know of tensors that nobody else sees."""
+        state = layer.fp8_state
+        for i, role in enumerate(state.roles):
+            if role.name in roles and role.cast.scaling == _C.Scaling.delayed and state.has_history[i]:
+                nothing = torch.zeros(4, dtype=torch.int64, device=state.slots.device)
+                self._pending_of(name, role).add(0, nothing, state.slots[i, 1:3].clone())
+
+    def _pending_of(self, name: str, role: Role) -> _Count:
+        return self._pending.setdefault((self.step, name, role.name), _Count(torch.finfo(role.cast.dtype).max))
+
+    def _count(self, name: str, layer: Scaled, role_name: str, x: Any) -> None:
         if not _is_countable(x):
             return  # the layer itself refuses it, in its words
         x = x.to_local() if is_dtensor(x) else x.detach()
-        state, index = layer.fp8_state, ROLES.index(role)
-        cast = state.options.cast(index)
+        state = layer.fp8_state
+        index, role = next((i, role) for i, role in enumerate(state.roles) if role.name == role_name)
+        cast = role.cast
         with torch.no_grad():
             counts, values = torch.ops.torch_fp8.count_losses(
                 x, state.slots, index, cast.dtype,
@@ -176,8 +221,7 @@ class Monitor:
                 or (cast.scaling == _C.Scaling.delayed and not state.has_history[index]),
                 power_of_two=cast.power_of_two, margin=cast.margin,
             )  # fmt: skip
-            pending = self._pending.setdefault((self.step, name, role), _Count(torch.finfo(cast.dtype).max))
-            pending.add(x.numel(), counts, values)
+            self._pending_of(name, role).add(x.numel(), counts, values)
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._counts_steps(optimizer):
@@ -233,8 +277,9 @@ class Monitor:
     def write(self, writer: Any) -> None:
         """Give the latest sample to what has ``add_scalar(tag, value, step)``. Tags: ``fp8/QUANTITY/ROLE/LAYER``."""
         for s in self.latest:
-            quantities = {"log2_scale": math.log2(s.scale), "amax": s.amax, "saturated": s.saturated / s.elements,
-                          "flushed": s.flushed / s.elements, "nan": s.nan + s.inf}  # fmt: skip
+            quantities = {"log2_scale": math.log2(s.scale), "amax": s.amax}
+            if s.elements:
+                quantities |= {"saturated": s.share(s.saturated), "flushed": s.share(s.flushed), "nan": s.nan + s.inf}
             for name, value in quantities.items():
                 writer.add_scalar(f"fp8/{name}/{s.role}/{s.layer}", value, s.step)
 
@@ -249,8 +294,9 @@ class Monitor:
 
         if not self.samples:
             raise RuntimeError("torch_fp8: nothing to draw: no step was sampled yet")
-        figure = Figure(figsize=(12, 9), layout="constrained")
-        for (left, right), role in zip(figure.subplots(len(ROLES), 2, sharex=True), ROLES):
+        roles = list(dict.fromkeys(sample.role for sample in self.samples))
+        figure = Figure(figsize=(12, 3 * len(roles)), layout="constrained")
+        for (left, right), role in zip(figure.subplots(len(roles), 2, sharex=True, squeeze=False), roles):
             by_step: dict[int, list[Sample]] = {}
             for sample in self.samples:
                 if sample.role == role:
@@ -263,7 +309,7 @@ class Monitor:
             left.plot(steps, quantiles[2], color="tab:orange", marker="." if len(steps) == 1 else "")
             left.set(ylabel=f"log2 scale of {role}")
             for what, color in (("saturated", "tab:red"), ("flushed", "tab:blue")):
-                shares = [_numbers(getattr(s, what) / s.elements for s in samples) for samples in by_step.values()]
+                shares = [_numbers(s.share(getattr(s, what)) for s in samples) for samples in by_step.values()]
                 right.plot(steps, [x.max().item() for x in shares], color=color, label=f"{what}, worst layer")
                 right.plot(steps, [x.median().item() for x in shares], color=color, linestyle=":", label="median")
             right.set(ylabel="share of elements")
@@ -280,10 +326,10 @@ _HEAD = ("layer", "role", "scale", "amax", "unused binades", "saturated", "flush
 
 
 def _cells(samples: list[Sample]) -> list[tuple[str, ...]]:
-    samples = sorted(samples, key=lambda s: (-s.nan - s.inf, -s.saturated / s.elements, -s.flushed / s.elements))
+    samples = sorted(samples, key=lambda s: (-s.nan - s.inf, -s.share(s.saturated), -s.share(s.flushed)))
     return [
         (s.layer or "(root)", s.role, f"{s.scale:.4g}", f"{s.amax:.4g}", f"{s.unused_binades:.1f}",
-         f"{s.saturated / s.elements:.2%}", f"{s.flushed / s.elements:.2%}", s.verdict)
+         *(f"{s.share(count):.2%}" if s.elements else "" for count in (s.saturated, s.flushed)), s.verdict)
         for s in samples
     ]  # fmt: skip
 
@@ -296,12 +342,13 @@ class _Count:
     """Sums over the micro-batches of a step, on the device."""
 
     def __init__(self, fp8_max: float) -> None:
-        self.fp8_max, self.elements = fp8_max, 0
+        self.fp8_max, self.elements, self.calls = fp8_max, 0, 0
         self.counts: Tensor
         self.values: Tensor  # scale, amax
 
     def add(self, elements: int, counts: Tensor, values: Tensor) -> None:
-        if self.elements:
+        self.calls += 1
+        if self.calls > 1:
             counts = self.counts + counts
             values = torch.maximum(self.values, values)
         self.elements, self.counts, self.values = self.elements + elements, counts, values
@@ -318,7 +365,7 @@ def _is_countable(x: Any) -> bool:
     )
 
 
-def _records(layer: Layer) -> bool:
+def _records(layer: Scaled) -> bool:
     if layer.fp8_slots.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # or every replay would count
     return layer.fp8_enabled and layer.training and torch.is_grad_enabled()

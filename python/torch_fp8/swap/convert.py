@@ -10,9 +10,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..layers.attention import attentions
 from ..layers.classes import fp8_class_of, is_conv1d, plain_class_of
 from ..layers.frozen import frozen_layers
 from ..layers.linear import Layer, fp8_layers
+from ..layers.scaled import scaled_modules
 from ..layers.siblings import SIBLINGS, share_input
 from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
@@ -107,6 +109,8 @@ def convert(
         layer.fp8_state.keep_codes(not recompute)
         layer.fp8_state.model = weakref.ref(model)
         layer.__dict__.pop(NOT_FP8, None)
+    for attention in attentions(model).values():
+        attention.fp8_state.model = weakref.ref(model)
     for name, layer in layers.items():
         if left_out[name] and not isinstance(layer, Layer):
             setattr(layer, NOT_FP8, left_out[name])
@@ -151,19 +155,20 @@ def revert(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the FP8 layers of ``model`` compute as they did before ``convert``, and record nothing.
+    """Within the block the FP8 layers of ``model`` compute as they did before ``convert``, its attentions in 16 bits,
+    and nothing is recorded.
 
     Raises ValueError where a layer is frozen."""
     _check_not_frozen(model, "disabled")
-    layers = list(fp8_layers(model).values())
-    before = [layer.fp8_enabled for layer in layers]
-    for layer in layers:
-        layer.fp8_enabled = False
+    modules = list(scaled_modules(model).values())
+    before = [module.fp8_enabled for module in modules]
+    for module in modules:
+        module.fp8_enabled = False
     try:
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.fp8_enabled = enabled
+        for module, enabled in zip(modules, before, strict=True):
+            module.fp8_enabled = enabled
 
 
 def _check_not_frozen(model: nn.Module, what: str) -> None:

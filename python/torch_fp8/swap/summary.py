@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from ..layers.attention import ScaledDotProductAttention, attentions
 from ..layers.classes import is_conv1d, shape_of
 from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
 from ..layers.frozen import FrozenLinear, FrozenState
@@ -35,6 +36,15 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class AttentionSummary:
+    name: str
+    mode: str  # that was asked for
+    last: str  # that the last call ran in; empty before the first
+    note: str  # why it ran so, and the recipe
+    scales: dict[str, float]  # by role; NaN without history
+
+
+@dataclass(frozen=True)
 class Parameters:
     """How many elements the weights of a model have."""
 
@@ -49,20 +59,26 @@ class Parameters:
 
 class Summary(list[LayerSummary]):
     """One row for each linear layer, where the experts of a layer count as one; prints as a table, and is one in a
-    notebook. ``parameters`` counts the weights; ``fused`` counts the modules that ``torch_fp8.fuse`` changed, by class,
-    and ``not_fused`` says of those that it left alone why, by name with numbers as ``*``."""
+    notebook. ``attentions`` has one for each attention; ``parameters`` counts the weights; ``fused`` counts the modules
+    that ``torch_fp8.fuse`` changed, by class, and ``not_fused`` says of those that it left alone why, by name with
+    numbers as ``*``."""
 
+    attentions: Sequence[AttentionSummary] = ()
     parameters: Parameters = Parameters()
     fused: Mapping[str, int] = MappingProxyType({})
     not_fused: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
-        return "\n".join([plain(_HEAD, self._cells()), self._count(), *self._others(), *self._fusions()])
+        lines = [plain(_HEAD, self._cells()), self._count(), *self._others(), *self._fusions()]
+        if self.attentions:
+            lines.append("\n" + plain(_ATTENTION_HEAD, self._attention_cells()))
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         lines = [self._count(), *self._others(), *self._fusions()]
-        return html(_HEAD, self._cells()) + "".join(f"<p>{escape(line)}</p>" for line in lines)
+        table = html(_ATTENTION_HEAD, self._attention_cells()) if self.attentions else ""
+        return html(_HEAD, self._cells()) + "".join(f"<p>{escape(line)}</p>" for line in lines) + table
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -70,11 +86,23 @@ class Summary(list[LayerSummary]):
                 row.name or "(root)",
                 row.shape,
                 "yes" if row.fp8 else "no",
-                *(f"{scale:.4g}" if scale == scale else "own amax" for scale in row.scales.values()),
+                *map(_scale, row.scales.values()),
                 *("",) * (3 - len(row.scales)),
                 row.note,
             )
             for row in self
+        ]
+
+    def _attention_cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                row.name or "(root)",
+                row.mode,
+                row.last or "not called",
+                ", ".join(f"{role} {_scale(scale)}" for role, scale in row.scales.items()),
+                row.note,
+            )
+            for row in self.attentions
         ]
 
     def _count(self) -> str:
@@ -96,15 +124,22 @@ _NAMED = 8  # of the modules that are not in FP8
 
 
 _HEAD = ("layer", "out x in", "FP8", "scale: input", "weight", "grad_output", "recipe, or why not")
+_ATTENTION_HEAD = ("attention", "mode", "ran last in", "scales", "why, and the recipe")
+
+
+def _scale(scale: float) -> str:
+    return f"{scale:.4g}" if scale == scale else "own amax"
 
 
 def summary(model: nn.Module) -> Summary:
     """Every linear layer of ``model``, and the experts of every layer that has some: in FP8 or not, why not, its recipe
-    and its current scales; what share of the parameters is in FP8, and where the others are. ``print`` it.
+    and its current scales; of every attention what it ran in last, and why; what share of the parameters is in FP8, and
+    where the others are. ``print`` it.
 
     After training steps the note of a layer says so if it was never called: the model computes without it then, and
     what multiplies by its weight itself does so in 16 bits."""
     rows = Summary()
+    rows.attentions = [_of_attention(name, module) for name, module in attentions(model).items()]
     rows.parameters = _parameters(model)
     rows.fused = Counter(fused.plain_class.__name__ for fused in fused_modules(model).values())
     rows.not_fused = {
@@ -143,6 +178,13 @@ def _was_called(layer: Layer) -> bool:
     if not traced_training() or isinstance(state.recipe, ConstantScaling):
         return state.memo.updates > 0 or state.memo.used_roles > 0
     return state.slots.is_meta or bool((state.slots[ROLES.index("input"), 2:] != 0).any())
+
+
+def _of_attention(name: str, attention: ScaledDotProductAttention) -> AttentionSummary:
+    last, why = attention.last or ("", "")
+    disabled = "" if attention.fp8_enabled else ", disabled"
+    note = "; ".join(part for part in (why, f"{attention.recipe}{disabled}") if part)
+    return AttentionSummary(name, attention.mode, last, note, scales(attention))
 
 
 def _of_experts(name: str, module: nn.Module) -> LayerSummary:

@@ -1,0 +1,296 @@
+"""``ScaledDotProductAttention``: a module around attention's two products, which holds their scaling state."""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import _C
+from ..checks import check
+from ..recipe import DelayedScaling, Recipe
+from ..state import Role, State, role_of
+from .scaled import Scaled
+from .traced import note_training
+
+# As enum AttentionRole in csrc/kernels.h has them.
+ROLES = ("q", "k", "v", "p", "o", "grad_o", "grad_p", "grad_q", "grad_k", "grad_v")
+_P = ROLES.index("p")
+_GRADIENTS = ROLES.index("grad_o")  # from here on
+FORWARD_ROLES = (1 << _GRADIENTS) - 1  # one bit each
+EVERY_ROLE = (1 << len(ROLES)) - 1
+BACKWARD_ROLES = EVERY_ROLE - FORWARD_ROLES
+
+MODES = ("auto", "16bit", "fp8_forward", "fp8")
+
+
+class AttentionState(State):
+    """The scaling state of attention, with the roles ``ROLES``: q, k, v, p and o are cast as a recipe has inputs cast,
+    the gradients as it has output gradients cast.
+
+    shared_scale: q, k and v have one scale, that of the largest of their amaxes.
+    p_scale: the constant scale of p, a power of two; None: it is scaled as the others are.
+    """
+
+    copied: ClassVar[tuple[str, ...]] = (*State.copied, "shared_scale", "p_scale")
+
+    def __init__(self, recipe: Recipe, device: torch.device, shared_scale: bool, p_scale: float | None) -> None:
+        self.shared_scale, self.p_scale = shared_scale, p_scale
+        super().__init__(recipe, device)
+
+    def _make_roles(self) -> list[Role]:
+        self.one_scale = slice(3 if self.shared_scale else 0)
+        options, (bias, grad_bias) = self.recipe.options(), self.recipe.biases
+        forward, backward = options.cast(0), options.cast(2)
+        roles = [
+            role_of(name, forward, bias) if i < _GRADIENTS else role_of(name, backward, grad_bias)
+            for i, name in enumerate(ROLES)
+        ]
+        if self.p_scale is not None:
+            constant = _C.Cast(dtype=forward.dtype, scaling=_C.Scaling.constant, power_of_two=True, margin=0)
+            roles[_P] = Role("p", constant, self.p_scale)
+        return roles
+
+    def _join(self) -> None:
+        super()._join()
+        delayed = (role.cast.scaling == _C.Scaling.delayed for role in self.roles)
+        self.delayed_roles = sum(known << i for i, known in enumerate(delayed))
+
+
+class Call(NamedTuple):
+    """What is constant in one call of attention, as its ops take it."""
+
+    slots: Tensor
+    grad_slots: Tensor  # the same memory, for backward in a trace
+    casts: list[int]
+    history: int
+    training: bool
+    record: bool
+    shared_scale: bool
+
+
+class Owners:
+    """Modules and parameters, held weakly; copied and pickled with what they are in there."""
+
+    def __init__(self, *found: nn.Module | Tensor) -> None:
+        self._refs = tuple(weakref.ref(owner) for owner in found)
+
+    def found(self) -> list[nn.Module | Tensor]:
+        return [owner for ref in self._refs if (owner := ref()) is not None]
+
+    def parameters(self) -> list[Tensor]:
+        found = self.found()
+        # Of a module they are looked up when they are asked for: FSDP2 exchanges them.
+        return [p for owner in found for p in (owner.parameters() if isinstance(owner, nn.Module) else (owner,))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model has the copies of the owners. One of the attention alone has none: nobody else holds its
+        copies of them."""
+        return {"found": self.found()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._refs = tuple(weakref.ref(owner) for owner in state["found"])
+
+
+class ScaledDotProductAttention(Scaled):
+    """``torch.nn.functional.scaled_dot_product_attention`` as a module that can compute in FP8: it has no parameters
+    and no buffers, but a scaling state with the ten roles q, k, v, p, o, grad_o, grad_p, grad_q, grad_k and grad_v.
+
+    recipe: how scales are chosen; ``DelayedScaling()`` by default. What reads and what comes out forward is cast as an
+        ``fp8.Linear``'s input, gradients as its output gradient. ``fast_accum`` and ``fp8_gemms`` have no meaning here.
+    mode: ``"16bit"``, ``"fp8_forward"`` (backward in 16 bits), ``"fp8"``, or ``"auto"``, whichever is fastest. What
+        FP8 cannot compute is computed in 16 bits; ``last`` says what ran last, and why, and ``torch_fp8.summary`` too.
+    shared_scale: q, k and v have one scale.
+    p_scale: the constant scale of the probabilities, a power of two up to 256; None: scaled as the others are.
+    auto_update: let ``optimizer.step()`` update the scales; otherwise call ``torch_fp8.update_scales``.
+
+    The scaling state is an object of its own, ``fp8_state``, as that of ``fp8.Linear``; it goes where the queries are.
+    Which optimizer's step ends its step is said by ``goes_with``.
+
+    Raises ValueError for another mode or p_scale, TypeError for another recipe.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        mode: str = "auto",
+        shared_scale: bool = False,
+        p_scale: float | None = 256.0,
+        auto_update: bool = True,
+    ) -> None:
+        super().__init__()
+        recipe = DelayedScaling() if recipe is None else recipe
+        if not isinstance(recipe, Recipe):
+            raise TypeError(
+                "torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScaling, got "
+                f"{type(recipe).__name__}"
+            )
+        check(mode in MODES, "mode", f"one of {MODES}", mode)
+        is_power = isinstance(p_scale, int | float) and 2.0**-31 <= p_scale <= 256 and math.frexp(p_scale)[0] == 0.5
+        check(p_scale is None or is_power, "p_scale", "None or a power of two from 2**-31 to 256", p_scale)
+        self.mode = mode
+        self.auto_update = auto_update
+        self.fp8_enabled = True
+        self.last: tuple[str, str] | None = None  # the mode that the last call ran in, and why
+        self.fp8_owners = Owners()
+        device = torch.get_default_device()
+        self.fp8_state: AttentionState = AttentionState(
+            recipe, device, bool(shared_scale), None if p_scale is None else float(p_scale)
+        )
+
+    def goes_with(self, *owners: nn.Module | Tensor) -> ScaledDotProductAttention:
+        """Its step ends with that of an optimizer which holds a parameter of one of these; returns the module. They are
+        held weakly. Without owners that train it goes with its model or its thread, as a layer that no optimizer
+        holds."""
+        for owner in owners:
+            if not isinstance(owner, nn.Module | Tensor):
+                raise TypeError(
+                    f"torch_fp8: attention goes with modules or parameters, got {type(owner).__name__}; give it the "
+                    "layers whose results it reads"
+                )
+        self.fp8_owners = Owners(*owners)
+        self.settle()
+        return self
+
+    def owners(self) -> Sequence[Tensor]:
+        return self.fp8_owners.parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """What ``torch.nn.functional.scaled_dot_product_attention`` gives for the same arguments."""
+        return _attend(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+    def settle(self) -> None:
+        owner = next(iter(self.owners()), None)
+        if owner is not None:
+            self.fp8_state.follow(owner)
+        elif self.fp8_slots.is_meta:
+            self.fp8_state.renew(torch.device("cpu"))  # a forward brings it to where the queries are
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ScaledDotProductAttention:
+        super()._apply(fn, recurse)
+        state = self.fp8_state
+        state.memo.forget()
+        try:
+            moved = fn(torch.zeros(1, dtype=torch.float32, device=state.slots.device))
+        except Exception:  # what knows parameters alone
+            return self
+        state.follow(moved)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.fp8_slots.is_meta:
+            self.settle()
+        # Other weights around it, as for a layer's own.
+        if not self.fp8_state.was_loaded:
+            self.reset_scaling()
+
+    def extra_repr(self) -> str:
+        state = self.fp8_state
+        said = [f"recipe={self.recipe}", f"mode={self.mode!r}"]
+        said += ["shared_scale=True"] if state.shared_scale else []
+        said += [f"p_scale={state.p_scale}"] if state.p_scale != 256 else []
+        return ", ".join(said)
+
+
+def call_of(attention: ScaledDotProductAttention, query: Tensor, roles: int) -> Call:
+    """What an op needs for a call in which these roles (one bit each) are cast; in training it is noted that the
+    forward ones were. Backward says so of its own by ``fp8_state.memo.note_used_roles``."""
+    compiling = torch.compiler.is_compiling()
+    state, grads = attention.fp8_state, torch.is_grad_enabled()
+    if compiling:
+        _follow_in_trace()
+    elif query.device != state.slots.device and not query.is_meta:
+        state.follow(query)
+    trains = grads and attention.training
+    delayed = roles & state.delayed_roles & (EVERY_ROLE if attention.training else FORWARD_ROLES)
+    history = 0
+    if delayed:  # only there: what is looked up becomes a guard
+        history = state.known_roles() if compiling else state.memo.history(state.slots, delayed)
+    if trains and compiling:
+        note_training()
+    elif trains:
+        state.memo.note_forward(query)
+        state.memo.note_used_roles(roles & FORWARD_ROLES)
+    slots, grad_slots = state.slots, state.grad_slots
+    if query.is_meta:
+        slots = grad_slots = torch.empty_like(slots, device="meta")
+    record = trains and not state.is_constant
+    return Call(slots, grad_slots, state.casts, history, attention.training, record, state.shared_scale)
+
+
+def note_ran(attention: ScaledDotProductAttention, mode: str, why: str) -> None:
+    """Note what a call ran in."""
+    if not (torch.compiler.is_compiling() and _note_in_checkpoint(mode, why)):
+        attention.last = mode, why
+
+
+def _tracer_of(function: Any) -> Any:
+    """Dynamo's, while it traces a call of that function."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        tracer: Any = frame.f_locals.get("self")
+        if getattr(tracer, "f_code", None) is function.__code__:
+            return tracer
+        frame = frame.f_back
+    return None
+
+
+def _note_in_checkpoint(mode: str, why: str) -> bool:
+    """Runs when a step is traced. Within activation checkpointing a trace may leave nothing on a module, so what
+    ``note_ran`` notes is noted here, once."""
+    tracer = _tracer_of(note_ran)
+    inside = tracer is not None and tracer.output.current_tracer.parent is not None
+    if inside:
+        tracer.symbolic_locals["attention"].realize().value.last = mode, why
+    return inside
+
+
+def _follow_in_trace() -> bool:
+    """Runs when a step is traced, before that sees the state: brings it to where the queries are."""
+    tracer = _tracer_of(call_of)
+    if tracer is not None:
+        device = tracer.symbolic_locals["query"].realize().proxy.node.meta["example_value"].device
+        if device.type != "meta":
+            state = tracer.symbolic_locals["attention"].realize().value.fp8_state
+            state.follow(torch.empty(0, dtype=torch.float32, device=device))
+    return True
+
+
+# As in traced.py.
+_note_in_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_follow_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _attend(
+    module: ScaledDotProductAttention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    asked = "disabled" if not module.fp8_enabled else "asked for" if module.mode == "16bit" else ""
+    note_ran(module, "16bit", asked or "there is no FP8 attention in this build")
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def attentions(model: nn.Module) -> dict[str, ScaledDotProductAttention]:
+    """The attentions of a model by name; one that occurs twice has its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ScaledDotProductAttention)}
