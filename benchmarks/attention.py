@@ -1,5 +1,5 @@
-"""Attention in each mode against PyTorch's in BF16 (its cuDNN backend), casts included; what is kept for backward; and a
-decoder layer in each mode. Writes results/attention.md and .png, and the times by which mode "auto" chooses:
+"""Attention in each mode against PyTorch's in BF16 (its cuDNN backend), casts included; what is kept for backward; and
+a decoder layer in each mode. Writes results/attention.md and .png, and the times by which mode "auto" chooses:
 python/torch_fp8/layers/attention_times.json."""
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ CELLS = [  # causal, batch, heads of queries, of keys, tokens, dims
     (True, 2, 32, 32, 4096, 64),
     (True, 2, 16, 16, 4096, 256),
 ]
-FA3 = None
 try:
-    from flash_attn_interface import flash_attn_func as FA3  # type: ignore[no-redef]
+    from flash_attn_interface import flash_attn_func as FA3
 except ImportError:
-    pass
+    FA3 = None
 
-NOTE = """ms, *GPU*: of whole calls, casts of q, k and v and the result's way back to BF16 included, with delayed scales.
+NOTE = """ms, *GPU*: whole calls, casts of q, k and v and the result's way back to BF16 included; delayed scales.
 BF16 is PyTorch's `scaled_dot_product_attention` with its cuDNN backend. *expanded*: in backward each query head has
 keys and values of its own, whose gradients are summed. *casts*: of q, k and v alone. *kept*: MiB for backward, the
 inputs included where they are kept."""
@@ -51,9 +50,7 @@ def measure(causal: bool, batch: int, heads: int, kv_heads: int, tokens: int, di
     """ms of each arm: forward, and forward with backward; and the bytes that are kept."""
     if options.dry:
         batch, heads, kv_heads, tokens = 1, 2 * heads // kv_heads, 2, 64
-    q, k, v = (
-        randn(batch, tokens, n, dims).transpose(1, 2).requires_grad_() for n in (heads, kv_heads, kv_heads)
-    )
+    q, k, v = (randn(batch, tokens, n, dims).transpose(1, 2).requires_grad_() for n in (heads, kv_heads, kv_heads))
     dy = torch.randn_like(q)
     kept: dict[str, float] = {}
 
@@ -157,7 +154,7 @@ def main() -> None:
     forward_rows, both_rows, data = [], [], []
     for cell in CELLS:
         forward, both, kept = measure(*cell)
-        causal, batch, heads, kv_heads, tokens, dims = cell
+        causal, batch, heads, _, tokens, dims = cell
         data.append(
             dict(zip(("causal", "batch", "heads", "kv_heads", "tokens", "dims"), cell))
             | {"us": {m: [round(1e3 * t, 1) for t in ([forward[m.partition(" ")[0]], both[m]])] for m in both}}
@@ -172,7 +169,8 @@ def main() -> None:
             *([f"{forward['FA3 FP8']:.3f}"] if FA3 else []),
         ])  # fmt: skip
         both_rows.append([
-            name_of(cell), *(f"{both[m]:.3f}" if m in both else "–" for m in ("16bit", "fp8_forward", "fp8", "fp8 expanded")),
+            name_of(cell),
+            *(f"{both[m]:.3f}" if m in both else "–" for m in ("16bit", "fp8_forward", "fp8", "fp8 expanded")),
             f"**{both['16bit'] / both['fp8_forward']:.2f}**", f"**{both['16bit'] / best:.2f}**" if best else "–",
             f"**{both['16bit'] / auto:.2f}**", f"{kept['16bit']:.0f}", f"{kept['fp8_forward']:.0f}",
         ])  # fmt: skip
@@ -183,10 +181,10 @@ def main() -> None:
                  "both: BF16 over fp8, the faster", "both: BF16 over auto", "kept, BF16", "kept, FP8"]  # fmt: skip
     forward_head = [first, "BF16", "FP8", "casts", "FP8 TFLOP/s", "BF16 over FP8", "casts taken off"]
     blocks = {f"{b} x {t} tokens": measure_block(b, t) for b, t in ((1, 8192), (4, 2048))}
-    block_rows = [
-        [shape, *(pair(*times[m]) for m in times), *(f"**{pair(*(a / b for a, b in zip(times['16bit'], times[m])))}**" for m in list(times)[1:])]
-        for shape, times in blocks.items()
-    ]  # fmt: skip
+    block_rows = []
+    for shape, times in blocks.items():
+        faster = [pair(*(a / b for a, b in zip(times["16bit"], times[m]))) for m in list(times)[1:]]
+        block_rows.append([shape, *(pair(*t) for t in times.values()), *(f"**{ratio}**" for ratio in faster)])
     modes = list(next(iter(blocks.values())))
     cudnn = torch.backends.cudnn.version()
     text = (

@@ -1,7 +1,7 @@
 """In which mode an attention runs: what FP8 takes, and where it is faster.
 
-``attention_times.json`` has the times of each mode at measured sizes, casts included; ``benchmarks/attention.py`` writes
-it. A call goes as the measured size goes that is nearest to it."""
+``attention_times.json`` has the times of each mode at measured sizes, casts included, written by
+``benchmarks/attention.py``. A call goes as the measured size goes that is nearest to it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def why_not(
     if any(t.is_nested or t.layout != torch.strided or t.dim() != 4 for t in (query, key, value)):
         return "query, key and value are not all dense (batch, heads, tokens, head_dim)"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
-        return f"query, key and value are not all bfloat16 or all float16, but {query.dtype}, {key.dtype}, {value.dtype}"
+        dtypes = f"{query.dtype}, {key.dtype} and {value.dtype}"
+        return f"query, key and value are not all bfloat16 or all float16, but {dtypes}"
     if not query.device == key.device == value.device:
         return f"query, key and value are on {query.device}, {key.device} and {value.device}"
     if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
@@ -131,9 +132,9 @@ def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequen
     if not took:
         return None
     name = min(took, key=lambda name: took[name])
-    if len(modes) > 1 or modes[0] != "fp8":
-        if took[name] > us["16bit"][grads] * _WORTH:
-            return None
+    is_choice = len(modes) > 1 or modes[0] != "fp8"
+    if is_choice and took[name] > us["16bit"][grads] * _WORTH:
+        return None
     mode, _, expanded = name.partition(" ")
     return Choice(mode, "fastest at this size", bool(expanded))
 
