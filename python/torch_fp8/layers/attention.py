@@ -348,8 +348,8 @@ def scaled_dot_product_attention(
     mode: ``"fp8_forward"``: forward in FP8; the gradient in 16 bits, of the numbers that FP8 computed with. ``"fp8"``:
         the gradient's five products in FP8 too, for a head_dim of 128. ``"16bit"``. ``"auto"``: what was measured to be
         fastest at the nearest size, with the gradient if one is wanted.
-    state: whose scales are used, and whose amaxes are recorded. Without it each tensor is scaled by its own amax, which is of
-        all tokens, so that what follows a token changes its result a little, as with ``CurrentScaling``.
+    state: whose scales are used, and whose amaxes are recorded. Without it each tensor is scaled by its own amax, which
+        is of all tokens, so that what follows a token changes its result a little, as with ``CurrentScaling``.
 
     FP8 takes no mask, no dropout, no empty sequence, keys and values of one width, and a head_dim that is a multiple of
     16 up to 256; there mode "auto" runs in 16 bits, and another raises ValueError, which names the modes that can.
