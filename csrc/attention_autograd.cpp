@@ -1,11 +1,14 @@
 // The gradient of attention: a registration with the dispatcher, so that eager mode and traces follow the same formula.
 // It has no rules: attention_forward and attention_backward have them.
+#include <cmath>
+
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include "call.h"
+#include "check.h"
 #include "memo.h"
 #include "ops/attention.h"
 #include "transforms.h"
@@ -85,15 +88,26 @@ at::Tensor attention_autograd(c10::DispatchKeySet keys, const at::Tensor& q, con
                                             shared_scale, fp8_backward, expand});
 }
 
-at::Tensor new_attention_slots(c10::Device device, const AttentionOptions& options) {
-  const bool constant = options.recipe.scaling == Scaling::kConstant;
-  TORCH_CHECK_VALUE(!constant, "torch_fp8: constant scales are written by whoever makes the slots");
-  at::Tensor slots = at::tensor({1.0f, 1.0f, 0.0f, 0.0f}).repeat({kAttentionRoles, 1});
-  if (options.p_scale > 0) {
-    slots[kP].copy_(at::tensor({1 / options.p_scale, options.p_scale, 0.0, 0.0}));
+at::Tensor new_attention_slots(c10::Device device, double p_scale, int64_t bias, int64_t grad_bias) {
+  at::Tensor slots = at::empty({kAttentionRoles, 4}, at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
+  for (int role = 0; role < kAttentionRoles; ++role) {
+    const auto of_bias = std::ldexp(1.0f, static_cast<int>(role < kGradO ? bias : grad_bias));
+    const float scale = role == kP && p_scale > 0 ? static_cast<float>(p_scale) : of_bias;
+    slots_of(slots)[role] = {1 / scale, scale, 0, 0};
   }
   return slots.to(device);
 }
+
+std::shared_ptr<LayerMemo> new_attention_memo(const AttentionOptions& options) {
+  std::vector<MemoRole> roles;
+  for (const char* name : {"q", "k", "v", "P", "o", "grad_o", "grad_P", "grad_q", "grad_k", "grad_v"}) {
+    roles.push_back({name});
+  }
+  roles[kP].constant = static_cast<float>(options.p_scale);
+  return new_memo(std::move(roles));
+}
+
+void end_step(LayerMemo& memo) { memo.end_step(nullptr); }
 
 at::Tensor scaled_dot_product_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                         const at::Tensor& slots, const AttentionOptions& options,
@@ -104,9 +118,12 @@ at::Tensor scaled_dot_product_attention(const at::Tensor& q, const at::Tensor& k
   for (int role = 0; role < kAttentionRoles; ++role)
     casts[static_cast<size_t>(role)] = options.cast(static_cast<AttentionRole>(role)).packed();
   const bool grads = at::GradMode::is_enabled();
-  int64_t history = 0;
-  if (options.recipe.scaling == Scaling::kDelayed) history = memo->history(slots, /*roles_asked=*/0);
-  if (training && grads) memo->note_forward(stream_of(q));
+  int64_t delayed = 0;  // the roles that are cast now by a history, if they have one
+  const bool wants_grad = grads && (q.requires_grad() || k.requires_grad() || v.requires_grad());
+  for (int role = 0; role < (wants_grad && training && mode == AttentionMode::kFp8 ? kAttentionRoles : kGradO); ++role)
+    delayed |= int64_t{Cast::unpacked(casts[static_cast<size_t>(role)]).scaling == Scaling::kDelayed} << role;
+  const int64_t history = delayed ? memo->history(slots, delayed) : 0;
+  if (training && grads) memo->note_forward(stream_of(q)), memo->note_used_roles(delayed);
   return attention_op.call(q, k, v, slots, slots, casts, history, training,
                            training && grads && options.recipe.scaling != Scaling::kConstant, causal,
                            scale.value_or(1 / std::sqrt(static_cast<double>(q.size(-1)))), options.shared_scale,

@@ -21,8 +21,13 @@ enum class AttentionMode : uint8_t { kFp8Forward, kFp8 };
 // The largest head that FP8 takes forward, and the only one that it takes backward. dims are multiples of 16.
 constexpr int64_t kAttentionDims = 256, kAttentionBackwardDims = 128;
 
-// The slots of a new attention: (kAttentionRoles, 4) float32.
-at::Tensor new_attention_slots(c10::Device device, const AttentionOptions& options);
+// The slots of a new attention: (kAttentionRoles, 4) float32 with scale 1, or 2^bias for constant scaling; P's has
+// p_scale, unless that is 0.
+at::Tensor new_attention_slots(c10::Device device, double p_scale = 256, int64_t bias = 0, int64_t grad_bias = 0);
+
+// What the host remembers of it. end_step is called after every scaling update.
+std::shared_ptr<LayerMemo> new_attention_memo(const AttentionOptions& options);
+void end_step(LayerMemo& memo);
 
 // softmax(scale * q k^T) v, (B, H, S, D) of q's dtype, for q (B, H, S, D), k and v (B, Hk, T, D), bfloat16 or float16,
 // any strides (fastest where they lie in memory as (B, S, H, D) does, as the result will). H is a multiple of Hk.

@@ -175,8 +175,7 @@ class ScaledDotProductAttention(Scaled):
         enable_gqa: bool = False,
     ) -> Tensor:
         """What ``torch.nn.functional.scaled_dot_product_attention`` gives for the same arguments."""
-        mode = self.mode if self.fp8_enabled else "16bit"
-        return _attend(self, mode, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _attend(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     def settle(self) -> None:
         owner = next(iter(self.owners()), None)
@@ -294,14 +293,17 @@ def run(
 
 
 def _attend(
-    module: ScaledDotProductAttention | None, mode: str, query: Tensor, key: Tensor, value: Tensor,
-    attn_mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
+    module: ScaledDotProductAttention | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, mode: str | None = None,
 ) -> Tensor:  # fmt: skip
+    if mode is None or (module is not None and not module.fp8_enabled):
+        assert module is not None
+        mode = module.mode if module.fp8_enabled else "16bit"
     query, key, value = under_autocast(query, key, value)
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     choice = choose(mode, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, grads)
     if module is not None:
-        note_ran(module, choice.mode, choice.why)
+        note_ran(module, choice.mode, choice.why if module.fp8_enabled else "disabled")
     if choice.mode == "16bit":
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -354,7 +356,7 @@ def scaled_dot_product_attention(
     FP8 takes no mask, no dropout, no empty sequence, keys and values of one width, and a head_dim that is a multiple of
     16 up to 256; there mode "auto" runs in 16 bits, and another raises ValueError, which names the modes that can.
     """
-    return _attend(state, mode, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _attend(state, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode)
 
 
 def attentions(model: nn.Module) -> dict[str, ScaledDotProductAttention]:
