@@ -58,10 +58,11 @@ def record(module, call, slots, tensors, first=0):
 def fp8_attention(monkeypatch):
     """Attention runs in FP8 wherever it may, as far as its scaling state can tell."""
 
-    def attend(module, query, key, value, *how):
+    def attend(module, *given):
+        query, key, value = (tensor for tensor in given if isinstance(tensor, torch.Tensor))
         if not module.fp8_enabled or module.mode == "16bit":
             note_ran(module, "16bit", "disabled" if not module.fp8_enabled else "asked for")
-            return F.scaled_dot_product_attention(query, key, value, *how[:3])
+            return F.scaled_dot_product_attention(query, key, value)
         note_ran(module, "fp8", "it is faster")
         return Recorded.apply(module, call_of(module, query, EVERY_ROLE), query, key, value)
 
@@ -333,6 +334,12 @@ class TestWhoUpdates:
         assert cursors(block.attention) == STEPPED
         mine.step()
         assert cursors(block.attention) == [2 * c for c in STEPPED]
+
+    def test_a_forward_alone_is_a_step_too(self, device):
+        block = make(device)
+        block(torch.randn(2, 8, 32, device=device))
+        sgd(block).step()
+        assert cursors(block.attention) == [c * (i < 5) for i, c in enumerate(STEPPED)]
 
     def test_another_models_optimizer_leaves_it_alone(self, device):
         block, other = make(device), make(device)
