@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import nn
 
+from ..swap.attention import enter_table
 from ..swap.freeze import after_freeze
 from ..swap.select import Filter
 from .errors import need_transformers
-
-_TABLES = "transformers.quantizers.auto"
 
 
 def QuantizationConfig(
@@ -45,23 +44,23 @@ def QuantizationConfig(
 class _Finder(importlib.abc.MetaPathFinder):
     """Enters transformers' tables once they are loaded."""
 
-    searching = False
+    searching: set[str] = set()  # noqa: RUF012  (there is one finder)
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != _TABLES or self.searching:
+        if name not in _TABLES or name in self.searching:
             return None
-        self.searching = True
+        self.searching.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self.searching = False
+            self.searching.remove(name)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
-            _enter()
+            _TABLES[name]()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -72,6 +71,10 @@ def _enter() -> None:
         from . import quantizer  # noqa: F401  (enters itself, at its end; it may be in the middle of its own imports)
     except ImportError as error:  # of a transformers that is not supported: it must not fail because of us
         warnings.warn(f"torch_fp8: this transformers cannot read or write FP8 models by itself: {error}", stacklevel=2)
+
+
+# What is done once a module of transformers is loaded.
+_TABLES = {"transformers.quantizers.auto": _enter, "transformers.modeling_utils": enter_table}
 
 
 def _declare(model: nn.Module) -> None:
@@ -99,7 +102,8 @@ def _cannot_write(why: str, *args: Any, **kwargs: Any) -> None:
 def register() -> None:
     """Once, when torch_fp8 is imported."""
     after_freeze.append(_declare)
-    if _TABLES in sys.modules:
-        _enter()
-    else:
+    for name, enter in _TABLES.items():
+        if name in sys.modules:
+            enter()
+    if not all(name in sys.modules for name in _TABLES):
         sys.meta_path.insert(0, _Finder())

@@ -177,6 +177,10 @@ class ScaledDotProductAttention(Scaled):
         """What ``torch.nn.functional.scaled_dot_product_attention`` gives for the same arguments."""
         return _attend(self, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
+    def note(self, mode: str, why: str) -> None:
+        """Note what a call ran in that did not come here."""
+        note_ran(self, mode, why)
+
     def settle(self) -> None:
         owner = next(iter(self.owners()), None)
         if owner is not None:

@@ -18,6 +18,7 @@ from ..layers.scaled import scaled_modules
 from ..layers.siblings import SIBLINGS, share_input
 from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
+from .attention import attach_attentions
 from .fuse import feed_blocks
 from .select import (
     NOT_FP8,
@@ -116,6 +117,7 @@ def convert(
             setattr(layer, NOT_FP8, left_out[name])
     _share_inputs(model)
     feed_blocks(model)
+    attach_attentions(model)
     return model
 
 

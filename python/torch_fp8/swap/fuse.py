@@ -17,6 +17,7 @@ from ..layers.linear import Layer, fp8_layers
 from ..layers.norm import feed
 from ..layers.rewired import why_not_rewired
 from ..layers.siblings import SIBLINGS
+from .attention import check_attention, set_attention, unset_attention
 from .computes import linear_children, mlp_of, norm_of
 from .probe import Probe
 from .wiring import block_of
@@ -24,7 +25,7 @@ from .wiring import block_of
 NOT_FUSED = "_not_fused"  # on a module that fuse looked at and left alone: why
 
 
-def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, recompute: bool = False, attention: str | None = None) -> nn.Module:
     """Let the norms, MLPs and blocks of a model compute in fewer passes, in place; returns the model.
 
     A norm makes the FP8 codes of its result for the layers that read it and takes the residual's addition into its
@@ -53,7 +54,14 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
         backward and, in eager mode, those that norms and MLPs made. For one micro-batch a step: with several, each
         casts the weights anew. ``unfuse`` takes it back.
 
-    Raises ValueError, with the model as it was, where nothing can be fused or no layer is in FP8."""
+    attention: "auto", "fp8_forward", "fp8" or "16bit": the attention's products run so, as in
+        :class:`ScaledDotProductAttention`; of transformers' models (whose ``attn_implementation`` becomes "torch_fp8")
+        and of ``fp8.Attention``. None: as before.
+
+    Raises ValueError, with the model as it was, where nothing can be fused, no layer is in FP8, or no attention could
+    run so."""
+    if attention is not None:
+        check_attention(model, attention)
     if not fp8_layers(model) and not frozen_layers(model):
         raise ValueError(
             f"torch_fp8: fuse takes a model with FP8 layers, but {type(model).__name__} has none; call "
@@ -94,6 +102,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
         if base is FusedNorm:
             module.__dict__["fp8_readers"] = ()
     feed_blocks(model)
+    if attention is not None:
+        set_attention(model, attention)
     if recompute:
         for layer in _layers_of_fused(model):
             layer.fp8_state.keep_codes(False)
@@ -114,6 +124,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         layer.fp8_state.keep_codes(True)
     for module in fused_modules(model).values():
         module.__class__ = cast(Any, type(module).plain_class)
+    unset_attention(model)
     for part in model.modules():
         for attribute in ("fp8_fusion", "fp8_readers", NOT_FUSED):
             part.__dict__.pop(attribute, None)

@@ -1,0 +1,157 @@
+"""FP8 attention in transformers' models: ``attn_implementation="torch_fp8"``, an entry of its table of attentions."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.attention import ScaledDotProductAttention
+from ..layers.linear import fp8_layers
+from ..layers.modes import MODES
+
+NAME = "torch_fp8"
+_CHILD = "fp8_attention"
+_BEFORE = "_fp8_attention_before"  # on a model: the implementation that set_attention replaced
+
+
+def enter_table() -> None:
+    """Once, when transformers' table is there."""
+    modeling, masking = (sys.modules.get(f"transformers.{name}") for name in ("modeling_utils", "masking_utils"))
+    interface, masks = (
+        getattr(module, name, None)
+        for module, name in ((modeling, "AttentionInterface"), (masking, "AttentionMaskInterface"))
+    )
+    if interface is None or masks is None:
+        return  # of a transformers that has no such table yet
+    interface.register(NAME, attention_forward)
+    masks.register(NAME, functools.partial(_mask, masks()["sdpa"]))
+
+
+def _mask(
+    of_sdpa: Any, *, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True, local_size: int | None = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
+    """No mask where causal order is all that it would say; that of ``"sdpa"`` otherwise, which in a trace of older
+    versions of PyTorch is always there."""
+    is_whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    in_window = local_size is None or kv_length < local_size
+    if torch.compiler.is_compiling() and allow_is_causal_skip and attention_mask is None and is_whole and in_window:
+        return None
+    return of_sdpa(
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip, local_size=local_size, **kwargs,
+    )  # fmt: skip
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query (batch, heads, tokens, head_dim), result (batch, tokens, heads, head_dim). With a
+    mask, dropout, a position bias, or keys of a cache, it is what ``"sdpa"`` computes, in 16 bits."""
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention nor "
+                'PyTorch\'s computes; set attn_implementation="eager"'
+            )
+    attention = getattr(module, _CHILD, None)
+    if attention is None:
+        attention = _attach(module)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    of_cache = key.shape[2] != query.shape[2]
+    if attention_mask is not None or dropout > 0 or of_cache or kwargs.get("position_bias") is not None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        why = "keys of a cache" if of_cache else "it has dropout" if dropout > 0 else "it has a mask"
+        attention.note("16bit", why)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    made = attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+    return made.transpose(1, 2).contiguous(), None
+
+
+def _attach(module: nn.Module, mode: str = "auto") -> ScaledDotProductAttention:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch_fp8: FP8 attention has no scaling state yet, and none can be made while a graph is traced; call "
+            "torch_fp8.fuse(model, attention=...) or torch_fp8.convert(model), or the model once, before torch.compile"
+        )
+    recipe = next((layer.recipe for layer in fp8_layers(module).values()), None)
+    attention = ScaledDotProductAttention(recipe, mode=mode).goes_with(module)
+    attention.train(module.training)
+    setattr(module, _CHILD, attention)
+    return attention
+
+
+def _attentions_of_transformers(model: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for module in model.modules()
+        if hasattr(module, "is_causal") and hasattr(getattr(module, "config", None), "_attn_implementation")
+    ]
+
+
+def attach_attentions(model: nn.Module) -> None:
+    """Give a state to the attentions of a model whose config asks for this implementation."""
+    for module in _attentions_of_transformers(model):
+        if module.config._attn_implementation == NAME and getattr(module, _CHILD, None) is None:  # type: ignore[union-attr]
+            _attach(module)
+
+
+def check_attention(model: nn.Module, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"torch_fp8: attention must be one of {', '.join(MODES)}, got {mode!r}")
+    if not _ours(model) and not _attentions_of_transformers(model):
+        raise ValueError(
+            f"torch_fp8: {type(model).__name__} has no attention that could run with attention={mode!r}: neither "
+            "fp8.Attention nor one that asks transformers' table of attentions"
+        )
+
+
+def set_attention(model: nn.Module, mode: str) -> None:
+    """The attentions of a model run with this mode: those of transformers' models, and our own."""
+    theirs = _attentions_of_transformers(model)
+    for root in _roots(model) if theirs else ():
+        before = root.config._attn_implementation
+        root.set_attn_implementation(NAME)
+        root.__dict__.setdefault(_BEFORE, before)
+    for module in theirs:
+        if getattr(module, _CHILD, None) is None:
+            _attach(module)
+    for attention in _ours(model):
+        attention.mode = mode
+
+
+def _ours(model: nn.Module) -> list[ScaledDotProductAttention]:
+    return [module for module in model.modules() if isinstance(module, ScaledDotProductAttention)]
+
+
+def unset_attention(model: nn.Module) -> None:
+    """Undo what ``set_attention`` did to transformers' models."""
+    for root in _roots(model):
+        before = root.__dict__.pop(_BEFORE, None)
+        if before is not None:
+            root.set_attn_implementation(before)
+            for module in _attentions_of_transformers(root):
+                if isinstance(getattr(module, _CHILD, None), ScaledDotProductAttention):
+                    delattr(module, _CHILD)
+
+
+def _roots(model: nn.Module) -> list[Any]:
+    """The outermost modules that can change their implementation, which pass it on to what is inside."""
+    if hasattr(model, "set_attn_implementation"):
+        return [model]
+    return [root for child in model.children() for root in _roots(child)]
