@@ -73,7 +73,7 @@ setup(
     version=re.search(r"project\(torch_fp8 VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1],
     packages=find_packages("python"),
     package_dir={"": "python"},
-    package_data={"torch_fp8": ["py.typed", "*.pyi"]},
+    package_data={"torch_fp8": ["py.typed", "*.pyi", "layers/*.json"]},
     ext_modules=[Extension("torch_fp8._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=[] if find_torch() else [DEFAULT_TORCH],

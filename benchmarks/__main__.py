@@ -16,6 +16,7 @@ NAMES = (
     "quantize",
     "producers",
     "rotary",
+    "attention",
     "gemm",
     "linear",
     "block",

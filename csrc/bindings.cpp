@@ -259,4 +259,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("why_no_cuda", &cuda::why_absent);
   m.def("cublaslt_version", &cuda::cublaslt_version);
   m.def("check_capability", &cuda::check_capability);
+  m.def("check_attention", [](bool on_cuda) {
+    if (on_cuda) kernels(on_cuda).check_attention();
+  });
 }

@@ -368,8 +368,6 @@ static_assert(sizeof(RoleState) == 24, "over a thousand of them fit a kernel's a
 //             before the cast; O is cast
 //   backward  P = exp(scale * S - lse) is cast as P's role; D = rowsum(dO * O); dS = P * (dO V^T - D) is cast as dP's;
 //             dV = P^T dO, dQ = scale * dS K and dK = scale * dS^T Q are cast
-enum AttentionRole : int { kQ, kK, kV, kP, kO, kGradO, kGradP, kGradQ, kGradK, kGradV, kAttentionRoles };
-
 struct AttentionSize {
   int64_t batch, heads, kv_heads, tokens, kv_tokens, dims;  // heads a multiple of kv_heads; dims of 16
   bool causal;                                              // a query sees the keys up to its own number

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "kernels.h"
+#include "ops/attention.h"
 #include "ops/linear.h"
 #include "ops/producers.h"
 #include "ops/rotary.h"
@@ -80,6 +81,9 @@ void implement(torch::Library& m) {
   m.impl("activation_backward_cast", activation_backward_cast);
   m.impl("rotary", rotary);
   m.impl("rotary_backward", rotary_backward);
+  m.impl("attention", attention);
+  m.impl("attention_forward", attention_forward);
+  m.impl("attention_backward", attention_backward);
   m.impl("norm_cast", norm_cast);
   m.impl("norm_backward", norm_backward);
   m.impl("gemm", gemm);
@@ -189,6 +193,31 @@ TORCH_LIBRARY(torch_fp8, m) {
       "bool interleaved, bool heads_first, int norm, Tensor? q_gain, Tensor? k_gain, float eps, float gain_offset, "
       "bool gain_grads) -> (Tensor dq_in, Tensor dk_in, Tensor dq_gain, Tensor dk_gain)");
 
+  // y (B, H, S, D) = softmax(scale * q k^T) v with QK^T and PV in FP8, differentiable in q, k and v: q (B, H, S, D), k,
+  // v (B, Hk, T, D) bfloat16 or float16, H a multiple of Hk; y lies in memory as (B, S, H, D). slots (10, 4), casts and
+  // history (one bit a role that has an amax history) of q, k, v, P, o, and the gradients of o, P, q, k, v; casts,
+  // training and record as in linear_forward. grad_slots: the tensor over slots' memory that backward records in.
+  // causal: query i sees keys 0 ... i. shared_scale: k and v are cast as q is, with its slot. fp8_backward: the
+  // gradient's five products in FP8 too, D 128 alone; else in 16 bits, of the numbers that the codes are. expand: in
+  // FP8 each query head has keys and values of its own, whose gradients are summed.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) slots, Tensor grad_slots, int[] casts, int history, "
+      "bool training, bool record, bool causal, float scale, bool shared_scale, bool fp8_backward, bool expand) -> "
+      "Tensor");
+
+  // Its forward, with what the gradient needs: codes (B, S, H, D), each call's scales (10, 4), and lse (B, H, S)
+  // float32, the natural logarithm of each row's sum of exp(scale * q k^T).
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) slots, int[] casts, int history, bool training, "
+      "bool record, bool causal, float scale, bool shared_scale) -> (Tensor y, Tensor q_codes, Tensor k_codes, "
+      "Tensor v_codes, Tensor o_codes, Tensor scales, Tensor lse)");
+
+  // Its gradients, of dy's dtype; fp8 and expand as fp8_backward and expand above.
+  m.def(
+      "attention_backward(Tensor dy, Tensor q_codes, Tensor k_codes, Tensor v_codes, Tensor o_codes, Tensor scales, "
+      "Tensor lse, Tensor(a!) slots, int[] casts, int history, bool training, bool record, bool causal, float scale, "
+      "bool fp8, bool expand) -> (Tensor dq, Tensor dk, Tensor dv)");
+
   // RMSNorm, or with layer_norm LayerNorm, of x (..., K) or of x + residual, computed in float32:
   // y = norm * (gain + gain_offset) + bias. gain and bias (K) of x's dtype or float32; without a gain its place is
   // taken by 1, whatever the offset. The sum is rounded to x's dtype, and it is the rounded one that is normalised.
@@ -277,14 +306,16 @@ TORCH_LIBRARY_IMPL(torch_fp8, NestedTensorCUDA, m) { m.impl("frozen_linear", fro
 TORCH_LIBRARY_IMPL(torch_fp8, SparseCPU, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, SparseCUDA, m) { m.impl("frozen_linear", frozen_linear); }
 TORCH_LIBRARY_IMPL(torch_fp8, Autograd, m) {
-  for (const char* name : {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward",
-                           "linear_backward", "frozen_linear_backward", "activation_cast", "activation_backward_cast",
-                           "norm_cast", "norm_backward", "frozen_norm", "rotary_backward", "update_scales_"}) {
+  for (const char* name :
+       {"quantize", "count_losses", "gemm", "gemm_accumulate_", "cast", "linear_forward", "linear_backward",
+        "frozen_linear_backward", "activation_cast", "activation_backward_cast", "norm_cast", "norm_backward",
+        "frozen_norm", "rotary_backward", "attention_forward", "attention_backward", "update_scales_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
   m.impl("frozen_linear", frozen_linear_autograd);
   m.impl("frozen_mlp", frozen_mlp_autograd);
   m.impl("rotary", rotary_autograd);
+  m.impl("attention", attention_autograd);
 }
 TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("quantize", quantize_meta);
@@ -300,6 +331,9 @@ TORCH_LIBRARY_IMPL(torch_fp8, Meta, m) {
   m.impl("activation_backward_cast", activation_backward_cast_meta);
   m.impl("rotary", rotary_meta);
   m.impl("rotary_backward", rotary_backward_meta);
+  m.impl("attention", attention_meta);
+  m.impl("attention_forward", attention_forward_meta);
+  m.impl("attention_backward", attention_backward_meta);
   m.impl("norm_cast", norm_cast_meta);
   m.impl("norm_backward", norm_backward_meta);
   m.impl("frozen_norm", frozen_norm_meta);

@@ -50,6 +50,10 @@ inline CastPlan plan_cast(at::Tensor x, const at::Tensor& slots, int64_t role, F
   return plan;
 }
 
+// Casts what lies in memory (quantize.cpp): one launch where the tensor is small and would need more, else one for each
+// step.
+void run(CastPlan& plan);
+
 inline bool is_own(const CastPlan& plan) { return plan.steps.scale_by == ScaleBy::kOwnAmax; }
 
 // Room for the slot, and the place of the amax's parts behind it.

@@ -92,20 +92,24 @@ at::Tensor filled(const at::Tensor& t, const at::Tensor& like) { return t.define
 
 }  // namespace
 
+QuantizeOptions how(const Cast& cast, bool has_scale, bool record) {
+  QuantizeOptions q;
+  q.own_amax = cast.scaling == Scaling::kCurrent || (cast.scaling == Scaling::kDelayed && !has_scale);
+  q.power_of_two = cast.power_of_two;
+  q.margin = cast.margin;
+  q.record = record && cast.scaling != Scaling::kConstant;
+  q.rowwise = false;
+  return q;
+}
+
 // How a role is cast now. In training a delayed scale is that of the role's history, once it has one. In evaluation the
 // weight and the gradient are scaled by their own amax: the one may have been exchanged, and the other belongs to
 // another loss than the history. recast: a weight that left its scale's range, since somebody wrote to it, is cast
 // again by its own amax (is_unfit in scale.h).
 QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record) {
   const Cast cast = Cast::unpacked(casts[role]);
-  const bool has_scale = (history >> role & 1) && (training || role == kInput);
-  QuantizeOptions q;
-  q.own_amax = cast.scaling == Scaling::kCurrent || (cast.scaling == Scaling::kDelayed && !has_scale);
-  q.power_of_two = cast.power_of_two;
-  q.margin = cast.margin;
-  q.record = record && cast.scaling != Scaling::kConstant;
+  QuantizeOptions q = how(cast, (history >> role & 1) && (training || role == kInput), record);
   q.recast = role == kWeight && cast.scaling == Scaling::kDelayed && !q.own_amax;
-  q.rowwise = false;
   return q;
 }
 

@@ -7,7 +7,9 @@ namespace torch_fp8 {
 
 using Gemms = std::array<bool, 3>;  // fprop, dgrad, wgrad
 
-// How a role is cast now (linear.cpp has the rule). casts: packed; history: one bit a role that has one.
+// How a tensor is cast whose delayed scale, if it has one, holds now; neither layout is asked for.
+QuantizeOptions how(const Cast& cast, bool has_scale, bool record);
+// How a role of a layer is cast now (linear.cpp has the rule). casts: packed; history: one bit a role that has one.
 QuantizeOptions how(at::IntArrayRef casts, int role, int64_t history, bool training, bool record);
 
 // A tensor cast as the layer casts that role now. casts: packed; history: one bit a role that has one.

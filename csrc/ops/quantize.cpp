@@ -48,7 +48,8 @@ bool is_small(const CastPlan& plan) {
   return kernels_of(plan.x).cast_small && is_small(plan.steps.cast.x) && !plan.steps.cast.column_sums;
 }
 
-// One launch where the tensor is small and would need more, else one for each step.
+}  // namespace
+
 void run(CastPlan& plan) {
   auto& [cast, scale_by, target, power_of_two] = plan.steps;
   const Kernels& kernels = kernels_of(plan.x);
@@ -62,8 +63,6 @@ void run(CastPlan& plan) {
   kernels.quantize(cast);
   if (scale_by == ScaleBy::kSlotIfFit) kernels.recast({cast, target, power_of_two});
 }
-
-}  // namespace
 
 Quantized quantize_only(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,
                         const QuantizeOptions& options) {

@@ -16,6 +16,8 @@ struct alignas(16) Slot {
 static_assert(sizeof(Slot) == 16, "tensors of state are (roles, 4) float32");
 
 enum Role : int { kInput = 0, kWeight = 1, kGradOutput = 2, kRoles = 3 };  // of a linear layer
+// Of an attention; P: softmax's numerators, GradP: dS = P * (dP - rowsum(dO * O)).
+enum AttentionRole : int { kQ, kK, kV, kP, kO, kGradO, kGradP, kGradQ, kGradK, kGradV, kAttentionRoles };
 
 // Scales stay where both they and their reciprocals are normal numbers.
 constexpr float kMaxScale = 8.5070591730234616e37f;   // 2^126

@@ -1,6 +1,7 @@
 // All of torch_fp8's C++ interface.
 #pragma once
 
+#include "torch_fp8/attention.h"
 #include "torch_fp8/cuda.h"
 #include "torch_fp8/format.h"
 #include "torch_fp8/linear.h"

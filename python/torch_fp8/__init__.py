@@ -31,7 +31,8 @@ _check_torch()
 from . import _C  # noqa: E402
 from .checkpoints import CheckpointError, QuantizationConfig, load_pretrained, save_pretrained  # noqa: E402
 from .layers import replicas as _replicas  # noqa: E402, F401  DDP finds it there
-from .layers.attention import ScaledDotProductAttention  # noqa: E402
+from .layers.attend import Attention  # noqa: E402
+from .layers.attention import ScaledDotProductAttention, scaled_dot_product_attention  # noqa: E402
 from .layers.block import MLP, LayerNorm, RMSNorm, TransformerBlock  # noqa: E402
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
@@ -75,6 +76,7 @@ if not _C.toolkit_version() and _torch.cuda.is_available():
 
 __all__ = [
     "MLP",
+    "Attention",
     "CheckpointError",
     "ConstantScaling",
     "CurrentScaling",
@@ -105,6 +107,7 @@ __all__ = [
     "reduce_amaxes",
     "revert",
     "save_pretrained",
+    "scaled_dot_product_attention",
     "share_input",
     "state_dict",
     "summary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from .. import _C
 from ..checks import check
-from ..recipe import DelayedScaling, Recipe
+from ..recipe import CurrentScaling, DelayedScaling, Recipe
 from ..state import Role, State, role_of
+from .modes import MODES, choose
 from .scaled import Scaled
 from .traced import note_training
 
@@ -27,8 +29,6 @@ _GRADIENTS = ROLES.index("grad_o")  # from here on
 FORWARD_ROLES = (1 << _GRADIENTS) - 1  # one bit each
 EVERY_ROLE = (1 << len(ROLES)) - 1
 BACKWARD_ROLES = EVERY_ROLE - FORWARD_ROLES
-
-MODES = ("auto", "16bit", "fp8_forward", "fp8")
 
 
 class AttentionState(State):
@@ -212,8 +212,7 @@ class ScaledDotProductAttention(Scaled):
 
 
 def call_of(attention: ScaledDotProductAttention, query: Tensor, roles: int) -> Call:
-    """What an op needs for a call in which these roles (one bit each) are cast; in training it is noted that the
-    forward ones were. Backward says so of its own by ``fp8_state.memo.note_used_roles``."""
+    """What an op needs for a call in which these roles (one bit each) are cast, which in training is noted."""
     compiling = torch.compiler.is_compiling()
     state, grads = attention.fp8_state, torch.is_grad_enabled()
     if compiling:
@@ -229,7 +228,7 @@ def call_of(attention: ScaledDotProductAttention, query: Tensor, roles: int) -> 
         note_training()
     elif trains:
         state.memo.note_forward(query)
-        state.memo.note_used_roles(roles & FORWARD_ROLES)
+        state.memo.note_used_roles(roles)
     slots, grad_slots = state.slots, state.grad_slots
     if query.is_meta:
         slots = grad_slots = torch.empty_like(slots, device="meta")
@@ -280,15 +279,84 @@ _note_in_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _follow_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _attend(
-    module: ScaledDotProductAttention, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
-    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool,
+def run(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, fp8_backward: bool,
+    expand: bool,
 ) -> Tensor:  # fmt: skip
-    asked = "disabled" if not module.fp8_enabled else "asked for" if module.mode == "16bit" else ""
-    note_ran(module, "16bit", asked or "there is no FP8 attention in this build")
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    """The two products in FP8, and backward in FP8 or in 16 bits."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    slots, grad_slots, casts, history, training, record, shared_scale = call
+    return torch.ops.torch_fp8.attention(
+        query, key, value, slots, grad_slots, casts, history, training, record, causal, scale, shared_scale,
+        fp8_backward, expand,
+    )  # fmt: skip
+
+
+def _attend(
+    module: ScaledDotProductAttention | None, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, mode: str | None = None,
+) -> Tensor:  # fmt: skip
+    if mode is None or (module is not None and not module.fp8_enabled):
+        assert module is not None
+        mode = module.mode if module.fp8_enabled else "16bit"
+    query, key, value = under_autocast(query, key, value)
+    grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    choice = choose(mode, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, grads)
+    if module is not None:
+        note_ran(module, choice.mode, choice.why if module.fp8_enabled else "disabled")
+    if choice.mode == "16bit":
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    fp8_backward = grads and choice.mode == "fp8"
+    roles = EVERY_ROLE if fp8_backward else FORWARD_ROLES
+    call = _stateless(query.device) if module is None else call_of(module, query, roles)
+    return run(call, query, key, value, is_causal, scale, fp8_backward, choice.expand)
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As PyTorch's own function takes them there."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+@functools.cache
+def _stateless(device: torch.device) -> Call:
+    """Every role by its own amax; nothing is recorded."""
+    state = AttentionState(CurrentScaling(), device, shared_scale=False, p_scale=256.0)
+    return Call(state.slots, state.grad_slots, state.casts, 0, training=False, record=False, shared_scale=False)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    mode: str = "auto",
+    state: ScaledDotProductAttention | None = None,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` with its two products in FP8 where that is faster, or where
+    it is asked for: query (batch, heads, tokens, head_dim), key and value (batch, kv_heads, kv_tokens, head_dim),
+    bfloat16 or float16, any strides; the result has query's shape and dtype.
+
+    mode: ``"fp8_forward"``: forward in FP8; the gradient in 16 bits, of the numbers that FP8 computed with. ``"fp8"``:
+        the gradient's five products in FP8 too, for a head_dim of 128. ``"16bit"``. ``"auto"``: what was measured to be
+        fastest at the nearest size, with the gradient if one is wanted.
+    state: whose scales are used, and whose amaxes are recorded. Without it each tensor is scaled by its own amax, which
+        is of all tokens, so that what follows a token changes its result a little, as with ``CurrentScaling``.
+
+    FP8 takes no mask, no dropout, no empty sequence, keys and values of one width, and a head_dim that is a multiple of
+    16 up to 256; there mode "auto" runs in 16 bits, and another raises ValueError, which names the modes that can.
+    """
+    return _attend(state, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode)
 
 
 def attentions(model: nn.Module) -> dict[str, ScaledDotProductAttention]:

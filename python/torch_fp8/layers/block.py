@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..recipe import Recipe
+from .attend import Attends, QkNorm
 from .linear import Layer, Linear
 from .mlp import NAMES, has_hooks, mlp, result_dtype, xielu_alphas
 from .norm import Norm, can_norm, feed, norm
-from .rotary import rotary
 from .siblings import share_input
 
 
@@ -151,16 +150,16 @@ class MLP(nn.Module):
         return mlp(x, gate, self.up_proj, self.down_proj, self.activation, residual, alphas=alphas, beta=_BETA)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Attends):
     """A decoder block of Llama's or GPT's kind with every linear layer in FP8, its norms, MLP and residuals in as few
-    passes as there can be; the attention is PyTorch's ``scaled_dot_product_attention``.
+    passes as there can be; the attention's products in 16 bits unless ``attention`` says more.
 
     x (batch, tokens, hidden_size), result of the same shape and dtype.
 
     num_kv_heads: fewer than num_heads for grouped queries. head_dim: hidden_size / num_heads unless given.
     norm: "rms" or "layer". norm_first: the norms are of what attention and MLP are given (Llama, GPT); else of what
         they make, before it is added (OLMo 2).
-    qk_norm: each head of q and k is normalised by RMS with a gain of its own (Qwen 3).
+    qk_norm, attention, attention_scale: ``qk_norm``, ``mode`` and ``scale`` of an :class:`Attention`.
     activation, gated: of the :class:`MLP`. bias: of all linear layers. recompute: as of the :class:`MLP`, of all.
 
     ``forward(x, cos, sin)`` turns q and k by the tables of rotary positions, ([batch or 1,] tokens, head_dim) or the
@@ -178,7 +177,9 @@ class TransformerBlock(nn.Module):
         norm: Literal["rms", "layer"] = "rms",
         norm_first: bool = True,
         eps: float = 1e-5,
-        qk_norm: bool = False,
+        qk_norm: QkNorm = False,
+        attention: str = "16bit",
+        attention_scale: float | None = None,
         activation: str = "silu",
         gated: bool = True,
         bias: bool = False,
@@ -188,34 +189,24 @@ class TransformerBlock(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"torch_fp8: num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
-        if head_dim is None and hidden_size % num_heads:
-            raise ValueError(f"torch_fp8: num_heads must divide hidden_size, got {num_heads} and {hidden_size}")
         if norm not in ("rms", "layer"):
             raise ValueError(f'torch_fp8: norm must be "rms" or "layer", got {norm!r}')
-        self.num_heads, self.num_kv_heads = num_heads, kv_heads
-        self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.norm_first = norm_first
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         of_layer: dict[str, Any] = {**made, "bias": bias, "recipe": recipe}
-        self.q_proj = Linear(hidden_size, num_heads * self.head_dim, **of_layer)
-        self.k_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
-        self.v_proj = Linear(hidden_size, kv_heads * self.head_dim, **of_layer)
-        self.o_proj = Linear(num_heads * self.head_dim, hidden_size, **of_layer)
+        self._make_attention(
+            hidden_size, num_heads, num_kv_heads, head_dim, qk_norm, attention, attention_scale, of_layer
+        )
         self.mlp = MLP(
             hidden_size, intermediate_size, activation=activation, gated=gated, recompute=recompute, **of_layer
         )  # fmt: skip
         if recompute:
             for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
                 layer.fp8_state.keep_codes(False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps, **made) if qk_norm else None
+        self._make_qk_norms(eps, of_layer)
         new_norm = RMSNorm if norm == "rms" else LayerNorm
         self.attention_norm: Any = new_norm(hidden_size, eps, **made)
         self.mlp_norm: Any = new_norm(hidden_size, eps, **made)
-        share_input([self.q_proj, self.k_proj, self.v_proj])
         if norm_first:
             self.attention_norm.feeds(self.q_proj, self.k_proj, self.v_proj)
             self.mlp_norm.feeds(*self.mlp.readers)
@@ -233,18 +224,3 @@ class TransformerBlock(nn.Module):
         attended = self.attention(normalised, cos, sin, mask)
         y, h = self.mlp_norm(attended.to(x.dtype), x)  # autocast leaves what residuals add up to in x's dtype
         return self.mlp(y, h) if result_dtype(y) == h.dtype else h + self.mlp(y).to(h.dtype)
-
-    def attention(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None) -> Tensor:
-        """What the attention alone makes of x."""
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )  # fmt: skip
-        if cos is not None or self.q_norm is not None:
-            q_gain, k_gain = (None if n is None else n.weight for n in (self.q_norm, self.k_norm))
-            eps = 1e-6 if self.q_norm is None or self.q_norm.eps is None else self.q_norm.eps
-            kind: Any = None if self.q_norm is None else "rms"
-            q, k = rotary(q, k, cos, sin, norm=kind, q_gain=q_gain, k_gain=k_gain, eps=eps)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = self.num_kv_heads != self.num_heads
-        made = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(made.transpose(1, 2).flatten(-2))
