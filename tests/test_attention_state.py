@@ -753,7 +753,7 @@ def test_monitor_counts_what_is_seen_and_reports_the_rest(device, tmp_path):
 
     with fp8.monitor(block, every=1, writer=Writer()) as monitor:
         for step in range(2):
-            for micro in range(2):
+            for micro in range(2 - step):
                 x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(10 * step + micro)).to(device)
                 block(x).square().sum().backward()
             before = dict(zip(ROLES, block.attention.fp8_slots.tolist()))
@@ -764,7 +764,7 @@ def test_monitor_counts_what_is_seen_and_reports_the_rest(device, tmp_path):
             noted = ["o", "grad_p", "grad_q", "grad_k", "grad_v"] if step else []
             assert sorted(samples) == sorted(counted + noted)
             for role in counted:
-                assert samples[role].elements == 2 * x.numel()
+                assert samples[role].elements == (2 - step) * x.numel()
                 assert samples[role].amax == before[role][2]
             for role in noted:
                 assert samples[role].elements == 0 and samples[role].amax == before[role][2]
