@@ -146,8 +146,8 @@ void attention_backward(const AttentionBackwardArgs& args) {
   const float of_grad_p = scales[kGradO].scale_inv * scales[kV].scale_inv;
   const float of_delta = scales[kGradO].scale_inv * scales[kO].scale_inv;
   const float of_dv = scales[kP].scale_inv * scales[kGradO].scale_inv;
-  const float of_dq = scales[kGradP].scale_inv * scales[kK].scale_inv * size.scale;
-  const float of_dk = scales[kGradP].scale_inv * scales[kQ].scale_inv * size.scale;
+  const float of_dq = scales[kGradP].scale_inv * scales[kK].scale_inv;
+  const float of_dk = scales[kGradP].scale_inv * scales[kQ].scale_inv;
   Amaxes amaxes(size.batch * size.kv_heads);
 
   at::parallel_for(0, size.batch * size.kv_heads, 1, [&](int64_t begin, int64_t end) {
@@ -169,7 +169,7 @@ void attention_backward(const AttentionBackwardArgs& args) {
           for (int64_t j = 0; j < keys_of(size, i); ++j) {
             const auto key = static_cast<size_t>(j * dims);
             const float p = std::exp(dot(q_row, &k[key], dims) * of_scores - lse[i]);
-            const float grad_s = p * (dot(dy_row, &v[key], dims) * of_grad_p - delta);
+            const float grad_s = size.scale * p * (dot(dy_row, &v[key], dims) * of_grad_p - delta);
             amaxes.note(kGradP, at, grad_s);
             const float grad_code = cast_grad_p(grad_s);
             add(&dv[key], cast_p(p), dy_row, dims);

@@ -145,6 +145,7 @@ void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
               ", got ", dims, "; use mode=\"16bit\"");
   TORCH_CHECK(q.size(2) > 0 && k.size(2) > 0, "torch_fp8: FP8 attention takes no empty sequence, got ", q.size(2),
               " queries and ", k.size(2), " keys; leave the call out, or use mode=\"16bit\"");
+  TORCH_CHECK(q.size(2) > 1, "torch_fp8: FP8 attention takes two queries and more, got one; use mode=\"16bit\"");
   check_slots(slots, kAttentionRoles);
   check_same_device(q, "query", slots, "slots");
   TORCH_CHECK_VALUE(casts.size() == kAttentionRoles, "torch_fp8: an attention has ", int(kAttentionRoles),

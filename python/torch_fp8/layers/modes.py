@@ -83,6 +83,8 @@ def why_not(
         return f"head_dim {dims}, and FP8 takes multiples of {_ALIGNMENT} up to {DIMS}"
     if query.shape[2] == 0 or key.shape[2] == 0:
         return "a sequence is empty"
+    if query.shape[2] == 1:
+        return "there is one query"
     return ""
 
 
