@@ -130,12 +130,13 @@ def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequen
     cells = [c for c in cells if c.tokens == tokens]
     load = _nearest(sorted({c.load for c in cells}), batch * heads)
     us = next(c.us for c in cells if c.load == load)
-    took = {name: times[grads] for name, times in us.items() if name.partition(" ")[0] in modes and len(times) > grads}
+    which = 1 if grads else 0
+    took = {name: us[name][which] for name in us if name.partition(" ")[0] in modes}
     if not took:
         return None
     name = min(took, key=lambda name: took[name])
     is_choice = len(modes) > 1 or modes[0] != "fp8"
-    if is_choice and took[name] > us["16bit"][grads] * _WORTH:
+    if is_choice and took[name] > us["16bit"][which] * _WORTH:
         return None
     mode, _, expanded = name.partition(" ")
     return Choice(mode, "fastest at this size", bool(expanded))
