@@ -26,6 +26,19 @@ def find_torch() -> Path | None:
     return next((folder.resolve() for folder in folders if (folder / "version.py").exists()), None)
 
 
+def find_frontend() -> str | None:
+    """The folder of cudnn-frontend's headers, which build isolation puts elsewhere than PyTorch."""
+    folders = (Path(folder) / "include" for folder in sys.path)
+    return next((str(folder) for folder in folders if (folder / "cudnn_frontend.h").exists()), None)
+
+
+def build_requirements() -> list[str]:
+    """What pip brings for the build under its isolation: PyTorch where there is none, headers for its CUDA."""
+    torch = find_torch()
+    on_cuda = torch is None or "\ncuda: Optional[str] = '" in (torch / "version.py").read_text()
+    return ([] if torch else [DEFAULT_TORCH]) + ([requirements()["nvidia-cudnn-frontend"]] if on_cuda else [])
+
+
 def torch_requirement() -> str:
     torch = find_torch()
     if torch is None:
@@ -53,6 +66,8 @@ class CMakeBuild(build_ext):
         else:
             build, package = Path(self.build_temp).resolve(), Path(self.build_lib).resolve() / "torch_fp8"
         configure = ["-G", "Ninja", f"-DTORCH_ROOT={torch}", f"-DPython3_EXECUTABLE={sys.executable}"]
+        if (frontend := find_frontend()) and "TORCH_FP8_CUDNN_FRONTEND" not in os.environ:
+            configure += [f"-DTORCH_FP8_CUDNN_FRONTEND={frontend}"]
         configure += shlex.split(os.environ.get("TORCH_FP8_CMAKE_ARGS", ""))
         for arguments in (
             ["-S", str(ROOT), "-B", str(build), *configure],
@@ -76,7 +91,7 @@ setup(
     package_data={"torch_fp8": ["py.typed", "*.pyi", "layers/*.json"]},
     ext_modules=[Extension("torch_fp8._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    setup_requires=[] if find_torch() else [DEFAULT_TORCH],
+    setup_requires=build_requirements(),
     install_requires=[torch_requirement(), requirements()["numpy"]],
     extras_require={
         "transformers": [requirements()["transformers"]],  # checkpoints, and all of python -m torch_fp8

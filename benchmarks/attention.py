@@ -7,13 +7,12 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import math
 from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, randn, start
-from lib.report import header, pair, table, write
+from lib.report import FP8, SECOND, bars, header, legend, level, numbers, pair, table, write
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_fp8.layers import attention as layer
@@ -33,6 +32,7 @@ try:
 except ImportError:
     FA3 = None
 
+FIRST = "batch, heads, tokens, dims"
 NOTE = """ms, *GPU*: whole calls, casts of q, k and v and the result's way back to BF16 included; delayed scales.
 BF16 is PyTorch's `scaled_dot_product_attention` with its cuDNN backend. *expanded*: in backward each query head has
 keys and values of its own, whose gradients are summed. *casts*: of q, k and v alone. *kept*: MiB for backward, the
@@ -137,16 +137,17 @@ def name_of(cell) -> str:
 
 def draw(figure, tables) -> None:
     rows = tables[0]
+    names = [row[FIRST].replace(", ", "\n", 1).replace(", ", "\n") for row in rows]
+    series = {
+        label: (color, [(numbers(row[f"both: BF16 over {label}"]) or [0.0])[0] for row in rows])
+        for label, color in (("fp8_forward", SECOND), ("auto", FP8))
+    }
     axes = figure.subplots()
-    names = [row["batch, heads, tokens, dims"] for row in rows]
-    for mode in ("fp8_forward", "fp8, the faster"):
-        values = [row[f"both: BF16 over {mode}"].strip("*") for row in rows]
-        axes.plot([math.nan if v == "–" else float(v) for v in values], range(len(names)), "o", label=mode)
-    axes.axvline(1, color="0.5", lw=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("BF16's time over FP8's, forward and backward")
-    axes.legend()
+    bars(axes, names, series, "%.2f")
+    level(axes, "BF16")
+    axes.tick_params(axis="x", labelsize=6)
+    axes.set(ylabel="times as fast as BF16\nhigher is better", title="Forward + backward, GPU time")
+    legend(axes)
 
 
 def main() -> None:
@@ -176,10 +177,9 @@ def main() -> None:
         ])  # fmt: skip
         print(forward_rows[-1], both_rows[-1], flush=True)
         torch.cuda.empty_cache()
-    first = "batch, heads, tokens, dims"
-    both_head = [first, "BF16", "fp8_forward", "fp8", "fp8 expanded", "both: BF16 over fp8_forward",
+    both_head = [FIRST, "BF16", "fp8_forward", "fp8", "fp8 expanded", "both: BF16 over fp8_forward",
                  "both: BF16 over fp8, the faster", "both: BF16 over auto", "kept, BF16", "kept, FP8"]  # fmt: skip
-    forward_head = [first, "BF16", "FP8", "casts", "FP8 TFLOP/s", "BF16 over FP8", "casts taken off"]
+    forward_head = [FIRST, "BF16", "FP8", "casts", "FP8 TFLOP/s", "BF16 over FP8", "casts taken off"]
     blocks = {f"{b} x {t} tokens": measure_block(b, t) for b, t in ((1, 8192), (4, 2048))}
     block_rows = []
     for shape, times in blocks.items():

@@ -364,13 +364,17 @@ static_assert(sizeof(RoleState) == 24, "over a thousand of them fit a kernel's a
 // FP8 attention: O = softmax(scale * Q K^T) V, and its gradient, with the roles' tensors as codes. Scales are read from
 // one slot a role, as they are when the kernel runs; what is cast inside of a kernel, or comes from it, is scaled by
 // its slot's scale, which must be there before.
-//   forward   P = exp(scale * S - its row's maximum so far) is cast, and the sums of rows that O is divided by are of P
-//             before the cast; O is cast
-//   backward  P = exp(scale * S - lse) is cast as P's role; D = rowsum(dO * O); dS = P * (dO V^T - D) is cast as dP's;
-//             dV = P^T dO, dQ = scale * dS K and dK = scale * dS^T Q are cast
+//   forward   keys come 256 at a time. P = exp(scale * S - its row's maximum so far) is cast, and the sums of rows that
+//             O is divided by are of P before the cast; O is cast
+//   backward  P = exp(scale * S - lse); D = rowsum(dO * O); dS = scale * P * (dO V^T - D), of P before its cast, is
+//             cast as dP's; dV = P^T dO, of P after its cast, dQ = dS K and dK = dS^T Q are cast
+// What is cast saturates, Inf too; NaN stays. An amax is of what is cast before it is scaled, and does not depend on
+// the scale. Where there is a NaN it is NaN, but that of O may pass over it. That of P may be of P after its division.
 struct AttentionSize {
-  int64_t batch, heads, kv_heads, tokens, kv_tokens, dims;  // heads a multiple of kv_heads; dims of 16
-  bool causal;                                              // a query sees the keys up to its own number
+  // None is 0; heads is a multiple of kv_heads, dims of 16. CUDA's forward takes 2 tokens and more, and up to 256 dims;
+  // its backward 128 dims.
+  int64_t batch, heads, kv_heads, tokens, kv_tokens, dims;
+  bool causal;  // a query sees the keys up to its own number
   float scale;
 };
 
@@ -397,6 +401,7 @@ struct AttentionBackwardArgs {
 
 // What was measured outside of a cast: slots[role].amax is raised to amaxes[role] for the roles of record (one bit
 // each), and scales[role] becomes the slot of a tensor that is scaled by its own amax (own_slot) for those of own.
+// P's amax is taken as 1, which forward casts in every row.
 struct RoleAmaxesArgs {
   int roles;
   const float* amaxes;
@@ -407,6 +412,9 @@ struct RoleAmaxesArgs {
     bool power_of_two;
   } casts[kAttentionRoles];
 };
+TORCH_FP8_HOST_DEVICE inline float amax_of_role(const RoleAmaxesArgs& args, int role) {
+  return role == kP ? 1.0f : float_of(magnitude(args.amaxes[role]));
+}
 
 // Codes of one scale as numbers: out (outer, inner) = scale_inv * (the sum over group of codes (outer, group, inner)),
 // in float32, rounded once. inner is a multiple of 16; up to 4 tensors in one launch.

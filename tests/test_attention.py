@@ -77,7 +77,7 @@ def stepped(module):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("tokens", [37, 256])
+@pytest.mark.parametrize("tokens", [2, 37, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("mode, fp8_format", GRADIENT_ERROR)
 def test_it_is_attention_but_for_the_casts(device, mode, fp8_format, heads, kv_heads, tokens, causal):
@@ -90,7 +90,8 @@ def test_it_is_attention_but_for_the_casts(device, mode, fp8_format, heads, kv_h
         assert y.dtype == q.dtype and y.shape == q.shape
         assert error(y, wanted[0]) < OUTPUT_ERROR
         for grad, of_exact, bound in zip(grads, wanted[1:], GRADIENT_ERROR[mode, fp8_format]):
-            assert grad.shape == of_exact.shape and error(grad, of_exact) < bound * 1.1
+            # Of two keys little is left of a gradient but differences.
+            assert grad.shape == of_exact.shape and error(grad, of_exact) < bound * (2.2 if tokens == 2 else 1.1)
         stepped(module)
 
 
@@ -163,7 +164,7 @@ def amaxes_of(q, k, v, dy, causal):
     p = (q @ k.transpose(-1, -2) / math.sqrt(128)).masked_fill(
         ~torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(), -math.inf
     ).softmax(-1)  # fmt: skip
-    ds = p * (dy @ v.transpose(-1, -2) - (dy * wanted[0]).sum(-1, keepdim=True))
+    ds = p * (dy @ v.transpose(-1, -2) - (dy * wanted[0]).sum(-1, keepdim=True)) / math.sqrt(128)
     return [t.abs().max().item() for t in (q, k, v, torch.ones(1), wanted[0], dy, ds, *wanted[1:])]
 
 
@@ -176,7 +177,7 @@ def test_amaxes_are_recorded_in_real_units(device, p_scale):
     wanted = amaxes_of(q, k, v, dy, causal=True)
     for i, (seen, want) in enumerate(zip(module.fp8_slots[:, 2].tolist(), wanted)):
         if layer.ROLES[i] == "p":
-            assert seen == (0 if p_scale else pytest.approx(1, rel=0.02))
+            assert seen == (0 if p_scale else 1)
         else:
             assert seen == pytest.approx(want, rel=1e-6 if i in (0, 1, 2, 5) else 0.3), layer.ROLES[i]
     stepped(module)
@@ -185,7 +186,7 @@ def test_amaxes_are_recorded_in_real_units(device, p_scale):
             target = 57344 if role.startswith("grad") else 448
             amax = module.fp8_history[i, 0].item()
             assert module.fp8_slots[i, 1].item() == pytest.approx(target / amax, rel=1e-6)
-    assert module.fp8_slots[3, 1] == (256 if p_scale else pytest.approx(448, rel=0.02))
+    assert module.fp8_slots[3, 1] == (256 if p_scale else 448)
 
 
 def test_amaxes_do_not_depend_on_the_scales(device):
@@ -398,7 +399,10 @@ def test_compiled_it_has_eager_modes_bits(device, backend, mode):
     for step in range(3):
         given = tensors(device, seed=step)
         wanted, got = run(module, *given), run(compiled, *given)
-        assert all(torch.equal(a, b) for a, b in zip(wanted, got))
+        assert torch.equal(wanted[0], got[0])
+        for a, b in zip(got[1:], wanted[1:]):
+            # cuDNN's backward in 16 bits sums in another order where strides are others.
+            assert torch.equal(a, b) if mode == "fp8" or device.type == "cpu" else error(a, b) < 2**-8
         assert torch.equal(module.fp8_slots, twin.fp8_slots)
         stepped(module), stepped(twin)
 
@@ -457,13 +461,13 @@ def test_the_function_without_a_state(device):
     assert state.last[0] == "fp8_forward" and state.fp8_slots[0, 2] > 0
 
 
-@pytest.mark.parametrize("what", ["mask", "dropout", "float32", "head_dim", "heads", "empty", "width"])
+@pytest.mark.parametrize("what", ["mask", "dropout", "float32", "head_dim", "heads", "empty", "one query", "width"])
 def test_what_fp8_cannot_is_refused_with_the_modes_that_can(device, what):
     q, k, v, _ = tensors(device)
     options = {"is_causal": True, "enable_gqa": True}
     words = {
         "mask": "it has a mask", "dropout": "it has dropout", "float32": "float32", "head_dim": "head_dim 72",
-        "heads": "2 heads of keys do not divide 3", "empty": "a sequence is empty", "width": "shapes",
+        "heads": "2 heads of keys do not divide 3", "empty": "a sequence is empty", "one query": "there is one query", "width": "shapes",
     }  # fmt: skip
     if what == "mask":
         options = {"attn_mask": torch.ones(64, 64, dtype=torch.bool, device=device), "enable_gqa": True}
@@ -475,6 +479,8 @@ def test_what_fp8_cannot_is_refused_with_the_modes_that_can(device, what):
         q, k, v = (t[..., :72] for t in (q, k, v))
     elif what == "heads":
         q = q[:, :3]
+    elif what == "one query":
+        q = q[:, :, :1]
     elif what == "empty":
         k, v = k[:, :, :0], v[:, :, :0]
     else:
@@ -571,6 +577,9 @@ def test_auto_follows_the_table(device, monkeypatch):
         assert module.last[0] == mode, (tokens, grads)
         # Whoever asks for FP8 gets the faster of its two ways.
         assert modes.choose("fp8", q, k, v, None, 0.0, True, True, True).expand == (tokens == 200)
+    q, k, v, dy = tensors(device, tokens=200)
+    run(torch.compile(module, fullgraph=True, backend="aot_eager"), q, k, v, dy)
+    assert module.last[0] == "fp8"
     q, k, v, _ = tensors(device, tokens=200, dims=64)  # of which nothing was measured
     module(q, k, v, is_causal=True, enable_gqa=True)
     assert module.last[0] == "16bit"
@@ -628,7 +637,7 @@ def test_long_sequences(cuda, mode, tokens):
 
 @pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
 def test_cpu_and_gpu_agree(cuda, mode):
-    """P's codes are relative to the maximum of the keys seen so far on the GPU, to that of the row on the CPU."""
+    """Sums are made in another order, and the tensor core cuts off what is small."""
     given = tensors("cpu", tokens=200)
     module = fp8.ScaledDotProductAttention(mode=mode)
     on_cpu = run(copy.deepcopy(module), *given)

@@ -27,18 +27,25 @@ def test_every_benchmark_runs_dry():
         assert "a dry run, the figures mean nothing" in text and text.count("\n|") >= 3, name
 
 
-def test_the_fused_training_runs_dry_and_repeats_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "study, words",
+    [
+        ("fused", ("2 LlamaDecoderLayer", "FP8 fused against FP8: ")),
+        ("attention", ("all linear layers in BF16", "fp8_forward against BF16: ")),
+    ],
+)
+def test_the_small_trainings_run_dry_and_repeat_nothing(tmp_path, study, words):
     pytest.importorskip("transformers")
-    text, runs, page = tmp_path / "text", tmp_path / "runs.jsonl", ROOT / "runs" / "dry-run" / "fused_training.md"
+    text, runs, page = tmp_path / "text", tmp_path / "runs.jsonl", ROOT / "runs" / "dry-run" / f"{study}_training.md"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 1000)
     page.unlink(missing_ok=True)
-    arguments = ["--dry-run", "--steps=3", "--seeds=2", f"--data={text}", f"--runs={runs}"]
-    command = [sys.executable, "benchmarks/fused_training.py", *arguments]
+    arguments = ["--dry-run", f"--study={study}", "--steps=3", "--seeds=2", f"--data={text}", f"--runs={runs}"]
+    command = [sys.executable, "benchmarks/small_training.py", *arguments]
     for _ in range(2):
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         assert len(runs.read_text().splitlines()) == 6
-    assert "2 LlamaDecoderLayer" in page.read_text() and "FP8 fused against FP8: " in page.read_text()
+    assert all(word in page.read_text() for word in words)
 
 
 @pytest.mark.parametrize("name", [p.stem for p in SCRIPTS if (RESULTS / f"{p.stem}.png").exists()])

@@ -5,7 +5,7 @@ namespace {
 
 void role_amaxes(const RoleAmaxesArgs& args) {
   for (int role = 0; role < args.roles; ++role) {
-    const float amax = float_of(magnitude(args.amaxes[role]));
+    const float amax = amax_of_role(args, role);
     // As signed integers, so that NaN is the largest and -0.0 the smallest.
     float& seen = args.slots[role].amax;
     const auto order = [](float x) { return static_cast<int32_t>(bits_of(x)); };

@@ -145,6 +145,7 @@ void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
               ", got ", dims, "; use mode=\"16bit\"");
   TORCH_CHECK(q.size(2) > 0 && k.size(2) > 0, "torch_fp8: FP8 attention takes no empty sequence, got ", q.size(2),
               " queries and ", k.size(2), " keys; leave the call out, or use mode=\"16bit\"");
+  TORCH_CHECK(q.size(2) > 1, "torch_fp8: FP8 attention takes two queries and more, got one; use mode=\"16bit\"");
   check_slots(slots, kAttentionRoles);
   check_same_device(q, "query", slots, "slots");
   TORCH_CHECK_VALUE(casts.size() == kAttentionRoles, "torch_fp8: an attention has ", int(kAttentionRoles),
@@ -192,7 +193,8 @@ AttentionGradients gradients_16bit(const at::Tensor& dy, const at::Tensor& q, co
 
 // Each query head gets keys and values of its own.
 at::Tensor expanded(const at::Tensor& codes, int64_t group) {
-  return codes.view(at::kByte).repeat_interleave(group, 2).view(codes.scalar_type());
+  const at::Tensor words = codes.view(at::kLong).unsqueeze(3);  // eight codes, which are copied faster than one
+  return words.expand({-1, -1, -1, group, -1}).flatten(2, 3).view(codes.scalar_type());
 }
 
 AttentionGradients gradients_fp8(const at::Tensor& dy, const at::Tensor& q_codes, const at::Tensor& k_given,
@@ -274,10 +276,9 @@ AttentionForward attention_forward(const at::Tensor& q, const at::Tensor& k, con
                    v_codes = codes_as_heads(plans[2], v);
   const at::Tensor o_codes = at::empty(q_codes.sizes(), q_codes.options());
   const at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, slots.options());
-  // The largest numerator of softmax is 1, which P's own amax is before anything is computed.
+  // P's own amax is 1, before anything is computed (amax_of_role).
   const uint32_t own_p = roles.own({kP}), own_o = roles.own({kO});
-  const at::Tensor amaxes =
-      own_p ? at::ones({kAttentionRoles}, slots.options()) : at::empty({kAttentionRoles}, slots.options());
+  const at::Tensor amaxes = at::empty({kAttentionRoles}, slots.options());
   take_amaxes(amaxes, slots, scales, /*record=*/0, own_p, roles);
   const AttentionArgs args{size_of(q_codes, k_codes, causal, scale),
                            heads_of(q_codes),

@@ -90,6 +90,8 @@ def why_not(
         return f"head_dim {dims}, and FP8 takes multiples of {_ALIGNMENT} up to {DIMS}"
     if query.shape[2] == 0 or key.shape[2] == 0:
         return "a sequence is empty"
+    if query.shape[2] == 1:
+        return "there is one query"
     if is_transformed(query, key, value):
         return "it is under a transform of torch.func, or in forward mode"
     return ""
@@ -137,12 +139,13 @@ def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequen
     cells = [c for c in cells if c.tokens == tokens]
     load = _nearest(sorted({c.load for c in cells}), batch * heads)
     us = next(c.us for c in cells if c.load == load)
-    took = {name: times[grads] for name, times in us.items() if name.partition(" ")[0] in modes and len(times) > grads}
+    which = 1 if grads else 0
+    took = {name: us[name][which] for name in us if name.partition(" ")[0] in modes}
     if not took:
         return None
     name = min(took, key=lambda name: took[name])
     is_choice = len(modes) > 1 or modes[0] != "fp8"
-    if is_choice and took[name] > us["16bit"][grads] * _WORTH:
+    if is_choice and took[name] > us["16bit"][which] * _WORTH:
         return None
     mode, _, expanded = name.partition(" ")
     return Choice(mode, "fastest at this size", bool(expanded))

@@ -56,13 +56,16 @@ def fuse(model: nn.Module, *, recompute: bool = False, attention: str | None = N
 
     attention: "auto", "fp8_forward", "fp8" or "16bit": the attention's products run so, as in
         :class:`ScaledDotProductAttention`; of transformers' models (whose ``attn_implementation`` becomes "torch_fp8")
-        and of ``fp8.Attention``. None: as before.
+        and of ``fp8.Attention``. None: as before. Of a model without FP8 layers this is all that is changed.
 
     Raises ValueError, with the model as it was, where nothing can be fused, no layer is in FP8, or no attention could
     run so."""
     if attention is not None:
         check_attention(model, attention)
     if not fp8_layers(model) and not frozen_layers(model):
+        if attention is not None:
+            set_attention(model, attention)
+            return model
         raise ValueError(
             f"torch_fp8: fuse takes a model with FP8 layers, but {type(model).__name__} has none; call "
             "torch_fp8.convert first"

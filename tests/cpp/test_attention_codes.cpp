@@ -1,0 +1,115 @@
+// What attention needs beside its kernels, on both devices against plain PyTorch.
+#include <cmath>
+#include <vector>
+
+#include <torch/torch.h>
+
+#include "kernels.h"
+#include "oracle.h"
+
+namespace torch_fp8::tests {
+namespace {
+
+constexpr auto kGpu = at::kCUDA;
+
+bool has_cuda() { return torch::cuda::is_available() && *cuda::toolkit_version(); }
+at::ScalarType type_of(Format format) { return format == Format::kE4M3 ? kE4M3Type : kE5M2Type; }
+
+// ------------------------------------------
+
+DequantizeHeadsArgs dequantize_args(const std::vector<at::Tensor>& codes, const at::Tensor& scale_inv,
+                                    const std::vector<at::Tensor>& outs, Format format) {
+  const auto type = outs[0].scalar_type();
+  DequantizeHeadsArgs args{static_cast<int>(codes.size()),
+                           format,
+                           type == at::kFloat  ? Type::kFloat32
+                           : type == at::kHalf ? Type::kFloat16
+                                               : Type::kBFloat16,
+                           {}};
+  for (size_t i = 0; i < codes.size(); ++i) {
+    args.tensors[i] = {static_cast<const uint8_t*>(codes[i].const_data_ptr()),
+                       scale_inv.const_data_ptr<float>() + i,
+                       outs[i].data_ptr(),
+                       codes[i].size(0),
+                       codes[i].size(1),
+                       codes[i].size(2)};
+  }
+  return args;
+}
+
+void dequantize_everywhere(bool on_gpu) {
+  const std::vector<at::Tensor> codes = {
+      at::arange(256, at::kInt).to(at::kByte).view({1, 1, 256}), at::randint(256, {3, 1, 16}, at::kInt).to(at::kByte),
+      at::randint(256, {1000, 4, 48}, at::kInt).to(at::kByte), at::randint(256, {129, 2, 128}, at::kInt).to(at::kByte)};
+  const at::Tensor scale_inv = at::tensor({1.0f, 0.3f, 1.7f, 1e30f});
+  for (const Format format : {Format::kE4M3, Format::kE5M2}) {
+    for (const auto type : {at::kFloat, at::kHalf, at::kBFloat16}) {
+      for (size_t count = 1; count <= codes.size(); ++count) {
+        const std::vector<at::Tensor> some(codes.begin(), codes.begin() + static_cast<int64_t>(count));
+        std::vector<at::Tensor> outs, gpu_codes, gpu_outs;
+        for (const at::Tensor& x : some) {
+          outs.push_back(at::empty({x.size(0), x.size(2)}, type));
+          gpu_codes.push_back(on_gpu ? x.to(kGpu) : x);
+          gpu_outs.push_back(on_gpu ? at::empty_like(outs.back(), kGpu) : outs.back());
+        }
+        kernels(false).dequantize_heads(dequantize_args(some, scale_inv, outs, format));
+        const at::Tensor gpu_scale_inv = on_gpu ? scale_inv.to(kGpu) : scale_inv;
+        if (on_gpu) kernels(true).dequantize_heads(dequantize_args(gpu_codes, gpu_scale_inv, gpu_outs, format));
+        for (size_t i = 0; i < count; ++i) {
+          const at::Tensor values = some[i].view(type_of(format)).to(at::kFloat);
+          at::Tensor sum = values.select(1, 0);
+          for (int64_t g = 1; g < values.size(1); ++g) sum = sum + values.select(1, g);
+          const at::Tensor expected = (sum * scale_inv[static_cast<int64_t>(i)]).to(type);
+          const auto without_nan = [](const at::Tensor& x) { return x.cpu().masked_fill(x.cpu().isnan(), 7); };
+          EXPECT_TRUE(same_bits(without_nan(gpu_outs[i]), without_nan(expected))) << type << " " << i;
+          EXPECT_TRUE(at::equal(gpu_outs[i].cpu().isnan(), expected.isnan()));
+        }
+      }
+    }
+  }
+}
+
+TEST(AttentionCodes, Dequantized) { dequantize_everywhere(false); }
+TEST(AttentionCodes, DequantizedOnCuda) {
+  if (!has_cuda()) GTEST_SKIP();
+  dequantize_everywhere(true);
+}
+
+void record_everywhere(bool on_gpu) {
+  const float nan = kNaN, inf = kInf;
+  at::Tensor amaxes = at::tensor({2.0f, -0.0f, inf, nan, 0.5f, 0.0f, -nan, 3.0f, 1e-30f, 4.0f});
+  at::Tensor slots = at::zeros({10, 4}), scales = at::full({10, 4}, 9.0f);
+  for (int role = 0; role < 10; ++role)
+    slots[role][2] = role == 0 ? 1.0f : role == 4 ? 0.75f : role == 7 ? -0.0f : 0.0f;
+  const at::Tensor before = slots.clone();
+  RoleAmaxesArgs args{9, nullptr, nullptr, nullptr, 0b1011111111, 0b0110001101, {}};
+  for (auto& cast : args.casts) cast = {448.0f, false};
+  args.casts[2].power_of_two = args.casts[7].power_of_two = true;
+  if (on_gpu) amaxes = amaxes.to(kGpu), slots = slots.to(kGpu), scales = scales.to(kGpu);
+  args.amaxes = amaxes.const_data_ptr<float>();
+  args.slots = static_cast<Slot*>(slots.data_ptr()), args.scales = static_cast<Slot*>(scales.data_ptr());
+  kernels(on_gpu).role_amaxes(args);  // of P, 3, whatever was measured
+  slots = slots.cpu(), scales = scales.cpu();
+
+  const std::vector<float> seen = {2.0f, 0.0f, inf,  1.0f, 0.75f,
+                                   0.0f, nan,  3.0f, 0.0f, 0.0f};  // 8: not recorded; 9: no role
+  for (int role = 0; role < 10; ++role) {
+    const float amax = amax_in(slots, role);
+    EXPECT_TRUE(std::isnan(seen[role]) ? std::isnan(amax) : amax == seen[role]) << role << ": " << amax;
+  }
+  EXPECT_TRUE(same_bits(slots.select(1, 0), before.select(1, 0)));
+  const std::vector<float> scale = {224.0f, 9.0f, 1.0f, 448.0f, 9.0f, 9.0f, 9.0f, 128.0f, 448.0f / 1e-30f, 9.0f};
+  for (int role = 0; role < 10; ++role) {
+    EXPECT_EQ(scales[role][1].item<float>(), scale[role]) << role;
+    EXPECT_EQ(scales[role][0].item<float>(), scale[role] == 9.0f ? 9.0f : 1.0f / scale[role]) << role;
+  }
+}
+
+TEST(AttentionCodes, Amaxes) { record_everywhere(false); }
+TEST(AttentionCodes, AmaxesOnCuda) {
+  if (!has_cuda()) GTEST_SKIP();
+  record_everywhere(true);
+}
+
+}  // namespace
+}  // namespace torch_fp8::tests
