@@ -59,7 +59,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (batch, heads, tokens, head_dim), result (batch, tokens, heads, head_dim). With a
-    mask, dropout, a position bias, or keys of a cache, it is what ``"sdpa"`` computes, in 16 bits."""
+    mask, dropout, a position bias, keys of a cache, or one query, it is what ``"sdpa"`` computes, in 16 bits."""
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -71,11 +71,12 @@ def attention_forward(
         attention = _attach(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     of_cache = key.shape[2] != query.shape[2]
-    if attention_mask is not None or dropout > 0 or of_cache or kwargs.get("position_bias") is not None:
+    is_first = query.shape[2] == key.shape[2] == 1  # of a text that is written from nothing
+    if attention_mask is not None or dropout > 0 or of_cache or is_first or kwargs.get("position_bias") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         why = "keys of a cache" if of_cache else "it has dropout" if dropout > 0 else "it has a mask"
-        attention.note("16bit", why)
+        attention.note("16bit", "there is one query" if is_first else why)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
