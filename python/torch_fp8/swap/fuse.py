@@ -35,9 +35,10 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> nn.Module:
 
     Each module's own forward is run on a few numbers with stubs for its children, in training and in evaluation, and
     the module is fused only where it computes what the fused one does: pre-norm and post-norm blocks with RMSNorm or
-    LayerNorm, gated and plain MLPs with SiLU, GELU, xIELU or squared ReLU. A module with dropout that is larger than 0
-    is not. ``summary`` says what was fused, and why the rest was not. What cannot be fused in a call (a child with
-    hooks or a forward of its own, another dtype, arguments that were not foreseen, DTensors) is computed as before.
+    LayerNorm, gated and plain MLPs with SiLU, GELU, xIELU or squared ReLU, whose gate and up may be the halves of one
+    layer's output. A module with dropout that is larger than 0 is not. ``summary`` says what was fused, and why the
+    rest was not. What cannot be fused in a call (a child with hooks or a forward of its own, another dtype, arguments
+    that were not foreseen, DTensors) is computed as before.
 
     The order: ``convert``, then ``fuse``; before ``torch.compile``, DDP, ``fully_shard`` and adapters. What comes later
     may come as it likes: ``disabled`` and ``revert`` leave the norms and blocks fused, whose layers then compute one by
