@@ -694,6 +694,7 @@ def test_gate_and_up_of_one_layer(halves, found, bias):
     model = fp8.fuse(copy.deepcopy(plain))
     assert counts(model) == (4, 2, 2, 0) and fp8.summary(model).fused["Mlp"] == 2
     assert model[0].mlp.fp8_fusion == (None, "first", "last", "silu", None, found)
+    assert model[0].n2.fp8_readers == (model[0].mlp.first,)
     for _ in range(2):  # without a history, and with one
         for mode in (True, False):
             with count_casts() as casts:

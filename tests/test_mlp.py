@@ -588,6 +588,18 @@ def test_compiled_in_other_modes(device, gated, how):
             assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("gated", [True, "up first"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_autograd(device, gated, recompute):
+    model, _, _ = twins(device, gated=gated, recompute=recompute)
+    run(model, *inputs(device)), fp8.update_scales(model)
+    expected = run(model, *inputs(device))[3:]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        model(*inputs(device)).square().mean().backward()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-3, atol=1e-3 * e.abs().max().item())
+
+
 # ---- around it ------------------------------------------------------------------------------------------------------
 
 

@@ -149,16 +149,17 @@ def _frozen_readers(module: nn.Module, width: int | None) -> list[FrozenLinear]:
 
 
 def _readers(module: nn.Module, width: int | None) -> list[Layer]:
-    """The layers of an attention or MLP that take its input: the members of one group, or the one that is named so. A
-    wrong guess costs time and no number: a layer takes codes of the very tensor that it was given, or casts."""
+    """The layers of an attention or MLP that take its input: the members of one group, or the one that was seen to take
+    it or is named so. A wrong guess costs time and no number: a layer takes codes of the very tensor that it was given,
+    or casts."""
     layers = {name: child for name, child in module.named_children() if isinstance(child, Layer)}
     for layer in layers.values():
         group = layer.fp8_state.group
         members = [other for other in layers.values() if other.fp8_state.group is group]
         if group is not None and len(members) > 1 and layer.in_features == width:
             return members
-    named = [layer for name, layer in layers.items() if name in _FIRST and layer.in_features == width]
-    return named[:1]
+    names = (module.fp8_fusion.up,) if isinstance(module, FusedMlp) else _FIRST
+    return [layer for name, layer in layers.items() if name in names and layer.in_features == width][:1]
 
 
 # Names of layers that take the input of an attention or an MLP alone.
