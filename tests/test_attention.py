@@ -300,9 +300,10 @@ def test_grouped_heads_are_expanded_ones(device):
         assert error(grouped, expanded) < 0.12
 
 
-def test_heads_in_any_layout(device):
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_heads_in_any_layout(device, mode):
     q, k, v, dy = tensors(device)
-    module = fp8.ScaledDotProductAttention(mode="fp8")
+    module = fp8.ScaledDotProductAttention(mode=mode)
     wanted = run(copy.deepcopy(module), q, k, v, dy)
     contiguous = [t.detach().contiguous() for t in (q, k, v)]
     fused = torch.cat([t.detach().transpose(1, 2).flatten(2) for t in (q, k, v)], -1)
@@ -399,10 +400,7 @@ def test_compiled_it_has_eager_modes_bits(device, backend, mode):
     for step in range(3):
         given = tensors(device, seed=step)
         wanted, got = run(module, *given), run(compiled, *given)
-        assert torch.equal(wanted[0], got[0])
-        for a, b in zip(got[1:], wanted[1:]):
-            # cuDNN's backward in 16 bits sums in another order where strides are others.
-            assert torch.equal(a, b) if mode == "fp8" or device.type == "cpu" else error(a, b) < 2**-8
+        assert all(torch.equal(a, b) for a, b in zip(wanted, got))
         assert torch.equal(module.fp8_slots, twin.fp8_slots)
         stepped(module), stepped(twin)
 
