@@ -583,6 +583,16 @@ def test_auto_follows_the_table(device, monkeypatch):
     assert module.last[0] == "16bit"
 
 
+@pytest.mark.parametrize("tokens", [64, 100])
+def test_auto_compiles_as_it_is(device, tokens):
+    module = fp8.ScaledDotProductAttention()
+    given = tensors(device, tokens=tokens)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, *given), run(module, *given)):
+        assert error(a, b) < 0.01
+    assert module.last == ("16bit", "faster at this size, or not measured")
+
+
 def test_cuda_graph_replays_with_the_scales_of_now(cuda):
     q, k, v, dy = tensors(cuda)
     module = fp8.ScaledDotProductAttention(mode="fp8")

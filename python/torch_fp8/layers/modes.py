@@ -98,6 +98,10 @@ def _missing(device: str) -> str:
     return ""
 
 
+# Runs when a step is traced, as what is constant there.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Cell(NamedTuple):
     """A measured size, and the microseconds of each mode: forward alone, and with backward."""
 
