@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .dtensor import is_dtensor
+from .transforms import is_transformed
 
 MODES = ("auto", "16bit", "fp8_forward", "fp8")
 DIMS, BACKWARD_DIMS = 256, 128  # kAttentionDims, kAttentionBackwardDims of attention.h
@@ -65,6 +67,11 @@ def why_not(
         return "it has a mask"
     if dropout_p > 0:
         return "it has dropout"
+    if any(is_dtensor(t) for t in (query, key, value)):
+        lie = ", ".join(str(getattr(t, "placements", "nowhere")) for t in (query, key, value))
+        return (
+            f"query, key and value are DTensors that lie as {lie}, not all alike and sharded by whole heads or samples"
+        )
     if any(t.is_nested or t.layout != torch.strided or t.dim() != 4 for t in (query, key, value)):
         return "query, key and value are not all dense (batch, heads, tokens, head_dim)"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
@@ -85,6 +92,8 @@ def why_not(
         return "a sequence is empty"
     if query.shape[2] == 1:
         return "there is one query"
+    if is_transformed(query, key, value):
+        return "it is under a transform of torch.func, or in forward mode"
     return ""
 
 
