@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -97,14 +96,18 @@ def why_not(
     return ""
 
 
-@functools.cache
+_found: dict[str, str] = {}
+
+
 def _missing(device: str) -> str:
     """Why FP8 attention cannot run on such a device at all."""
-    try:
-        _C.check_attention(device == "cuda")
-    except RuntimeError as error:
-        return str(error).splitlines()[0].removeprefix("torch_fp8: ")
-    return ""
+    if device not in _found:
+        try:
+            _C.check_attention(device == "cuda")
+            _found[device] = ""
+        except RuntimeError as error:
+            _found[device] = str(error).splitlines()[0].removeprefix("torch_fp8: ")
+    return _found[device]
 
 
 # Runs when a step is traced, as what is constant there.
