@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .transforms import is_transformed
 
 MODES = ("auto", "16bit", "fp8_forward", "fp8")
 DIMS, BACKWARD_DIMS = 256, 128  # kAttentionDims, kAttentionBackwardDims of attention.h
@@ -40,7 +41,7 @@ def choose(
     if mode == "16bit":
         return Choice(mode, "asked for")
     forward = why_not(query, key, value, attn_mask, dropout_p, enable_gqa)
-    backward = "" if not grads or query.shape[-1] == BACKWARD_DIMS else (
+    backward = "" if forward or not grads or query.shape[-1] == BACKWARD_DIMS else (
         f"head_dim {query.shape[-1]}, and FP8's backward pass takes {BACKWARD_DIMS} alone"
     )  # fmt: skip
     if mode != "auto":
@@ -50,7 +51,7 @@ def choose(
             raise ValueError(f"torch_fp8: an attention cannot run with mode={mode!r}: {no}; what can is {can}")
         best = fastest(query, key, causal, grads, ("fp8",)) if mode == "fp8" else None
         return Choice(mode, "asked for", best is None or best.expand)
-    missing = "" if forward else _missing(query.device.type)
+    missing = "" if forward else _missing_in_trace(query.device.type)
     if forward or missing:
         return Choice("16bit", forward or missing)
     found = fastest(query, key, causal, grads, ("fp8_forward",) if backward else ("fp8_forward", "fp8"))
@@ -65,6 +66,8 @@ def why_not(
         return "it has a mask"
     if dropout_p > 0:
         return "it has dropout"
+    if is_transformed(query, key, value):
+        return "it runs under a transform of torch.func (vmap, grad, ...) or in forward mode"
     if any(t.is_nested or t.layout != torch.strided or t.dim() != 4 for t in (query, key, value)):
         return "query, key and value are not all dense (batch, heads, tokens, head_dim)"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
@@ -79,7 +82,7 @@ def why_not(
         return f"{kv_heads} heads of keys do not divide {heads} of queries"
     if heads != kv_heads and not enable_gqa:
         return f"{heads} heads of queries and {kv_heads} of keys without enable_gqa=True"
-    if dims % _ALIGNMENT or dims > DIMS:
+    if dims % _ALIGNMENT or not 0 < dims <= DIMS:
         return f"head_dim {dims}, and FP8 takes multiples of {_ALIGNMENT} up to {DIMS}"
     if query.shape[2] == 0 or key.shape[2] == 0:
         return "a sequence is empty"
@@ -96,6 +99,14 @@ def _missing(device: str) -> str:
     except RuntimeError as error:
         return str(error).splitlines()[0].removeprefix("torch_fp8: ")
     return ""
+
+
+# A trace takes what it said as a constant (traced.py); functools.cache would not be asked there.
+def _missing_in_trace(device: str) -> str:
+    return _missing(device)
+
+
+_missing_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Cell(NamedTuple):
