@@ -139,6 +139,30 @@ def test_what_is_not_computed_is_refused(device, asked):
     assert not any("fp8_fusion" in module.__dict__ for module in model.modules())
 
 
+OF_NO_SDPA = {
+    "SplinterModel": {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 512},
+    "NllbMoeModel": {"d_model": 256, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+                     "decoder_attention_heads": 2, "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "num_experts": 2,
+                     "pad_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_NO_SDPA)
+def test_models_that_count_on_a_mask_are_refused(device, kind):
+    config = getattr(transformers, kind.replace("Model", "Config"))(vocab_size=64, **OF_NO_SDPA[kind])
+    model = getattr(transformers, kind)(config).to(device, torch.bfloat16).eval()
+    inputs = {"input_ids": tokens(device)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens(device)
+    fp8.convert(model, tokens=None)
+    with pytest.raises(ValueError, match="does not support .*sdpa.*call fuse without|has no attention that could run"):
+        fp8.fuse(model, attention="auto")
+    model.set_attn_implementation("torch_fp8")
+    fp8.convert(model, tokens=None)
+    with pytest.raises(ValueError, match='does not support .*sdpa.*attn_implementation="eager"'):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_layers_that_share_keys_may_leave_queries_out(device, keep, cache):

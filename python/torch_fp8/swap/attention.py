@@ -102,7 +102,28 @@ def attention_forward(
     return made.transpose(1, 2).contiguous(), None
 
 
+def _follows_sdpa(kind: type[nn.Module]) -> bool:
+    """Whether models with attentions of this class are written for ``"sdpa"``, whose rules ``attention_forward``
+    follows: where there is no mask, ``is_causal`` says which keys a query sees. Others count on a mask, and some have
+    attentions of decoders that say they are not causal."""
+    for base in kind.__mro__:
+        here = vars(sys.modules[base.__module__]).values()
+        models = [c for c in here if hasattr(c, "_supports_sdpa") and c.__module__ == base.__module__]
+        if models:
+            return any(model._supports_sdpa for model in models)
+    return True
+
+
+def _check_follows_sdpa(module: nn.Module, mend: str) -> None:
+    if not _follows_sdpa(type(module)):
+        raise ValueError(
+            f'torch_fp8: {type(module).__name__} belongs to a model that does not support transformers\' "sdpa" '
+            f"(_supports_sdpa), whose rules FP8 attention follows; {mend}"
+        )
+
+
 def _attach(module: nn.Module, mode: str = "auto") -> ScaledDotProductAttention:
+    _check_follows_sdpa(module, 'set attn_implementation="eager"')
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "torch_fp8: FP8 attention has no scaling state yet, and none can be made while a graph is traced; call "
@@ -126,7 +147,8 @@ def _attentions_of_transformers(model: nn.Module) -> list[nn.Module]:
 def attach_attentions(model: nn.Module) -> None:
     """Give a state to the attentions of a model whose config asks for this implementation."""
     for module in _attentions_of_transformers(model):
-        if module.config._attn_implementation == NAME and getattr(module, _CHILD, None) is None:  # type: ignore[union-attr]
+        is_asked = module.config._attn_implementation == NAME and getattr(module, _CHILD, None) is None  # type: ignore[union-attr]
+        if is_asked and _follows_sdpa(type(module)):  # forward refuses the others
             _attach(module)
 
 
@@ -145,6 +167,7 @@ def check_attention(model: nn.Module, mode: str) -> None:
                     f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention "
                     "nor PyTorch's computes; call fuse without attention"
                 )
+        _check_follows_sdpa(module, "call fuse without attention")
 
 
 def set_attention(model: nn.Module, mode: str) -> None:
