@@ -465,7 +465,8 @@ def test_what_fp8_cannot_is_refused_with_the_modes_that_can(device, what):
     options = {"is_causal": True, "enable_gqa": True}
     words = {
         "mask": "it has a mask", "dropout": "it has dropout", "float32": "float32", "head_dim": "head_dim 72",
-        "heads": "2 heads of keys do not divide 3", "empty": "a sequence is empty", "one query": "there is one query", "width": "shapes",
+        "heads": "2 heads of keys do not divide 3", "empty": "a sequence is empty", "one query": "there is one query",
+        "width": "shapes",
     }  # fmt: skip
     if what == "mask":
         options = {"attn_mask": torch.ones(64, 64, dtype=torch.bool, device=device), "enable_gqa": True}
