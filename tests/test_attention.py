@@ -300,9 +300,10 @@ def test_grouped_heads_are_expanded_ones(device):
         assert error(grouped, expanded) < 0.12
 
 
-def test_heads_in_any_layout(device):
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_heads_in_any_layout(device, mode):
     q, k, v, dy = tensors(device)
-    module = fp8.ScaledDotProductAttention(mode="fp8")
+    module = fp8.ScaledDotProductAttention(mode=mode)
     wanted = run(copy.deepcopy(module), q, k, v, dy)
     contiguous = [t.detach().contiguous() for t in (q, k, v)]
     fused = torch.cat([t.detach().transpose(1, 2).flatten(2) for t in (q, k, v)], -1)
@@ -399,10 +400,7 @@ def test_compiled_it_has_eager_modes_bits(device, backend, mode):
     for step in range(3):
         given = tensors(device, seed=step)
         wanted, got = run(module, *given), run(compiled, *given)
-        assert torch.equal(wanted[0], got[0])
-        for a, b in zip(got[1:], wanted[1:]):
-            # cuDNN's backward in 16 bits sums in another order where strides are others.
-            assert torch.equal(a, b) if mode == "fp8" or device.type == "cpu" else error(a, b) < 2**-8
+        assert all(torch.equal(a, b) for a, b in zip(wanted, got))
         assert torch.equal(module.fp8_slots, twin.fp8_slots)
         stepped(module), stepped(twin)
 
@@ -467,7 +465,8 @@ def test_what_fp8_cannot_is_refused_with_the_modes_that_can(device, what):
     options = {"is_causal": True, "enable_gqa": True}
     words = {
         "mask": "it has a mask", "dropout": "it has dropout", "float32": "float32", "head_dim": "head_dim 72",
-        "heads": "2 heads of keys do not divide 3", "empty": "a sequence is empty", "one query": "there is one query", "width": "shapes",
+        "heads": "2 heads of keys do not divide 3", "empty": "a sequence is empty", "one query": "there is one query",
+        "width": "shapes",
     }  # fmt: skip
     if what == "mask":
         options = {"attn_mask": torch.ones(64, 64, dtype=torch.bool, device=device), "enable_gqa": True}
@@ -583,6 +582,16 @@ def test_auto_follows_the_table(device, monkeypatch):
     q, k, v, _ = tensors(device, tokens=200, dims=64)  # of which nothing was measured
     module(q, k, v, is_causal=True, enable_gqa=True)
     assert module.last[0] == "16bit"
+
+
+@pytest.mark.parametrize("tokens", [64, 100])
+def test_auto_compiles_as_it_is(device, tokens):
+    module = fp8.ScaledDotProductAttention()
+    given = tensors(device, tokens=tokens)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, *given), run(module, *given)):
+        assert error(a, b) < 0.01
+    assert module.last == ("16bit", "faster at this size, or not measured")
 
 
 def test_cuda_graph_replays_with_the_scales_of_now(cuda):

@@ -320,9 +320,10 @@ AttentionGradients attention_backward(const at::Tensor& dy, const at::Tensor& q_
   }
   const auto t = dequantized({{q_codes, kQ}, {k_codes, kK}, {v_codes, kV}, {o_codes, kO}}, scales, dy.scalar_type());
   RECORD_FUNCTION("torch_fp8::attention_backward_16bit", std::vector<c10::IValue>());
-  const auto [dq, dk, dv] = gradients_16bit(dy, t[0], t[1], t[2], t[3], lse, causal, scale);
-  // In memory as the fakes say, which they are already where PyTorch's op made them.
+  // All in memory as the fakes say, which the results are already where PyTorch's op made them. That op is given a
+  // gradient that lies as the result does, since of one that lies otherwise it makes other numbers.
   const auto laid = [](const at::Tensor& t) { return t.transpose(1, 2).contiguous().transpose(1, 2); };
+  const auto [dq, dk, dv] = gradients_16bit(laid(dy), t[0], t[1], t[2], t[3], lse, causal, scale);
   return {laid(dq), laid(dk), laid(dv)};
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import weakref
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
 from ..checks import check
@@ -328,17 +328,31 @@ def _attend(
 def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As PyTorch's own function takes them there."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-@functools.cache
+_STATELESS: dict[torch.device, AttentionState] = {}
+
+
 def _stateless(device: torch.device) -> Call:
     """Every role by its own amax; nothing is recorded."""
-    state = AttentionState(CurrentScaling(), device, shared_scale=False, p_scale=256.0)
+    _make_stateless(device)
+    state = _STATELESS[device]
     return Call(state.slots, state.grad_slots, state.casts, 0, training=False, record=False, shared_scale=False)
+
+
+def _make_stateless(device: torch.device) -> bool:
+    """Its tensors serve every later call, so that no mode of the first one may be in them."""
+    if device not in _STATELESS:
+        with _disable_current_modes():
+            _STATELESS[device] = AttentionState(CurrentScaling(), device, shared_scale=False, p_scale=256.0)
+    return True
+
+
+_make_stateless._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def scaled_dot_product_attention(

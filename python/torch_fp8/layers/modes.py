@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ def choose(
     if mode == "16bit":
         return Choice(mode, "asked for")
     forward = why_not(query, key, value, attn_mask, dropout_p, enable_gqa)
-    backward = "" if not grads or query.shape[-1] == BACKWARD_DIMS else (
+    backward = "" if forward or not grads or query.shape[-1] == BACKWARD_DIMS else (
         f"head_dim {query.shape[-1]}, and FP8's backward pass takes {BACKWARD_DIMS} alone"
     )  # fmt: skip
     if mode != "auto":
@@ -73,6 +72,8 @@ def why_not(
         return (
             f"query, key and value are DTensors that lie as {lie}, not all alike and sharded by whole heads or samples"
         )
+    if is_transformed(query, key, value):
+        return "it runs under a transform of torch.func (vmap, grad, ...) or in forward mode"
     if any(t.is_nested or t.layout != torch.strided or t.dim() != 4 for t in (query, key, value)):
         return "query, key and value are not all dense (batch, heads, tokens, head_dim)"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
@@ -87,32 +88,31 @@ def why_not(
         return f"{kv_heads} heads of keys do not divide {heads} of queries"
     if heads != kv_heads and not enable_gqa:
         return f"{heads} heads of queries and {kv_heads} of keys without enable_gqa=True"
-    if dims % _ALIGNMENT or dims > DIMS:
+    if dims % _ALIGNMENT or not 0 < dims <= DIMS:
         return f"head_dim {dims}, and FP8 takes multiples of {_ALIGNMENT} up to {DIMS}"
     if query.shape[2] == 0 or key.shape[2] == 0:
         return "a sequence is empty"
     if query.shape[2] == 1:
         return "there is one query"
-    if is_transformed(query, key, value):
-        return "it is under a transform of torch.func, or in forward mode"
     return ""
 
 
-@functools.cache
-def _check(device: str) -> str:
-    try:
-        _C.check_attention(device == "cuda")
-    except RuntimeError as error:
-        return str(error).splitlines()[0].removeprefix("torch_fp8: ")
-    return ""
+_found: dict[str, str] = {}
 
 
 def _missing(device: str) -> str:
     """Why FP8 attention cannot run on such a device at all."""
-    return _check(device)
+    if device not in _found:
+        try:
+            _C.check_attention(device == "cuda")
+            _found[device] = ""
+        except RuntimeError as error:
+            _found[device] = str(error).splitlines()[0].removeprefix("torch_fp8: ")
+    return _found[device]
 
 
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a trace keeps the answer
+# Runs when a step is traced, as what is constant there.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Cell(NamedTuple):

@@ -15,7 +15,17 @@ from ..layers.modes import MODES
 
 NAME = "torch_fp8"
 _CHILD = "fp8_attention"
+# What neither FP8 attention nor PyTorch's computes, by the name under which a model asks for it, and an attribute of
+# the modules that do. Indices say which keys a query sees, which such models tell "sdpa" by the mask.
+_NOT_COMPUTED = {
+    "softcap": "attn_logit_softcapping",
+    "s_aux": "sinks",
+    "sinks": "sink_proj",
+    "indices": "indexer",
+    "block_indices": "indexer",
+}
 _BEFORE = "_fp8_attention_before"  # on a model: the implementation that set_attention replaced
+_MODE_BEFORE = "_mode_before"  # on an attention: the mode that it replaced
 
 
 def enter_table() -> None:
@@ -37,6 +47,9 @@ def _mask(
 ) -> Tensor | None:  # fmt: skip
     """No mask where causal order is all that it would say; that of ``"sdpa"`` otherwise, which in a trace of older
     versions of PyTorch is always there."""
+    if q_length != kv_length and getattr(kwargs.get("config"), "num_kv_shared_layers", None):
+        # Layers that share keys (Gemma 4) leave queries out, of the mask too if there is one: which, only that says.
+        allow_is_causal_skip = False
     is_whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
     in_window = local_size is None or kv_length < local_size
     if torch.compiler.is_compiling() and allow_is_causal_skip and attention_mask is None and is_whole and in_window:
@@ -59,8 +72,8 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (batch, heads, tokens, head_dim), result (batch, tokens, heads, head_dim). With a
-    mask, dropout, a position bias, keys of a cache, or one query, it is what ``"sdpa"`` computes, in 16 bits."""
-    for name in ("softcap", "s_aux"):
+    mask, dropout, a position bias, one query, or keys of a cache, it is what ``"sdpa"`` computes, in 16 bits."""
+    for name in _NOT_COMPUTED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention nor "
@@ -71,12 +84,17 @@ def attention_forward(
         attention = _attach(module)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     of_cache = key.shape[2] != query.shape[2]
-    is_first = query.shape[2] == key.shape[2] == 1  # of a text that is written from nothing
-    if attention_mask is not None or dropout > 0 or of_cache or is_first or kwargs.get("position_bias") is not None:
+    if causal and of_cache and attention_mask is None and getattr(module, "is_kv_shared_layer", False):
+        queries, keys = query.shape[2], key.shape[2]  # the last queries, as _mask has it
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        attention_mask = seen[None, None]
+    is_one = query.shape[2] == 1  # of a prompt of one token; later ones come with keys of a cache
+    if attention_mask is not None or dropout > 0 or is_one or of_cache or kwargs.get("position_bias") is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        why = "keys of a cache" if of_cache else "it has dropout" if dropout > 0 else "it has a mask"
-        attention.note("16bit", "there is one query" if is_first else why)
+        why = "keys of a cache" if of_cache else "there is one query" if is_one else "it has a mask"
+        why = "it has dropout" if dropout > 0 and not of_cache else why
+        attention.note("16bit", why)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -84,7 +102,28 @@ def attention_forward(
     return made.transpose(1, 2).contiguous(), None
 
 
+def _follows_sdpa(kind: type[nn.Module]) -> bool:
+    """Whether models with attentions of this class are written for ``"sdpa"``, whose rules ``attention_forward``
+    follows: where there is no mask, ``is_causal`` says which keys a query sees. Others count on a mask, and some have
+    attentions of decoders that say they are not causal."""
+    for base in kind.__mro__:
+        here = vars(sys.modules[base.__module__]).values()
+        models = [c for c in here if hasattr(c, "_supports_sdpa") and c.__module__ == base.__module__]
+        if models:
+            return any(model._supports_sdpa for model in models)
+    return True
+
+
+def _check_follows_sdpa(module: nn.Module, mend: str) -> None:
+    if not _follows_sdpa(type(module)):
+        raise ValueError(
+            f'torch_fp8: {type(module).__name__} belongs to a model that does not support transformers\' "sdpa" '
+            f"(_supports_sdpa), whose rules FP8 attention follows; {mend}"
+        )
+
+
 def _attach(module: nn.Module, mode: str = "auto") -> ScaledDotProductAttention:
+    _check_follows_sdpa(module, 'set attn_implementation="eager"')
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "torch_fp8: FP8 attention has no scaling state yet, and none can be made while a graph is traced; call "
@@ -108,7 +147,8 @@ def _attentions_of_transformers(model: nn.Module) -> list[nn.Module]:
 def attach_attentions(model: nn.Module) -> None:
     """Give a state to the attentions of a model whose config asks for this implementation."""
     for module in _attentions_of_transformers(model):
-        if module.config._attn_implementation == NAME and getattr(module, _CHILD, None) is None:  # type: ignore[union-attr]
+        is_asked = module.config._attn_implementation == NAME and getattr(module, _CHILD, None) is None  # type: ignore[union-attr]
+        if is_asked and _follows_sdpa(type(module)):  # forward refuses the others
             _attach(module)
 
 
@@ -120,6 +160,14 @@ def check_attention(model: nn.Module, mode: str) -> None:
             f"torch_fp8: {type(model).__name__} has no attention that could run with attention={mode!r}: neither "
             "fp8.Attention nor one that asks transformers' table of attentions"
         )
+    for module in _attentions_of_transformers(model):
+        for name, attribute in _NOT_COMPUTED.items():
+            if getattr(module, attribute, None) is not None:
+                raise ValueError(
+                    f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention "
+                    "nor PyTorch's computes; call fuse without attention"
+                )
+        _check_follows_sdpa(module, "call fuse without attention")
 
 
 def set_attention(model: nn.Module, mode: str) -> None:
@@ -133,6 +181,7 @@ def set_attention(model: nn.Module, mode: str) -> None:
         if getattr(module, _CHILD, None) is None:
             _attach(module)
     for attention in _ours(model):
+        attention.__dict__.setdefault(_MODE_BEFORE, attention.mode)
         attention.mode = mode
 
 
@@ -141,14 +190,16 @@ def _ours(model: nn.Module) -> list[ScaledDotProductAttention]:
 
 
 def unset_attention(model: nn.Module) -> None:
-    """Undo what ``set_attention`` did to transformers' models."""
+    """Undo what ``set_attention`` did."""
     for root in _roots(model):
         before = root.__dict__.pop(_BEFORE, None)
-        if before is not None:
+        if before not in (None, NAME):
             root.set_attn_implementation(before)
             for module in _attentions_of_transformers(root):
                 if isinstance(getattr(module, _CHILD, None), ScaledDotProductAttention):
                     delattr(module, _CHILD)
+    for attention in _ours(model):
+        attention.mode = attention.__dict__.pop(_MODE_BEFORE, attention.mode)
 
 
 def _roots(model: nn.Module) -> list[Any]:
