@@ -143,7 +143,10 @@ def test_recomputation_gives_the_first_forwards_bits(device, mode, how):
             with fp8.disabled(plain):
                 exact = [gradients(plain, batch(2 * step + micro, device)) for micro in range(2)]
             grads = [[p.grad for p in model.parameters()] for model in (recomputing, plain)]
-            return assert_as_good(*grads, [a + b for a, b in zip(*exact, strict=True)])
+            assert_as_good(*grads, [a + b for a, b in zip(*exact, strict=True)])
+            for p, q in zip(plain.parameters(), recomputing.parameters(), strict=True):
+                q.grad.copy_(p.grad)
+            fp8.load_state_dict(recomputing, fp8.state_dict(plain))
         assert_same(plain, recomputing)  # amaxes too, which recomputation sees twice
         for optimizer in optimizers:
             optimizer.step(), optimizer.zero_grad()
@@ -309,18 +312,18 @@ def test_one_attention_in_four_threads(device, mode):
 
     gradient(0)
     fp8.update_scales(attention)
-    expected, wrong = [gradient(seed) for seed in range(4)], []
+    expected, same = [gradient(seed) for seed in range(4)], []
 
     def work(seed, grads):
         for _ in range(20):
-            wrong.extend(1 for a, b in zip(gradient(seed), grads, strict=True) if not torch.equal(a, b))
+            same.extend(torch.equal(a, b) for a, b in zip(gradient(seed), grads, strict=True))
 
     threads = [threading.Thread(target=work, args=pair) for pair in enumerate(expected)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert same == [True] * (4 * 20 * 3)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -637,16 +640,17 @@ def test_trainer_resumes_to_the_bit(tmp_path, mode="fp8"):
 @pytest.mark.parametrize("mode", MODES)
 def test_generate(device, mode, prompt, cache):
     """Prefill in FP8, where the cache is no longer than the prompt; each further token in 16 bits."""
-    model = llama_on(device, mode).eval()
+    model = llama_on(device, mode, initializer_range=0.15).eval()
     x = ids(device, samples=1, tokens=prompt)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
     if cache == "dynamic":
         del options["cache_implementation"]
-    attention = attentions(model)[0]
+    attention, ran = attentions(model)[0], []
+    attention.register_forward_hook(lambda module, args, out: ran.append(module.last[0]))
     made = model.generate(x, disable_compile=True, output_logits=True, return_dict_in_generate=True, **options)
     assert made.sequences.shape == (1, prompt + 4)
-    assert attention.last[0] == "16bit"
+    assert ran == ([mode] if prompt > 1 and cache == "dynamic" else []) and attention.last[0] == "16bit"
     plain = copy.deepcopy(model)
     fp8.unfuse(plain)
     expected = plain.generate(x, disable_compile=True, output_logits=True, return_dict_in_generate=True, **options)
-    assert error(made.logits[0], expected.logits[0]) < 0.05
+    assert error(made.logits[0], expected.logits[0]) < 0.1

@@ -320,18 +320,18 @@ def test_one_model_in_four_threads(device):
     def gradient(x):
         return torch.autograd.grad(loss_of(model, x), [model[0].q_proj.weight, model[1].mlp.down_proj.weight])
 
-    expected, wrong = [gradient(x) for x in xs], []
+    expected, same = [gradient(x) for x in xs], []
 
     def work(x, grads):
         for _ in range(10):
-            wrong.extend(1 for a, b in zip(gradient(x), grads, strict=True) if not torch.equal(a, b))
+            same.extend(torch.equal(a, b) for a, b in zip(gradient(x), grads, strict=True))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(xs, expected, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert same == [True] * (4 * 10 * 2)
 
 
 def test_two_streams(cuda):
