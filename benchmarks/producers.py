@@ -14,7 +14,8 @@ SHAPES = [(8192, 4096), (8192, 14336)]
 BEYOND_L2 = 0.6e9  # bytes of all buffers of an arm: ten times the L2
 REPLAY = 5e9  # bytes of a replay: 1 ms or more on any Hopper GPU
 NOTE = """*graph* regime. Forward: SwiGLU reads gate and up, 2 bytes an element each, and writes codes and their
-transpose, 1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient. The copy
+transpose, 1 + 1; GeLU reads one. Backward: reads dy too, and writes codes and transposes of each gradient; where one
+layer made gate and up, halves are read and written. The copy
 moves as many bytes: the fewest, for nothing is written in 16 bits. A norm reads x and writes codes and transpose; with
 a residual it reads that too and writes the sum. Its backward reads dy and x, and what else reached the sum, and writes
 dx; the gradients of gain and bias are in its time. A norm of frozen layers writes its result in 16
@@ -26,6 +27,7 @@ PASSES = {  # bytes an element
     "SwiGLU, codes alone": 5,
     "SwiGLU": 6,
     "SwiGLU backward": 10,
+    "SwiGLU backward, gate and up of one layer": 10,
     "GeLU (tanh)": 4,
     "GeLU (tanh) backward": 6,
     "GeLU backward": 6,
@@ -47,6 +49,7 @@ def measure(rows: int, cols: int) -> dict[str, float]:
     sets = max(2, math.ceil(BEYOND_L2 / (6 * elements))) if not options.dry else 2
     launches = max(sets, math.ceil(REPLAY / (6 * elements)))
     gates, ups, grads = ([randn(rows, cols) for _ in range(sets)] for _ in range(3))
+    both = [torch.cat(pair, -1) for pair in zip(gates, ups)]
     sources = [randn(math.ceil(2.5 * elements)) for _ in range(2)]
     targets = [torch.empty_like(source) for source in sources]
     slots = [torch.tensor([[1 / 8, 8.0, 0.0, 1.0]] * 3, device=options.device) for _ in range(2)]
@@ -61,6 +64,11 @@ def measure(rows: int, cols: int) -> dict[str, float]:
         return lambda i: OPS.activation_backward_cast(
             grads[i], gates[i], ups[i] if gated else None, activation, slots[0], up_slots, 2, CASTS, histories, True,
             True,
+        )  # fmt: skip
+
+    def backward_by_halves(i: int):
+        return OPS.activation_backward_cast(
+            grads[i], both[i], None, 0, slots[0], None, 2, CASTS, [7], True, True, halves=1
         )  # fmt: skip
 
     gain = randn(cols)
@@ -93,6 +101,7 @@ def measure(rows: int, cols: int) -> dict[str, float]:
         "SwiGLU, codes alone": forward(True, 0, columnwise=False),
         "SwiGLU": forward(True, 0),
         "SwiGLU backward": backward(True, 0),
+        "SwiGLU backward, gate and up of one layer": backward_by_halves,
         "GeLU (tanh)": forward(False, 2),
         "GeLU (tanh) backward": backward(False, 2),
         "GeLU backward": backward(False, 1),

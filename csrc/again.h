@@ -10,11 +10,12 @@
 
 namespace torch_fp8 {
 
-// f(gate), or f(gate) * up.
+// f(gate), or f(gate) * up; by halves gate is both.
 struct Product {
   at::Tensor gate, up, alphas;  // up, alphas: or undefined
   int64_t activation;
   double beta;
+  int64_t halves;
 };
 
 // The norm of x.

@@ -21,7 +21,7 @@ c10::optional<at::Tensor> defined(const at::Tensor& t) { return t.defined() ? c1
 void keep_source(const Source& source, variable_list& tensors, Data& data) {
   if (const auto* const product = std::get_if<Product>(&source)) {
     tensors.insert(tensors.end(), {product->gate, product->up, product->alphas});
-    data["activation"] = product->activation, data["beta"] = product->beta;
+    data["activation"] = product->activation, data["beta"] = product->beta, data["halves"] = product->halves;
     return;
   }
   const auto& [x, gain, bias, options] = std::get<Normed>(source);
@@ -31,8 +31,12 @@ void keep_source(const Source& source, variable_list& tensors, Data& data) {
 
 c10::optional<Source> kept_source(const variable_list& tensors, size_t first, const Data& data) {
   if (const auto activation = data.find("activation"); activation != data.end()) {
-    return Product{tensors[first], tensors[first + 1], tensors[first + 2], activation->second.toInt(),
-                   data.at("beta").toDouble()};
+    return Product{tensors[first],
+                   tensors[first + 1],
+                   tensors[first + 2],
+                   activation->second.toInt(),
+                   data.at("beta").toDouble(),
+                   data.at("halves").toInt()};
   }
   if (!data.count("eps")) return {};
   const NormOptions options{data.at("eps").toDouble(), data.at("layer_norm").toBool(),

@@ -157,15 +157,15 @@ PYBIND11_MODULE(_C, m) {
       "mlp",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const OwnedLayer& gate, const OwnedLayer* up,
          const OwnedLayer& down, const std::string& activation, bool recompute, const c10::optional<at::Tensor>& alphas,
-         double beta) {
+         double beta, int64_t halves) {
         const int64_t code = activation_of_name(activation);
-        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code, recompute, alphas, beta);
+        if (!up) return mlp(x, residual, gate.layer(), nullptr, down.layer(), code, recompute, alphas, beta, halves);
         const LinearLayer up_layer = up->layer();
-        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code, recompute, alphas, beta);
+        return mlp(x, residual, gate.layer(), &up_layer, down.layer(), code, recompute, alphas, beta, halves);
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("x"), py::arg("residual"), py::arg("gate"), py::arg("up"),
       py::arg("down"), py::arg("activation"), py::arg("recompute") = false, py::arg("alphas") = py::none(),
-      py::arg("beta") = 0.5);
+      py::arg("beta") = 0.5, py::arg("halves") = 0);
   m.def(
       "norm",
       [](const at::Tensor& x, const c10::optional<at::Tensor>& residual, const c10::optional<at::Tensor>& gain,

@@ -103,7 +103,7 @@ Codes cast_product(const Product& product, const at::Tensor& slots, at::IntArray
   const auto optional = [](const at::Tensor& t) { return t.defined() ? c10::optional<at::Tensor>(t) : c10::nullopt; };
   auto [q, q_t, scale_inv] =
       activate.call(product.gate, optional(product.up), product.activation, slots, kInput, casts, history, training,
-                    record, rowwise, columnwise, optional(product.alphas), product.beta);
+                    record, rowwise, columnwise, optional(product.alphas), product.beta, product.halves);
   return {std::move(q), std::move(q_t), std::move(scale_inv)};
 }
 

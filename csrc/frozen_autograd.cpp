@@ -84,7 +84,8 @@ at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at
                                at::TensorList weight_scales, const c10::List<c10::optional<at::Tensor>>& biases,
                                const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
                                int64_t activations, c10::optional<at::ScalarType> dtype,
-                               const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale) {
+                               const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale,
+                               bool up_first) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("torch_fp8::frozen_mlp", "").typed<decltype(frozen_mlp)>();
   check_not_forward_mode(x);
@@ -96,7 +97,7 @@ at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at
               "torch.no_grad(), or its layers by frozen_linear");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weights, weight_scales, biases, input_slots,
-                       activation, activations, dtype, x_codes, x_scale);
+                       activation, activations, dtype, x_codes, x_scale, up_first);
 }
 
 }  // namespace torch_fp8

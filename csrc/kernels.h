@@ -80,6 +80,9 @@ constexpr bool is_small(const Matrix& x) {
 // What stands between the linear layers of an MLP: f(gate), or f(gate) * up.
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kXielu, kReluSquared };
 
+// Where gate and up are: in tensors of their own, or halves of what one layer makes, in that order.
+enum class Halves : uint8_t { kNone, kGateFirst, kUpFirst };
+
 // What xielu has beside its argument.
 struct XieluArgs {
   const float* alphas;  // 2: of positive and of negative x; null for the other activations
@@ -105,13 +108,16 @@ struct ActivationRowsArgs {
 };
 
 // The same of the two gradients: of gate, dy * up * f'(gate), and of up, dy * f(gate). up.x.data is null where there is
-// no second factor; gate.x, up.x and dy are of one size and type. Column sums are of both or of none.
+// no second factor; gate.x, up.x and dy are of one size and type. Column sums are of both or of none. By halves the two
+// are cast side by side as one (rows, 2 cols), in that order: q, q_t, scale_inv, amax and column_sums of gate are those
+// of both, up has x alone, and cols is a multiple of kAlignment.
 struct ActivationBackwardArgs {
   Activation activation;
   XieluArgs xielu;
   Matrix dy;
   QuantizeArgs gate, up;
   float* alpha_sums;  // (tiles_along(rows), tiles_along(cols), 2): each tile's part of the gradients of alphas, or null
+  Halves halves;
 };
 
 // What stands between the projections and the attention: each head of q and k is normalised, and its pairs of elements

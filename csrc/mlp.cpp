@@ -22,9 +22,10 @@ using OptionalTensor = c10::optional<at::Tensor>;
 
 struct Activate {
   const Call &gate, &down;
-  const Call* up;  // null without gating
+  const Call* up;  // null without gating, and by halves
   int64_t activation;
   double beta;
+  int64_t halves;
   bool again;  // in backward
 };
 
@@ -34,6 +35,11 @@ at::Tensor values_of(const Codes& codes, const at::Tensor& like) {
   return q.to(at::kFloat).mul_(codes.scale_inv).to(like.scalar_type()).view(like.sizes());
 }
 
+// What one layer makes for the product: all of it, or a half.
+at::Tensor factor_of(const at::Tensor& made, int64_t halves) {
+  return halves == 0 ? made : made.narrow_symint(-1, 0, made.sym_size(-1) / 2);
+}
+
 struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate, const OptionalTensor& up,
                             const OptionalTensor& alphas, const Activate& activate) {
@@ -41,11 +47,11 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     const Call& down = activate.down;
     const at::Tensor no_tensor, &up_y = up ? *up : no_tensor, &factors = alphas ? *alphas : no_tensor;
     Codes codes =
-        cast_product({gate, up_y, factors, activate.activation, activate.beta}, down.slots, down.casts, down.history,
-                     down.training, down.record, /*rowwise=*/true, down.grad_weight && !activate.again);
+        cast_product({gate, up_y, factors, activate.activation, activate.beta, activate.halves}, down.slots, down.casts,
+                     down.history, down.training, down.record, /*rowwise=*/true, down.grad_weight && !activate.again);
     ctx->save_for_backward({gate, up_y, factors});
     auto& data = ctx->saved_data;
-    data["beta"] = activate.beta;
+    data["beta"] = activate.beta, data["halves"] = activate.halves;
     const Call& of_gate = activate.gate;
     data["activation"] = activate.activation;
     data["gate_slots"] = of_gate.slots;
@@ -56,7 +62,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     data["sums"] = of_gate.grad_bias || (activate.up && activate.up->grad_bias);
     if (activate.up) data["up_slots"] = activate.up->slots;
     data["again"] = activate.again;
-    return stand_in(gate, {std::move(codes), {}});
+    return stand_in(factor_of(gate, activate.halves), {std::move(codes), {}});
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -78,7 +84,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
         backward_op.call(grads[0], saved[0], up, data["activation"].toInt(), data["gate_slots"].toTensor(), up_slots,
                          kGradOutput, data["casts"].toIntVector(), data["histories"].toIntVector(),
                          data["training"].toBool(), data["record"].toBool(), dbias, alphas, data["beta"].toDouble(),
-                         /*columnwise=*/!again);
+                         /*columnwise=*/!again, data["halves"].toInt());
     const auto hand_over = [](const at::Tensor& like, HandedOver handed) {
       return can_sum() ? stand_in(like, std::move(handed)) : values_of(handed.codes, like);
     };
@@ -90,7 +96,7 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
 };
 
 void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const LinearLayer& gate, const LinearLayer* up,
-               const LinearLayer& down, int64_t activation, const OptionalTensor& alphas, double beta,
+               const LinearLayer& down, int64_t activation, const OptionalTensor& alphas, double beta, int64_t halves,
                c10::optional<at::ScalarType> autocast) {
   check_no_transform(x, gate.weight);
   check_activation(activation, alphas, beta, x, "the input");
@@ -111,8 +117,9 @@ void check_mlp(const at::Tensor& x, const OptionalTensor& residual, const Linear
   const Gemms all{true, true, true};
   TORCH_CHECK_VALUE(gate.options.fp8_gemms() == all,
                     "torch_fp8: an MLP in one piece runs all its GEMMs in FP8; run the layers one by one");
-  TORCH_CHECK(down.weight.dim() == 2 && down.weight.sym_size(1) == gate.weight.sym_size(0),
-              "torch_fp8: down must have gate's ", gate.weight.sym_size(0),
+  TORCH_CHECK_VALUE(halves == 0 || !up, "torch_fp8: by halves gate is up, too; leave up out");
+  TORCH_CHECK(down.weight.dim() == 2 && down.weight.sym_size(1) * (halves == 0 ? 1 : 2) == gate.weight.sym_size(0),
+              "torch_fp8: down must have ", halves == 0 ? "" : "half of ", "gate's ", gate.weight.sym_size(0),
               " outputs as inputs, got a weight of shape ", down.weight.sym_sizes());
   const at::Tensor product =
       at::empty_symint({0, down.weight.sym_size(1)}, x.options().dtype(autocast.value_or(x.scalar_type())));
@@ -133,9 +140,9 @@ int64_t activation_of_name(const std::string& name) {
 
 at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const LinearLayer& gate,
                const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute,
-               const OptionalTensor& alphas, double beta) {
+               const OptionalTensor& alphas, double beta, int64_t halves) {
   const auto autocast = autocast_dtype(x_given);
-  check_mlp(x_given, residual, gate, up, down, activation, alphas, beta, autocast);
+  check_mlp(x_given, residual, gate, up, down, activation, alphas, beta, halves, autocast);
   const at::ScalarType x_dtype = x_given.scalar_type();
   Call of_gate = begin_call(gate, x_dtype, x_given.requires_grad(), autocast), of_up;
   if (up) of_up = begin_call(*up, x_dtype, x_given.requires_grad(), autocast);
@@ -151,12 +158,13 @@ at::Tensor mlp(const at::Tensor& x_given, const OptionalTensor& residual, const 
   const at::Tensor gate_y = run_one(gate, of_gate);
   const OptionalTensor up_y = up ? OptionalTensor(run_one(*up, of_up)) : c10::nullopt;
   find_codes(down, of_down, nullptr);
-  const Activate activate{of_gate, of_down, up ? &of_up : nullptr, activation, beta, recompute};
+  const Activate activate{of_gate, of_down, up ? &of_up : nullptr, activation, beta, halves, recompute};
   const at::Tensor product = ActivationFunction::apply(gate_y, up_y, alphas, activate);
   const Codes& codes = handed_over(product)->codes;
   of_down.x_codes = {codes.q, codes.q_t, codes.scale_inv};
   if (recompute) {
-    of_down.source = Product{gate_y, up_y.value_or(at::Tensor()), alphas.value_or(at::Tensor()), activation, beta};
+    of_down.source =
+        Product{gate_y, up_y.value_or(at::Tensor()), alphas.value_or(at::Tensor()), activation, beta, halves};
   }
   return run(product, down.weight, down.bias, of_down, residual);
 }

@@ -31,7 +31,8 @@ at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::Tens
                            const c10::List<c10::optional<at::Tensor>>& biases,
                            const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
                            int64_t activations, c10::optional<at::ScalarType> dtype,
-                           const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale);
+                           const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale,
+                           bool up_first);
 at::Tensor frozen_linear_backward_meta(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& weight_scale,
                                        int64_t activations, at::ScalarType x_dtype);
 // csrc/frozen_autograd.cpp
@@ -44,7 +45,8 @@ at::Tensor frozen_mlp_autograd(c10::DispatchKeySet keys, const at::Tensor& x, at
                                at::TensorList weight_scales, const c10::List<c10::optional<at::Tensor>>& biases,
                                const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
                                int64_t activations, c10::optional<at::ScalarType> dtype,
-                               const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale);
+                               const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale,
+                               bool up_first);
 
 namespace {
 
@@ -158,22 +160,25 @@ TORCH_LIBRARY(torch_fp8, m) {
   // role: arguments and results are those of cast. activation: 0 silu, 1 gelu, 2 gelu by tanh, 3 xielu, 4 relu squared.
   // xielu alone has alphas (2) float32 and beta: alpha_p x^2 + beta x where x > 0, else alpha_n (e^x - 1 - x) + beta x.
   // alphas are these two factors and not the parameters that they are made of: torch.cat([softplus(p), beta +
-  // softplus(n)]), as arXiv 2411.13010 and transformers' XIELUActivation have it.
+  // softplus(n)]), as arXiv 2411.13010 and transformers' XIELUActivation have it. halves: 0, gate is that alone; 1,
+  // gate (..., 2 K) is gate and, behind it, up, which is left out; 2, it is up and, behind it, gate.
   m.def(
       "activation_cast(Tensor gate, Tensor? up, int activation, Tensor(a!) slots, int role, int[] casts, int history, "
-      "bool training, bool record, bool rowwise, bool columnwise, Tensor? alphas=None, float beta=0.5) -> (Tensor q, "
-      "Tensor q_t, Tensor scale_inv)");
+      "bool training, bool record, bool rowwise, bool columnwise, Tensor? alphas=None, float beta=0.5, int halves=0) "
+      "-> (Tensor q, Tensor q_t, Tensor scale_inv)");
 
   // The gradients of gate, dy * up * f'(gate), and of up, dy * f(gate), cast so for the layers that made the two: their
   // slots, one list of casts, the history of each. dbias, where given, asks for the column sums of the two gradients,
   // in that dtype: the gradients of those layers' biases. dalphas (2) float32: the gradients of alphas. What was not
-  // asked for, and what belongs to an up or to alphas that are not there, comes with 0 elements.
+  // asked for, and what belongs to an up or to alphas that are not there, comes with 0 elements. By halves one layer
+  // made both: what is given and returned of gate is of the two gradients side by side, (..., 2 K), in that order, with
+  // one scale and one amax.
   m.def(
       "activation_backward_cast(Tensor dy, Tensor gate, Tensor? up, int activation, Tensor(a!) gate_slots, "
       "Tensor(b!)? up_slots, int role, int[] casts, int[] histories, bool training, bool record, "
-      "ScalarType? dbias=None, Tensor? alphas=None, float beta=0.5, bool columnwise=True) -> (Tensor gate_q, Tensor "
-      "gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor gate_dbias, Tensor "
-      "up_dbias, Tensor dalphas)");
+      "ScalarType? dbias=None, Tensor? alphas=None, float beta=0.5, bool columnwise=True, int halves=0) -> (Tensor "
+      "gate_q, Tensor gate_q_t, Tensor gate_scale_inv, Tensor up_q, Tensor up_q_t, Tensor up_scale_inv, Tensor "
+      "gate_dbias, Tensor up_dbias, Tensor dalphas)");
 
   // q (B, S, Hq, D) and k (B, S, Hk, D) or, heads_first, (B, Hq, S, D) and (B, Hk, S, D): each head normalised, and
   // then its pairs of elements turned, (x1 c - x2 s, x2 c + x1 s), in float32 and rounded once. Differentiable in q, k
@@ -257,13 +262,14 @@ TORCH_LIBRARY(torch_fp8, m) {
 
   // y (..., N) = down(f(gate(x)) * up(x)) or, of two layers, down(f(up(x))), each layer as frozen_linear computes it.
   // f: activation_cast's activation, but 3. The lists are of gate, up and down, or of up and down; a first of two
-  // layers with twice down's inputs is gate and, behind it, up. Where down quantises more than few rows by row or by
-  // its slot, and has no grid of blocks, the product is cast as it is made, never rounded to 16 bits; gate and up cast
-  // x once where both would make the same codes. x_codes and x_scale are frozen_linear's, for the layers that read x.
+  // layers with twice down's inputs is gate and, behind it, up, or with up_first up and, behind it, gate. Where down
+  // quantises more than few rows by row or by its slot, and has no grid of blocks, the product is cast as it is made,
+  // never rounded to 16 bits; gate and up cast x once where both would make the same codes. x_codes and x_scale are
+  // frozen_linear's, for the layers that read x.
   m.def(
       "frozen_mlp(Tensor x, Tensor[] weights, Tensor[] weight_scales, Tensor?[] biases, Tensor?[] input_slots, "
-      "int activation, int activations, ScalarType? dtype=None, Tensor? x_codes=None, Tensor? x_scale=None) -> "
-      "Tensor");
+      "int activation, int activations, ScalarType? dtype=None, Tensor? x_codes=None, Tensor? x_scale=None, "
+      "bool up_first=False) -> Tensor");
 
   // y (rows, N) of x (rows, K), whose rows are sorted by expert: rows offsets[e] to offsets[e + 1] are multiplied with
   // weight[e] as frozen_linear does, rows behind offsets[E] are zero. offsets (E + 1) int64, on the CPU whatever the

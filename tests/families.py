@@ -16,7 +16,7 @@ KINDS = (FusedNorm, FusedMlp, FusedBlock, FusedAttention)
 # Of two decoder layers: norms (one of them behind the last layer), MLPs, blocks, attentions.
 FAMILIES = {
     "llama": (5, 2, 2, 2), "mistral": (5, 2, 2, 2), "qwen2": (5, 2, 2, 2), "qwen3": (9, 2, 2, 2),
-    "smollm3": (5, 2, 2, 2), "phi3": (5, 0, 2, 2), "gemma2": (9, 2, 2, 2), "gemma3_text": (13, 2, 2, 2),
+    "smollm3": (5, 2, 2, 2), "phi3": (5, 2, 2, 2), "gemma2": (9, 2, 2, 2), "gemma3_text": (13, 2, 2, 2),
     "olmo2": (9, 2, 2, 2), "mixtral": (5, 0, 2, 2), "gpt_neox": (5, 2, 2, 2), "gpt2": (5, 2, 2, 0),
     "granite": (5, 2, 2, 2), "starcoder2": (5, 2, 2, 2), "cohere": (3, 2, 2, 2), "apertus": (9, 2, 2, 2),
 }  # fmt: skip

@@ -300,9 +300,10 @@ def test_grouped_heads_are_expanded_ones(device):
         assert error(grouped, expanded) < 0.12
 
 
-def test_heads_in_any_layout(device):
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_heads_in_any_layout(device, mode):
     q, k, v, dy = tensors(device)
-    module = fp8.ScaledDotProductAttention(mode="fp8")
+    module = fp8.ScaledDotProductAttention(mode=mode)
     wanted = run(copy.deepcopy(module), q, k, v, dy)
     contiguous = [t.detach().contiguous() for t in (q, k, v)]
     fused = torch.cat([t.detach().transpose(1, 2).flatten(2) for t in (q, k, v)], -1)
@@ -574,9 +575,22 @@ def test_auto_follows_the_table(device, monkeypatch):
         assert module.last[0] == mode, (tokens, grads)
         # Whoever asks for FP8 gets the faster of its two ways.
         assert modes.choose("fp8", q, k, v, None, 0.0, True, True, True).expand == (tokens == 200)
+    q, k, v, dy = tensors(device, tokens=200)
+    run(torch.compile(module, fullgraph=True, backend="aot_eager"), q, k, v, dy)
+    assert module.last[0] == "fp8"
     q, k, v, _ = tensors(device, tokens=200, dims=64)  # of which nothing was measured
     module(q, k, v, is_causal=True, enable_gqa=True)
     assert module.last[0] == "16bit"
+
+
+@pytest.mark.parametrize("tokens", [64, 100])
+def test_auto_compiles_as_it_is(device, tokens):
+    module = fp8.ScaledDotProductAttention()
+    given = tensors(device, tokens=tokens)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, *given), run(module, *given)):
+        assert error(a, b) < 0.01
+    assert module.last == ("16bit", "faster at this size, or not measured")
 
 
 def test_cuda_graph_replays_with_the_scales_of_now(cuda):
@@ -631,7 +645,7 @@ def test_long_sequences(cuda, mode, tokens):
 
 @pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
 def test_cpu_and_gpu_agree(cuda, mode):
-    """P's codes are relative to the maximum of the keys seen so far on the GPU, to that of the row on the CPU."""
+    """Sums are made in another order, and the tensor core cuts off what is small."""
     given = tensors("cpu", tokens=200)
     module = fp8.ScaledDotProductAttention(mode=mode)
     on_cpu = run(copy.deepcopy(module), *given)

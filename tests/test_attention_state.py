@@ -692,7 +692,7 @@ def test_which_roles_have_a_history_is_a_guard(device, recipe, graphs):
 
 
 def test_equal_blocks_share_a_graph_and_each_says_what_it_ran(device):
-    blocks = [Calls() for _ in range(3)]
+    blocks = [Calls().to(device) for _ in range(3)]
     counter = CompileCounter()
     for block in blocks:
         block.compile(fullgraph=True, backend=counter)

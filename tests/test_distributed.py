@@ -56,7 +56,29 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
-def model_on(device, dtype=torch.float32, blocks=2):
+class Attending(fp8.TransformerBlock):
+    """Two heads of 128, what FP8's backward pass takes."""
+
+    recompute = False
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False) if self.recompute else super().forward(x)
+
+
+def attending_on(device, dtype, mode, heads=2, blocks=2, kv_heads=2):
+    torch.manual_seed(0)
+    made = {"num_kv_heads": kv_heads, "head_dim": 128, "attention": mode, "device": device, "dtype": dtype}
+    recipe = fp8.DelayedScaling(amax_history_len=3)
+    return nn.Sequential(*(Attending(32, heads, 64, recipe=recipe, **made) for _ in range(blocks)))
+
+
+def assert_attended(model, mode):
+    assert [block.sdpa.last for block in model] == [(mode, "asked for")] * len(model)
+
+
+def model_on(device, dtype=torch.float32, blocks=2, attention=None):
+    if attention is not None:
+        return attending_on(device, dtype, attention, blocks=blocks)
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(dtype, device) for _ in range(blocks)))
     return fp8.convert(model, fp8.DelayedScaling(amax_history_len=3), tokens=None)
@@ -85,9 +107,10 @@ def assert_equal(tensors, others):
 # ---- DDP ------------------------------------------------------------------------------------------------------------
 
 
-def train_ddp(device, reduce, micro_batches=1, wrap=False):
+def train_ddp(device, reduce, micro_batches=1, wrap=False, attention=None):
     """Parameters, scaling state and number of weight casts; rank r of step s trains on batch 2 s + r."""
-    model = model_on(device)
+    dtype = torch.bfloat16 if attention else torch.float32
+    model = model_on(device, dtype, attention=attention)
     if reduce:
         fp8.reduce_amaxes(model)
     module = nn.Sequential(model) if wrap else model
@@ -97,8 +120,8 @@ def train_ddp(device, reduce, micro_batches=1, wrap=False):
         for step in range(STEPS):
             for micro in range(micro_batches - 1):
                 with ddp.no_sync():
-                    loss_of(ddp, batch(100 + 2 * (step + micro) + dist.get_rank(), device)).backward()
-            loss_of(ddp, batch(2 * step + dist.get_rank(), device)).backward()
+                    loss_of(ddp, batch(100 + 2 * (step + micro) + dist.get_rank(), device, dtype)).backward()
+            loss_of(ddp, batch(2 * step + dist.get_rank(), device, dtype)).backward()
             optimizer.step()
             optimizer.zero_grad()
     return cpu(model.parameters()), cpu(fp8.state_dict(model).values()), casts["cast_weight"]
@@ -115,15 +138,17 @@ def test_ddp_needs_nothing(ranks, wrap):
     assert all(slots[:, 3].eq(STEPS % 3 or 3).all() for slots in state[::2])
 
 
-def test_ddp_with_shared_amaxes_is_one_process_with_all_batches(ranks):
-    (params, state, _), (others, other_state, _) = ranks(train_ddp, True)
+@pytest.mark.parametrize("attention", [None, "fp8_forward", "fp8"])
+def test_ddp_with_shared_amaxes_is_one_process_with_all_batches(ranks, attention):
+    (params, state, _), (others, other_state, _) = ranks(train_ddp, True, 1, False, attention)
     assert_equal(params, others)
     assert_equal(state, other_state)
-    one = model_on(torch.device("cpu"))
+    dtype = torch.bfloat16 if attention else torch.float32
+    one = model_on(torch.device("cpu"), dtype, attention=attention)
     optimizer = torch.optim.SGD(one.parameters(), lr=LR)
     for step in range(STEPS):
         for rank in range(2):
-            loss_of(one, batch(2 * step + rank, "cpu")).backward()
+            loss_of(one, batch(2 * step + rank, "cpu", dtype)).backward()
         for p in one.parameters():
             p.grad /= 2
         optimizer.step()
@@ -210,11 +235,17 @@ FSDP = {
     "recompute": {"recompute": True},
     "kept gathered": {"reshard": False},
 }
+FSDP_ATTENTION = {
+    f"{mode}, {name}": {**options, "attention": mode}
+    for mode, names in {"fp8_forward": ["float32", "recompute"], "fp8": FSDP}.items()
+    for name, options in FSDP.items()
+    if name in names
+}
 
 
-def sharded(device, mixed=False, meta=False, recompute=False, reshard=True):
+def sharded(device, mixed=False, meta=False, recompute=False, reshard=True, attention=None):
     dtype = torch.float32 if mixed else torch.bfloat16
-    model = model_on("meta" if meta else device, dtype)
+    model = model_on("meta" if meta else device, dtype, attention=attention)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     for module in (*model, model):
         fully_shard(module, mp_policy=policy, reshard_after_forward=reshard)
@@ -224,7 +255,7 @@ def sharded(device, mixed=False, meta=False, recompute=False, reshard=True):
         model.to_empty(device=device)
         set_model_state_dict(
             model,
-            model_on(device, dtype).state_dict(),
+            model_on(device, dtype, attention=attention).state_dict(),
             options=dcp.state_dict.StateDictOptions(full_state_dict=True),
         )
     return model
@@ -249,6 +280,8 @@ def train_fsdp(device, options, folder=None):
     if folder is not None:
         dcp.save({"model": get_model_state_dict(model), "fp8": fp8.state_dict(model)}, checkpoint_id=folder)
     result = losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
+    if "attention" in options:
+        assert_attended(model, options["attention"])
     for _ in range(2):  # what was gathered for one micro-batch says nothing of the next
         with count_casts() as casts:
             loss_of(model, batch(0, device, torch.float32 if options.get("mixed") else torch.bfloat16)).backward()
@@ -256,13 +289,13 @@ def train_fsdp(device, options, folder=None):
     return result
 
 
-def train_alone(device, mixed=False, **_):
+def train_alone(device, mixed=False, attention=None, **_):
     """What FSDP2 computes, in one process: with mixed precision the model is a BF16 copy of float32 weights."""
-    model = model_on(device, torch.bfloat16)
+    model = model_on(device, torch.bfloat16, attention=attention)
     if not mixed:
         losses = train_steps(model, device, torch.bfloat16, range(STEPS))
         return losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
-    masters = [p.detach().clone() for p in model_on(device).parameters()]
+    masters = [p.detach().clone() for p in model_on(device, attention=attention).parameters()]
     optimizer = torch.optim.SGD(masters, lr=LR)
     losses = []
     for step in range(STEPS):
@@ -282,7 +315,7 @@ def train_alone(device, mixed=False, **_):
     return losses, cpu(masters), cpu(fp8.state_dict(model).values())
 
 
-@pytest.mark.parametrize("options", FSDP.values(), ids=FSDP)
+@pytest.mark.parametrize("options", [*FSDP.values(), *FSDP_ATTENTION.values()], ids=[*FSDP, *FSDP_ATTENTION])
 def test_fsdp_equals_one_process(ranks, options):
     """Both ranks see the same batch, so that their mean is each one's gradient."""
     losses, params, state = train_alone(ranks.device, **options)
@@ -466,8 +499,13 @@ def blocks_on(device, dtype=torch.bfloat16, recompute=False):
     return nn.Sequential(*(fp8.TransformerBlock(32, 4, 64, **made) for _ in range(2)))
 
 
-def train_blocks(device, how=None, recompute=False):
-    model = inner = blocks_on(device, recompute=recompute)
+def train_blocks(device, how=None, recompute=False, attention=None):
+    if attention:
+        model = inner = attending_on(device, torch.bfloat16, attention)
+        for block in model:
+            block.recompute = recompute
+    else:
+        model = inner = blocks_on(device, recompute=recompute)
     if how:
         fp8.reduce_amaxes(model)
     if how == "fsdp":
@@ -485,26 +523,29 @@ def train_blocks(device, how=None, recompute=False):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    if attention:
+        assert_attended(inner, attention)
     return losses, cpu(model.parameters()), cpu(fp8.state_dict(inner).values()), casts["cast_input"]
 
 
+@pytest.mark.parametrize("attention", [None, "fp8_forward", "fp8"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
-def test_blocks_on_two_ranks_are_those_of_one_process(ranks, how, recompute):
+def test_blocks_on_two_ranks_are_those_of_one_process(ranks, how, recompute, attention):
     """Both ranks train on one batch, so that all is equal to the bit; the norms' codes are taken there, too."""
-    (losses, params, state, casts), other = ranks(train_blocks, how, recompute)
-    expected = train_blocks(ranks.device)
+    (losses, params, state, casts), other = ranks(train_blocks, how, recompute, attention)
+    expected = train_blocks(ranks.device, attention=attention)
     assert losses == other[0] == expected[0]
     assert_equal(params, expected[1]), assert_equal(state, expected[2])
-    assert casts == expected[3] == 2
+    assert expected[3] == 2 and casts == (4 if attention and recompute else 2)  # a checkpoint runs all of it again
 
 
-def steps_of_blocks(model, device, steps, lr=LR):
+def steps_of_blocks(model, device, steps, lr=LR, dtype=torch.float32):
     """Losses, and the gradients of the first step."""
     losses, grads = [], None
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, foreach=False)  # DTensors and tensors beside each other
     for step in steps:
-        loss = loss_of(model, batch(step, device))
+        loss = loss_of(model, batch(step, device, dtype))
         loss.backward()
         losses.append(loss.item())
         grads = grads or cpu(p.grad for p in model.parameters())
@@ -537,3 +578,198 @@ def test_tensor_parallel_blocks(ranks):
         assert rank_losses == pytest.approx(losses, rel=2e-3)
         for got, expected in zip(rank_grads, grads, strict=True):
             assert (got - expected).norm() <= 3e-2 * expected.norm()
+
+
+# ---- FP8 attention --------------------------------------------------------------------------------------------------
+
+
+def heads_of(seed, dtype=torch.bfloat16):
+    """q, k, v and dy: two samples, four heads over two of keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, heads, 16, 128, generator=generator).to(dtype) for heads in (4, 2, 2, 4)]
+
+
+def attend(module, tensors, causal=True):
+    """The result and the three gradients of two steps, plain tensors, and the state after them."""
+    results = []
+    for q, k, v, dy in tensors:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        y = module(*leaves, is_causal=causal, enable_gqa=True)
+        y.backward(dy)
+        results += cpu([y, *(leaf.grad for leaf in leaves)])
+        fp8.update_scales(module)
+    return results, cpu(fp8.state_dict(module).values())
+
+
+def attention_of(device, mode, state=None):
+    module = fp8.ScaledDotProductAttention(fp8.DelayedScaling(amax_history_len=3), mode=mode).to(device)
+    if state is not None:
+        fp8.load_state_dict(module, state)
+    return module
+
+
+def attend_in_parts(device, mode, state, dim, as_dtensors):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    module = attention_of(device, mode, state)
+    fp8.reduce_amaxes(module)
+    steps = [
+        [dist.tensor.distribute_tensor(t.to(device), mesh, [Shard(dim)]) for t in heads_of(seed)] for seed in (1, 2)
+    ]
+    if not as_dtensors:
+        steps = [[t.to_local().contiguous() for t in tensors] for tensors in steps]
+    results, after = attend(module, steps)
+    assert module.last == (mode, "asked for")
+    return results, after
+
+
+@pytest.mark.parametrize("as_dtensors", [True, False])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_attention_of_each_ranks_heads_or_samples_is_that_of_one_process(ranks, mode, dim, as_dtensors):
+    """To the bit, once scales are known: no head and no sample adds to another; and so are the scales after it."""
+    alone = attention_of(ranks.device, mode)
+    attend(alone, [[t.to(ranks.device) for t in heads_of(0)]])
+    state = {key: value.cpu() for key, value in fp8.state_dict(alone).items()}
+    results, after = attend(alone, [[t.to(ranks.device) for t in heads_of(seed)] for seed in (1, 2)])
+    made = ranks(attend_in_parts, mode, state, dim, as_dtensors)
+    for rank, (got, scales) in enumerate(made):
+        assert_equal(scales, after)
+        assert_equal(got, results if as_dtensors else [t.chunk(2, dim)[rank] for t in results])
+
+
+def attend_to_dtensors(device):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    made = heads_of(0)
+    q, k, v, _ = (t.to(device) for t in made)
+
+    def lie(*placements, tensors=(q, k, v)):
+        return [dist.tensor.distribute_tensor(t, mesh, [place]) for t, place in zip(tensors, placements)]
+
+    attention = attention_of(device, "fp8")
+    y = attention(*lie(*[Replicate()] * 3), is_causal=True, enable_gqa=True)
+    assert y.placements == (Replicate(),)
+    assert torch.equal(y.full_tensor(), attention_of(device, "fp8")(q, k, v, is_causal=True, enable_gqa=True))
+    before = attention.fp8_slots.clone()
+    odd = [t[:, :count] for t, count in zip((q, k, v), (2, 1, 1))]  # the second rank would have no keys
+    three = [t[:, :1].repeat(1, count, 1, 1) for t, count in zip((q, k, v), (6, 3, 3))]  # keys of other queries
+    refused = {
+        "tokens": lie(*[Shard(2)] * 3),
+        "elements": lie(*[Shard(3)] * 3),
+        "not alike": lie(Shard(1), Replicate(), Replicate()),
+        "of one head": lie(*[Shard(1)] * 3, tensors=odd),
+        "three over two": lie(*[Shard(1)] * 3, tensors=three),
+        "one alone": [*lie(Shard(1)), k[:, :1], v[:, :1]],
+        "not the first": [q[:, :2], *lie(Shard(1), Shard(1), tensors=(k, v))],
+    }
+    for name, heads in refused.items():
+        for mode in ("fp8_forward", "fp8"):
+            with pytest.raises(ValueError, match="DTensors that lie as .*; what can is 16bit"):
+                (
+                    fp8.scaled_dot_product_attention(
+                        *heads, is_causal=True, enable_gqa=True, mode=mode, state=attention
+                    ),
+                    name,
+                )
+    assert torch.equal(attention.fp8_slots, before)
+
+
+def test_dtensors_that_no_rank_can_attend_to_alone_are_refused(ranks):
+    """Queries would meet the keys of other heads, or too few, and nobody would see it."""
+    ranks(attend_to_dtensors)
+
+
+def train_parallel_attention(device, state, mode, local):
+    mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+    model = attending_on(device, torch.bfloat16, mode, heads=4)
+    for block in model:
+        across = {name: ColwiseParallel(use_local_output=local) for name in ("q_proj", "k_proj", "v_proj")}
+        across |= {name: ColwiseParallel() for name in ("mlp.gate_proj", "mlp.up_proj")}
+        parallelize_module(block, mesh, across | {name: RowwiseParallel() for name in ("o_proj", "mlp.down_proj")})
+    fp8.load_state_dict(model, state)
+    fp8.reduce_amaxes(model)
+    seen = []
+    hook = model[0].sdpa.register_forward_pre_hook(lambda m, args: seen.extend(t.shape[1] for t in args[:3]))
+    made = *steps_of_blocks(model, device, range(STEPS), dtype=torch.bfloat16), cpu(fp8.state_dict(model).values())
+    hook.remove()
+    assert seen[:3] == ([2, 1, 1] if local else [4, 2, 2])
+    assert_attended(model, mode)
+    return made
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_tensor_parallel_attention(ranks, mode, local):
+    """Each rank attends with its own heads. Sums of two ranks are rounded to 16 bits once more, and a value that falls
+    on the other side of a rounding step moves others: gradients stay as far from those in 16 bits as without ranks."""
+    alone = attending_on(ranks.device, torch.bfloat16, mode, heads=4)
+    steps_of_blocks(alone, ranks.device, [99], lr=0.0, dtype=torch.bfloat16)
+    state = {key: value.cpu() for key, value in fp8.state_dict(alone).items()}
+    with fp8.disabled(alone):
+        _, exact = steps_of_blocks(alone, ranks.device, [0], lr=0.0, dtype=torch.bfloat16)
+    losses, grads = steps_of_blocks(alone, ranks.device, range(STEPS), dtype=torch.bfloat16)
+    first, second = ranks(train_parallel_attention, state, mode, local)
+    assert_equal(first[2], second[2])  # the scales of both ranks
+    for rank_losses, rank_grads, _ in (first, second):
+        assert rank_losses == pytest.approx(losses, rel=3e-3)
+        for got, expected, in_16_bits in zip(rank_grads, grads, exact, strict=True):
+            assert (got - in_16_bits).norm() <= 1.5 * (expected - in_16_bits).norm()
+
+
+def llama_on(device, mode):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 128}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = fp8.convert(model.to(device, torch.bfloat16), fp8.DelayedScaling(amax_history_len=3), tokens=None)
+    return fp8.fuse(model, attention=mode)
+
+
+def train_llama(device, mode, state=None):
+    """Losses, the gradients of the first step, the scaling state; sharded where a state is given."""
+    model = llama_on(device, mode)
+    if state is not None:
+        mesh = dist.device_mesh.init_device_mesh(device.type, (2,))
+        across = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        plan = {name: ColwiseParallel() for name in across}
+        plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh, plan)
+        fp8.load_state_dict(model, state)
+        fp8.reduce_amaxes(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0 if state is None else LR, foreach=False)
+
+    def step(seed):
+        x = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(seed)).to(device)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        grads = cpu(p.grad for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), grads
+
+    if state is None:
+        step(99)
+        state = {key: value.cpu() for key, value in fp8.state_dict(model).items()}
+        with fp8.disabled(model):
+            _, exact = step(0)
+        optimizer.param_groups[0]["lr"] = LR
+    else:
+        exact = None
+    made = [step(seed) for seed in range(STEPS)]
+    for layer in model.model.layers:
+        assert layer.self_attn.fp8_attention.last == (mode, "asked for")
+    return state, exact, [loss for loss, _ in made], made[0][1], cpu(fp8.state_dict(model).values())
+
+
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_a_tensor_parallel_llama_attends_in_fp8(ranks, mode):
+    """As the block: q, k, v, gate and up column-wise, o and down row-wise."""
+    pytest.importorskip("transformers")
+    state, exact, losses, grads, _ = train_llama(ranks.device, mode)
+    first, second = ranks(train_llama, mode, state)
+    assert_equal(first[4], second[4])
+    for _, _, rank_losses, rank_grads, _ in (first, second):
+        assert rank_losses == pytest.approx(losses, rel=3e-3)
+        for got, expected, in_16_bits in zip(rank_grads, grads, exact, strict=True):
+            assert (got - in_16_bits).norm() <= 1.5 * (expected - in_16_bits).norm()

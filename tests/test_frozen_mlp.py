@@ -290,7 +290,7 @@ def test_gradients_are_those_of_the_layers(device):
     # What it is added to gets its own, beside an MLP that has none.
     residual = torch.randn(40, 64, device=device).bfloat16().requires_grad_()
     with Calls() as calls:
-        gate, up, down, activation, _ = model[0].fp8_fusion
+        gate, up, down, activation, *_ = model[0].fp8_fusion
         layers = [None if name is None else getattr(model[0], name) for name in (gate, up, down)]
         mlp(inputs[0].detach(), *layers, activation, residual).backward(dy)
     assert calls.count["frozen_mlp"] == 1 and torch.equal(residual.grad, dy)
@@ -334,24 +334,29 @@ def test_autocast_and_functions(device):
         mlp(torch.autograd.forward_ad.make_dual(x, x), gate, up, down, "silu")
 
 
+@pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("activations", ["token", "none"])
-def test_gate_and_up_of_one_module(device, activations):
+def test_gate_and_up_of_one_module(device, activations, halves):
     """In one piece, where the kernels take the layers, and one by one: with few rows, and before they are frozen."""
     both, down = nn.Linear(64, 288), nn.Linear(144, 64)
     model = nn.ModuleList([both, down]).bfloat16().to(device)
     x = torch.randn(2, 20, 64, device=device).bfloat16()
 
     def expected(x):
-        gate, up = both(x).chunk(2, -1)
+        gate, up = both(x).chunk(2, -1)[:: 1 if halves == 1 else -1]
         return down(F.silu(gate) * up)
 
-    assert torch.equal(mlp(x, None, both, down, "silu"), expected(x))
+    def made(x):
+        return mlp(x, None, both, down, "silu", halves=halves)
+
+    assert torch.equal(made(x), expected(x))
     fp8.freeze(model, activations)
     with torch.no_grad():
-        torch.testing.assert_close(mlp(x, None, both, down, "silu"), expected(x), rtol=0.05, atol=0.02)
-        assert torch.equal(mlp(x[:, :8], None, both, down, "silu"), expected(x[:, :8]))
+        torch.testing.assert_close(made(x), expected(x), rtol=0.05, atol=0.02)
+        assert torch.equal(made(x[:, :8]), expected(x[:, :8]))
+        assert torch.equal(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
         with Calls() as calls:
-            mlp(x, None, both, down, "silu")
+            made(x)
     assert calls.count["frozen_mlp"] == (activations == "token")
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torch_fp8 as fp8
+from casts import count_casts
 from families import (
     converted,
     counts,
@@ -643,6 +644,89 @@ def test_mlps_that_compute_something_else(mlp, training):
     assert counts(model) == (4, 0, 2, 0)
     for mode in (True, False):
         assert_same(model.train(mode), plain.train(mode))
+
+
+class OneLayer(nn.Module):
+    """One layer makes gate and up; by its name it could be anything."""
+
+    halves = staticmethod(lambda y: y.chunk(2, -1))
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.last, self.first = nn.Linear(128, 64, bias), nn.Linear(64, 256, bias)
+
+    def forward(self, x):
+        gate, up = self.halves(self.first(x))
+        return self.last(F.silu(gate) * up)
+
+
+def one_layer(halves, bias=False):
+    class Mlp(OneLayer):
+        pass
+
+    Mlp.halves = staticmethod(halves)
+    return Mlp(bias)
+
+
+class Around(nn.Module):
+    """As adapters stand around a layer; it says nothing of sizes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "halves, found",
+    [
+        (lambda y: y.chunk(2, -1), 1),
+        (lambda y: y.unflatten(-1, (2, -1)).unbind(-2), 1),
+        (lambda y: y.chunk(2, -1)[::-1], 2),
+        (lambda y: (y[..., 128:], y[..., :128]), 2),
+    ],
+)
+def test_gate_and_up_of_one_layer(halves, found, bias):
+    plain = of(lambda: Block(lambda: one_layer(halves, bias)))
+    model = fp8.fuse(copy.deepcopy(plain))
+    assert counts(model) == (4, 2, 2, 0) and fp8.summary(model).fused["Mlp"] == 2
+    assert model[0].mlp.fp8_fusion == (None, "first", "last", "silu", None, found)
+    assert model[0].n2.fp8_readers == (model[0].mlp.first,)
+    for _ in range(2):  # without a history, and with one
+        for mode in (True, False):
+            with count_casts() as casts:
+                assert_same(model.train(mode), plain.train(mode))
+            assert casts["activation_backward_cast"] == 2 * 2  # the op, and within it its name; none of plain
+        fp8.update_scales(model), fp8.update_scales(plain)
+    seen = []
+    handle = model[0].mlp.first.register_forward_hook(lambda *args: seen.append(args))
+    assert_same(model, plain)
+    assert len(seen) == 1
+    handle.remove()
+    model[1].mlp.first = Around(model[1].mlp.first)
+    assert_same(model, plain)
+    model[1].mlp.first = model[1].mlp.first.inner
+    assert_same(fp8.unfuse(model), plain, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "halves",
+    [
+        lambda y: (y[..., ::2], y[..., 1::2]),
+        lambda y: (y[..., :128], y[..., :128]),
+        lambda y: (y[..., :128], y[..., 128:].detach()),
+        lambda y: (y[..., :128], y[..., 128:].flip(-1)),
+        lambda y: (y[..., :128], y[..., 128:].clamp(-10, 10)),
+    ],
+)
+def test_what_are_no_halves_of_one_layer(halves):
+    plain = of(lambda: Block(lambda: one_layer(halves)))
+    model = fp8.fuse(copy.deepcopy(plain))
+    assert counts(model) == (4, 0, 2, 0) and "mlp" in str(fp8.summary(model).not_fused)
+    assert_same(model, plain)
 
 
 class Counts(Block):

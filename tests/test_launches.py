@@ -5,6 +5,7 @@ import resource
 import pytest
 import torch
 import torch_fp8 as fp8
+from torch_fp8.layers.mlp import mlp
 
 MIB = 2**20
 
@@ -122,6 +123,34 @@ def test_10000_steps_of_varying_shapes_leave_memory_flat(cuda):
             on_gpu, on_host = footprint()
     assert footprint()[0] == on_gpu
     assert footprint()[1] - on_host < 16 * MIB
+
+
+def launches_of_an_mlp(cuda, one_layer, recompute):
+    sizes = [(1024, 2 * 2816)] if one_layer else [(1024, 2816)] * 2
+    model = torch.nn.ModuleList(fp8.Linear(*size, False, cuda, torch.bfloat16) for size in [*sizes, (2816, 1024)])
+    if not one_layer:
+        fp8.share_input([*model[:2]])
+    for layer in model:
+        layer.fp8_state.keep_codes(not recompute)
+    layers = (None, *model) if one_layer else model
+    x = torch.randn(2048, 1024, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn_like(x)
+    for _ in range(3):
+        mlp(x, *layers, "silu", halves=int(one_layer)).backward(dy)
+        fp8.update_scales(model)
+        model.zero_grad()
+        x.grad = None
+    names = device_work(lambda: mlp(x, *layers, "silu", halves=int(one_layer)).backward(dy))
+    return [name for name in names if not name.startswith("Memset")]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_mlp_of_one_layer_launches_less_than_one_of_two(cuda, recompute):
+    """And copies nothing: what stands between its layers is read and written where it lies."""
+    two, one = (launches_of_an_mlp(cuda, one_layer, recompute) for one_layer in (False, True))
+    assert sum("activate_backward" in name for name in one) == 1, one
+    assert not any("copy" in name.lower() for name in one), one
+    assert len(one) < len(two), (one, two)
 
 
 def test_a_block_casts_what_its_norms_and_its_mlp_hand_over_nowhere_else(cuda):

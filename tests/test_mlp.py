@@ -10,6 +10,8 @@ from casts import count_casts
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch_fp8.layers.linear import linear_layer
+from torch_fp8.layers.mlp import mlp, xielu_alphas
 
 HIDDEN, WIDE = 32, 48
 EXACT = {
@@ -38,17 +40,46 @@ class Apart(fp8.MLP):
         f, alphas = EXACT[self.activation], ()
         if self.activation == "xielu":
             alphas = F.softplus(self.alpha_p), 0.5 + F.softplus(self.alpha_n)
-        gated = hasattr(self, "gate_proj")
-        return f(self.gate_proj(x), *alphas) * self.up_proj(x) if gated else f(self.up_proj(x), *alphas)
+        gate, up = self.factors(x)
+        return f(gate, *alphas) * up
+
+    def factors(self, x):
+        return (self.gate_proj(x), self.up_proj(x)) if hasattr(self, "gate_proj") else (self.up_proj(x), 1)
 
 
-def twins(device, dtype=torch.float32, hidden=HIDDEN, wide=WIDE, **kwargs):
+class OneLayer(fp8.MLP):
+    """One layer makes gate and up, as fuse finds it in other people's models."""
+
+    def __init__(self, hidden, wide, *, halves, bias=False, recipe=None, device=None, dtype=None, **kwargs):
+        of_layers = {"bias": bias, "recipe": recipe, "device": device, "dtype": dtype}
+        super().__init__(hidden, wide, gated=False, **of_layers, **kwargs)
+        self.up_proj = fp8.Linear(hidden, 2 * wide, **of_layers)
+        self.up_proj.fp8_state.keep_codes(not self.down_proj.fp8_state.recompute)
+        self.halves = halves
+
+    def forward(self, x, residual=None):
+        alphas = xielu_alphas(self.alpha_p, self.alpha_n, 0.5) if self.activation == "xielu" else None
+        layers = None, self.up_proj, self.down_proj
+        return mlp(x, *layers, self.activation, residual, alphas=alphas, halves=self.halves)
+
+
+class OneLayerApart(Apart):
+    def factors(self, x):
+        return self.up_proj(x).chunk(2, -1)[:: 1 if self.halves == 1 else -1]
+
+
+ONE_LAYER = {"gate first": 1, "up first": 2}
+GATED = [True, False, *ONE_LAYER]
+
+
+def twins(device, dtype=torch.float32, hidden=HIDDEN, wide=WIDE, gated=True, **kwargs):
     """An MLP, its copy that runs layer by layer, and its copy in float64 and nn.Linear."""
     torch.manual_seed(0)
     kwargs.setdefault("recipe", RECIPES[0])
-    model = fp8.MLP(hidden, wide, device=device, dtype=dtype, **kwargs)
+    kwargs.update({"halves": ONE_LAYER[gated]} if gated in ONE_LAYER else {"gated": gated})
+    model = (OneLayer if gated in ONE_LAYER else fp8.MLP)(hidden, wide, device=device, dtype=dtype, **kwargs)
     apart = copy.deepcopy(model)
-    apart.__class__ = Apart
+    apart.__class__ = OneLayerApart if gated in ONE_LAYER else Apart
     exact = fp8.revert(copy.deepcopy(apart)).double()
     return model, apart, exact
 
@@ -73,7 +104,7 @@ def error(made, exact):
     return ((made.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def assert_no_worse(made, apart, exact, dtype):
+def assert_no_worse(made, apart, exact, dtype, spread=1.1):
     """Than the layers one after the other; a rounding of the dtype aside. Two samples of rounding errors in tiny
     tensors differ by a tenth from step to step, and hardly on average."""
     errors = torch.tensor([[error(t, e) for t in pair] for *pair, e in zip(made, apart, exact, strict=True)])
@@ -82,7 +113,7 @@ def assert_no_worse(made, apart, exact, dtype):
     chance = torch.tensor([0.05 if t.numel() == 1 else 0.0 for t in made])
     assert (errors[:, 0] <= 1.3 * errors[:, 1] + rounding + chance).all(), errors
     errors = errors[chance == 0]
-    assert errors[:, 0].mean() <= 1.1 * errors[:, 1].mean() + rounding, errors
+    assert errors[:, 0].mean() <= spread * errors[:, 1].mean() + rounding, errors
 
 
 def assert_states(model, apart):
@@ -105,7 +136,7 @@ def inputs(device, dtype=torch.float32, shape=(2, 12, HIDDEN), residual=True, se
     return (x, torch.randn(shape, device=device).to(dtype)) if residual else (x,)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("activation", EXACT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("with_all", [True, False])
@@ -117,13 +148,14 @@ def test_errors_are_no_larger_than_those_of_the_layers(device, gated, activation
         made, of_apart = run(model, *given), run(apart, *given)
         of_exact = run(exact, *(t.double() for t in given))
         assert made[0].dtype == dtype
-        assert_no_worse(made, of_apart, of_exact, dtype)
+        # Of squares a few large elements decide, and so does their rounding.
+        assert_no_worse(made, of_apart, of_exact, dtype, 1.25 if activation == "relu_squared" else 1.1)
         assert step > 0 or error(made[0], of_exact[0]) < 0.15  # later, delayed scales may saturate the product, in both
         fp8.update_scales(model), fp8.update_scales(apart)
         assert_states(model, apart)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_recipes(device, gated, recipe):
     model, apart, exact = twins(device, recipe=recipe, gated=gated, bias=True)
@@ -136,7 +168,7 @@ def test_recipes(device, gated, recipe):
         assert_states(model, apart)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("hidden, wide, rows", [(17, 33, 61), (40, 24, 64), (8, 250, 99), (33, 7, 130)])
 def test_odd_widths(device, gated, hidden, wide, rows):
     model, apart, exact = twins(device, torch.bfloat16, hidden, wide, gated=gated, bias=True)
@@ -149,7 +181,7 @@ def test_odd_widths(device, gated, hidden, wide, rows):
         assert_states(model, apart)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("shape", [(0, HIDDEN), (2, 0, HIDDEN)])
 def test_no_rows(device, gated, shape):
     model, apart, _ = twins(device, gated=gated, bias=True)
@@ -163,8 +195,9 @@ def test_no_rows(device, gated, shape):
         assert_states(model, apart)
 
 
-def test_strides_of_input_residual_and_gradient(device):
-    model, apart, exact = twins(device)
+@pytest.mark.parametrize("gated", [True, "gate first"])
+def test_strides_of_input_residual_and_gradient(device, gated):
+    model, apart, exact = twins(device, gated=gated)
     x, residual = (t.transpose(0, 1) for t in inputs(device, shape=(12, 2, HIDDEN)))
     weight = torch.randn(HIDDEN, device=device)
 
@@ -185,11 +218,15 @@ FROZEN = [["gate_proj"], ["up_proj"], ["down_proj"], ["gate_proj", "up_proj"], [
 
 
 @pytest.mark.parametrize("of", ["weight", "bias", ""])
-@pytest.mark.parametrize("names", FROZEN, ids="-".join)
+@pytest.mark.parametrize(
+    "gated, names",
+    [*((True, names) for names in FROZEN), *(("up first", [name]) for name in ("up_proj", "down_proj"))],
+    ids=str,
+)
 @pytest.mark.parametrize("x_grad", [True, False])
 @pytest.mark.parametrize("residual_grad", [True, False, None])
-def test_only_some_gradients_are_wanted(device, of, names, x_grad, residual_grad):
-    model, apart, _ = twins(device, bias=True)
+def test_only_some_gradients_are_wanted(device, of, gated, names, x_grad, residual_grad):
+    model, apart, _ = twins(device, bias=True, gated=gated)
     for m in (model, apart):
         for name in names:
             for parameter, p in m.get_submodule(name).named_parameters():
@@ -252,9 +289,10 @@ def test_gradients_of_some_are_asked_for(device):
             assert error(a, b) < 0.08
 
 
+@pytest.mark.parametrize("gated", [True, "gate first"])
 @pytest.mark.parametrize("how", ["no_grad", "eval", "eval with gradients"])
-def test_inference_records_nothing(device, how):
-    model, apart, exact = twins(device, bias=True)
+def test_inference_records_nothing(device, gated, how):
+    model, apart, exact = twins(device, bias=True, gated=gated)
     for m in (model, apart):
         run(m, *inputs(device)), fp8.update_scales(m)
     before = fp8.state_dict(model)
@@ -274,7 +312,7 @@ def test_inference_records_nothing(device, how):
 
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 def test_autocast(device, parameters, given, gated):
     model, apart, exact = twins(device, parameters, bias=True, gated=gated)
     for step in range(3):
@@ -293,8 +331,9 @@ def test_autocast(device, parameters, given, gated):
         assert_states(model, apart)
 
 
-def test_float32_parameters_with_16_bit_input(device):
-    model, apart, exact = twins(device)
+@pytest.mark.parametrize("gated", [True, "gate first"])
+def test_float32_parameters_with_16_bit_input(device, gated):
+    model, apart, exact = twins(device, gated=gated)
     for step in range(2):
         given = inputs(device, torch.bfloat16, seed=step)
         results = [run(m, *given) for m in (model, apart)]
@@ -303,10 +342,11 @@ def test_float32_parameters_with_16_bit_input(device):
         fp8.update_scales(model), fp8.update_scales(apart)
 
 
+@pytest.mark.parametrize("gated", [True, "gate first"])
 @pytest.mark.parametrize("dummy", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_in_place(device, dummy, compiled):
-    model, apart, _ = twins(device, bias=True)
+def test_gradients_in_place(device, gated, dummy, compiled):
+    model, apart, _ = twins(device, bias=True, gated=gated)
     call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     for m in (model, apart):
         for layer in layers(m):
@@ -325,9 +365,10 @@ def test_gradients_in_place(device, dummy, compiled):
         assert_states(model, apart)
 
 
-def test_two_forwards_in_flight(device):
+@pytest.mark.parametrize("gated", [True, "gate first"])
+def test_two_forwards_in_flight(device, gated):
     """Each backward finds what its own forward made."""
-    model, _, _ = twins(device)
+    model, _, _ = twins(device, gated=gated)
     run(model, *inputs(device)), fp8.update_scales(model)
     batches = [inputs(device, seed=seed) for seed in (5, 6, 7)]
     expected = [run(model, *given) for given in batches]
@@ -340,7 +381,7 @@ def test_two_forwards_in_flight(device):
         model.zero_grad()
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 def test_backward_twice(device, gated):
     model, _, _ = twins(device, gated=gated, bias=True)
     run(model, *inputs(device)), fp8.update_scales(model)
@@ -382,18 +423,19 @@ def test_siblings_outside_of_the_mlp(device):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_one_cast_of_the_input_and_none_of_the_product(device, recipe):
-    model, _, _ = twins(device, recipe=recipe, bias=True)
+@pytest.mark.parametrize("gated, gemms", [(True, 3), ("gate first", 2)])
+def test_one_cast_of_the_input_and_none_of_the_product(device, recipe, gated, gemms):
+    model, _, _ = twins(device, recipe=recipe, bias=True, gated=gated)
     for step in range(3):
         with count_casts() as casts:
             run(model, *inputs(device, seed=step))
         assert casts["cast_input"] == 1, step
         assert casts["cast_grad_output"] == 1
-        assert (casts["fprop"], casts["dgrad"], casts["wgrad"]) == (3, 3, 3)
+        assert (casts["fprop"], casts["dgrad"], casts["wgrad"]) == (gemms, gemms, gemms)
         fp8.update_scales(model)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("activation", ["silu", "xielu"])
 def test_what_is_made_again_in_backward_is_the_same(device, gated, activation):
     model, _, _ = twins(device, gated=gated, bias=True, activation=activation)
@@ -471,8 +513,9 @@ def test_what_cannot_run_in_one_piece_runs_apart(device, change, activation):
     assert len(seen) == (2 if change == "forward" else 0)
 
 
-def test_disabled_is_the_model_in_16_bits(device):
-    model, apart, _ = twins(device, torch.bfloat16)
+@pytest.mark.parametrize("gated", [True, "gate first"])
+def test_disabled_is_the_model_in_16_bits(device, gated):
+    model, apart, _ = twins(device, torch.bfloat16, gated=gated)
     plain = fp8.revert(copy.deepcopy(apart))
     with fp8.disabled(model):
         for a, b in zip(run(model, *inputs(device, torch.bfloat16)), run(plain, *inputs(device, torch.bfloat16))):
@@ -483,7 +526,7 @@ def test_disabled_is_the_model_in_16_bits(device):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", GATED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled(device, recipe, gated, dtype):
     model, _, _ = twins(device, dtype, recipe=recipe, gated=gated, bias=True)
@@ -500,10 +543,15 @@ def test_compiled(device, recipe, gated, dtype):
 
 
 @pytest.mark.parametrize("activation", EXACT)
-@pytest.mark.parametrize("frozen", [["gate_proj"], ["up_proj", "down_proj"], ["gate_proj", "up_proj"]], ids="-".join)
+@pytest.mark.parametrize(
+    "gated, frozen",
+    [(True, ["gate_proj"]), (True, ["up_proj", "down_proj"]), (True, ["gate_proj", "up_proj"]),
+     ("up first", ["up_proj"]), ("gate first", ["down_proj"])],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("x_grad", [True, False])
-def test_compiled_with_frozen_weights(device, activation, frozen, x_grad):
-    model, _, _ = twins(device, activation=activation, bias=True)
+def test_compiled_with_frozen_weights(device, activation, gated, frozen, x_grad):
+    model, _, _ = twins(device, activation=activation, bias=True, gated=gated)
     for name in frozen:
         model.get_submodule(name).weight.requires_grad_(False)
     model.up_proj.bias.requires_grad_(False)
@@ -520,9 +568,10 @@ def test_compiled_with_frozen_weights(device, activation, frozen, x_grad):
             assert (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
 
 
+@pytest.mark.parametrize("gated", [True, "gate first"])
 @pytest.mark.parametrize("how", ["no_grad", "eval", "autocast"])
-def test_compiled_in_other_modes(device, how):
-    model, _, _ = twins(device, bias=True)
+def test_compiled_in_other_modes(device, gated, how):
+    model, _, _ = twins(device, bias=True, gated=gated)
     run(model, *inputs(device)), fp8.update_scales(model)
     model.train(how != "eval")
     traced = copy.deepcopy(model)
@@ -539,12 +588,25 @@ def test_compiled_in_other_modes(device, how):
             assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("gated", [True, "up first"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_autograd(device, gated, recompute):
+    model, _, _ = twins(device, gated=gated, recompute=recompute)
+    run(model, *inputs(device)), fp8.update_scales(model)
+    expected = run(model, *inputs(device))[3:]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        model(*inputs(device)).square().mean().backward()
+    for p, e in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-3, atol=1e-3 * e.abs().max().item())
+
+
 # ---- around it ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gated", [True, "gate first"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation(device, reentrant):
-    model, _, _ = twins(device, bias=True)
+def test_recomputation(device, gated, reentrant):
+    model, _, _ = twins(device, bias=True, gated=gated)
     twin = copy.deepcopy(model)
     for step in range(3):
         given = inputs(device, seed=step)
@@ -593,9 +655,10 @@ def test_a_weight_that_was_written_to_is_cast_again(device):
     assert error(made[0], run(exact, *(t.double() for t in inputs(device)))[0]) < 0.1
 
 
+@pytest.mark.parametrize("gated", [True, "gate first"])
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_go_on_alike_and_by_themselves(device, how):
-    model, _, _ = twins(device, bias=True)
+def test_copies_go_on_alike_and_by_themselves(device, gated, how):
+    model, _, _ = twins(device, bias=True, gated=gated)
     run(model, *inputs(device)), fp8.update_scales(model)
     copied = how(model)
     before = fp8.state_dict(model)
@@ -673,6 +736,10 @@ def test_other_bad_input(device):
         model(torch.randn(3, 31, device=device))
     with pytest.raises(TypeError, match="torch_fp8: the input must be"):
         model(torch.randn(3, HIDDEN, device=device).to(torch.float64))
+    layers = [linear_layer(layer) for layer in (model.up_proj, model.gate_proj, model.down_proj)]
+    for up, halves, words in [(layers[1], 1, "by halves gate is up"), (None, 2, "have half of gate's 48 outputs as")]:
+        with pytest.raises((ValueError, RuntimeError), match=f"torch_fp8: .*{words}"):
+            fp8._C.mlp(inputs(device)[0], None, layers[0], up, layers[2], "silu", halves=halves)
     model.down_proj = fp8.Linear(WIDE + 1, HIDDEN, False, device, recipe=RECIPES[0])
     with pytest.raises(RuntimeError, match=r"torch_fp8: down must have gate's 48 outputs as inputs, got .*\[32, 49\]"):
         model(*inputs(device))

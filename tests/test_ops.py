@@ -44,6 +44,13 @@ def samples(device):
     yield ops.update_scales_, (*mixed, [448.0] * 13, [0, 1] * 6 + [0]), {}
     casts = [torch_fp8.DelayedScaling().options().cast(role).packed for role in range(3)]
     yield ops.cast, (x, slots, 0, casts, 0, True, True, False, True), {}
+    product = (0, slots, 0, casts, 0, True, True, True, True)
+    yield ops.activation_cast, (x, x.clone(), *product), {}
+    yield ops.activation_cast, (x, None, *product), {"halves": 1}
+    gradient = (0, slots, slots.clone(), 2, casts, [7, 0], True, True, torch.float32)
+    yield ops.activation_backward_cast, (x.clone(), x, x * 2, *gradient), {}
+    gradient = (0, slots, None, 2, casts, [0], True, True, torch.float32)
+    yield ops.activation_backward_cast, (x[..., :20].clone(), x, None, *gradient), {"halves": 2}
     gain, rest = torch.randn(40, device=device), (0, casts, 0, True, True)
     yield ops.norm_cast, (x, x.clone(), gain, None, 1e-5, False, 1.0, slots, *rest, True, True, True), {}
     yield ops.norm_cast, (x, None, gain, gain.clone(), 1e-5, True, 0.0, slots, *rest, True, False, False), {}
@@ -60,7 +67,7 @@ def is_fp8(arg):
     return isinstance(arg, torch.Tensor) and arg.dtype in (E4M3, E5M2)
 
 
-@pytest.mark.parametrize("index", range(25))
+@pytest.mark.parametrize("index", range(29))
 def test_opcheck(device, index):
     op, args, kwargs = list(samples(device))[index]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -70,7 +77,7 @@ def test_opcheck(device, index):
     opcheck(op.default, args, kwargs, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", range(25))
+@pytest.mark.parametrize("index", range(29))
 def test_only_what_the_schema_names_is_mutated(device, index):
     op, args, kwargs = list(samples(device))[index]
     tensors = [(a, t) for a, arg in zip(op.default._schema.arguments, args)

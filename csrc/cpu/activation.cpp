@@ -84,14 +84,24 @@ void activate_backward(const ActivationBackwardArgs& args) {
   const Shape shape = shape_of(args.xielu);
   if (args.alpha_sums) sum_by_alpha(args);
   with_activation(args.activation, [&](auto f) {
-    cast(args.gate, [&](int64_t row, int64_t col) {
+    const auto of_gate = [&](int64_t row, int64_t col) {
       const float factor = up.data ? element(up, row, col) : 1.0f;
       return element(args.dy, row, col) * (factor * differentiate<f(), Math>(element(gate, row, col), shape).slope);
-    });
-    if (!up.data) return;
-    cast(args.up, [&](int64_t row, int64_t col) {
+    };
+    const auto of_up = [&](int64_t row, int64_t col) {
       return element(args.dy, row, col) * torch_fp8::activate<f(), Math>(element(gate, row, col), shape);
-    });
+    };
+    if (args.halves != Halves::kNone) {
+      QuantizeArgs both = args.gate;
+      both.x.cols *= 2;
+      cast(both, [&](int64_t row, int64_t col) {
+        const bool is_gate = (col < gate.cols) == (args.halves == Halves::kGateFirst);
+        return is_gate ? of_gate(row, col % gate.cols) : of_up(row, col % gate.cols);
+      });
+      return;
+    }
+    cast(args.gate, of_gate);
+    if (up.data) cast(args.up, of_up);
   });
 }
 

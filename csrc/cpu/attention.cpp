@@ -1,4 +1,4 @@
-// The reference: for each head all scores of a query in float32, with the casts that FP8 attention makes between its
+// The reference: for each head the scores of a query in float32, with the casts that FP8 attention makes between its
 // products.
 #include <array>
 #include <cmath>
@@ -67,6 +67,8 @@ void write(const Values& values, const Heads& x, const Codec& codec, float scale
       first[t * x.token_stride + i] = codec.encode(values[static_cast<size_t>(t * dims + i)], scale);
 }
 
+constexpr int64_t kKeysAtATime = 256;  // as cuDNN takes them
+
 int64_t keys_of(const AttentionSize& size, int64_t query) {
   return size.causal ? std::min(query + 1, size.kv_tokens) : size.kv_tokens;
 }
@@ -113,17 +115,23 @@ void attention(const AttentionArgs& args) {
       for (int64_t i = 0; i < size.tokens; ++i) {
         const int64_t keys = keys_of(size, i);
         float largest = -std::numeric_limits<float>::infinity(), sum = 0;
-        for (int64_t j = 0; j < keys; ++j) {
-          float& score = scores[static_cast<size_t>(j)];
-          score = dot(&q[static_cast<size_t>(i * dims)], &k[static_cast<size_t>(j * dims)], dims) * of_scores;
-          largest = std::max(largest, score);
-        }
         float* const o_row = &o[static_cast<size_t>(i * dims)];
-        for (int64_t j = 0; j < keys; ++j) {
-          const float p = std::exp(scores[static_cast<size_t>(j)] - largest);
-          sum += p;
-          amaxes.note(kP, at, p);
-          add(o_row, cast_p(p), &v[static_cast<size_t>(j * dims)], dims);
+        for (int64_t first = 0; first < keys; first += kKeysAtATime) {
+          const int64_t last = std::min(keys, first + kKeysAtATime);
+          const float before = largest;
+          for (int64_t j = first; j < last; ++j) {
+            float& score = scores[static_cast<size_t>(j)];
+            score = dot(&q[static_cast<size_t>(i * dims)], &k[static_cast<size_t>(j * dims)], dims) * of_scores;
+            largest = std::max(largest, score);
+          }
+          const float smaller = std::exp(before - largest);  // what was summed so far was relative to another maximum
+          sum *= smaller;
+          for (int64_t d = 0; d < dims; ++d) o_row[d] *= smaller;
+          for (int64_t j = first; j < last; ++j) {
+            const float p = std::exp(scores[static_cast<size_t>(j)] - largest);
+            sum += p;
+            add(o_row, cast_p(p), &v[static_cast<size_t>(j * dims)], dims);
+          }
         }
         for (int64_t d = 0; d < dims; ++d) o_row[d] = o_row[d] * of_sums / sum;
         args.lse[at * size.tokens + i] = largest + std::log(sum);
@@ -132,7 +140,8 @@ void attention(const AttentionArgs& args) {
       write(o, args.o, codec, scales[kO].scale, batch, head, size.tokens, dims);
     }
   });
-  amaxes.store(args.amaxes, {kP, kO});
+  args.amaxes[kP] = 1;
+  amaxes.store(args.amaxes, {kO});
 }
 
 void attention_backward(const AttentionBackwardArgs& args) {

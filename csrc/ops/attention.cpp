@@ -193,7 +193,8 @@ AttentionGradients gradients_16bit(const at::Tensor& dy, const at::Tensor& q, co
 
 // Each query head gets keys and values of its own.
 at::Tensor expanded(const at::Tensor& codes, int64_t group) {
-  return codes.view(at::kByte).repeat_interleave(group, 2).view(codes.scalar_type());
+  const at::Tensor words = codes.view(at::kLong).unsqueeze(3);  // eight codes, which are copied faster than one
+  return words.expand({-1, -1, -1, group, -1}).flatten(2, 3).view(codes.scalar_type());
 }
 
 AttentionGradients gradients_fp8(const at::Tensor& dy, const at::Tensor& q_codes, const at::Tensor& k_given,
@@ -275,10 +276,9 @@ AttentionForward attention_forward(const at::Tensor& q, const at::Tensor& k, con
                    v_codes = codes_as_heads(plans[2], v);
   const at::Tensor o_codes = at::empty(q_codes.sizes(), q_codes.options());
   const at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, slots.options());
-  // The largest numerator of softmax is 1, which P's own amax is before anything is computed.
+  // P's own amax is 1, before anything is computed (amax_of_role).
   const uint32_t own_p = roles.own({kP}), own_o = roles.own({kO});
-  const at::Tensor amaxes =
-      own_p ? at::ones({kAttentionRoles}, slots.options()) : at::empty({kAttentionRoles}, slots.options());
+  const at::Tensor amaxes = at::empty({kAttentionRoles}, slots.options());
   take_amaxes(amaxes, slots, scales, /*record=*/0, own_p, roles);
   const AttentionArgs args{size_of(q_codes, k_codes, causal, scale),
                            heads_of(q_codes),
@@ -320,9 +320,10 @@ AttentionGradients attention_backward(const at::Tensor& dy, const at::Tensor& q_
   }
   const auto t = dequantized({{q_codes, kQ}, {k_codes, kK}, {v_codes, kV}, {o_codes, kO}}, scales, dy.scalar_type());
   RECORD_FUNCTION("torch_fp8::attention_backward_16bit", std::vector<c10::IValue>());
-  const auto [dq, dk, dv] = gradients_16bit(dy, t[0], t[1], t[2], t[3], lse, causal, scale);
-  // In memory as the fakes say, which they are already where PyTorch's op made them.
+  // All in memory as the fakes say, which the results are already where PyTorch's op made them. That op is given a
+  // gradient that lies as the result does, since of one that lies otherwise it makes other numbers.
   const auto laid = [](const at::Tensor& t) { return t.transpose(1, 2).contiguous().transpose(1, 2); };
+  const auto [dq, dk, dv] = gradients_16bit(laid(dy), t[0], t[1], t[2], t[3], lse, causal, scale);
   return {laid(dq), laid(dk), laid(dv)};
 }
 

@@ -400,7 +400,7 @@ void check_function(int64_t activation) {
                     activation);
 }
 
-// Whether the first of two layers makes gate and, behind it, up.
+// Whether the first of two layers makes gate and up.
 bool makes_both(Tensors weights) { return weights.size() == 2 && weights[0].sym_size(0) == 2 * weights[1].sym_size(1); }
 
 // Returns the kinds of the weights' scales.
@@ -456,7 +456,7 @@ bool have_same_codes(const FrozenProduct& a, const FrozenProduct& b) {
          (a.weight_scale == WeightScale::kBlock) == (b.weight_scale == WeightScale::kBlock);
 }
 
-at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f, const QuantizedInput* given) {
+at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f, const QuantizedInput* given, bool up_first) {
   Product first = layers.product(0, x);
   const bool gated = layers.kinds.size() == 3;
   first.codes_of_x = given;
@@ -466,7 +466,7 @@ at::Tensor mlp_of(const at::Tensor& x, const Layers& layers, Activation f, const
     gate = computed(first);
     if (makes_both(layers.weights)) {
       const int64_t inner = gate.size(-1) / 2;
-      up = gate.narrow(-1, inner, inner), gate = gate.narrow(-1, 0, inner);
+      up = gate.narrow(-1, up_first ? 0 : inner, inner), gate = gate.narrow(-1, up_first ? inner : 0, inner);
     }
   } else {
     Product second = layers.product(1, x);
@@ -504,7 +504,7 @@ at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorLis
                       const c10::List<c10::optional<at::Tensor>>& biases,
                       const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation, int64_t activations,
                       c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes,
-                      const c10::optional<at::Tensor>& x_scale) {
+                      const c10::optional<at::Tensor>& x_scale, bool up_first) {
   const Layers layers{weights,
                       weight_scales,
                       biases,
@@ -516,16 +516,18 @@ at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorLis
   const c10::DeviceGuard guard(x.device());
   const NoAutocast no_autocast;
   const auto given = given_input(x_codes, x_scale, input_slots.get(0));
-  return mlp_of(x, layers, static_cast<Activation>(activation), given ? &*given : nullptr);
+  return mlp_of(x, layers, static_cast<Activation>(activation), given ? &*given : nullptr, up_first);
 }
 
 at::Tensor frozen_mlp_meta(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
                            const c10::List<c10::optional<at::Tensor>>& biases,
                            const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation,
                            int64_t activations, c10::optional<at::ScalarType> dtype,
-                           const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale) {
+                           const c10::optional<at::Tensor>& x_codes, const c10::optional<at::Tensor>& x_scale,
+                           bool up_first) {
   if (GemmRecord::is_open()) {
-    return frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype, x_codes, x_scale);
+    return frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype, x_codes, x_scale,
+                      up_first);
   }
   const std::vector<WeightScale> kinds =
       check_frozen_mlp(x, weights, weight_scales, biases, input_slots, activation, activations, dtype);

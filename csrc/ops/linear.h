@@ -78,17 +78,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward_meta(
     c10::SymInt in_features, at::ScalarType x_dtype, at::ScalarType weight_dtype, bool dummy_grad);
 
 // f(gate) or f(gate) * up cast for the role of the layer that reads it, and the two gradients cast for the layers that
-// made gate and up (activation.cpp). histories: of those two.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(const at::Tensor& gate,
-                                                               const c10::optional<at::Tensor>& up, int64_t activation,
-                                                               const at::Tensor& slots, int64_t role,
-                                                               at::IntArrayRef casts, int64_t history, bool training,
-                                                               bool record, bool rowwise, bool columnwise,
-                                                               const c10::optional<at::Tensor>& alphas, double beta);
+// made gate and up (activation.cpp), or for the one that made both. histories: of those two.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast(
+    const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation, const at::Tensor& slots,
+    int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise,
+    const c10::optional<at::Tensor>& alphas, double beta, int64_t halves);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_cast_meta(
     const at::Tensor& gate, const c10::optional<at::Tensor>& up, int64_t activation, const at::Tensor& slots,
     int64_t role, at::IntArrayRef casts, int64_t history, bool training, bool record, bool rowwise, bool columnwise,
-    const c10::optional<at::Tensor>& alphas, double beta);
+    const c10::optional<at::Tensor>& alphas, double beta, int64_t halves);
 using GradientCasts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                  at::Tensor, at::Tensor>;
 GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& gate,
@@ -96,12 +94,14 @@ GradientCasts activation_backward_cast(const at::Tensor& dy, const at::Tensor& g
                                        const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
                                        int64_t role, at::IntArrayRef casts, at::IntArrayRef histories, bool training,
                                        bool record, c10::optional<at::ScalarType> dbias,
-                                       const c10::optional<at::Tensor>& alphas, double beta, bool columnwise);
+                                       const c10::optional<at::Tensor>& alphas, double beta, bool columnwise,
+                                       int64_t halves);
 GradientCasts activation_backward_cast_meta(const at::Tensor& dy, const at::Tensor& gate,
                                             const c10::optional<at::Tensor>& up, int64_t activation,
                                             const at::Tensor& gate_slots, const c10::optional<at::Tensor>& up_slots,
                                             int64_t role, at::IntArrayRef casts, at::IntArrayRef histories,
                                             bool training, bool record, c10::optional<at::ScalarType> dbias,
-                                            const c10::optional<at::Tensor>& alphas, double beta, bool columnwise);
+                                            const c10::optional<at::Tensor>& alphas, double beta, bool columnwise,
+                                            int64_t halves);
 
 }  // namespace torch_fp8

@@ -29,8 +29,9 @@ int64_t activation_of_name(const std::string& name);
 // activation: activation_of_name. The same casts, states and gradients as of the layers one after the other, but that
 // what stands between them is rounded once. recompute: backward makes the product's codes again instead of keeping
 // them. alphas (2) float32, differentiable, and beta: xielu's alone, as activation_cast (csrc/register.cpp) has them.
+// halves: as there; by halves gate is one layer with the outputs of both, and weight (2 N, K).
 at::Tensor mlp(const at::Tensor& x, const c10::optional<at::Tensor>& residual, const LinearLayer& gate,
                const LinearLayer* up, const LinearLayer& down, int64_t activation, bool recompute = false,
-               const c10::optional<at::Tensor>& alphas = c10::nullopt, double beta = 0.5);
+               const c10::optional<at::Tensor>& alphas = c10::nullopt, double beta = 0.5, int64_t halves = 0);
 
 }  // namespace torch_fp8

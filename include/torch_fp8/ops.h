@@ -100,14 +100,14 @@ at::Tensor frozen_linear(const at::Tensor& x, const at::Tensor& weight, const at
 
 // y (..., N) = down(f(gate(x)) * up(x)) or, of two layers, down(f(up(x))), each layer as frozen_linear computes it; f:
 // activation_cast's activation, but 3. weights, weight_scales, biases and input_slots are those of gate, up and down,
-// or of up and down; a first of two layers with twice down's inputs is gate and, behind it, up. Where down quantises by
-// row or by its slot, the product is cast as it is made, never rounded to 16 bits. x_codes and x_scale are for the
-// layers that read x. Not differentiable.
+// or of up and down; a first of two layers with twice down's inputs is gate and, behind it, up, or with up_first up and
+// then gate. Where down quantises by row or by its slot, the product is cast as it is made, never rounded to 16 bits.
+// x_codes and x_scale are for the layers that read x. Not differentiable.
 at::Tensor frozen_mlp(const at::Tensor& x, at::TensorList weights, at::TensorList weight_scales,
                       const c10::List<c10::optional<at::Tensor>>& biases,
                       const c10::List<c10::optional<at::Tensor>>& input_slots, int64_t activation, int64_t activations,
                       c10::optional<at::ScalarType> dtype, const c10::optional<at::Tensor>& x_codes = c10::nullopt,
-                      const c10::optional<at::Tensor>& x_scale = c10::nullopt);
+                      const c10::optional<at::Tensor>& x_scale = c10::nullopt, bool up_first = false);
 
 // y (rows, N) of x (rows, K): rows offsets[e] to offsets[e + 1] by weight[e] and the rest of expert e, as frozen_linear
 // has it; rows behind offsets[E] are zero. offsets (E + 1) int64 on the CPU; weight (E, N, K) float8_e4m3fn; bias (E,

@@ -119,6 +119,7 @@ def mlp(
     recompute: bool = False,
     alphas: Tensor | None = None,
     beta: float = 0.5,
+    halves: int = 0,
 ) -> Tensor: ...
 def norm(
     x: Tensor,

@@ -64,7 +64,8 @@ __device__ void store_alphas(const ActivationBackwardArgs& args, const float (&o
 
 template <class T, Format kFormat, Activation kActivation, bool kGated, bool kSums>
 __global__ void __launch_bounds__(kThreads, 2)
-    activate_backward_kernel(__grid_constant__ const ActivationBackwardArgs args, uint32_t tiles_across) {
+    activate_backward_kernel(__grid_constant__ const ActivationBackwardArgs args, uint32_t tiles_across,
+                             int64_t stride) {
   __shared__ uint32_t of_warp[kWarps];
   const Tile tile = tile_of(args.gate.x, blockIdx.x, tiles_across);
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
@@ -97,12 +98,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __shared__ float of_alphas[kWarps][2];
   if constexpr (kActivation == Activation::kXielu) stage_alphas(of_alphas, by_positive, by_negative);
-  store_tile<true>(gate_patch, of_gate, args.gate, tile, of_warp);
+  store_tile<true>(gate_patch, of_gate, args.gate, tile, of_warp, stride);
   if constexpr (kActivation == Activation::kXielu) store_alphas(args, of_alphas);
   store_scalars(args.gate, of_warp);
   if constexpr (kGated) {
     __syncthreads();  // before the second takes the place of the first
-    store_tile<true>(up_patch, of_up, args.up, tile, of_warp);
+    store_tile<true>(up_patch, of_up, args.up, tile, of_warp, stride);
     store_scalars(args.up, of_warp);
   }
 }
@@ -123,8 +124,24 @@ void launch_activate(const ActivationArgs& args, cudaStream_t stream) {
   });
 }
 
-void launch_activate_backward(const ActivationBackwardArgs& args, cudaStream_t stream) {
+// The cast of both halves as two casts, each into its part of one array.
+ActivationBackwardArgs as_two_casts(const ActivationBackwardArgs& both) {
+  ActivationBackwardArgs args = both;
+  QuantizeArgs& second = both.halves == Halves::kGateFirst ? args.up : args.gate;
+  args.up = both.gate;
+  args.up.x = both.up.x;
+  const int64_t cols = both.gate.x.cols;
+  if (second.q) second.q += cols;
+  if (second.q_t) second.q_t += cols * padded(both.gate.x.rows);
+  if (second.column_sums) second.column_sums += cols;
+  return args;
+}
+
+void launch_activate_backward(const ActivationBackwardArgs& given, cudaStream_t stream) {
+  const bool by_halves = given.halves != Halves::kNone;
+  const ActivationBackwardArgs args = by_halves ? as_two_casts(given) : given;
   const Matrix& x = args.gate.x;
+  const int64_t stride = by_halves ? 2 * x.cols : padded(x.cols);
   if (x.rows == 0 || x.cols == 0) return;
   const bool gated = args.up.x.data;
   with_type(x.type, [&](auto t) {
@@ -134,7 +151,7 @@ void launch_activate_backward(const ActivationBackwardArgs& args, cudaStream_t s
           const auto kernel = args.gate.format == Format::kE4M3
                                   ? activate_backward_kernel<decltype(t), Format::kE4M3, activation(), g(), sums()>
                                   : activate_backward_kernel<decltype(t), Format::kE5M2, activation(), g(), sums()>;
-          launch(kernel, tiles_of(x), kThreads, stream, args, tiles_across(x));
+          launch(kernel, tiles_of(x), kThreads, stream, args, tiles_across(x), stride);
         });
       });
     });

@@ -87,14 +87,15 @@ struct MatrixSource {
 
 // mark_infinities for a patch: in q, and in columns where there are any, before others read them.
 template <class Source>
-__device__ void mark_patch(const Source& source, const QuantizeArgs& args, const Tile& tile, Columns* columns) {
+__device__ void mark_patch(const Source& source, const QuantizeArgs& args, const Tile& tile, Columns* columns,
+                           int64_t stride) {
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
 #pragma unroll 1
   for (int element = 0; element < kPatchRows * kPackSize; ++element) {
     const int i = element / kPackSize, j = element % kPackSize;
     if (row + i >= args.x.rows || col + j >= args.x.cols) continue;
     if (raw_magnitude(source.at(row + i, col + j)) != kInfinity) continue;
-    if (args.q) args.q[(row + i) * padded(args.x.cols) + col + j] = kNaNCode;
+    if (args.q) args.q[(row + i) * stride + col + j] = kNaNCode;
     if (columns) {
       uint32_t& word = (*columns)[tile.patch_col * kPackSize + j][place_of(tile)];
       word = (word & ~(0xFFu << 8 * i)) | uint32_t{kNaNCode} << 8 * i;
@@ -133,14 +134,14 @@ __device__ inline void stage_sums(WarpSums& warp_sums, float (&sums)[kPackSize],
   *reinterpret_cast<float4*>(place + 4) = make_float4(sums[4], sums[5], sums[6], sums[7]);
 }
 
-__device__ inline void store_sums(const WarpSums& warp_sums, const Tile& tile, float* column_sums,
-                                  int64_t padded_cols) {
+__device__ inline void store_sums(const WarpSums& warp_sums, const Tile& tile, float* column_sums, int64_t padded_cols,
+                                  int64_t stride) {
   const int64_t col = tile.col + threadIdx.x;
   if (threadIdx.x >= kTile || col >= padded_cols) return;
   float sum = 0;
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp][threadIdx.x];
-  column_sums[tile.row / kBiasRows * padded_cols + col] = sum;
+  column_sums[tile.row / kBiasRows * stride + col] = sum;
 }
 
 // A thread's patch as codes, the largest magnitude that it held and, where they are asked for, the sums of its columns.
@@ -175,28 +176,35 @@ __device__ inline WarpSums& shared_sums() {
 }
 
 // Out of the registers: codes, their transpose, maxima (in of_warp at the end) and column sums of a tile. args.x says
-// no more than the size; source.at(row, col) is what was encoded. Before a block stores its next tile it synchronises.
+// no more than the size; source.at(row, col) is what was encoded. stride: from a row of q, and of column_sums, to the
+// next. Before a block stores its next tile it synchronises.
 template <bool kTransposed, bool kSums, class Source>
 __device__ __forceinline__ void store_tile(Patch<kSums>& patch, const Source& source, const QuantizeArgs& args,
-                                           const Tile& tile, uint32_t (&of_warp)[kWarps]) {
+                                           const Tile& tile, uint32_t (&of_warp)[kWarps], int64_t stride) {
   const int64_t padded_rows = padded(args.x.rows), padded_cols = padded(args.x.cols);
   const int64_t row = tile.row + tile.patch_row * kPatchRows, col = tile.col + tile.patch_col * kPackSize;
   // Padded sizes are multiples of the patch: it lies inside of q or outside.
   if (args.q && row < padded_rows && col < padded_cols) {
-    uint8_t* const place = args.q + row * padded_cols + col;
+    uint8_t* const place = args.q + row * stride + col;
 #pragma unroll
-    for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(place + i * padded_cols) = patch.codes[i];
+    for (int i = 0; i < kPatchRows; ++i) *reinterpret_cast<uint2*>(place + i * stride) = patch.codes[i];
   }
   stage_max(of_warp, patch.seen);
   if constexpr (kTransposed) stage_transposed(shared_columns(), patch.codes, tile);
   if (patch.seen >= kInfinity) [[unlikely]]
-    mark_patch(source, args, tile, kTransposed ? &shared_columns() : nullptr);
+    mark_patch(source, args, tile, kTransposed ? &shared_columns() : nullptr, stride);
   if constexpr (kSums) stage_sums(shared_sums(), patch.sums, tile);
   __syncthreads();
   if constexpr (kTransposed) {
     if (args.q_t) store_transposed(shared_columns(), tile, args.q_t, padded_rows, padded_cols);
   }
-  if constexpr (kSums) store_sums(shared_sums(), tile, args.column_sums, padded_cols);
+  if constexpr (kSums) store_sums(shared_sums(), tile, args.column_sums, padded_cols, stride);
+}
+
+template <bool kTransposed, bool kSums, class Source>
+__device__ __forceinline__ void store_tile(Patch<kSums>& patch, const Source& source, const QuantizeArgs& args,
+                                           const Tile& tile, uint32_t (&of_warp)[kWarps]) {
+  store_tile<kTransposed>(patch, source, args, tile, of_warp, padded(args.x.cols));
 }
 
 // A tile of what the source has loaded.

@@ -72,10 +72,10 @@ class Attends(nn.Module):
             layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj)
         )  # fmt: skip
         if cos is not None or self.q_norm is not None:
-            q_gain, k_gain = (None if n is None else n.weight for n in (self.q_norm, self.k_norm))
+            gains: list[Any] = [None if n is None else n.weight for n in (self.q_norm, self.k_norm)]
             eps = getattr(self.q_norm, "eps", None) or 1e-6
             kind: Any = self.qk_norm and self.qk_norm.removesuffix("_no_gain")
-            q, k = rotary(q, k, cos, sin, norm=kind or None, q_gain=q_gain, k_gain=k_gain, eps=eps)
+            q, k = rotary(q, k, cos, sin, norm=kind or None, q_gain=gains[0], k_gain=gains[1], eps=eps)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         grouped = self.num_kv_heads != self.num_heads
         attend = F.scaled_dot_product_attention if self.sdpa is None else self.sdpa

@@ -18,6 +18,8 @@ from .. import _C
 from ..checks import check
 from ..recipe import CurrentScaling, DelayedScaling, Recipe
 from ..state import Role, State, role_of
+from . import dtensor
+from .dtensor import has_whole_heads, is_dtensor
 from .modes import MODES, choose
 from .scaled import Scaled
 from .traced import note_training
@@ -304,6 +306,11 @@ def _attend(
         assert module is not None
         mode = module.mode if module.fp8_enabled else "16bit"
     query, key, value = under_autocast(query, key, value)
+    heads = query, key, value
+    if mode != "16bit" and is_dtensor(query) and attn_mask is None and not dropout_p and has_whole_heads(*heads):
+        return dtensor.attention(
+            lambda q, k, v: _attend(module, q, k, v, None, 0.0, is_causal, scale, enable_gqa, mode), *heads
+        )
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     choice = choose(mode, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, grads)
     if module is not None:

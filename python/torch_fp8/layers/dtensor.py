@@ -1,4 +1,5 @@
-"""A layer whose weight is a DTensor: tensor and sequence parallelism as ``parallelize_module`` arranges them.
+"""A layer whose weight is a DTensor, and an attention of DTensors: tensor and sequence parallelism as
+``parallelize_module`` arranges them.
 
 Each rank runs the ordinary layer on its local tensors. The scaling state is every rank's own; ``reduce_amaxes`` over
 the tensor-parallel group makes it what one process would have.
@@ -6,7 +7,8 @@ the tensor-parallel group makes it what one process would have.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_dtensor(tensor: object) -> bool:
     # By its attribute: importing the class takes as long as the rest of PyTorch.
-    return type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "device_mesh")
 
 
 def linear(layer: Layer, x: Tensor) -> Tensor:
@@ -79,3 +81,28 @@ def linear(layer: Layer, x: Tensor) -> Tensor:
             bias_local = bias_local - bias_local.detach()  # nothing, but with the same gradient as on the first rank
     y = layer._linear(x_local, weight_local, bias_local)
     return DTensor.from_local(y, mesh, [y_place], run_check=False)
+
+
+def has_whole_heads(*heads: Any) -> bool:
+    """Whether query, key and value are DTensors that lie alike, whole samples and heads of them on each rank."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    lie = [(t.device_mesh, t.placements) for t in heads if is_dtensor(t)]
+    if len(lie) < len(heads) or any(other != lie[0] for other in lie):
+        return False
+    mesh, placements = lie[0]
+    parts = {0: 1, 1: 1}  # of samples and of heads
+    for i, place in enumerate(placements):
+        if type(place) is Shard and place.dim in parts:
+            parts[place.dim] *= mesh.size(i)
+        elif type(place) is not Replicate:
+            return False
+    return all(t.shape[dim] % count == 0 for t in heads for dim, count in parts.items())
+
+
+def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Any, key: Any, value: Any) -> Tensor:
+    """``attend(query, key, value)`` of each rank's own samples and heads, where ``has_whole_heads``."""
+    from torch.distributed.tensor import DTensor
+
+    y = attend(query.to_local(), key.to_local(), value.to_local())
+    return DTensor.from_local(y, query.device_mesh, query.placements, run_check=False)

@@ -82,6 +82,7 @@ class MlpFusion(NamedTuple):
     down: str
     activation: str  # of layers.mlp.NAMES
     xielu: Xielu | None = None
+    halves: int = 0  # where up is both: which comes first, as mlp() has it
 
 
 class FusedMlp(Fused):
@@ -97,10 +98,11 @@ class FusedMlp(Fused):
 def _mlp_added_to(module: FusedMlp, x: Tensor, residual: Tensor | None) -> Tensor:
     if residual is not None and (residual.dtype != result_dtype(x) or residual.shape != x.shape):
         return residual + _mlp_added_to(module, x, None)  # where dtypes or shapes meet, PyTorch decides
-    gate, up, down, activation, xielu = module.fp8_fusion
+    gate, up, down, activation, xielu, halves = module.fp8_fusion
     of_gate = None if gate is None else getattr(module, gate)
     factors: dict[str, Any] = {} if xielu is None else {"alphas": xielu.alphas(module), "beta": xielu.beta}
-    return mlp(x, of_gate, getattr(module, up), getattr(module, down), activation, residual, **factors)
+    layers = of_gate, getattr(module, up), getattr(module, down)
+    return mlp(x, *layers, activation, residual, halves=halves, **factors)
 
 
 def _others_matter(module: nn.Module, called: Collection[str | None]) -> bool:

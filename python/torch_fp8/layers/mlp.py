@@ -70,8 +70,6 @@ def why_apart(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> str:
             return f"{name} and up are not both in training"
         if is_dtensor(layer.weight):
             return f"the weight of {name} is a DTensor"
-    if gate is None and _makes_both(up, down):
-        return "gate and up are one layer"
     if not all(layers["up"].fp8_state.fp8_gemms):
         return "the recipe keeps a GEMM in 16 bits"
     if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
@@ -111,27 +109,24 @@ def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.M
     return not any(has_hooks(layer) or is_dtensor(layer.weight) for layer in layers)
 
 
-def _apart(x: Tensor, gate: Any, up: Any, down: Any, f: Callable[[Tensor], Tensor]) -> Tensor:
+def _apart(x: Tensor, gate: Any, up: Any, down: Any, f: Callable[[Tensor], Tensor], halves: int) -> Tensor:
     if gate is not None:
         return down(f(gate(x)) * up(x))
     y = up(x)
-    if not _makes_both(up, down):
+    if not halves:
         return down(f(y))
-    of_gate, of_up = y.chunk(2, -1)
+    of_gate, of_up = y.chunk(2, -1) if halves == 1 else reversed(y.chunk(2, -1))
     return down(f(of_gate) * of_up)
 
 
-def _makes_both(up: Any, down: Any) -> bool:
-    return bool(getattr(up, "out_features", 0) == 2 * getattr(down, "in_features", -1))
-
-
-def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str) -> Tensor:
+def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, halves: int) -> Tensor:
     layers = list(_by_role(gate, up, down).values())
     weights, scales, biases, slots = zip(*(layer._state() for layer in layers), strict=True)
     find = codes_in_graph if torch.compiler.is_compiling() else codes_for
     how = FROZEN_ACTIVATIONS.index(layers[0].activations)
     return torch.ops.torch_fp8.frozen_mlp(
-        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x), *find(x, *layers[:-1])
+        x, weights, scales, biases, slots, _CODES[activation], how, autocast_dtype(x), *find(x, *layers[:-1]),
+        up_first=halves == 2,
     )  # fmt: skip
 
 
@@ -146,32 +141,32 @@ def has_hooks(module: nn.Module) -> bool:
 
 def mlp(
     x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, residual: Tensor | None = None,
-    *, alphas: Tensor | None = None, beta: float = 0.5,
+    *, alphas: Tensor | None = None, beta: float = 0.5, halves: int = 0,
 ) -> Tensor:  # fmt: skip
     """``down(f(gate(x)) * up(x))``, or ``down(f(up(x)))`` without a gate; plus residual, which has the output's shape.
 
-    Without a gate an up with twice as many outputs as down has inputs is both: the gate's outputs come first.
+    halves: without a gate 1 where up makes both, the gate's outputs first, and 2 where the up's come first; else 0.
     x (..., K), result (..., K) of x's dtype, or the autocast dtype. activation: one of ``NAMES``; alphas (2) float32
     and beta are those of ``xielu``."""
     f = ACTIVATIONS[activation] if alphas is None else functools.partial(xielu, alphas=alphas, beta=beta)
     if isinstance(up, FrozenLinear):
         if _can_run_frozen(x, gate, up, down, activation):
-            y = _frozen(x, gate, up, down, activation)
+            y = _frozen(x, gate, up, down, activation, halves)
         else:
-            y = _apart(x, gate, up, down, f)
+            y = _apart(x, gate, up, down, f, halves)
         return y if residual is None else residual + y
     if is_dtensor(x) or why_apart(gate, up, down):
         if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
             _check_residual(residual, x, down)
-        y = _apart(x, gate, up, down, f)
+        y = _apart(x, gate, up, down, f, halves)
         return y if residual is None else residual + y
     layers = list(_by_role(gate, up, down).values())
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
-        return _traced(x, layers, activation, residual, alphas, beta)
+        return _traced(x, layers, activation, residual, alphas, beta, halves)
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
     recompute = layers[-1].fp8_state.recompute
-    return _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta)
+    return _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta, halves)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -190,8 +185,9 @@ def _check_residual(residual: Tensor, x: Tensor, down: Layer) -> None:
 
 
 def _traced(
-    x: Tensor, layers: list[Any], activation: str, residual: Tensor | None, alphas: Tensor | None, beta: float
-) -> Tensor:
+    x: Tensor, layers: list[Any], activation: str, residual: Tensor | None, alphas: Tensor | None, beta: float,
+    halves: int,
+) -> Tensor:  # fmt: skip
     calls, tensors = [], []
     beyond = x.requires_grad or (alphas is not None and alphas.requires_grad)
     for layer in layers[:-1]:
@@ -205,7 +201,7 @@ def _traced(
         calls[i] = calls[i]._replace(dummy_grad=dummy)
         codes = (None, None, None) if i == len(layers) - 1 else traced.shared_codes(state, x, calls[i])
         tensors += [layer.matrix, layer.bias, state.slots, state.grad_slots, main_grad, *codes]
-    return _Mlp.apply(x, residual, alphas, beta, _CODES[activation], calls, *tensors)
+    return _Mlp.apply(x, residual, alphas, beta, _CODES[activation], halves, calls, *tensors)
 
 
 _PER_LAYER = 8  # tensors of a layer among _Mlp's arguments
@@ -216,7 +212,7 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, alphas: Tensor | None, beta: float, activation: int,
+        ctx: Any, x: Tensor, residual: Tensor | None, alphas: Tensor | None, beta: float, activation: int, halves: int,
         calls: list[traced.Call], *tensors: Any,
     ) -> Tensor:  # fmt: skip
         layers = [tensors[i : i + _PER_LAYER] for i in range(0, len(tensors), _PER_LAYER)]
@@ -231,12 +227,13 @@ class _Mlp(torch.autograd.Function):
         down = calls[-1]
         product = torch.ops.torch_fp8.activation_cast(
             gate, up, activation, slots, 0, down.casts, down.history, down.training, down.record, True,
-            down.grad_weight, alphas, beta,
+            down.grad_weight, alphas, beta, halves,
         )  # fmt: skip
-        y, kept = traced.forward(gate, weight, bias, slots, product, down, residual)
+        factor = gate.chunk(2, -1)[0] if halves else gate
+        y, kept = traced.forward(factor, weight, bias, slots, product, down, residual)
         ctx.kept.append(traced.kept_of(gate, weight, bias, grad_slots, main_grad, down))
         ctx.save_for_backward(*saved, *kept, gate, up, alphas)
-        ctx.activation, ctx.beta, ctx.has_residual = activation, beta, residual is not None
+        ctx.activation, ctx.beta, ctx.halves, ctx.has_residual = activation, beta, halves, residual is not None
         return y
 
     @staticmethod
@@ -255,6 +252,7 @@ class _Mlp(torch.autograd.Function):
                 dproduct, gate, up, ctx.activation, kept[0].slots, None if up is None else kept[1].slots, 2,
                 calls[0].casts, [call.history for call in calls[:-1]], calls[0].training, calls[0].record,
                 torch.float32 if any(call.grad_bias for call in calls[:-1]) else None, alphas, ctx.beta,
+                halves=ctx.halves,
             )  # fmt: skip
         for i, output in reversed(list(enumerate(outputs))):  # in the order of the engine
             made = dweight = of_bias = None
@@ -271,4 +269,4 @@ class _Mlp(torch.autograd.Function):
             gradients = [dweight, of_bias, *[None] * (_PER_LAYER - 2), *gradients]
         gradients += [ddown, dbias, *[None] * (_PER_LAYER - 2)]
         dalphas = None if alphas is None or dproduct is None else codes[8]
-        return (dx, dy if ctx.has_residual else None, dalphas, None, None, None, *gradients)
+        return (dx, dy if ctx.has_residual else None, dalphas, None, None, None, None, *gradients)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .dtensor import is_dtensor
 from .transforms import is_transformed
 
 MODES = ("auto", "16bit", "fp8_forward", "fp8")
@@ -66,8 +67,11 @@ def why_not(
         return "it has a mask"
     if dropout_p > 0:
         return "it has dropout"
-    if is_transformed(query, key, value):
-        return "it runs under a transform of torch.func (vmap, grad, ...) or in forward mode"
+    if any(is_dtensor(t) for t in (query, key, value)):
+        lie = ", ".join(str(getattr(t, "placements", "nowhere")) for t in (query, key, value))
+        return (
+            f"query, key and value are DTensors that lie as {lie}, not all alike and sharded by whole heads or samples"
+        )
     if any(t.is_nested or t.layout != torch.strided or t.dim() != 4 for t in (query, key, value)):
         return "query, key and value are not all dense (batch, heads, tokens, head_dim)"
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
@@ -88,6 +92,8 @@ def why_not(
         return "a sequence is empty"
     if query.shape[2] == 1:
         return "there is one query"
+    if is_transformed(query, key, value):
+        return "it is under a transform of torch.func, or in forward mode"
     return ""
 
 
@@ -101,8 +107,9 @@ def _missing(device: str) -> str:
     return ""
 
 
-# A trace takes what it said as a constant (traced.py); functools.cache would not be asked there.
 def _missing_in_trace(device: str) -> str:
+    """Runs when a step is traced, as what is constant there: a trace looks through functools.cache, whatever is marked
+    on that."""
     return _missing(device)
 
 
@@ -141,12 +148,13 @@ def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequen
     cells = [c for c in cells if c.tokens == tokens]
     load = _nearest(sorted({c.load for c in cells}), batch * heads)
     us = next(c.us for c in cells if c.load == load)
-    took = {name: times[grads] for name, times in us.items() if name.partition(" ")[0] in modes and len(times) > grads}
+    which = 1 if grads else 0
+    took = {name: us[name][which] for name in us if name.partition(" ")[0] in modes}
     if not took:
         return None
     name = min(took, key=lambda name: took[name])
     is_choice = len(modes) > 1 or modes[0] != "fp8"
-    if is_choice and took[name] > us["16bit"][grads] * _WORTH:
+    if is_choice and took[name] > us["16bit"][which] * _WORTH:
         return None
     mode, _, expanded = name.partition(" ")
     return Choice(mode, "fastest at this size", bool(expanded))

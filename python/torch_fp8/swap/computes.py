@@ -156,18 +156,16 @@ def _mlp_over(
     if output is not result:
         return "its result is not that of its last layer"
     product, leaves = stubs[down].calls[0][0][0], [*made.values(), *of_factors]
-    if layers[into[0]].out_features != layers[down].in_features:
-        if len(into) > 1:
-            return None
-        if not isinstance(layers[into[0]], FrozenLinear):
-            return f"its gate and up are one layer, {into[0]}"
+    makes_both = layers[into[0]].out_features != layers[down].in_features
+    if makes_both and len(into) > 1:
+        return None
     for activation, f in activations.items():
-        for gate, up in _roles(into) if activation in named else ():
-            value = _product(f, None if gate is None else made[gate], made[up], layers[down].in_features)
+        for gate, up, halves in _roles(into, makes_both) if activation in named else ():
+            value = _product(f, None if gate is None else made[gate], made[up], halves)
             if not close(product, value, 1e-2 if in_half else 1e-6, _OF_HALF if in_half else 1e-6):
                 continue
             if in_half or all(map(close, gradients(product, leaves), gradients(value, leaves))):
-                return MlpFusion(gate, up, down, activation, factors if activation == "xielu" else None)
+                return MlpFusion(gate, up, down, activation, factors if activation == "xielu" else None, halves)
             return "its gradient is not that of what it computes"
     return f"what stands between its layers is none of {', '.join(NAMES)}"
 
@@ -197,15 +195,16 @@ def _xielu_of(name: str, module: nn.Module, probe: Probe) -> Xielu | None:
     return None
 
 
-def _product(f: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor, inner: int) -> Tensor:
-    if gate is None and up.shape[-1] == 2 * inner:
-        gate, up = up.chunk(2, -1)
+def _product(f: Callable[[Tensor], Tensor], gate: Tensor | None, up: Tensor, halves: int) -> Tensor:
+    if halves:
+        gate, up = up.chunk(2, -1) if halves == 1 else reversed(up.chunk(2, -1))
     return f(up) if gate is None else f(gate) * up
 
 
-def _roles(into: Sequence[str]) -> Iterator[tuple[str | None, str]]:
-    if len(into) == 1:
-        yield None, into[0]
+def _roles(into: Sequence[str], makes_both: bool) -> Iterator[tuple[str | None, str, int]]:
+    """gate, up and halves, as mlp() has them."""
+    if len(into) == 2:
+        yield into[0], into[1], 0
+        yield into[1], into[0], 0
     else:
-        yield into[0], into[1]
-        yield into[1], into[0]
+        yield from ((None, into[0], halves) for halves in ((1, 2) if makes_both else (0,)))

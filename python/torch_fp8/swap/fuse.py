@@ -36,9 +36,10 @@ def fuse(model: nn.Module, *, recompute: bool = False, attention: str | None = N
 
     Each module's own forward is run on a few numbers with stubs for its children, in training and in evaluation, and
     the module is fused only where it computes what the fused one does: pre-norm and post-norm blocks with RMSNorm or
-    LayerNorm, gated and plain MLPs with SiLU, GELU, xIELU or squared ReLU. A module with dropout that is larger than 0
-    is not. ``summary`` says what was fused, and why the rest was not. What cannot be fused in a call (a child with
-    hooks or a forward of its own, another dtype, arguments that were not foreseen, DTensors) is computed as before.
+    LayerNorm, gated and plain MLPs with SiLU, GELU, xIELU or squared ReLU, whose gate and up may be the halves of one
+    layer's output. A module with dropout that is larger than 0 is not. ``summary`` says what was fused, and why the
+    rest was not. What cannot be fused in a call (a child with hooks or a forward of its own, another dtype, arguments
+    that were not foreseen, DTensors) is computed as before.
 
     The order: ``convert``, then ``fuse``; before ``torch.compile``, DDP, ``fully_shard`` and adapters. What comes later
     may come as it likes: ``disabled`` and ``revert`` leave the norms and blocks fused, whose layers then compute one by
@@ -162,16 +163,17 @@ def _frozen_readers(module: nn.Module, width: int | None) -> list[FrozenLinear]:
 
 
 def _readers(module: nn.Module, width: int | None) -> list[Layer]:
-    """The layers of an attention or MLP that take its input: the members of one group, or the one that is named so. A
-    wrong guess costs time and no number: a layer takes codes of the very tensor that it was given, or casts."""
+    """The layers of an attention or MLP that take its input: the members of one group, or the one that was seen to take
+    it or is named so. A wrong guess costs time and no number: a layer takes codes of the very tensor that it was given,
+    or casts."""
     layers = {name: child for name, child in module.named_children() if isinstance(child, Layer)}
     for layer in layers.values():
         group = layer.fp8_state.group
         members = [other for other in layers.values() if other.fp8_state.group is group]
         if group is not None and len(members) > 1 and layer.in_features == width:
             return members
-    named = [layer for name, layer in layers.items() if name in _FIRST and layer.in_features == width]
-    return named[:1]
+    names = (module.fp8_fusion.up,) if isinstance(module, FusedMlp) else _FIRST
+    return [layer for name, layer in layers.items() if name in names and layer.in_features == width][:1]
 
 
 # Names of layers that take the input of an attention or an MLP alone.
