@@ -128,11 +128,13 @@ def test_recipes_without_history_can_be_captured_at_once(cuda, recipe):
     assert torch.equal(out, expected)
 
 
-def test_a_block_with_its_optimizer(cuda):
+@pytest.mark.parametrize("attention", ["16bit", "fp8_forward", "fp8"])
+def test_a_block_with_its_optimizer(cuda, attention):
     torch.manual_seed(0)
     block = fp8.TransformerBlock(
-        64, 4, 96, device=cuda, dtype=torch.bfloat16, recipe=fp8.DelayedScaling(amax_history_len=8)
-    )
+        64, 4, 96, num_kv_heads=2, head_dim=128, attention=attention, device=cuda, dtype=torch.bfloat16,
+        recipe=fp8.DelayedScaling(amax_history_len=8),
+    )  # fmt: skip
     models = [copy.deepcopy(block) for _ in range(2)]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True) for model in models]
     side = torch.cuda.Stream()
@@ -151,3 +153,24 @@ def test_a_block_with_its_optimizer(cuda):
         graph.replay()
         assert torch.equal(eager_step(models[0], optimizers[0], batch(step, cuda).view(2, 16, 64)), loss), step
     assert_same(*models)
+    if attention != "16bit":
+        assert [model.sdpa.last for model in models] == [(attention, "asked for")] * 2
+        assert (models[0].sdpa.fp8_slots[[0, 1, 2, 4], 3] == 13 % 8).all()  # the scales advance in replays
+
+
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_a_graphed_block_with_fp8_attention_beside_an_eager_optimizer(cuda, mode):
+    torch.manual_seed(0)
+    made = {"num_kv_heads": 2, "head_dim": 128, "attention": mode, "device": cuda, "dtype": torch.bfloat16}
+    eager = fp8.TransformerBlock(64, 4, 96, recipe=fp8.DelayedScaling(amax_history_len=8), **made)
+    optimizer = torch.optim.AdamW(eager.parameters(), lr=1e-3)
+    for step in range(3):
+        eager_step(eager, optimizer, batch(step, cuda).view(2, 16, 64))
+    call = torch.cuda.make_graphed_callables(copy.deepcopy(eager), (batch(0, cuda).view(2, 16, 64),))
+    call.load_state_dict(eager.state_dict()), fp8.load_state_dict(call, fp8.state_dict(eager))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (eager, call)]
+    for step in range(3, 13):
+        x = batch(step, cuda).view(2, 16, 64)
+        losses = [eager_step(model, opt, x) for model, opt in zip((eager, call), optimizers)]
+        assert torch.equal(*losses), step
+        assert_same(eager, call)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -48,7 +49,7 @@ def choose(
         if no:
             can = "16bit" if forward else "fp8_forward or 16bit"
             raise ValueError(f"torch_fp8: an attention cannot run with mode={mode!r}: {no}; what can is {can}")
-        best = fastest(query, key, causal, grads, ("fp8",)) if mode == "fp8" else None
+        best = fastest(query, key, causal, grads, ("fp8",)) if mode == "fp8" and grads else None
         return Choice(mode, "asked for", best is None or best.expand)
     missing = "" if forward else _missing(query.device.type)
     if forward or missing:
@@ -146,7 +147,7 @@ CELLS = _cells(json.loads((Path(__file__).parent / "attention_times.json").read_
 def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequence[str]) -> Choice | None:
     """What is fastest of these modes, and faster than 16 bits unless only one is asked about; None: none."""
     batch, heads, tokens, dims = query.shape
-    grouped = heads != key.shape[1]
+    grouped = bool(heads != key.shape[1])  # while jit traces, sizes are tensors
     cells = [c for c in CELLS if c.causal == causal and c.dims == dims and c.grouped == grouped]
     if not cells:
         return None
@@ -169,6 +170,6 @@ def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequen
 def _nearest(measured: list[int], x: int) -> int:
     """By ratio. It only compares, so that a trace of any size is guarded by a range."""
     for low, high in pairwise(measured):
-        if x * x < low * high:
+        if x <= math.isqrt(low * high - 1):
             return low
     return measured[-1]
