@@ -375,6 +375,32 @@ def test_an_update_between_forward_and_backward_changes_no_code_of_forward(devic
     assert torch.equal(given[0].grad, wanted[1]) and torch.equal(given[2].grad, wanted[3])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_what_keys_have_in_common_is_not_in_the_gradient_of_queries(device, mode, causal):
+    """As biases make it. Rows of dS do not sum to 0 where O was rounded, and the rest would multiply it."""
+    q, k, v, dy = tensors(device, batch=1, tokens=512)
+    generator = torch.Generator().manual_seed(1)
+    k, v = (
+        (t.detach() + factor * torch.randn(1, 1, 1, 128, generator=generator).to(device)).bfloat16()
+        for t, factor in ((k, 4), (v, 1))
+    )
+    wanted = exact((q, k, v), dy, causal)
+    _, *grads = run(fp8.ScaledDotProductAttention(mode=mode), q, k, v, dy, causal)
+    for grad, want, bound in zip(grads, wanted[1:], (0.22, 0.18, 0.16)):  # BF16 itself: 0.05 to 0.09
+        assert error(grad, want) < bound
+
+
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_large_scores_that_all_keys_have_in_common(device, mode):
+    """Softmax does not see them, and the probabilities of backward are those of forward."""
+    q, k, v, dy = (t.detach() for t in tensors(device, batch=1))
+    q[..., 0], k[..., 0] = 33, 33  # a score of 96
+    wanted = exact((q, k, v), dy, True)
+    _, _, _, dv = run(fp8.ScaledDotProductAttention(fp8.CurrentScaling(), mode=mode), q, k, v, dy)
+    assert error(dv, wanted[3]) < 0.2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
 def test_checkpointing_gives_the_same_bits(device, mode, reentrant):
@@ -528,6 +554,30 @@ def test_the_ops_refuse_before_anything_is_written(device):
         with pytest.raises((RuntimeError, TypeError, ValueError), match=words):
             run_op(*given, *rest)
     assert torch.equal(module.fp8_slots, before)
+
+
+@pytest.mark.parametrize(
+    "at, change",
+    [
+        (0, lambda t: t[:, :, 1:]),
+        (1, lambda t: t[:, 1:]),
+        (2, lambda t: t[:, :, :0]),
+        (3, lambda t: t.view(torch.float8_e5m2)),
+        (4, lambda t: t.transpose(1, 2)),
+        (5, lambda t: t[:4].clone()),
+        (6, lambda t: t.half()),
+        (7, lambda t: t[:3].clone()),
+        (8, lambda casts: casts[:5]),
+    ],
+)
+def test_backward_refuses_what_is_not_of_one_forward(device, at, change):
+    q, k, v, dy = (t.detach() for t in tensors(device, tokens=32))
+    _, call, saved = forward_op(device, q, k, v)
+    given = [dy, *saved[1:], call.slots, call.casts]
+    given[at], before = change(given[at]), call.slots.clone()
+    with pytest.raises((RuntimeError, TypeError, ValueError), match="torch_fp8: "):
+        torch.ops.torch_fp8.attention_backward(*given, 0, True, True, True, 0.1, True, False)
+    assert torch.equal(call.slots, before)
 
 
 def test_opcheck(device):

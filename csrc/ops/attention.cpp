@@ -157,11 +157,35 @@ void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   if (q.is_cuda()) kernels(/*on_cuda=*/true).check_attention();
 }
 
-void check_backward(const at::Tensor& dy, int64_t dims, bool fp8) {
-  TORCH_CHECK(!fp8 || dims == kAttentionBackwardDims,
-              "torch_fp8: the backward pass of FP8 attention takes a head_dim of ", kAttentionBackwardDims,
-              " alone, got ", dims, "; use mode=\"fp8_forward\" or \"16bit\"");
+void check_backward(const at::Tensor& dy, const at::Tensor& q_codes, const at::Tensor& k_codes,
+                    const at::Tensor& v_codes, const at::Tensor& o_codes, const at::Tensor& scales,
+                    const at::Tensor& lse, const at::Tensor& slots, at::IntArrayRef casts, bool fp8) {
   check_heads(dy, "the gradient");
+  check_slots(slots, kAttentionRoles), check_slots(scales, kAttentionRoles);
+  TORCH_CHECK_VALUE(casts.size() == kAttentionRoles, "torch_fp8: an attention has ", int(kAttentionRoles),
+                    " casts, got ", casts.size());
+  const std::pair<const at::Tensor&, const char*> all[]{
+      {q_codes, "q_codes"}, {k_codes, "k_codes"}, {v_codes, "v_codes"}, {o_codes, "o_codes"}};
+  for (const auto& [codes, name] : all) {
+    TORCH_CHECK(codes.dim() == 4 && codes.is_contiguous() && codes.scalar_type() == at::kFloat8_e4m3fn &&
+                    is_aligned(codes.const_data_ptr()),
+                "torch_fp8: ", name, " must be what attention_forward gave, contiguous float8_e4m3fn ",
+                "(batch, tokens, heads, head_dim), got ", codes.scalar_type(), " ", codes.sizes());
+    check_same_device(dy, "the gradient", codes, name);
+  }
+  TORCH_CHECK(q_codes.transpose(1, 2).sizes() == dy.sizes() && o_codes.sizes() == q_codes.sizes() &&
+                  k_codes.sizes() == v_codes.sizes() && k_codes.size(0) == q_codes.size(0) &&
+                  k_codes.size(3) == q_codes.size(3) && k_codes.size(2) > 0 && q_codes.size(2) % k_codes.size(2) == 0,
+              "torch_fp8: the gradient ", dy.sizes(), " and the codes ", q_codes.sizes(), ", ", k_codes.sizes(), ", ",
+              v_codes.sizes(), ", ", o_codes.sizes(), " are not of one call of attention_forward");
+  TORCH_CHECK(lse.scalar_type() == at::kFloat && lse.is_contiguous() && lse.sizes() == dy.sizes().slice(0, 3),
+              "torch_fp8: lse must be contiguous float32 ", dy.sizes().slice(0, 3), ", got ", lse.scalar_type(), " ",
+              lse.sizes());
+  check_same_device(dy, "the gradient", lse, "lse"), check_same_device(dy, "the gradient", slots, "slots");
+  check_same_device(dy, "the gradient", scales, "scales");
+  TORCH_CHECK(!fp8 || dy.size(3) == kAttentionBackwardDims,
+              "torch_fp8: the backward pass of FP8 attention takes a head_dim of ", kAttentionBackwardDims,
+              " alone, got ", dy.size(3), "; use mode=\"fp8_forward\" or \"16bit\"");
 }
 
 // The gradient in 16 bits of softmax(scale q k^T) v, as PyTorch's own op makes it of the log-sum-exps, on the CPU as
@@ -189,6 +213,32 @@ AttentionGradients gradients_16bit(const at::Tensor& dy, const at::Tensor& q, co
   const auto dtype = q.scalar_type();
   return {at::matmul(ds, k_f).reshape(q.sizes()).to(dtype), summed(at::matmul(ds.transpose(-1, -2), q_g)).to(dtype),
           summed(at::matmul(p.transpose(-1, -2), dy_g)).to(dtype)};
+}
+
+// Keys without what is common to all tokens, and the log-sum-exps that belong to them: softmax does not see the
+// difference. Rows of dS sum to 0, but for the rounding of O, of which cuDNN knows no more than the codes; what they
+// sum to would multiply the common part, and that is often large, and dQ wrong. The common part is a code and half a
+// scale makes room, so that a key near to it loses nothing by the difference.
+struct Centred {
+  at::Tensor k_codes, lse, scales;
+};
+Centred centred(const at::Tensor& q_codes, const at::Tensor& k_codes, const at::Tensor& lse, const at::Tensor& forward,
+                double scale) {
+  const at::Tensor keys = k_codes.to(at::kFloat);
+  const at::Tensor mean = keys.mean(1, /*keepdim=*/true);
+  // To subtract little would cost a rounding and gain nothing. A channel with NaN stays as it is.
+  const at::Tensor is_common = mean.abs() > 0.25 * keys.abs().mean(1, /*keepdim=*/true);
+  const at::Tensor common = at::where(is_common, mean, 0.0).to(k_codes.scalar_type());
+  const at::Tensor apart = keys.sub_(common.to(at::kFloat)).mul_(0.5).clamp_(-E4M3::kMax, E4M3::kMax);
+  at::Tensor scales = forward.clone();
+  // Codes have 4 digits, their products 8, which bfloat16 holds.
+  const int64_t group = q_codes.size(2) / k_codes.size(2);
+  const at::Tensor products =
+      q_codes.to(at::kBFloat16).mul_(common.to(at::kBFloat16).repeat_interleave(group, /*dim=*/2));
+  const at::Tensor factor = scales[kQ][0] * scales[kK][0] * scale;
+  at::Tensor shifted = lse - (products.sum(-1, /*keepdim=*/false, at::kFloat) * factor).transpose(1, 2);
+  scales[kK][0].mul_(2);
+  return {apart.to(k_codes.scalar_type()), shifted.contiguous(), std::move(scales)};
 }
 
 // Each query head gets keys and values of its own.
@@ -306,24 +356,25 @@ AttentionGradients attention_backward(const at::Tensor& dy, const at::Tensor& q_
                                       const at::Tensor& lse, const at::Tensor& slots, at::IntArrayRef casts,
                                       int64_t history, bool training, bool record, bool causal, double scale, bool fp8,
                                       bool expand) {
-  check_backward(dy, q_codes.size(3), fp8);
-  check_slots(slots, kAttentionRoles);
+  check_backward(dy, q_codes, k_codes, v_codes, o_codes, scales, lse, slots, casts, fp8);
   const c10::DeviceGuard device(dy.device());
   const NoAutocast no_autocast;
   if (dy.size(0) == 0) {
     const auto empty = [&](const at::Tensor& codes) { return at::empty(codes.sizes(), dy.options()).transpose(1, 2); };
     return {empty(q_codes), empty(k_codes), empty(v_codes)};
   }
+  const Centred c = centred(q_codes, k_codes, lse, scales, scale);
   if (fp8) {
-    return gradients_fp8(dy, q_codes, k_codes, v_codes, o_codes, scales, lse, slots, {casts, history, training, record},
-                         causal, scale, expand);
+    return gradients_fp8(dy, q_codes, c.k_codes, v_codes, o_codes, c.scales, c.lse, slots,
+                         {casts, history, training, record}, causal, scale, expand);
   }
-  const auto t = dequantized({{q_codes, kQ}, {k_codes, kK}, {v_codes, kV}, {o_codes, kO}}, scales, dy.scalar_type());
+  const auto t =
+      dequantized({{q_codes, kQ}, {c.k_codes, kK}, {v_codes, kV}, {o_codes, kO}}, c.scales, dy.scalar_type());
   RECORD_FUNCTION("torch_fp8::attention_backward_16bit", std::vector<c10::IValue>());
   // All in memory as the fakes say, which the results are already where PyTorch's op made them. That op is given a
   // gradient that lies as the result does, since of one that lies otherwise it makes other numbers.
   const auto laid = [](const at::Tensor& t) { return t.transpose(1, 2).contiguous().transpose(1, 2); };
-  const auto [dq, dk, dv] = gradients_16bit(laid(dy), t[0], t[1], t[2], t[3], lse, causal, scale);
+  const auto [dq, dk, dv] = gradients_16bit(laid(dy), t[0], t[1], t[2], t[3], c.lse, causal, scale);
   return {laid(dq), laid(dk), laid(dv)};
 }
 

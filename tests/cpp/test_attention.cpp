@@ -59,7 +59,8 @@ TEST(Attention, RefusesInWords) {
   const AttentionOptions options;
   const at::Tensor slots = new_attention_slots(at::kCPU);
   const auto attend = [&](const Given& g, AttentionMode mode) {
-    return scaled_dot_product_attention(g.q, g.k, g.v, slots, options, new_attention_memo(options), true, true, c10::nullopt, mode);
+    return scaled_dot_product_attention(g.q, g.k, g.v, slots, options, new_attention_memo(options), true, true,
+                                        c10::nullopt, mode);
   };
   EXPECT_THROW(attend(given(64), AttentionMode::kFp8), c10::Error);
   EXPECT_NO_THROW(attend(given(64), AttentionMode::kFp8Forward));

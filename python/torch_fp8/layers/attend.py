@@ -54,7 +54,8 @@ class Attends(nn.Module):
         share_input([self.q_proj, self.k_proj, self.v_proj])
         self.sdpa = None
         if mode != "16bit":
-            self.sdpa = ScaledDotProductAttention(of_layer["recipe"], mode=mode).goes_with(self.q_proj)
+            self.sdpa = ScaledDotProductAttention(of_layer["recipe"], mode=mode)
+            self.sdpa.goes_with(self.q_proj, self.k_proj, self.v_proj)
 
     def _make_qk_norms(self, eps: float, of_layer: dict[str, Any]) -> None:
         made = {"device": of_layer["device"], "dtype": of_layer["dtype"]}

@@ -107,8 +107,9 @@ class ScaledDotProductAttention(Scaled):
 
     recipe: how scales are chosen; ``DelayedScaling()`` by default. What reads and what comes out forward is cast as an
         ``fp8.Linear``'s input, gradients as its output gradient. ``fast_accum`` and ``fp8_gemms`` have no meaning here.
-    mode: ``"16bit"``, ``"fp8_forward"`` (backward in 16 bits), ``"fp8"``, or ``"auto"``, whichever is fastest. What
-        FP8 cannot compute is computed in 16 bits; ``last`` says what ran last, and why, and ``torch_fp8.summary`` too.
+    mode: ``"16bit"``, ``"fp8_forward"`` (backward in 16 bits), ``"fp8"``, or ``"auto"``, whichever is fastest, and
+        16 bits for what FP8 cannot compute, which another mode refuses. ``last`` says what ran last, and why, and
+        ``torch_fp8.summary`` too.
     shared_scale: q, k and v have one scale.
     p_scale: the constant scale of the probabilities, a power of two up to 256; None: scaled as the others are.
     auto_update: let ``optimizer.step()`` update the scales; otherwise call ``torch_fp8.update_scales``.

@@ -22,6 +22,7 @@ from .transforms import is_transformed
 MODES = ("auto", "16bit", "fp8_forward", "fp8")
 DIMS, BACKWARD_DIMS = 256, 128  # kAttentionDims, kAttentionBackwardDims of attention.h
 _ALIGNMENT = 16
+_MOST_KEYS = 2**16  # P * 256 of equal probabilities is then 2 of E4M3's smallest numbers
 _WORTH = 0.99  # of the time in 16 bits: what another mode may take to be chosen
 
 
@@ -42,9 +43,7 @@ def choose(
     if mode == "16bit":
         return Choice(mode, "asked for")
     forward = why_not(query, key, value, attn_mask, dropout_p, enable_gqa)
-    backward = "" if forward or not grads or query.shape[-1] == BACKWARD_DIMS else (
-        f"head_dim {query.shape[-1]}, and FP8's backward pass takes {BACKWARD_DIMS} alone"
-    )  # fmt: skip
+    backward = "" if forward or not grads else why_no_gradient(query, key)
     if mode != "auto":
         no = forward or (backward if mode == "fp8" else "")
         if no:
@@ -94,6 +93,15 @@ def why_not(
         return "a sequence is empty"
     if query.shape[2] == 1:
         return "there is one query"
+    return ""
+
+
+def why_no_gradient(query: Tensor, key: Tensor) -> str:
+    """What keeps the gradient's products from running in FP8."""
+    if query.shape[-1] != BACKWARD_DIMS:
+        return f"head_dim {query.shape[-1]}, and FP8's backward pass takes {BACKWARD_DIMS} alone"
+    if key.shape[2] > _MOST_KEYS:
+        return f"{key.shape[2]} keys, of so many of which a probability is 0 in FP8"
     return ""
 
 
