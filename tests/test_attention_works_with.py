@@ -128,11 +128,11 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("how", CHECKPOINTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_recomputation_gives_the_first_forwards_bits(device, mode, how):
-    plain = model_on(device, mode)
+    plain = trained(device, mode, steps=1)[0] if how == "reentrant" else model_on(device, mode)
     recomputing = copy.deepcopy(plain)
     recomputing.run = lambda block, x: checkpoint(block, x, **CHECKPOINTS[how])
     optimizers = [sgd(model) for model in (plain, recomputing)]
-    for step in range(3):
+    for step in range(1 if how == "reentrant" else 3):
         for micro in range(2):
             for model in (plain, recomputing):
                 loss_of(model, batch(2 * step + micro, device).requires_grad_()).backward()
@@ -140,13 +140,10 @@ def test_recomputation_gives_the_first_forwards_bits(device, mode, how):
         if how == "reentrant":  # a block's gradient is then added up outside of it
             for attention, same in zip(attentions(plain), attentions(recomputing), strict=True):
                 assert torch.equal(attention.fp8_slots[:5], same.fp8_slots[:5])
+            grads = [[p.grad for p in model.parameters()] for model in (recomputing, plain)]
             with fp8.disabled(plain):
                 exact = [gradients(plain, batch(2 * step + micro, device)) for micro in range(2)]
-            grads = [[p.grad for p in model.parameters()] for model in (recomputing, plain)]
-            assert_as_good(*grads, [a + b for a, b in zip(*exact, strict=True)])
-            for p, q in zip(plain.parameters(), recomputing.parameters(), strict=True):
-                q.grad.copy_(p.grad)
-            fp8.load_state_dict(recomputing, fp8.state_dict(plain))
+            return assert_as_good(*grads, [a + b for a, b in zip(*exact, strict=True)])
         assert_same(plain, recomputing)  # amaxes too, which recomputation sees twice
         for optimizer in optimizers:
             optimizer.step(), optimizer.zero_grad()
@@ -641,7 +638,7 @@ def test_trainer_resumes_to_the_bit(tmp_path, mode="fp8"):
 def test_generate(device, mode, prompt, cache):
     """Prefill in FP8, where the cache is no longer than the prompt; each further token in 16 bits."""
     model = llama_on(device, mode, initializer_range=0.15).eval()
-    x = ids(device, samples=1, tokens=prompt)
+    x = ids(device, samples=1, tokens=prompt).clamp(min=1)  # no padding
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
     if cache == "dynamic":
         del options["cache_implementation"]
