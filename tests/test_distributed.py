@@ -280,7 +280,7 @@ def train_fsdp(device, options, folder=None):
     if folder is not None:
         dcp.save({"model": get_model_state_dict(model), "fp8": fp8.state_dict(model)}, checkpoint_id=folder)
     result = losses, cpu(model.parameters()), cpu(fp8.state_dict(model).values())
-    if "attention" in options:
+    if options.get("attention"):
         assert_attended(model, options["attention"])
     for _ in range(2):  # what was gathered for one micro-batch says nothing of the next
         with count_casts() as casts:
@@ -363,9 +363,10 @@ def test_a_sharded_layer_called_past_the_hooks_of_fsdp_is_refused(ranks):
     ranks(past_the_hooks)
 
 
-def test_a_distributed_checkpoint_loads_on_one_process(ranks, tmp_path):
-    (_, params, state), _ = ranks(train_fsdp, {}, str(tmp_path))
-    model = model_on("cpu", torch.bfloat16)
+@pytest.mark.parametrize("attention", [None, "fp8"])
+def test_a_distributed_checkpoint_loads_on_one_process(ranks, tmp_path, attention):
+    (_, params, state), _ = ranks(train_fsdp, {"attention": attention}, str(tmp_path))
+    model = model_on("cpu", torch.bfloat16, attention=attention)
     loaded = {"model": model.state_dict(), "fp8": fp8.state_dict(model)}
     dcp.load(loaded, checkpoint_id=str(tmp_path))
     model.load_state_dict(loaded["model"])
@@ -374,8 +375,8 @@ def test_a_distributed_checkpoint_loads_on_one_process(ranks, tmp_path):
     assert_equal(cpu(fp8.state_dict(model).values()), state)
 
 
-def resume_fsdp(device, folder):
-    model = sharded(device, meta=True)
+def resume_fsdp(device, folder, attention):
+    model = sharded(device, meta=True, attention=attention)
     loaded = {"model": get_model_state_dict(model), "fp8": fp8.state_dict(model)}
     dcp.load(loaded, checkpoint_id=folder)
     set_model_state_dict(model, loaded["model"])
@@ -383,12 +384,13 @@ def resume_fsdp(device, folder):
     return train_steps(model, device, torch.bfloat16, range(STEPS, STEPS + 2))
 
 
-def test_training_resumes_from_a_distributed_checkpoint(ranks, tmp_path):
-    ranks(train_fsdp, {}, str(tmp_path))
-    model = model_on(ranks.device, torch.bfloat16)
+@pytest.mark.parametrize("attention", [None, "fp8"])
+def test_training_resumes_from_a_distributed_checkpoint(ranks, tmp_path, attention):
+    ranks(train_fsdp, {"attention": attention}, str(tmp_path))
+    model = model_on(ranks.device, torch.bfloat16, attention=attention)
     train_steps(model, ranks.device, torch.bfloat16, range(STEPS))
     onwards = train_steps(model, ranks.device, torch.bfloat16, range(STEPS, STEPS + 2))
-    assert ranks(resume_fsdp, str(tmp_path)) == [onwards, onwards]
+    assert ranks(resume_fsdp, str(tmp_path), attention) == [onwards, onwards]
 
 
 # ---- tensor and sequence parallelism --------------------------------------------------------------------------------
