@@ -639,7 +639,13 @@ def test_generate(device, mode, prompt, cache):
     """Prefill in FP8, where the cache is no longer than the prompt; each further token in 16 bits."""
     model = llama_on(device, mode, initializer_range=0.15).eval()
     x = ids(device, samples=1, tokens=prompt).clamp(min=1)  # no padding
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    options = {
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": cache,
+    }
     if cache == "dynamic":
         del options["cache_implementation"]
     attention, ran = attentions(model)[0], []
