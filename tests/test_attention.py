@@ -532,6 +532,14 @@ def test_backward_takes_one_head_dim(device):
         fp8.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, mode="fp8")
 
 
+def test_of_too_many_keys_probabilities_are_no_numbers_of_fp8():
+    q = torch.empty(1, 1, 70000, 128, dtype=torch.bfloat16, device="meta")
+    assert modes.choose("fp8", q, q, q, None, 0.0, True, False, False).mode == "fp8"  # forward alone
+    assert modes.choose("fp8_forward", q, q, q, None, 0.0, True, False, True).mode == "fp8_forward"
+    with pytest.raises(ValueError, match="70000 keys.*what can is fp8_forward or 16bit"):
+        modes.choose("fp8", q, q, q, None, 0.0, True, False, True)
+
+
 def test_a_mode_that_is_none(device):
     with pytest.raises(ValueError, match="mode must be one of auto, 16bit, fp8_forward, fp8, got 'fp4'"):
         fp8.scaled_dot_product_attention(*tensors(device)[:3], mode="fp4")
