@@ -28,7 +28,7 @@ _WORTH = 0.99  # of the time in 16 bits: what another mode may take to be chosen
 
 class Choice(NamedTuple):
     mode: str  # not "auto"
-    why: str  # "" where it was asked for
+    why: str
     expand: bool = False  # each query head with keys and values of its own, in backward
 
 
@@ -54,8 +54,8 @@ def choose(
     missing = "" if forward else _missing(query.device.type)
     if forward or missing:
         return Choice("16bit", forward or missing)
-    found = fastest(query, key, causal, grads, ("fp8_forward",) if backward else ("fp8_forward", "fp8"))
-    return found or Choice("16bit", "faster at this size, or not measured")
+    found = fastest(query, key, causal, grads, ("16bit", "fp8_forward") if backward else MODES)
+    return found if found and found.mode != "16bit" else Choice("16bit", "faster at this size, or not measured")
 
 
 def why_not(
@@ -145,7 +145,7 @@ CELLS = _cells(json.loads((Path(__file__).parent / "attention_times.json").read_
 
 
 def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequence[str]) -> Choice | None:
-    """What is fastest of these modes, and faster than 16 bits unless only one is asked about; None: none."""
+    """What is fastest of these modes, where they were measured."""
     batch, heads, tokens, dims = query.shape
     grouped = bool(heads != key.shape[1])  # while jit traces, sizes are tensors
     cells = [c for c in CELLS if c.causal == causal and c.dims == dims and c.grouped == grouped]
@@ -159,10 +159,9 @@ def fastest(query: Tensor, key: Tensor, causal: bool, grads: bool, modes: Sequen
     took = {name: us[name][which] for name in us if name.partition(" ")[0] in modes}
     if not took:
         return None
+    if "16bit" in took:
+        took["16bit"] *= _WORTH
     name = min(took, key=lambda name: took[name])
-    is_choice = len(modes) > 1 or modes[0] != "fp8"
-    if is_choice and took[name] > us["16bit"][which] * _WORTH:
-        return None
     mode, _, expanded = name.partition(" ")
     return Choice(mode, "fastest at this size", bool(expanded))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,12 +74,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """As transformers calls it: query (batch, heads, tokens, head_dim), result (batch, tokens, heads, head_dim). With a
     mask, dropout, a position bias, one query, or keys of a cache, it is what ``"sdpa"`` computes, in 16 bits."""
-    for name in _NOT_COMPUTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention nor "
-                'PyTorch\'s computes; set attn_implementation="eager"'
-            )
+    asked = (name for name in _NOT_COMPUTED if kwargs.get(name) is not None)
+    _check_computed(module, asked, 'set attn_implementation="eager"')
     attention = getattr(module, _CHILD, None)
     if attention is None:
         attention = _attach(module)
@@ -100,6 +97,14 @@ def attention_forward(
         )
     made = attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
     return made.transpose(1, 2).contiguous(), None
+
+
+def _check_computed(module: nn.Module, asks: Iterable[str], mend: str) -> None:
+    for name in asks:
+        raise ValueError(
+            f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention nor "
+            f"PyTorch's computes; {mend}"
+        )
 
 
 def _follows_sdpa(kind: type[nn.Module]) -> bool:
@@ -161,12 +166,8 @@ def check_attention(model: nn.Module, mode: str) -> None:
             "fp8.Attention nor one that asks transformers' table of attentions"
         )
     for module in _attentions_of_transformers(model):
-        for name, attribute in _NOT_COMPUTED.items():
-            if getattr(module, attribute, None) is not None:
-                raise ValueError(
-                    f"torch_fp8: {type(module).__name__} asks its attention for {name}, which neither FP8 attention "
-                    "nor PyTorch's computes; call fuse without attention"
-                )
+        asks = (name for name, attribute in _NOT_COMPUTED.items() if getattr(module, attribute, None) is not None)
+        _check_computed(module, asks, "call fuse without attention")
         _check_follows_sdpa(module, "call fuse without attention")
 
 
