@@ -40,6 +40,7 @@ const Kernels& meta_kernels() {
     none.attention_backward = [](const AttentionBackwardArgs&) {};
     none.role_amaxes = [](const RoleAmaxesArgs&) {};
     none.dequantize_heads = [](const DequantizeHeadsArgs&) {};
+    none.centre_keys = [](const CentreArgs&) {};
     none.skinny_fp8 = [](const SkinnyFp8Args&) {};
     return none;
   }();

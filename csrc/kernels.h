@@ -437,6 +437,30 @@ struct DequantizeHeadsArgs {
   HeadsOfCodes tensors[4];
 };
 
+// Keys without what is common to all tokens of a batch and head, in codes of twice their scale_inv, and the
+// log-sum-exps of softmax(scale * Q K^T) with them: apart = (K - common) / 2, in codes; shifted = lse - scale * Q
+// common. A key near to the common part loses nothing by the difference, since that has twice the room.
+struct CentreArgs {
+  AttentionSize size;
+  const uint8_t *q, *k;  // E4M3 (batch, tokens, heads, dims), contiguous, 16-byte aligned
+  const float* lse;      // (batch, heads, tokens)
+  const Slot* scales;    // kAttentionRoles
+  uint8_t* apart;        // as k
+  float* shifted;        // as lse
+  Slot* apart_scales;    // a copy of scales: that of kK is doubled
+  int64_t* sums;  // (batch, kv_heads, 2, dims), zeros: of a channel's codes and of their magnitudes, in kCodeUnits
+};
+constexpr float kCodeUnits = 512;  // E4M3's numbers are multiples of its smallest, so that whole numbers add exactly
+// Behind a NaN, more than all magnitudes of as many tokens as fit a GPU, four times.
+constexpr int64_t kNoMagnitudes = int64_t{1} << 46;
+
+// What a channel's keys have in common, before it becomes a code. To subtract little would cost a rounding and gain
+// nothing. A channel with NaN stays as it is.
+TORCH_FP8_HOST_DEVICE inline float common_part(int64_t sum, int64_t magnitudes, int64_t tokens) {
+  const bool is_common = 4 * (sum < 0 ? -sum : sum) > magnitudes;
+  return is_common ? static_cast<float>(sum) / (kCodeUnits * static_cast<float>(tokens)) : 0.0f;
+}
+
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.
 struct Kernels {
   // parts (kAmaxParts): their largest is max |x|.
@@ -465,6 +489,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackwardArgs& args);
   void (*role_amaxes)(const RoleAmaxesArgs& args);
   void (*dequantize_heads)(const DequantizeHeadsArgs& args);
+  void (*centre_keys)(const CentreArgs& args);
   // For each role: an amax that is positive and finite enters the history, and the scale follows from the largest
   // entry; any other amax leaves scale and history as they were. Then the slot's amax is 0 again.
   void (*update_scales)(const RoleState* roles, int64_t count);

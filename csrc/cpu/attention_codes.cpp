@@ -1,3 +1,7 @@
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
 #include "cpu/types.h"
 
 namespace torch_fp8::cpu {
@@ -27,8 +31,53 @@ void dequantize_heads(const DequantizeHeadsArgs& args) {
   }
 }
 
+// What the keys of a batch and head have in common, each channel's a number that is a code; step is from token to
+// token.
+std::vector<float> common_of(const uint8_t* keys, int64_t step, const AttentionSize& size) {
+  std::vector<float> common(static_cast<size_t>(size.dims));
+  for (int64_t i = 0; i < size.dims; ++i) {
+    int64_t sum = 0, magnitudes = 0;
+    for (int64_t t = 0; t < size.kv_tokens; ++t) {
+      const float key = decode<E4M3>(keys[t * step + i]);
+      const auto units = std::isnan(key) ? 0 : static_cast<int64_t>(key * kCodeUnits);
+      sum += units, magnitudes += std::isnan(key) ? kNoMagnitudes : std::abs(units);
+    }
+    common[static_cast<size_t>(i)] = decode<E4M3>(encode<E4M3>(common_part(sum, magnitudes, size.kv_tokens)));
+  }
+  return common;
+}
+
+void centre_keys(const CentreArgs& args) {
+  const AttentionSize& size = args.size;
+  const int64_t q_step = size.heads * size.dims, k_step = size.kv_heads * size.dims, group = size.heads / size.kv_heads;
+  const float q_scale_inv = args.scales[kQ].scale_inv, k_scale_inv = args.scales[kK].scale_inv;
+  for (int64_t batch = 0; batch < size.batch; ++batch) {
+    for (int64_t kv_head = 0; kv_head < size.kv_heads; ++kv_head) {
+      const int64_t first = batch * size.kv_tokens * k_step + kv_head * size.dims;
+      const std::vector<float> common = common_of(args.k + first, k_step, size);
+      for (int64_t t = 0; t < size.kv_tokens; ++t) {
+        for (int64_t i = 0; i < size.dims; ++i) {
+          const int64_t at = first + t * k_step + i;
+          args.apart[at] = encode<E4M3>(decode<E4M3>(args.k[at]) - common[static_cast<size_t>(i)], 0.5f);
+        }
+      }
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int64_t t = 0; t < size.tokens; ++t) {
+          const uint8_t* query = args.q + (batch * size.tokens + t) * q_step + head * size.dims;
+          float score = 0;
+          for (int64_t i = 0; i < size.dims; ++i) score += decode<E4M3>(query[i]) * common[static_cast<size_t>(i)];
+          const int64_t row = (batch * size.heads + head) * size.tokens + t;
+          args.shifted[row] = args.lse[row] - rescaled(score, q_scale_inv, k_scale_inv) * size.scale;
+        }
+      }
+    }
+  }
+  args.apart_scales[kK].scale_inv = 2 * args.scales[kK].scale_inv;
+}
+
 [[maybe_unused]] const bool filled =
-    (cpu_kernels().role_amaxes = role_amaxes, cpu_kernels().dequantize_heads = dequantize_heads, true);
+    (cpu_kernels().role_amaxes = role_amaxes, cpu_kernels().dequantize_heads = dequantize_heads,
+     cpu_kernels().centre_keys = centre_keys, true);
 
 }  // namespace
 }  // namespace torch_fp8::cpu

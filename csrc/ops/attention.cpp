@@ -215,30 +215,24 @@ AttentionGradients gradients_16bit(const at::Tensor& dy, const at::Tensor& q, co
           summed(at::matmul(p.transpose(-1, -2), dy_g)).to(dtype)};
 }
 
-// Keys without what is common to all tokens, and the log-sum-exps that belong to them: softmax does not see the
-// difference. Rows of dS sum to 0, but for the rounding of O, of which cuDNN knows no more than the codes; what they
-// sum to would multiply the common part, and that is often large, and dQ wrong. The common part is a code and half a
-// scale makes room, so that a key near to it loses nothing by the difference.
+// Softmax does not see what is common to all keys, which are taken apart from it before the gradient. Rows of dS sum to
+// 0, but for the rounding of O, of which cuDNN knows no more than the codes; what they sum to would multiply the common
+// part, and that is often large, and dQ wrong.
 struct Centred {
   at::Tensor k_codes, lse, scales;
 };
-Centred centred(const at::Tensor& q_codes, const at::Tensor& k_codes, const at::Tensor& lse, const at::Tensor& forward,
+Centred centred(const at::Tensor& q_codes, const at::Tensor& k_codes, const at::Tensor& lse, const at::Tensor& scales,
                 double scale) {
-  const at::Tensor keys = k_codes.to(at::kFloat);
-  const at::Tensor mean = keys.mean(1, /*keepdim=*/true);
-  // To subtract little would cost a rounding and gain nothing. A channel with NaN stays as it is.
-  const at::Tensor is_common = mean.abs() > 0.25 * keys.abs().mean(1, /*keepdim=*/true);
-  const at::Tensor common = at::where(is_common, mean, 0.0).to(k_codes.scalar_type());
-  const at::Tensor apart = keys.sub_(common.to(at::kFloat)).mul_(0.5).clamp_(-E4M3::kMax, E4M3::kMax);
-  at::Tensor scales = forward.clone();
-  // Codes have 4 digits, their products 8, which bfloat16 holds.
-  const int64_t group = q_codes.size(2) / k_codes.size(2);
-  const at::Tensor products =
-      q_codes.to(at::kBFloat16).mul_(common.to(at::kBFloat16).repeat_interleave(group, /*dim=*/2));
-  const at::Tensor factor = scales[kQ][0] * scales[kK][0] * scale;
-  at::Tensor shifted = lse - (products.sum(-1, /*keepdim=*/false, at::kFloat) * factor).transpose(1, 2);
-  scales[kK][0].mul_(2);
-  return {apart.to(k_codes.scalar_type()), shifted.contiguous(), std::move(scales)};
+  RECORD_FUNCTION("torch_fp8::centre_keys", std::vector<c10::IValue>());
+  Centred result{at::empty_like(k_codes), at::empty_like(lse), scales.clone()};
+  const at::Tensor sums =
+      at::zeros({k_codes.size(0), k_codes.size(2), 2, k_codes.size(3)}, lse.options().dtype(at::kLong));
+  kernels_of(k_codes).centre_keys(
+      {size_of(q_codes, k_codes, /*causal=*/false, scale), static_cast<const uint8_t*>(q_codes.const_data_ptr()),
+       static_cast<const uint8_t*>(k_codes.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()),
+       slots_of(scales), static_cast<uint8_t*>(result.k_codes.data_ptr()), floats_of(result.lse),
+       slots_of(result.scales), static_cast<int64_t*>(sums.data_ptr())});
+  return result;
 }
 
 // Each query head gets keys and values of its own.

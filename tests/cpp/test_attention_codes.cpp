@@ -111,5 +111,69 @@ TEST(AttentionCodes, AmaxesOnCuda) {
   record_everywhere(true);
 }
 
+// Keys (batch, tokens, heads, dims) of which some channels lie around a number of their own, one around 0, and one has
+// a NaN.
+at::Tensor keys_with_common(const std::vector<int64_t>& sizes) {
+  at::Tensor keys = at::randn(sizes) * 20;
+  keys += at::randn({sizes[0], 1, sizes[2], sizes[3]}) * 80;
+  keys.select(3, 1) = at::randn({sizes[0], sizes[1], sizes[2]});
+  keys[0][sizes[1] - 1][0][2] = kNaN;
+  return keys.clamp(-448, 448).to(kE4M3Type);
+}
+
+void centre_everywhere(bool on_gpu) {
+  at::manual_seed(0);
+  struct Size {
+    int64_t batch, heads, kv_heads, tokens, kv_tokens, dims;
+  };
+  for (const Size& s : std::vector<Size>{{2, 4, 2, 37, 300, 128},
+                                         {1, 1, 1, 2, 1, 16},
+                                         {1, 6, 2, 300, 37, 48},
+                                         {3, 2, 1, 1000, 1000, 256},
+                                         {1, 3, 3, 257, 256, 80}}) {
+    SCOPED_TRACE(std::to_string(s.tokens) + " on " + std::to_string(s.kv_tokens) + ", " + std::to_string(s.dims));
+    const auto device = on_gpu ? kGpu : at::kCPU;
+    const at::Tensor k = keys_with_common({s.batch, s.kv_tokens, s.kv_heads, s.dims});
+    const at::Tensor q = (at::randn({s.batch, s.tokens, s.heads, s.dims}) * 50).clamp(-448, 448).to(kE4M3Type);
+    const at::Tensor lse = at::randn({s.batch, s.heads, s.tokens}) * 5;
+    at::Tensor scales = at::zeros({kAttentionRoles, 4});
+    scales[kQ][0] = 0.02f, scales[kK][0] = 0.03f;
+    const at::Tensor q_there = q.to(device), k_there = k.to(device), lse_there = lse.to(device),
+                     scales_there = scales.to(device);
+    const at::Tensor apart = at::empty_like(k_there), shifted = at::empty_like(lse_there), after = scales_there.clone(),
+                     sums = at::zeros({s.batch, s.kv_heads, 2, s.dims}, lse_there.options().dtype(at::kLong));
+    kernels(on_gpu).centre_keys({{s.batch, s.heads, s.kv_heads, s.tokens, s.kv_tokens, s.dims, false, 0.1f},
+                                 static_cast<const uint8_t*>(q_there.const_data_ptr()),
+                                 static_cast<const uint8_t*>(k_there.const_data_ptr()),
+                                 lse_there.const_data_ptr<float>(),
+                                 static_cast<const Slot*>(scales_there.const_data_ptr()),
+                                 static_cast<uint8_t*>(apart.data_ptr()),
+                                 shifted.data_ptr<float>(),
+                                 static_cast<Slot*>(after.data_ptr()),
+                                 sums.data_ptr<int64_t>()});
+
+    const at::Tensor keys = k.to(at::kDouble), mean = keys.mean(1, /*keepdim=*/true);
+    const at::Tensor is_common = mean.abs() > 0.25 * keys.abs().mean(1, /*keepdim=*/true);  // false of NaN
+    const at::Tensor common = at::where(is_common, mean, 0.0).to(at::kFloat).to(kE4M3Type).to(at::kFloat);
+    if (s.kv_tokens > 1) {
+      EXPECT_TRUE(is_common.any().item<bool>() && !is_common.all().item<bool>());
+    }
+    const at::Tensor expected = ((k.to(at::kFloat) - common) * 0.5).clamp(-448, 448).to(kE4M3Type);
+    EXPECT_TRUE(at::equal(apart.cpu().to(at::kFloat).nan_to_num(777), expected.to(at::kFloat).nan_to_num(777)));
+    EXPECT_TRUE(expected.to(at::kFloat).isnan().any().item<bool>());
+    const at::Tensor of_query = common.to(at::kDouble).repeat_interleave(s.heads / s.kv_heads, 2);
+    const at::Tensor scores = (q.to(at::kDouble) * of_query).sum(-1).transpose(1, 2) * (0.02 * 0.03 * 0.1);
+    EXPECT_TRUE(at::allclose(shifted.cpu().to(at::kDouble), lse.to(at::kDouble) - scores, 1e-5, 1e-4));
+    scales[kK][0] = 0.06f;
+    EXPECT_TRUE(same_bits(after.cpu(), scales));
+  }
+}
+
+TEST(AttentionCodes, KeysApartFromWhatIsCommon) { centre_everywhere(false); }
+TEST(AttentionCodes, KeysApartFromWhatIsCommonOnCuda) {
+  if (!has_cuda()) GTEST_SKIP();
+  centre_everywhere(true);
+}
+
 }  // namespace
 }  // namespace torch_fp8::tests
