@@ -91,7 +91,7 @@ def test_it_is_attention_but_for_the_casts(device, mode, fp8_format, heads, kv_h
         assert error(y, wanted[0]) < OUTPUT_ERROR
         for grad, of_exact, bound in zip(grads, wanted[1:], GRADIENT_ERROR[mode, fp8_format]):
             # Of two keys little is left of a gradient but differences.
-            assert grad.shape == of_exact.shape and error(grad, of_exact) < bound * (2.2 if tokens == 2 else 1.1)
+            assert grad.shape == of_exact.shape and error(grad, of_exact) < bound * (2.6 if tokens == 2 else 1.1)
         stepped(module)
 
 
@@ -129,8 +129,8 @@ def test_the_result_is_exact_attention_of_the_codes_but_for_p_and_o(device, caus
 def test_codes_are_those_of_quantize(device):
     q, k, v, _ = tensors(device, tokens=48)
     _, _, (_, *codes, _, _) = forward_op(device, q, k, v)
-    for t, code in zip((q, k, v), codes):
-        scale = oracle.exact_scale(oracle.amax(t.detach().float().cpu()), E4M3)
+    for t, code, scale_of in zip((q, k, v), codes, (oracle.power_of_two_scale,) * 2 + (oracle.exact_scale,)):
+        scale = scale_of(oracle.amax(t.detach().float().cpu()), E4M3)
         wanted = oracle.codes(t.detach().float().cpu().transpose(1, 2), scale, E4M3)
         assert torch.equal(code.view(torch.uint8).cpu(), wanted)
 
@@ -184,8 +184,9 @@ def test_amaxes_are_recorded_in_real_units(device, p_scale):
     for i, role in enumerate(layer.ROLES):
         if role != "p" or p_scale is None:
             target = 57344 if role.startswith("grad") else 448
-            amax = module.fp8_history[i, 0].item()
-            assert module.fp8_slots[i, 1].item() == pytest.approx(target / amax, rel=1e-6)
+            wanted = target / module.fp8_history[i, 0].item()
+            wanted = 2.0 ** math.floor(math.log2(wanted)) if role in ("q", "k") else wanted
+            assert module.fp8_slots[i, 1].item() == pytest.approx(wanted, rel=1e-6)
     assert module.fp8_slots[3, 1] == (256 if p_scale else 448)
 
 
@@ -352,15 +353,16 @@ def test_one_scale_for_q_k_and_v(device):
     k = (k.detach() * 8).requires_grad_()
     module = fp8.ScaledDotProductAttention(mode="fp8", shared_scale=True)
     largest = max(t.detach().abs().max().item() for t in (q, k, v))
+    scale = 2.0 ** math.floor(math.log2(448 / largest))
     for history in (False, True):
         call = layer.call_of(module, q, layer.FORWARD_ROLES)
         *_, scales, _ = torch.ops.torch_fp8.attention_forward(
             *(t.detach() for t in (q, k, v)), call.slots, call.casts, call.history, True, True, True, 0.1, True
         )
-        assert scales[:3, 0].tolist() == pytest.approx([largest / 448] * 3), history
+        assert scales[:3, 0].tolist() == [1 / scale] * 3, history
         run(module, q, k, v, dy)
         stepped(module)
-        assert module.fp8_slots[0, 1].item() == pytest.approx(448 / largest)
+        assert module.fp8_slots[0, 1].item() == scale
 
 
 def test_an_update_between_forward_and_backward_changes_no_code_of_forward(device):
@@ -399,6 +401,20 @@ def test_large_scores_that_all_keys_have_in_common(device, mode):
     wanted = exact((q, k, v), dy, True)
     _, _, _, dv = run(fp8.ScaledDotProductAttention(fp8.CurrentScaling(), mode=mode), q, k, v, dy)
     assert error(dv, wanted[3]) < 0.2
+
+
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_large_scores_of_one_key(device, mode):
+    """Nothing that keys have in common: backward's probabilities are forward's, since codes of q and k are numbers of
+    16 bits too. A score of 3e3 that is rounded by 2^-9 would be another probability altogether."""
+    q, k, v, dy = (t.detach() for t in tensors(device, batch=1, kv_heads=4))
+    q, k = q.abs() + 0.3, k * 0.1
+    k[:, :, 20] = -1.0  # far below the others, in all but their codes' last bits
+    k[:, :, 21:] += 300.0
+    module = fp8.ScaledDotProductAttention(fp8.CurrentScaling(), mode=mode)
+    _, _, _, dv = run(module, q, k, v, dy, causal=False)
+    # Rows of P sum to 1, so that dv summed over keys is dy summed over queries.
+    assert error(dv.sum(2), dy.sum(2)) < 0.1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

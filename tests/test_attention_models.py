@@ -61,6 +61,16 @@ def test_a_llama_trains_as_with_attention_in_16_bits(device, by, mode):
     assert mode in str(fp8.summary(model))
 
 
+def test_summary_says_what_another_implementation_leaves_idle(device):
+    model = fp8.fuse(llama().to(device), attention="fp8")
+    model(tokens(device))
+    assert {row.last for row in fp8.summary(model).attentions} == {"fp8"}
+    model.set_attn_implementation("sdpa")
+    model(tokens(device))
+    for row in fp8.summary(model).attentions:
+        assert row.last == "16bit" and 'not asked: attn_implementation is "sdpa"' in row.note
+
+
 def test_unfuse_gives_the_attention_back(device):
     model = fp8.convert(llama().to(device), tokens=None)
     before, modules = model.config._attn_implementation, [type(m) for m in model.modules()]

@@ -294,7 +294,10 @@ AttentionGradients gradients_fp8(const at::Tensor& dy, const at::Tensor& q_codes
 
 Cast AttentionOptions::cast(AttentionRole role) const {
   if (role == kP && p_scale > 0) return {Format::kE4M3, Scaling::kConstant, recipe.power_of_two, 0};
-  return recipe.cast(role < kGradO ? kInput : kGradOutput);
+  Cast cast = recipe.cast(role < kGradO ? kInput : kGradOutput);
+  // So are the codes numbers of 16 bits too, and a backward in 16 bits finds the probabilities that forward had.
+  if (role == kQ || role == kK || (role == kV && shared_scale)) cast.power_of_two = true;
+  return cast;
 }
 
 AttentionForward attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

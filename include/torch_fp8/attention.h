@@ -8,7 +8,7 @@
 namespace torch_fp8 {
 
 struct AttentionOptions {
-  LinearOptions recipe;       // forward roles are cast as inputs, gradients as output gradients
+  LinearOptions recipe;       // forward roles are cast as inputs, gradients as output gradients; q and k by powers of 2
   double p_scale = 256;       // the constant scale of P, a power of two; 0: P is scaled as the other roles are
   bool shared_scale = false;  // one scale for q, k and v, that of q's slot
 

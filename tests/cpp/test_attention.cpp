@@ -1,4 +1,6 @@
 // FP8 attention from C++: beside PyTorch's in 16 bits, step by step.
+#include <cmath>
+
 #include <torch/torch.h>
 
 #include "oracle.h"
@@ -29,8 +31,11 @@ TEST(Attention, IsPyTorchsButForTheCasts) {
     const auto memo = new_attention_memo(options);
     const at::Tensor slots = new_attention_slots(at::kCPU), history = torch::zeros({kAttentionRoles, 4});
     std::vector<double> targets;
-    for (int role = 0; role < kAttentionRoles; ++role)
-      targets.push_back(options.cast(static_cast<AttentionRole>(role)).target());
+    std::vector<int64_t> powers_of_two;
+    for (int role = 0; role < kAttentionRoles; ++role) {
+      const Cast cast = options.cast(static_cast<AttentionRole>(role));
+      targets.push_back(cast.target()), powers_of_two.push_back(cast.power_of_two);
+    }
     for (int step = 0; step < 2; ++step) {  // by own amaxes, and by the history
       auto [q, k, v, dy] = given();
       const at::Tensor y = scaled_dot_product_attention(q, k, v, slots, options, memo, /*training=*/true,
@@ -47,9 +52,10 @@ TEST(Attention, IsPyTorchsButForTheCasts) {
       EXPECT_LT(error(v.grad(), v2.grad()), bound);
       EXPECT_FLOAT_EQ(slots[kQ][2].item<float>(), q.abs().max().item<float>());
       EXPECT_EQ(slots[kGradP][2].item<float>() > 0, mode == AttentionMode::kFp8);
-      update_scales_({slots}, {history}, targets, {0});
+      update_scales_({slots}, {history}, targets, powers_of_two);
       end_step(*memo);
-      EXPECT_FLOAT_EQ(slots[kQ][1].item<float>(), 448 / q.abs().max().item<float>());
+      EXPECT_EQ(slots[kQ][1].item<float>(), std::exp2(std::floor(std::log2(448 / q.abs().max().item<float>()))));
+      EXPECT_FLOAT_EQ(slots[kV][1].item<float>(), 448 / v.abs().max().item<float>());
       EXPECT_EQ(slots[kP][1].item<float>(), 256);
     }
   }

@@ -35,7 +35,8 @@ BACKWARD_ROLES = EVERY_ROLE - FORWARD_ROLES
 
 class AttentionState(State):
     """The scaling state of attention, with the roles ``ROLES``: q, k, v, p and o are cast as a recipe has inputs cast,
-    the gradients as it has output gradients cast.
+    the gradients as it has output gradients cast. The scales of q and k are powers of two, so that their codes are
+    numbers of 16 bits too: a backward in 16 bits finds the probabilities that forward had, however large the scores.
 
     shared_scale: q, k and v have one scale, that of the largest of their amaxes.
     p_scale: the constant scale of p, a power of two; None: it is scaled as the others are.
@@ -51,10 +52,11 @@ class AttentionState(State):
         self.one_scale = slice(3 if self.shared_scale else 0)
         options, (bias, grad_bias) = self.recipe.options(), self.recipe.biases
         forward, backward = options.cast(0), options.cast(2)
-        roles = [
-            role_of(name, forward, bias) if i < _GRADIENTS else role_of(name, backward, grad_bias)
-            for i, name in enumerate(ROLES)
-        ]
+        of_scores = _C.Cast(dtype=forward.dtype, scaling=forward.scaling, power_of_two=True, margin=forward.margin)
+        of_v = of_scores if self.shared_scale else forward
+        casts = [of_scores, of_scores, of_v, *[forward] * (_GRADIENTS - 3), *[backward] * (len(ROLES) - _GRADIENTS)]
+        biases = [bias] * _GRADIENTS + [grad_bias] * (len(ROLES) - _GRADIENTS)
+        roles = [role_of(*role) for role in zip(ROLES, casts, biases, strict=True)]
         if self.p_scale is not None:
             constant = _C.Cast(dtype=forward.dtype, scaling=_C.Scaling.constant, power_of_two=True, margin=0)
             roles[_P] = Role("p", constant, self.p_scale)
@@ -137,7 +139,8 @@ class ScaledDotProductAttention(Scaled):
                 f"{type(recipe).__name__}"
             )
         check(mode in MODES, "mode", f"one of {MODES}", mode)
-        is_power = isinstance(p_scale, int | float) and 2.0**-31 <= p_scale <= 256 and math.frexp(p_scale)[0] == 0.5
+        is_number = isinstance(p_scale, int | float) and not isinstance(p_scale, bool)
+        is_power = is_number and 2.0**-31 <= p_scale <= 256 and math.frexp(p_scale)[0] == 0.5
         check(p_scale is None or is_power, "p_scale", "None or a power of two from 2**-31 to 256", p_scale)
         self.mode = mode
         self.auto_update = auto_update
@@ -382,6 +385,8 @@ def scaled_dot_product_attention(
     FP8 takes no mask, no dropout, no empty sequence, keys and values of one width, and a head_dim that is a multiple of
     16 up to 256; there mode "auto" runs in 16 bits, and another raises ValueError, which names the modes that can.
     """
+    if state is not None and not isinstance(state, ScaledDotProductAttention):
+        raise TypeError(f"torch_fp8: state must be a ScaledDotProductAttention or None, got {type(state).__name__}")
     return _attend(state, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, mode)
 
 

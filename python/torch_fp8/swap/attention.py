@@ -171,6 +171,13 @@ def check_attention(model: nn.Module, mode: str) -> None:
         _check_follows_sdpa(module, "call fuse without attention")
 
 
+def why_idle(module: nn.Module) -> str:
+    """Why an attention of transformers' does not ask ours any more; empty where it does, or never did."""
+    if getattr(module, _CHILD, None) is None or module.config._attn_implementation == NAME:  # type: ignore[union-attr]
+        return ""
+    return f'not asked: attn_implementation is "{module.config._attn_implementation}"'  # type: ignore[union-attr]
+
+
 def set_attention(model: nn.Module, mode: str) -> None:
     """The attentions of a model run with this mode: those of transformers' models, and our own."""
     theirs = _attentions_of_transformers(model)

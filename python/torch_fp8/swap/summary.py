@@ -22,6 +22,7 @@ from ..recipe import ConstantScaling
 from ..scaling import scales
 from ..state import ROLES
 from ..table import html, plain
+from .attention import why_idle
 from .fuse import NOT_FUSED
 from .select import NOT_FP8, why_not
 
@@ -139,7 +140,10 @@ def summary(model: nn.Module) -> Summary:
     After training steps the note of a layer says so if it was never called: the model computes without it then, and
     what multiplies by its weight itself does so in 16 bits."""
     rows = Summary()
-    rows.attentions = [_of_attention(name, module) for name, module in attentions(model).items()]
+    rows.attentions = [
+        _of_attention(name, module, model.get_submodule(name.rpartition(".")[0]))
+        for name, module in attentions(model).items()
+    ]
     rows.parameters = _parameters(model)
     rows.fused = Counter(fused.plain_class.__name__ for fused in fused_modules(model).values())
     rows.not_fused = {
@@ -180,8 +184,10 @@ def _was_called(layer: Layer) -> bool:
     return state.slots.is_meta or bool((state.slots[ROLES.index("input"), 2:] != 0).any())
 
 
-def _of_attention(name: str, attention: ScaledDotProductAttention) -> AttentionSummary:
+def _of_attention(name: str, attention: ScaledDotProductAttention, parent: nn.Module) -> AttentionSummary:
     last, why = attention.last or ("", "")
+    if idle := why_idle(parent):
+        last, why = "16bit", idle
     disabled = "" if attention.fp8_enabled else ", disabled"
     note = "; ".join(part for part in (why, f"{attention.recipe}{disabled}") if part)
     return AttentionSummary(name, attention.mode, last, note, scales(attention))
