@@ -46,7 +46,7 @@ lint: $(VENV)/ready
 	ruff check .
 	ruff format --check .
 	PYTHONPATH=python lint-imports --no-cache
-	python tools/private_names.py python benchmarks examples models
+	python tools/private_names.py python benchmarks examples models studies
 	python tools/factories.py python csrc include
 	clang-format --dry-run --Werror $(CPP)
 	mypy

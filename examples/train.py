@@ -12,14 +12,11 @@ there, also after a kill), and at the end summary.md and loss_and_scales.png.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import gc
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +24,7 @@ import torch
 from gpt import checkpoint
 from gpt.arm import Arm
 from gpt.errors import UserError
+from gpt.lock import locked
 from gpt.plot import draw
 from gpt.report import Result, make_result, table, write_summary
 from gpt.settings import SIZES, Settings, device_name, find_device, fitting_micro_batch, make_recipe
@@ -125,22 +123,6 @@ def prepare_out(settings: Settings, corpus: Corpus, arms: list[str], *, resume: 
     elif there := [path for path in [*saved, *results] if path.exists()]:
         raise UserError(f"{there[0]} is of an earlier run; go on with it (--resume), replace it (--overwrite), or give "
                         "another --out")  # fmt: skip
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Within, no other run writes to OUT. The lock goes with the process, however that ends."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, {out} is none")
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out}; wait until it has ended, or give another --out") from None
-    finally:
-        os.close(handle)
 
 
 class Interruption:

@@ -15,6 +15,18 @@ class Shape:
     n_embd: int
 
 
+# Cerebras-GPT (arXiv 2304.03208, table 1): GPT-2's architecture with a vocabulary of 50,257 and a context of 2,048.
+CEREBRAS = {
+    "111M": Shape(10, 12, 768),
+    "256M": Shape(14, 17, 1088),
+    "590M": Shape(18, 12, 1536),
+    "1.3B": Shape(24, 16, 2048),
+    "2.7B": Shape(32, 32, 2560),
+    "6.7B": Shape(32, 32, 4096),
+    "13B": Shape(40, 40, 5120),
+}
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -74,10 +86,11 @@ class GPT(nn.Module):
                 into_residual = name.endswith(("attn.proj.weight", "mlp.down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.n_layer) ** 0.5 if into_residual else 0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy, in nats a token, of ``targets`` given ``tokens``, both (batch, time) int64."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy, in nats a token, of ``targets`` given ``tokens``, both (batch, time) int64; without
+        ``targets`` the logits (batch, time, vocabulary, padded)."""
         x = self.tokens(tokens) + self.positions(arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.ln_f(x))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -24,9 +24,12 @@ class Shape:
 
 SIZES = {  # of the published models: layers' shape, number of layers, vocabulary
     "tiny": (Shape(64, 128, 4, 2), 2, 256),
-    "1B": (Shape(2048, 8192, 32, 8), 16, 128_256),
+    "1B": (Shape(2048, 8192, 32, 8), 16, 128_256),  # Llama 3, 3.2: this and the next two
     "3B": (Shape(3072, 8192, 24, 8), 28, 128_256),
     "8B": (Shape(), 32, 128_256),
+    "7B": (Shape(4096, 11008, 32, 32), 32, 32_000),  # Llama 2, from here on
+    "13B": (Shape(5120, 13824, 40, 40), 40, 32_000),
+    "70B": (Shape(8192, 28672, 64, 8), 80, 32_000),
 }
 
 
@@ -89,6 +92,13 @@ class Llama(nn.Module):
         self.norm = nn.Parameter(torch.ones(shape.hidden))
         self.head = nn.Linear(shape.hidden, vocabulary, bias=False)
         self.recompute = recompute
+
+    def begin_training(self) -> None:
+        """Weights to train from: normal with a deviation of 0.02, and less for what adds to the residual stream."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / (2 * len(self.layers)) ** 0.5 if into_residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

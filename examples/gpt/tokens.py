@@ -95,23 +95,27 @@ class Corpus:
         return f"{counts} of {self.vocab:,} kinds, from {self.source}"
 
 
-def make_corpus(documents: list[str], source: str, codec: Codec, context: int) -> Corpus:
-    """The last 2 % of the documents are the validation split; of a single document, the last 2 % of its tokens."""
+def make_corpus(documents: list[str], source: str, codec: Codec, context: int, val_share: float = _VAL_SHARE) -> Corpus:
+    """The last 2 % (``val_share``) of the documents are the validation split; of a single document, of its tokens."""
     if len(documents) > 1:
-        count = max(1, round(_VAL_SHARE * len(documents)))
+        count = max(1, round(val_share * len(documents)))
         train, val = codec.encode(documents[:-count]), codec.encode(documents[-count:])
     else:
         tokens = codec.encode(documents)
-        train, val = tokens.tensor_split([tokens.numel() - round(_VAL_SHARE * tokens.numel())])
+        train, val = tokens.tensor_split([tokens.numel() - round(val_share * tokens.numel())])
     if min(train.numel(), val.numel()) <= context:
         raise UserError(
             f"the text is too short: each split needs {context + 1} tokens (--context and one more), but it gives "
             f"{train.numel()} for training and {val.numel()} for validation; give more text or a smaller --context"
         )
+    return Corpus(train, val, codec.vocab, source, fingerprint(train, val))
+
+
+def fingerprint(train: Tensor, val: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for split in (train, val):
         digest.update(split.numpy())
-    return Corpus(train, val, codec.vocab, source, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def random_starts(tokens: Tensor, count: int, context: int, generator: torch.Generator) -> Tensor:

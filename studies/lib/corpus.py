@@ -1,0 +1,66 @@
+"""A text as token ids in one file, so that it is tokenised once for all trainings, on any machine.
+
+    {"vocab": 50257, "source": "...", "train": N, "val": M, "fingerprint": "..."}    one line of JSON
+    N + M token ids, two bytes each, little-endian
+
+A name that ends in ``.xz`` is compressed.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch_fp8.files import replacing
+
+from examples.gpt.errors import UserError
+from examples.gpt.text import read_documents
+from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint, make_corpus
+
+
+def write_corpus(path: Path, data: Path | None, tokenizer: Path | None, val_share: float) -> Corpus:
+    """Tokenise ``data`` (by default the running Python's standard library), by GPT-2's BPE from the folder
+    ``tokenizer`` or by bytes, and keep the last ``val_share`` of the documents for validation."""
+    codec = GPT2(tokenizer) if tokenizer else Bytes()
+    documents, source = read_documents(data)
+    source = f"{Path(source).name if data else source}, {'GPT-2 BPE' if tokenizer else 'bytes'}"
+    corpus = make_corpus(documents, source, codec, context=1, val_share=val_share)
+    head = {
+        "vocab": corpus.vocab,
+        "source": corpus.source,
+        "train": corpus.train.numel(),
+        "val": corpus.val.numel(),
+        "fingerprint": corpus.fingerprint,
+    }
+    ids = torch.cat([corpus.train, corpus.val])
+    content = json.dumps(head).encode() + b"\n" + ids.numpy().astype("<u2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(lzma.compress(content, preset=2) if path.suffix == ".xz" else content)
+    return corpus
+
+
+def read_corpus(path: Path) -> Corpus:
+    """UserError where the file is missing, damaged or something else."""
+    expected = "--tokens must be a file that the command `tokens` wrote"
+    try:
+        content = path.read_bytes()
+        content = lzma.decompress(content) if path.suffix == ".xz" else content
+        line, _, ids = content.partition(b"\n")
+        head = json.loads(line)
+        train, val = _ids(ids).split([head["train"], head["val"]])
+        corpus = Corpus(train, val, head["vocab"], head["source"], head["fingerprint"])
+    except OSError as error:
+        raise UserError(f"{expected}, {path}: {error.strerror}") from error
+    except (lzma.LZMAError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{expected}, {path} is none, or damaged ({error}); write it anew") from error
+    if fingerprint(train, val) != corpus.fingerprint:
+        raise UserError(f"{path} is damaged: its tokens are not those that were written; write it anew")
+    return corpus
+
+
+def _ids(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.int16).int().bitwise_and_(0xFFFF)

@@ -1,0 +1,30 @@
+"""What paired differences allow to say: their mean with its 95 % interval by Student's t."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# The 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, the last one is a little too wide.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+class Interval(NamedTuple):
+    count: int
+    mean: float
+    low: float  # minus infinity of a single difference, which says nothing of others
+    high: float
+
+
+def interval(differences: Sequence[float]) -> Interval:
+    """Of at least one difference."""
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return Interval(count, mean, -math.inf, math.inf)
+    half = _T[min(count - 1, len(_T)) - 1] * statistics.stdev(differences) / math.sqrt(count)
+    return Interval(count, mean, mean - half, mean + half)

@@ -1,0 +1,123 @@
+"""Several runs at once: each in a process of its own, ``jobs`` of them beside one another on each GPU.
+
+Small trainings leave a GPU idle while the host prepares their next kernels; several fill one another's gaps. The text
+was tokenised once and is a file. A process that loses its parent stops after its step, as it does when its time is up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch_fp8.progress import bar
+
+from examples.gpt.errors import UserError
+from examples.gpt.lock import locked
+from examples.gpt.tokens import Corpus
+
+from .corpus import read_corpus
+from .runs import Run, missing, open_run, say_missing
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+Perform = Callable[[Run, Corpus, torch.device, Callable[[], bool]], bool]
+
+
+def work(script: str, out: Path, runs: Sequence[Run], tokens: Path, *, jobs: int, minutes: float | None) -> int:
+    """Do what is missing of ``runs``, in their order, as ``script run FOLDER``; the exit code. Says what is left."""
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes must be positive, got {minutes}")
+    until = time.time() + 60 * minutes if minutes else None
+    with locked(out):
+        left, failed, interrupted = missing(runs), [], False
+        on_gpu = any(run.spec["device"] == "cuda" for run in left)
+        places = list(range(torch.cuda.device_count() if on_gpu else 1)) * jobs
+        running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
+        with bar(total=sum(run.spec["steps"] for run in runs), unit="step", desc=out.name) as shown:
+            shown.update(done := _steps(runs))
+            while left or running:
+                try:
+                    while left and places and not interrupted and (until is None or time.time() < until):
+                        run, place = left.pop(0), places.pop(0)
+                        running[_start(script, run, tokens, until, place, jobs)] = run, place
+                    if not running:
+                        break
+                    time.sleep(0.2)
+                    for process in [process for process in running if process.poll() is not None]:
+                        run, place = running.pop(process)
+                        places.append(place)
+                        if process.returncode:
+                            failed.append((run, process.returncode))
+                    now = _steps(runs)
+                    shown.update(now - done)
+                    done = now
+                except KeyboardInterrupt:  # the processes had it too, and end after their step
+                    interrupted = True
+    print(say_missing(runs), flush=True)
+    for run, code in failed:
+        print(f"{run.name} failed with {code}: {_last_words(run)}", file=sys.stderr)
+    return INTERRUPTED if interrupted else 1 if failed else 0
+
+
+def _start(script: str, run: Run, tokens: Path, until: float | None, place: int, jobs: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, script, "run", str(run.folder), "--tokens", str(tokens), "--share", str(1 / jobs)]
+    command += ["--until", str(until)] if until else []
+    # A process that is given one GPU of several sees it as the only one.
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": _visible(place)} if run.spec["device"] == "cuda" else {})}
+    with open(run.output, "ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def _visible(place: int) -> str:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[place] if given else str(place)
+
+
+def _steps(runs: Sequence[Run]) -> int:
+    return sum(run.step() for run in runs)
+
+
+def _last_words(run: Run) -> str:
+    lines = run.output.read_text(errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'it said nothing'} ({run.output})"
+
+
+def serve(arguments: Sequence[str], perform: Perform) -> int:
+    """One run, as a process of ``work``; ``perform`` does it, and says whether it is done."""
+    parser = argparse.ArgumentParser(prog="run")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--until", type=float)
+    parser.add_argument("--share", type=float, default=1.0, help="of the GPU's memory and of the cores")
+    args = parser.parse_args(arguments)
+    parent, asked = os.getppid(), []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+
+    def stop() -> bool:
+        return bool(asked) or os.getppid() != parent or (args.until is not None and time.time() >= args.until)
+
+    run = open_run(args.folder)
+    device = torch.device(run.spec["device"])
+    with locked(run.folder):
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(0.97 * args.share)
+        else:
+            torch.set_num_threads(max(1, int((os.cpu_count() or 1) * args.share)))
+        corpus = read_corpus(args.tokens)
+        if corpus.fingerprint != run.spec["data"]:
+            raise UserError(f"{run.folder} is of another text: its tokens are {run.spec['data']}, those of "
+                            f"{args.tokens} are {corpus.fingerprint}")  # fmt: skip
+        torch.manual_seed(run.spec["seed"])
+        done = perform(run, corpus, device, stop)
+    stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"
+    print(f"{run.name}: {'done' if done else stopped}")
+    return 0

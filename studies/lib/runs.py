@@ -1,0 +1,117 @@
+"""A folder of runs. Each run is a folder with ``spec.json``, a plain dict of all that decides what comes out of it,
+``log.jsonl``, what came out, and while it is on its way ``state.ckpt``.
+
+A run is done when its log has a record with a ``result``. One that a kill interrupted goes on from its checkpoint; one
+without (the log alone came back from another machine) starts again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch_fp8.files import replacing
+
+from examples.gpt.errors import UserError
+from examples.gpt.journal import Record, read_journal
+
+Spec = dict[str, Any]
+
+_TAIL = 1 << 16  # bytes at the end of a log that hold a whole record
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    spec: Spec
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "state.ckpt"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output.txt"
+
+    def records(self) -> list[Record]:
+        return read_journal(self.log)
+
+    def result(self) -> dict[str, Any] | None:
+        """What came out at the end, or None of a run that is not done."""
+        return next((record["result"] for record in reversed(self.records()) if "result" in record), None)
+
+    def step(self) -> int:
+        """How far the log is, without reading all of it."""
+        if not self.log.exists():
+            return 0
+        with open(self.log, "rb") as file:
+            file.seek(max(0, os.path.getsize(self.log) - _TAIL))
+            lines = file.read().split(b"\n")[:-1]
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except ValueError:
+                continue
+        return 0
+
+
+def open_run(folder: Path) -> Run:
+    """A run whose ``spec.json`` is there."""
+    try:
+        return Run(folder, json.loads((folder / "spec.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} must be the folder of a run, with its spec.json: {error}") from error
+
+
+def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
+    """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec, or
+    there is nothing to run."""
+    if not specs:
+        raise UserError("the study is empty: give at least one model, arm, seed and constant")
+    runs = [Run(root / name, json.loads(json.dumps(spec))) for name, spec in specs.items()]
+    new = [run for run in runs if not (run.folder / "spec.json").exists()]
+    for run in runs:
+        if run not in new and (differing := _differing(open_run(run.folder).spec, run.spec)):
+            raise UserError(
+                f"{run.folder} holds another run: it differs in {', '.join(differing)}; give the same values, or "
+                "another --out"
+            )
+    for run in new:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(run.folder / "spec.json") as temporary:
+            temporary.write_text(json.dumps(run.spec, indent=1) + "\n")
+    return runs
+
+
+def all_runs(root: Path) -> list[Run]:
+    """Every run of a folder, in the order of names."""
+    return [open_run(path.parent) for path in sorted(root.glob("*/spec.json"))]
+
+
+def missing(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.result() is None]
+
+
+def say_missing(runs: Sequence[Run]) -> str:
+    left = missing(runs)
+    if not left:
+        return f"all {len(runs)} runs are done"
+    steps = [f"{run.name} ({run.step()} of {run.spec['steps']} steps)" for run in left]
+    return f"{len(runs) - len(left)} of {len(runs)} runs are done; still missing: {', '.join(steps)}"
+
+
+def _differing(there: Spec, asked: Spec) -> list[str]:
+    keys = dict.fromkeys([*there, *asked])
+    return [f"{key} (was {there.get(key)}, is {asked.get(key)})" for key in keys if there.get(key) != asked.get(key)]
