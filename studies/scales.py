@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch_fp8 as fp8
 from lib.biases import Biases
-from lib.corpus import read_corpus, write_corpus
+from lib.corpus import make_tokens, read_corpus, save_corpus
 from lib.pool import BAD_INPUT, serve, work
 from lib.runs import Run, Spec, claim
 from lib.training import Plan, Training, check_text, validate
@@ -235,11 +235,14 @@ def main() -> int:
     if args.command == "tokens":
         if not 0 < args.val_share < 1:
             raise UserError(f"--val-share must be between 0 and 1, got {args.val_share}")
-        print(f"{args.tokens}: {write_corpus(args.tokens, args.data, args.tokenizer, args.val_share)}")
+        corpus = make_tokens(args.data, args.tokenizer, args.val_share)
+        save_corpus(args.tokens, corpus)
+        print(f"{args.tokens}: {corpus}")
         return 0
     corpus = read_corpus(args.tokens)
     specs = {"parity": parity_specs, "window": window_specs}[args.command](args, corpus)
-    check_text(corpus, Plan.of(next(iter(specs.values()), training_spec(args, corpus, "gpt-tiny", 0))))
+    for spec in specs.values():
+        check_text(corpus, Plan.of(spec))
     runs: Sequence[Run] = claim(args.out, specs)
     return work(__file__, args.out, runs, args.tokens, jobs=args.jobs, minutes=args.minutes)
 

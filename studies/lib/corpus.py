@@ -21,13 +21,16 @@ from examples.gpt.text import read_documents
 from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint, make_corpus
 
 
-def write_corpus(path: Path, data: Path | None, tokenizer: Path | None, val_share: float) -> Corpus:
+def make_tokens(data: Path | None, tokenizer: Path | None, val_share: float) -> Corpus:
     """Tokenise ``data`` (by default the running Python's standard library), by GPT-2's BPE from the folder
     ``tokenizer`` or by bytes, and keep the last ``val_share`` of the documents for validation."""
     codec = GPT2(tokenizer) if tokenizer else Bytes()
     documents, source = read_documents(data)
     source = f"{Path(source).name if data else source}, {'GPT-2 BPE' if tokenizer else 'bytes'}"
-    corpus = make_corpus(documents, source, codec, context=1, val_share=val_share)
+    return make_corpus(documents, source, codec, context=1, val_share=val_share)
+
+
+def save_corpus(path: Path, corpus: Corpus) -> None:
     head = {
         "vocab": corpus.vocab,
         "source": corpus.source,
@@ -40,7 +43,6 @@ def write_corpus(path: Path, data: Path | None, tokenizer: Path | None, val_shar
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(lzma.compress(content, preset=2) if path.suffix == ".xz" else content)
-    return corpus
 
 
 def read_corpus(path: Path) -> Corpus:

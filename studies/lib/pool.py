@@ -97,7 +97,7 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--until", type=float)
-    parser.add_argument("--share", type=float, default=1.0, help="of the GPU's memory and of the cores")
+    parser.add_argument("--share", type=float, default=1.0, help="of the GPU's memory")
     args = parser.parse_args(arguments)
     parent, asked = os.getppid(), []
     signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
@@ -111,7 +111,7 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(0.97 * args.share)
         else:
-            torch.set_num_threads(max(1, int((os.cpu_count() or 1) * args.share)))
+            torch.set_num_threads(1)  # sums do not depend on how many run beside one another
         corpus = read_corpus(args.tokens)
         if corpus.fingerprint != run.spec["data"]:
             raise UserError(f"{run.folder} is of another text: its tokens are {run.spec['data']}, those of "

@@ -1,0 +1,340 @@
+"""The studies' machinery: what a kill leaves, what is refused, what is computed from runs."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.gpt.errors import UserError
+from examples.gpt.tokens import Corpus, fingerprint
+from models.names import MODELS, named, parameter_count
+from studies.lib.corpus import make_tokens, read_corpus, save_corpus
+from studies.lib.intervals import interval
+from studies.lib.runs import all_runs, claim, missing, say_missing
+from studies.lib.training import FACTOR, PATIENCE, Plan, Training, check_text, validate
+
+ROOT = Path(__file__).parents[1]
+SCALES = [sys.executable, str(ROOT / "studies" / "scales.py")]
+PLAN = {
+    **{"seed": 0, "steps": 10, "batch": 4, "micro_batch": 2, "context": 16, "lr": 1e-2, "warm_up": 2, "cooldown": 4},
+    **{"validated": 256, "schedule": "wsd"},
+}
+TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
+        "--val-tokens", "512"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "then", "it", "sleeps"]
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(300)]
+    (folder / "text").write_text("\n<|endoftext|>\n".join(lines))
+    save_corpus(folder / "tokens.xz", make_tokens(folder / "text", None, 0.2))
+    return folder / "tokens.xz"
+
+
+@pytest.fixture
+def corpus(tokens):
+    return read_corpus(tokens)
+
+
+def run(*arguments, tokens, out):
+    command = [*SCALES, *map(str, arguments), "--tokens", str(tokens), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def records_of(out):
+    """Of every run, all but what a clock wrote."""
+    found = {run.name: run.records() for run in all_runs(out)}
+    for records in found.values():
+        for record in records:
+            record.get("result", {}).pop("seconds", None)
+    return found
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokens", "tokens.xz"])
+def test_tokens_are_read_as_they_were_written(tmp_path, tokens, name):
+    written = make_tokens(tokens.parent / "text", None, 0.2)
+    save_corpus(tmp_path / name, written)
+    read = read_corpus(tmp_path / name)
+    assert read.train.equal(written.train) and read.val.equal(written.val) and read.val.numel() > 0.15 * 5 * 300 * 40
+    assert (read.vocab, read.source, read.fingerprint) == (written.vocab, written.source, written.fingerprint)
+
+
+def test_tokens_beyond_32767_are_read(tmp_path):
+    train, val = torch.tensor([0, 32_768, 50_256, 65_535], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    save_corpus(tmp_path / "tokens", Corpus(train, val, 65_536, "text", fingerprint(train, val)))
+    assert read_corpus(tmp_path / "tokens").train.tolist() == [0, 32_768, 50_256, 65_535]
+
+
+def test_damaged_tokens_are_refused(tmp_path, tokens):
+    path = tmp_path / "tokens"
+    save_corpus(path, make_tokens(tokens.parent / "text", None, 0.2))
+    content = bytearray(path.read_bytes())
+    for damaged in (content[:-2], content + b"ab", b"nothing", content[:-3] + b"\x01" + content[-2:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            read_corpus(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_corpus(tmp_path / "none")
+
+
+def test_a_text_that_is_too_short_is_refused(corpus):
+    check_text(corpus, Plan(**PLAN))
+    with pytest.raises(UserError, match="training text must be longer than a sequence of 1000000 tokens"):
+        check_text(corpus, Plan(**{**PLAN, "context": 1_000_000}))
+    with pytest.raises(UserError, match="validation needs 9,000,000 tokens that were held out"):
+        check_text(corpus, Plan(**{**PLAN, "validated": 9_000_000}))
+
+
+# ---- the folder of runs ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_another_run_is_refused_and_nothing_is_written(tmp_path):
+    claim(tmp_path, {"a": {"lr": 1.0, "steps": 5}})
+    with pytest.raises(UserError, match=r"a holds another run: it differs in lr \(was 1.0, is 2.0\)"):
+        claim(tmp_path, {"new": {"lr": 2.0}, "a": {"lr": 2.0, "steps": 5}})
+    assert [run.name for run in all_runs(tmp_path)] == ["a"]
+    assert claim(tmp_path, {"a": {"lr": 1.0, "steps": 5}})[0].result() is None
+    with pytest.raises(UserError, match="the study is empty"):
+        claim(tmp_path, {})
+
+
+def test_what_is_missing_is_said(tmp_path):
+    runs = claim(tmp_path, {name: {"steps": 5} for name in "abc"})
+    runs[0].log.write_text('{"step": 5, "loss": 1}\n{"step": 5, "result": {"loss": 1}}\n')
+    runs[1].log.write_text('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # a kill in the midst of a line
+    assert missing(runs) == runs[1:] and runs[0].result() == {"loss": 1}
+    assert say_missing(runs) == "1 of 3 runs are done; still missing: b (3 of 5 steps), c (0 of 5 steps)"
+    runs[1].log.write_text('{"step": 3, "loss": 1}\n{"step": 3, "biases": {' + '"a": 1,' * 20_000 + "\n")
+    assert runs[1].step() == 0
+
+
+# ---- a training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule, cooldown", [("wsd", 4), ("cosine", 0)])
+def test_learning_rates_rise_stay_and_fall_to_zero(schedule, cooldown):
+    plan = Plan(**{**PLAN, "schedule": schedule, "cooldown": cooldown})
+    rates = [plan.learning_rate(step) for step in range(11)]
+    assert rates[0] == pytest.approx(plan.lr / 3) and rates[2] == plan.lr and rates[10] == pytest.approx(0)
+    if schedule == "wsd":
+        assert rates[2:7] == [plan.lr] * 5 and rates[8] == pytest.approx(plan.lr * (1 - math.sqrt(0.5)))
+    else:
+        assert rates[6] == pytest.approx(plan.lr * 0.5)
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("steps", 0, "steps must be at least 1"),
+        ("micro_batch", 3, "batch must be a multiple of micro_batch = 3"),
+        ("schedule", "linear", "schedule must be"),
+        ("dtype", "float8", "dtype must be"),
+        ("warm_up", 9, "must fit into the 10 steps"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(field, value, words):
+    with pytest.raises(UserError, match=words):
+        Plan(**{**PLAN, field: value})
+
+
+class Table(torch.nn.Module):
+    """A model of pairs of bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(256, 256)
+
+    def forward(self, tokens):
+        return self.table(tokens)
+
+
+def training(folder, corpus, **changed):
+    torch.manual_seed(0)
+    (run,) = claim(folder, {"run": {**PLAN, **changed}})
+    return Training(run, Table(), corpus, torch.device("cpu"))
+
+
+def test_validation_is_the_mean_over_the_held_out_tokens(corpus):
+    torch.manual_seed(0)
+    plan, model = Plan(**{**PLAN, "batch": 6, "micro_batch": 6}), Table()
+    found = validate(model, corpus, plan, torch.device("cpu"))
+    starts = torch.linspace(0, corpus.val.numel() - 17, 16, dtype=torch.float64).long()
+    losses, right = [], []
+    for start in starts.tolist():
+        ids = corpus.val[start : start + 17].long()
+        log_p = model.table.weight.double()[ids[:-1]].log_softmax(-1)
+        losses.append(-log_p.gather(1, ids[1:, None]).mean())
+        right.append((log_p.argmax(-1) == ids[1:]).double().mean())
+    assert found["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    assert found["accuracy"] == pytest.approx(torch.stack(right).mean().item(), abs=1e-9)
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path, corpus):
+    """And a constant loss scale changes nothing, for it is a power of two."""
+    weights = []
+    for name, changed in {"a": {}, "b": {"micro_batch": 4}, "c": {"loss_scale": 2.0**10}}.items():
+        one = training(tmp_path / name, corpus, **changed)
+        assert one.go_on(lambda: False)
+        weights.append(one.model.table.weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], atol=1e-5) and weights[0].equal(weights[2])
+
+
+def test_vectors_do_not_decay(tmp_path, corpus):
+    (run,) = claim(tmp_path, {"run": PLAN})
+    other = Training(run, torch.nn.Linear(4, 4), corpus, torch.device("cpu"))
+    decays = {p.dim(): group["weight_decay"] for group in other._optimizer.param_groups for p in group["params"]}
+    assert decays == {2: 0.1, 1: 0.0}
+
+
+def test_divergence_is_noted_by_the_rule(tmp_path, corpus):
+    one = training(tmp_path, corpus)
+    for step in range(1, 60):
+        one._judge(step, 2.0 if step < 30 else 2.0 * FACTOR * 1.01)
+    assert one.diverged == 30 + PATIENCE - 1
+    two = training(tmp_path / "two", corpus)
+    for step in range(1, 60):
+        two._judge(step, 2.0 if step % PATIENCE else 9.0)  # one step now and then is no divergence
+    assert two.diverged == 0
+    two._judge(60, math.nan)
+    assert two.diverged == 60 and two._is_lost()
+
+
+def test_a_lost_training_ends_and_says_so(tmp_path, corpus):
+    one = training(tmp_path, corpus)
+    with torch.no_grad():
+        one.model.table.weight.fill_(math.nan)
+    assert one.go_on(lambda: False)
+    result = one.run.result()
+    assert result["diverged"] == 1 and result["loss"] is None and one.step == 1
+
+
+# ---- whole studies ---------------------------------------------------------------------------------------------------
+
+
+def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
+    study = ["parity", *TINY, "--arms", "bf16", "cscale:2", "--steps", "30", "--record", "7"]
+    whole = run(*study, "--jobs", "2", tokens=tokens, out=tmp_path / "whole")
+    assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
+
+    out = tmp_path / "killed"
+    command = [*SCALES, *study, "--tokens", str(tokens), "--out", str(out)]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = out / "gpt-tiny_bf16_0" / "log.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 5:
+        time.sleep(0.02)
+    (child,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+    os.kill(child, signal.SIGKILL)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    # A run that cannot go on does not stop the others.
+    (out / "gpt-tiny_bf16_0" / "state.ckpt").write_bytes(b"nothing")
+    some = run(*study, tokens=tokens, out=out)
+    assert some.returncode == 1 and "gpt-tiny_bf16_0 failed with 2" in some.stderr
+    assert "1 of 2 runs are done; still missing: gpt-tiny_bf16_0 (" in some.stdout
+    (out / "gpt-tiny_bf16_0" / "state.ckpt").unlink()
+    rest = run(*study, tokens=tokens, out=out)
+    assert rest.returncode == 0 and "all 2 runs are done" in rest.stdout, rest.stderr
+    assert records_of(out) == records_of(tmp_path / "whole") and not list(out.glob("*/state.ckpt"))
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_bit(tmp_path, corpus):
+    whole, part = (
+        training(tmp_path / "whole", corpus, loss_scale=8.0),
+        training(tmp_path / "part", corpus, loss_scale=8.0),
+    )
+    assert whole.go_on(lambda: False) and not part.go_on(lambda: part.step == 4)
+    assert part.step == 4 and part.run.result() is None
+    part.run.log.write_text(part.run.log.read_text() + '{"step": 5, "loss": 9}\n{"step"')  # logged after the checkpoint
+    again = training(tmp_path / "part", corpus, loss_scale=8.0)
+    assert again.step == 4 and again.go_on(lambda: False)
+    assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
+    assert whole.model.table.weight.equal(again.model.table.weight)
+
+
+def test_a_window_study_has_every_policy(tmp_path, tokens):
+    made = run("window", *TINY, "--steps", "4", "--constants", "-1", "1", "--sweep-tokens", "64", tokens=tokens,
+               out=tmp_path)  # fmt: skip
+    assert made.returncode == 0, made.stdout + made.stderr
+    (one,) = all_runs(tmp_path)
+    result = one.result()
+    assert list(result["inference"]) == ["bf16", "current", "amax", "cscale:-1", "cscale:0", "cscale:1"]
+    assert len({entry["loss"] for entry in result["inference"].values()}) == 6  # each did something else
+    assert set(result["biases"]["blocks.0.attn.qkv"]) == {"x", "w"}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["parity", "--models", "gpt-124"], "no model is called 'gpt-124'; near it are gpt-124M"),
+        (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, got 'cscale:17'"),
+        (["parity", "--seeds", "0"], "the study is empty"),
+        (["window", "--constants", "3", "-3"], "the sweep is empty: --constants must rise"),
+        (["parity", "--val-tokens", "1000000"], "validation needs 1,000,000 tokens"),
+        (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
+        (["parity", "--steps", "0", *TINY], "steps must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, tokens, arguments, words):
+    made = run(*arguments, tokens=tokens, out=tmp_path / "out")
+    assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+
+
+# ---- statistics and models -------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_students_t():
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3 and found.high - 3 == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-4)
+    assert interval([1.0]).high == math.inf
+
+
+PUBLISHED = {
+    "gpt-124M": 124_439_808,
+    "cerebras-gpt-111M": 111_050_496,
+    "cerebras-gpt-256M": 255_977_024,
+    "cerebras-gpt-590M": 590_310_912,
+    "cerebras-gpt-1.3B": 1_315_723_264,
+    "cerebras-gpt-2.7B": 2_651_553_280,
+    "cerebras-gpt-6.7B": 6_658_404_352,
+    "cerebras-gpt-13B": 12_853_386_240,
+    "llama-2-7B": 6_738_415_616,
+    "llama-2-13B": 13_015_864_320,
+    "llama-2-70B": 68_976_648_192,
+    "llama-3-8B": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_models_have_the_published_number_of_parameters(name):
+    assert parameter_count(named(name)) == PUBLISHED[name]
+
+
+def test_names_are_found_whatever_their_case_and_others_answered_with_near_ones():
+    assert named("Llama-2-7b") is MODELS["llama-2-7B"]
+    with pytest.raises(ValueError, match="no model is called 'cerebras-gpt-1.3M'; near it are cerebras-gpt-1.3B"):
+        named("cerebras-gpt-1.3M")
+    with pytest.raises(ValueError, match="there are gpt-tiny"):
+        named("xyz")
+
+
+def test_small_models_train_and_give_logits():
+    for name in ("gpt-tiny", "llama-tiny"):
+        model = named(name).build(100, 16)
+        inputs, targets = torch.randint(100, (2, 2, 16))
+        logits = model(inputs)
+        assert logits.shape == (2, 16, 128)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        assert loss.item() == pytest.approx(math.log(128), abs=0.3)
+        assert sum(p is model.head.weight for p in model.parameters()) == 1  # tied
