@@ -20,6 +20,8 @@ import torch
 import torch_fp8 as fp8
 from lib.biases import Biases
 from lib.corpus import make_tokens, read_corpus, save_corpus
+from lib.emulation import by_amax, by_constant, by_histogram, emulated
+from lib.policies import E4M3, GRAPHCORE_E4M3
 from lib.pool import BAD_INPUT, serve, work
 from lib.runs import Run, Spec, claim
 from lib.training import Plan, Training, check_text, validate
@@ -160,11 +162,13 @@ def perform(run: Run, corpus: Corpus, device: torch.device, stop: Callable[[], b
 
 
 def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """Inference under every policy on the same tokens: loss and accuracy by the policy's name."""
+    """Inference under every policy on the same tokens: loss and accuracy by the policy's name, and every tensor's bias
+    over one micro-batch. Names with ``gc-`` have Graphcore's formats; they and histograms are emulated."""
     plan = Plan.of({**spec, "validated": spec["sweep_tokens"]})
+    layers = inner_layers(model)
     found = {"bf16": validate(model, corpus, plan, device)}
-    watch = Biases(inner_layers(model))
-    with watch.watch():
+    biases = Biases(layers)
+    with biases.watch():
         validate(model, corpus, Plan.of({**spec, "validated": spec["micro_batch"] * spec["context"]}), device)
     recipes = {name: ARMS[name]["recipe"] for name in ("current", "amax")}
     recipes |= {f"cscale:{c}": constant(c)["recipe"] for c in spec["sweep"]}
@@ -172,7 +176,13 @@ def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) ->
         fp8.convert(model, make_recipe(recipe), tokens=None)
         found[name] = validate(model, corpus, plan, device)
         fp8.revert(model)
-    return {"inference": found, **watch.seen()}
+    rules = {"histogram": (by_histogram, E4M3), "gc-amax": (by_amax, GRAPHCORE_E4M3)}
+    rules["gc-histogram"] = by_histogram, GRAPHCORE_E4M3
+    rules |= {f"gc-cscale:{c}": (by_constant(c), GRAPHCORE_E4M3) for c in spec["sweep"] if c % 4 == 0}
+    for name, (rule, to) in rules.items():
+        with emulated(layers, rule, to):
+            found[name] = validate(model, corpus, plan, device)
+    return {"inference": found, **biases.seen()}
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
