@@ -14,7 +14,6 @@ from .fog_config import STD, Architecture, Shape, architecture
 from .llama import rotate, rotation_of
 
 EPS = 1e-5
-_STRETCH = 8.0  # of Llama 3.1's slow angles
 
 
 class RMSNorm(nn.RMSNorm):
@@ -196,31 +195,32 @@ class LM(nn.Module):
         self.head = nn.Linear(shape.hidden, padded, bias=False)
         if shape.tied:
             self.head.weight = self.embedding.weight
-        self._rotation: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._rotations: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
                 nn.init.normal_(parameter, std=STD / (2 * shape.layers) ** 0.5 if into_residual else STD)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy, in nats a token, of ``targets`` given ``tokens``, both (batch, time) int64."""
-        return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(batch, time, vocabulary)"""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy, in nats a token, of ``targets`` given ``tokens``, both (batch, time) int64; without
+        ``targets`` the logits (batch, time, vocabulary, padded)."""
         x = self.embedding(tokens) * self.factor
-        rotation = self.rotation(tokens)
+        rotation = self.rotation(tokens.shape[1], tokens.device)
         for block in self.blocks:
             x = block(x, *rotation)
-        return self.head(self.norm(x))
+        logits = self.head(self.norm(x))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def rotation(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, (time, head) float32 each, of the positions of tokens (batch, time)."""
-        key = tokens.shape[1], tokens.device
-        if key not in self._rotation:
-            like = torch.empty(0, device=tokens.device, dtype=torch.float32)
-            self._rotation[key] = rotation_of(tokens.shape[1], self.shape.head, like, _STRETCH)
-        return self._rotation[key]
+    def rotation(self, time: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions, (time, head) float32 each."""
+        if (time, device) not in self._rotations:
+            self._rotations[time, device] = rotation_of_positions(time, self.shape, device)
+        return self._rotations[time, device]
+
+
+def rotation_of_positions(time: int, shape: Shape, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """cos and sin, (time, head) float32 each, with Llama 3.1's slow angles."""
+    return rotation_of(time, shape.head, torch.empty(0, device=device, dtype=torch.float32), 8.0)
 
 
 def _wide(x: Tensor) -> Tensor:

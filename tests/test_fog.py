@@ -12,6 +12,7 @@ import torch
 import torch_fp8 as fp8
 from test_train_example import run
 from torch import nn
+from torch.nn import functional as F
 from torch_fp8.layers.fused import FusedBlock, FusedMlp, fused_modules
 
 from models.fog import LM, XIELU, Block
@@ -174,6 +175,12 @@ def test_fuse_takes_what_has_a_norm_and_no_smoothing(name):
     assert groups.q.fp8_state.group is groups.k.fp8_state.group is groups.v.fp8_state.group is not None
 
 
+def test_ffns_alone_can_be_fused():
+    model = to_fp8(LM("fog-opt", SIZES["tiny"], vocab=64), fuse="ffn")
+    assert list(fused_modules(model)) == ["blocks.0.ffn", "blocks.1.ffn"]
+    assert not fused_modules(to_fp8(LM("fog-opt", SIZES["tiny"], vocab=64), fuse="none"))
+
+
 # ---- sizes, numbers at the start ----------------------------------------------------------------------------------
 
 
@@ -198,7 +205,7 @@ def test_as_many_parameters_as_the_paper_says(size, millions):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_a_model_begins_with(name):
-    arch, model = ARCHITECTURES[name], LM(name, dataclasses.replace(SIZES["25M"], tied=False), vocab=4096)
+    arch, model = ARCHITECTURES[name], LM(name, dataclasses.replace(SIZES["tiny"], layers=6, tied=False), vocab=256)
     for of, p in model.named_parameters():
         if p.dim() == 2:
             std = 0.02 / 12**0.5 if of.endswith(("attention.o.weight", "ffn.down.weight")) else 0.02
@@ -213,7 +220,7 @@ def test_what_a_model_begins_with(name):
     assert scale == pytest.approx(0.17678 if name.startswith("fog") else 128**-0.5, rel=1e-4)
     assert SIZES["390M"].scale == pytest.approx(0.17678, rel=1e-4) and SIZES["1.5B"].scale == SIZES["8B"].scale == 0.125
     assert SIZES["390M"].tied and not SIZES["1.5B"].tied
-    assert model.blocks[0].ffn.up.out_features == (2048 if arch.gated else 3072)
+    assert model.blocks[0].ffn.up.out_features == (256 if arch.gated else 384)
 
 
 def test_xielu_begins_with_both_factors_at_0_8():
@@ -272,11 +279,12 @@ def test_fp8_falls_beside_bf16(name):
     assert of_fp8 != of_bf16 and last[1] == pytest.approx(last[0], rel=0.1)
 
 
-def test_disabled_is_bf16_to_the_bit():
+def test_disabled_is_bf16():
     model = LM("fog-opt", SIZES["tiny"], vocab=256)
     x = torch.randint(0, 256, (2, 33))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         plain = model.eval()(x[:, :-1], x[:, 1:])
+        torch.testing.assert_close(F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()), plain)
         to_fp8(model, attention="fp8")
         assert model(x[:, :-1], x[:, 1:]) != plain
         with fp8.disabled(model):
