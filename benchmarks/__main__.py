@@ -30,6 +30,7 @@ NAMES = (
     "prefill",
     "decode",
     "adapters",
+    "fog",
 )
 
 

@@ -13,11 +13,10 @@ gains' gradients, *attention* what cuDNN launches around it.
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch_fp8 as fp8
 from lib.common import gpu_ms, loop_ms, options, randn, scaled, start
+from lib.kinds import KINDS, profiled
 from lib.peers import ADAPTERS, TORCHAO, TRANSFORMER_ENGINE, peer_modules, torchao, transformer_engine_ffn
 from lib.report import bars, header, legend, level, numbers, pair, table, write
 from lib.steps import FusedLayer, Layer, converted, forward_of, llama, step_of
@@ -124,30 +123,6 @@ def memory(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[float, float]:
     for leaf in (x, *module.parameters()):
         leaf.grad = None
     return (after - before) / 2**20, (peak - before) / 2**20
-
-
-KINDS = {  # of kernels, by the first pattern that their names match
-    "attention": "cudnn|fmha|flash", "GEMMs": "nvjet|gemm|cutlass", "norms": "norm|moments|add_column_sums",
-    "SwiGLU": "activate", "rotary": "rotary", "casts": "torch_fp8", "all else": "",
-}  # fmt: skip
-
-
-def profiled(step) -> dict[str, tuple[int, float]]:
-    """Launches and microseconds of a step by kind of kernel, memsets and copies among them."""
-    kinds = dict.fromkeys(KINDS, (0, 0.0))
-    if options.dry:
-        return kinds
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    step()
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
-        torch.cuda.synchronize()
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.name))
-            count, us = kinds[kind]
-            kinds[kind] = count + 1, us + event.device_time
-    return kinds
 
 
 def measure_later() -> dict[str, tuple]:

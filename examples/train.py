@@ -1,7 +1,8 @@
-"""Train a GPT in BF16 and in FP8, from the same seed on the same batches, and compare the two.
+"""Train a GPT, or a model of models/fog.py, in BF16 and in FP8, from one seed on the same batches, and compare the two.
 
     python examples/train.py                         # a tiny one on a CPU, a minute; 124M parameters on a GPU
     python examples/train.py --size 355M --data corpus.txt.xz --tokenizer gpt2/ --steps 3000 --out runs/355M
+    python examples/train.py --model fog-max --size 100M --attention fp8 --out runs/fog    # attention in FP8 too
 
 The FP8 arm differs by one line, ``fp8.convert(model, recipe, tokens=tokens)`` in gpt/arm.py. Without --data the text is
 the source of the running Python's standard library, and a token is a byte. In a text file, a line holding only
@@ -27,9 +28,10 @@ from gpt.errors import UserError
 from gpt.lock import locked
 from gpt.plot import draw
 from gpt.report import Result, make_result, table, write_summary
-from gpt.settings import SIZES, Settings, device_name, find_device, fitting_micro_batch, make_recipe
+from gpt.settings import MODELS, Settings, device_name, find_device, fitting_micro_batch, make_recipe, sizes_of
 from gpt.text import read_documents
 from gpt.tokens import GPT2, Bytes, Corpus, make_corpus
+from torch_fp8.layers.modes import MODES
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -39,7 +41,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--size", choices=SIZES, help="default: tiny on a CPU, 124M on a GPU")
+    add("--model", default="gpt", metavar="NAME", help=f"one of {', '.join(MODELS)} (default: gpt)")
+    add("--size", metavar="NAME", help="default: tiny on a CPU; on a GPU 124M, 100M where --model is not gpt")
     add("--data", type=Path, metavar="FILE_OR_FOLDER", help="text; .xz files are read too")
     add("--tokenizer", type=Path, metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe; default: bytes")
     add("--precision", choices=("bf16", "fp8", "both"), default="both")
@@ -47,12 +50,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--amax-history-len", type=int, metavar="N", help="of --recipe delayed: steps whose maximum sets the scale")
     add("--margin", type=int, metavar="N", help="binades left free above the amax; of gradients alone unless delayed")
     add("--bias", type=int, metavar="N", help="of --recipe constant: the scale is 2**N")
+    add("--attention", choices=MODES, default="16bit", help="products of the FP8 arm's attention; not of gpt's")
+    add("--shared-scale", action="store_true", help="of --attention: one scale for q, k and v")
     add("--steps", type=int, metavar="N", help="optimizer steps; this and the next four default to what suits --size")
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--context", type=int, metavar="N", help="tokens of a sequence")
     add("--batch-tokens", type=int, metavar="N", help="tokens of an optimizer step")
     add("--micro-batch", type=int, metavar="N", help="sequences of a forward and backward pass")
     add("--warm-up", type=int, metavar="N", help="steps of rising learning rate; default: a twentieth of --steps")
+    add(
+        "--cooldown", type=int, metavar="N", help="last steps, in which the learning rate falls as 1 - sqrt; default: "
+        "a fifth of --steps; for gpt a cosine from the warm-up on",
+    )  # fmt: skip
     add("--seed", type=int, default=0)
     add("--eval-every", type=int, metavar="N", help="steps; default: a tenth of --steps")
     add("--eval-batches", type=int, metavar="N", default=8, help="micro-batches of an evaluation (default: 8)")
@@ -74,8 +83,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_settings(args: argparse.Namespace) -> Settings:
     device = find_device(args.device)
-    name = args.size or ("124M" if device.type == "cuda" else "tiny")
-    size = SIZES[name]
+    sizes, of_gpu = sizes_of(args.model), "124M" if args.model == "gpt" else "100M"
+    name = args.size or (of_gpu if device.type == "cuda" else "tiny")
+    if name not in sizes:
+        raise UserError(f"--size of --model {args.model} must be one of {', '.join(sizes)}, got {name!r}")
+    size = sizes[name]
     recipe = make_recipe(args.recipe, amax_history_len=args.amax_history_len, margin=args.margin, bias=args.bias)
 
     given = {option: value for option, value in vars(args).items() if value is not None}
@@ -99,6 +111,10 @@ def make_settings(args: argparse.Namespace) -> Settings:
         device=device,
         num_threads=given.get("num_threads", size.num_threads or torch.get_num_threads()),
         out=args.out,
+        model=args.model,
+        cooldown=given.get("cooldown", None if args.model == "gpt" else steps // 5),
+        attention=args.attention,
+        shared_scale=args.shared_scale,
     )
 
 
@@ -168,7 +184,8 @@ def train(args: argparse.Namespace, settings: Settings, corpus: Corpus, arms: li
         torch.cuda.empty_cache()
 
     device = device_name(settings.device)
-    title = f"GPT {settings.size} in {' and '.join(name.upper() for name in arms)}, on {device}"
+    model = "GPT" if settings.model == "gpt" else settings.model
+    title = f"{model} {settings.size} in {' and '.join(name.upper() for name in arms)}, on {device}"
     print(f"{title}:\n{table(results)}")
     draw(settings.out / "loss_and_scales.png", results, title)
     write_summary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +112,14 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps=1e-5)
 
 
-def rotation_of(tokens: int, head: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (tokens, head), of Llama-3's angles."""
+def rotation_of(tokens: int, head: int, like: Tensor, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (tokens, head), of Llama-3's angles. stretch: the factor by which Llama 3.1 slows angles that
+    turn less than once in 8192 tokens; those that turn four times or more stay, and between them it is interpolated."""
     frequencies = 500_000.0 ** (-torch.arange(0, head, 2, device=like.device) / head)
+    if stretch != 1:
+        turns = 8192 * frequencies / (2 * math.pi)
+        kept = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / stretch)
     angles = torch.outer(torch.arange(tokens, device=like.device), frequencies).repeat(1, 2)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 

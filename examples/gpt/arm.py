@@ -1,4 +1,4 @@
-"""One arm: the same GPT from the same seed on the same batches, in BF16 or in FP8, to the end or to an interruption."""
+"""One arm: a model from one seed on the same batches as the other, in BF16 or in FP8, to the end or an interruption."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch_fp8 as fp8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.fog import LM
+from models.fog_fp8 import to_fp8 as fog_to_fp8
 from models.gpt import GPT
 
 from . import checkpoint
 from .journal import Journal
-from .settings import SIZES, Settings
+from .settings import Settings, sizes_of
 from .tokens import Corpus, even_starts, random_starts, windows
 
 _WARM_UP = 10  # steps of a process that say nothing of its speed: allocator, cuBLASLt, first-use scaling
@@ -46,8 +48,11 @@ class Arm:
         self.progress = Progress()
         torch.manual_seed(settings.seed)
         with self.device:  # random numbers differ between devices, not between arms
-            self.model = GPT(SIZES[settings.size].shape, vocab=corpus.vocab, context=settings.context)
-        if name == "fp8":
+            self.model = new_model(settings, corpus.vocab)
+        if name == "fp8" and isinstance(self.model, LM):
+            how = {"attention": settings.attention, "shared_scale": settings.shared_scale}
+            fog_to_fp8(self.model, settings.recipe, **how)
+        elif name == "fp8":
             # A CPU emulates FP8: no layer is large enough to be faster there.
             emulated = self.device.type == "cpu"
             to_fp8(self.model, settings.recipe, None if emulated else settings.micro_batch * settings.context)
@@ -199,6 +204,13 @@ class Arm:
         self.progress = Progress(**state["progress"])
 
 
+def new_model(settings: Settings, vocab: int) -> nn.Module:
+    shape = sizes_of(settings.model)[settings.size].shape
+    if settings.model == "gpt":
+        return GPT(shape, vocab=vocab, context=settings.context)
+    return LM(settings.model, shape, vocab=vocab)
+
+
 def to_fp8(model: nn.Module, recipe: fp8.Recipe, tokens: int | None) -> None:
     """Convert the layers that FP8 makes faster at so many tokens; where it makes none faster, all of them, so that the
     losses can be compared all the same."""
@@ -218,9 +230,13 @@ def _optimizer(model: nn.Module, lr: float, *, fused: bool) -> torch.optim.AdamW
 
 
 def _learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    warm_up = settings.warm_up
+    """Linear warm-up, then a cosine down to a tenth; with a cooldown a stable phase, then 1 - sqrt of what of the
+    cooldown is done (arXiv 2405.18392)."""
+    warm_up, cooldown = settings.warm_up, settings.cooldown
     if step < warm_up:
         return settings.lr * (step + 1) / warm_up
+    if cooldown is not None:
+        into = step - (settings.steps - cooldown)
+        return settings.lr * (1 - math.sqrt(max(0, into) / max(1, cooldown)))
     done = (step - warm_up) / max(1, settings.steps - warm_up)
     return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))

@@ -46,9 +46,9 @@ def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
     if not isinstance(state, dict) or state.keys() != _ENTRIES:
         raise UserError(f"{path} must be a checkpoint of this program, but holds something else; {_ANEW}")
     differing = [
-        f"{name} (was {state['identity'].get(name)}, is {value})"
-        for name, value in identity.items()
-        if state["identity"].get(name) != value
+        f"{name} (was {state['identity'].get(name)}, is {identity.get(name)})"
+        for name in dict.fromkeys([*identity, *state["identity"]])
+        if state["identity"].get(name) != identity.get(name)
     ]
     if differing:
         raise UserError(

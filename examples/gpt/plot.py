@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from .journal import Record
 from .report import Result
 
 _COLORS = {"bf16": FAINT, "fp8": FP8}
-_KIND_COLORS = (FP8, SECOND, THIRD, FOURTH)
+_KIND_STYLES = tuple(itertools.product(("-", "--"), (FP8, SECOND, THIRD, FOURTH)))
 _ROLES = {"input": "inputs", "weight": "weights", "grad_output": "output gradients"}
 _CAPTION = (
     "Before a tensor is rounded to FP8 it is multiplied by its scale, which brings its largest value to the end of "
@@ -87,9 +88,9 @@ def _draw_scales(axes: Axes, scales: dict[int, dict[str, dict[str, float | None]
     low, high = ([end(values) for values in by_step.values()] for end in (min, max))
     axes.fill_between(list(by_step), low, high, color=BF16, alpha=0.35, linewidth=0, label="all")
     marker = "." if len(by_step) == 1 else ""
-    for (kind, points), color in zip(by_kind.items(), _KIND_COLORS):
+    for (kind, points), (line, color) in zip(by_kind.items(), _KIND_STYLES):
         medians = [median(values) for values in points.values()]
-        axes.plot(list(points), medians, marker=marker, color=color, linewidth=1.5, label=kind)
+        axes.plot(list(points), medians, marker=marker, linestyle=line, color=color, linewidth=1.5, label=kind)
     axes.set_yscale("log", base=2)
     axes.set_ylabel("scale")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 import torch_fp8 as fp8
 
+from models import fog_config
 from models.gpt import Shape
 
 from .errors import UserError
@@ -18,7 +20,7 @@ from .errors import UserError
 class Size:
     """A model, and the defaults of its training."""
 
-    shape: Shape
+    shape: Shape | fog_config.Shape
     context: int
     batch_tokens: int  # per optimizer step
     micro_batch: int  # sequences, as many as memory allows
@@ -38,6 +40,18 @@ SIZES = {
     "774M": Size(Shape(36, 20, 1280), context=1024, batch_tokens=1 << 16, micro_batch=16, steps=1000, lr=2.5e-4),
     "1558M": Size(Shape(48, 25, 1600), context=1024, batch_tokens=1 << 16, micro_batch=8, steps=1000, lr=2e-4),
 }
+# Of the models in models/fog.py: where the paper has a size, its context, learning rate and softmax scale, in batches
+# as small as those above.
+FOG_SIZES = {
+    "tiny": Size(fog_config.SIZES["tiny"], 128, 1 << 10, micro_batch=8, steps=100, lr=2e-3, num_threads=1),
+    "25M": Size(fog_config.SIZES["25M"], 1024, 1 << 16, micro_batch=64, steps=1000, lr=1e-3),
+    "100M": Size(fog_config.SIZES["100M"], 1024, 1 << 16, micro_batch=32, steps=1000, lr=1e-3),
+    "200M": Size(fog_config.SIZES["200M"], 1024, 1 << 16, micro_batch=32, steps=1000, lr=1e-3),
+    "390M": Size(fog_config.SIZES["390M"], 4096, 1 << 16, micro_batch=4, steps=1000, lr=1e-3),
+    "1.5B": Size(fog_config.SIZES["1.5B"], 4096, 1 << 16, micro_batch=4, steps=1000, lr=2.5e-4),
+    "8B": Size(fog_config.SIZES["8B"], 4096, 1 << 16, micro_batch=1, steps=1000, lr=1.5e-4),
+}
+MODELS = {"gpt": SIZES} | dict.fromkeys(fog_config.ARCHITECTURES, FOG_SIZES)  # the sizes of each
 
 _COUNTS = (
     *("context", "batch_tokens", "micro_batch", "steps", "warm_up"),
@@ -63,6 +77,10 @@ class Settings:
     device: torch.device
     num_threads: int
     out: Path
+    model: str = "gpt"
+    cooldown: int | None = None  # steps of falling learning rate; None: a cosine from the warm-up on
+    attention: str = "16bit"  # how the products of the FP8 arm's attention run
+    shared_scale: bool = False  # of q, k and v there
 
     def __post_init__(self) -> None:
         # Zeros would fail much later, and less clearly.
@@ -73,6 +91,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{_flag(name)} must be positive and finite, got {value}")
+        if self.cooldown is not None and not 0 <= self.cooldown <= self.steps - self.warm_up:
+            raise UserError(
+                f"--cooldown must be from 0 to --steps - --warm-up = {self.steps - self.warm_up}, got {self.cooldown}"
+            )
+        if self.attention != "16bit" and self.model == "gpt":
+            raise UserError(
+                f"--attention {self.attention} needs a model whose attention can run in FP8, one of "
+                f"{', '.join(fog_config.ARCHITECTURES)}; --model gpt has heads of 64 or less in 16 bits"
+            )
+        if self.shared_scale and self.attention == "16bit":
+            raise UserError("--shared-scale is of the attention's q, k and v in FP8; give --attention fp8 too")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
         micro_tokens = self.micro_batch * self.context
@@ -89,9 +118,22 @@ class Settings:
         decisive = ("size", "context", "batch_tokens", "micro_batch", "steps", "lr", "warm_up", "seed", "eval_batches")
         identity = {name: value for name, value in asdict(self).items() if name in decisive}
         identity |= {"device": device_name(self.device), "data": fingerprint}
+        # What a run of an earlier version had no name for stands here only where it is not as it was then.
+        added = {"model": "gpt", "cooldown": None}
         if arm == "fp8":
             identity["recipe"] = str(self.recipe)
-        return identity
+            added |= {"attention": "16bit", "shared_scale": False}
+        values = {name: getattr(self, name) for name in added}
+        return identity | {name: value for name, value in values.items() if value != added[name]}
+
+
+def sizes_of(model: str) -> dict[str, Size]:
+    """The sizes of a model by its name; a wrong one is answered with the near ones."""
+    if model not in MODELS:
+        near = difflib.get_close_matches(model.lower(), MODELS, n=3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"--model must be one of {', '.join(MODELS)}, got {model!r}; {meant}".rstrip("; "))
+    return MODELS[model]
 
 
 def make_recipe(
