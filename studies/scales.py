@@ -3,14 +3,16 @@
     python studies/scales.py tokens --data FILE --tokenizer DIR --tokens TOKENS    # once: the text as token ids
     python studies/scales.py parity --tokens TOKENS --out DIR    # FP8 beside BF16, with paired seeds
     python studies/scales.py window --tokens TOKENS --out DIR    # which constants CSCALE works with, by model size
+    python studies/scales.py report --runs DIR [DIR ...]    # docs/scales.md and its pictures, from all runs so far
 
-Each writes a folder of runs, prints what is still missing, and goes on where it was interrupted when it is called again
-with the same arguments. Several runs share a GPU (--jobs), and all GPUs of the machine are used.
+parity and window each write a folder of runs, print what is still missing, and go on where they were interrupted when
+they are called again with the same arguments. Several runs share a GPU (--jobs), and all GPUs of the machine are used.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +23,15 @@ import torch_fp8 as fp8
 from lib.biases import Biases
 from lib.corpus import make_tokens, read_corpus, save_corpus
 from lib.emulation import by_amax, by_constant, by_histogram, emulated
+from lib.figures import draw
+from lib.page import page
 from lib.policies import E4M3, GRAPHCORE_E4M3
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, claim
+from lib.results import condensed, merged, sizes_of
+from lib.runs import Run, Spec, all_runs, claim
 from lib.training import Plan, Training, check_text, validate
 from torch import nn
+from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus
@@ -185,6 +191,26 @@ def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) ->
     return {"inference": found, **biases.seen()}
 
 
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(runs: Sequence[Path], data: Path, to: Path) -> None:
+    """Add what these folders of runs have to ``data``/runs.jsonl, draw its pictures beside it and write the page."""
+    new = []
+    for folder in runs:
+        found = all_runs(folder)
+        if not found:
+            raise UserError(f"--runs must be folders of runs, {folder} has none")
+        new += [condensed(run) for run in found]
+    lines = merged(data / "runs.jsonl", new)
+    sizes = sizes_of(lines)
+    pictures = draw(data, lines, sizes)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(to) as temporary:
+        temporary.write_text(page(lines, pictures, sizes, os.path.relpath(data, to.parent)), encoding="utf-8")
+    print(f"{to}: {sum(line.result is not None for line in lines)} of {len(lines)} runs, {len(pictures)} pictures")
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +241,13 @@ def parse_arguments() -> argparse.Namespace:
     _add_training(window, seeds=1, models=sizes, train_tokens=20e6, record=100)
     window.add_argument("--constants", type=int, nargs=2, default=(-16, 16), metavar=("LOW", "HIGH"))
     window.add_argument("--sweep-tokens", type=int, default=1 << 19, metavar="N", help="of inference under each policy")
+
+    add = commands.add_parser("report", allow_abbrev=False, help="write docs/scales.md and its pictures").add_argument
+    add("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs; default: none that are new")
+    add(
+        "--data", type=Path, default=ROOT / "studies" / "results" / "scales", metavar="DIR", help="what is kept of them"
+    )
+    add("--page", type=Path, default=ROOT / "docs" / "scales.md", metavar="FILE")
     return parser.parse_args()
 
 
@@ -248,6 +281,9 @@ def main() -> int:
         corpus = make_tokens(args.data, args.tokenizer, args.val_share)
         save_corpus(args.tokens, corpus)
         print(f"{args.tokens}: {corpus}")
+        return 0
+    if args.command == "report":
+        report(args.runs, args.data, args.page)
         return 0
     corpus = read_corpus(args.tokens)
     specs = {"parity": parity_specs, "window": window_specs}[args.command](args, corpus)

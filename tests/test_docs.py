@@ -33,7 +33,7 @@ def test_links_lead_to_what_is_there(page):
 
 BY_HAND = sorted(ROOT.glob("*.md")) + [ROOT / "docs" / "design.md"]
 FOLDERS = ("", ".ci/", "benchmarks/**/", "cmake/", "csrc/**/", "docs/", "examples/**/", "include/**/", "models/",
-           "python/**/", "tests/**/", "tools/")  # fmt: skip
+           "python/**/", "studies/**/", "tests/**/", "tools/")  # fmt: skip
 SOURCES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*")]
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,6 +279,21 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert losses["gc-cscale:0"] == pytest.approx(losses["cscale:0"], abs=1e-5)
     assert losses["gc-amax"] == pytest.approx(losses["amax"], abs=1e-5)
     assert set(result["biases"]["blocks.0.attn.qkv"]) == {"x", "w"}
+
+    # And the report on it, while another study is still to be done.
+    out, data = tmp_path / "other", tmp_path / "kept"
+    run("parity", *TINY, "--arms", "bf16", "amax", "--steps", "9", "--minutes", "0.0001", tokens=tokens, out=out)
+    command = [*SCALES, "report", "--runs", tmp_path, out, "--data", data, "--page", tmp_path / "page.md"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert said.returncode == 0 and "1 of 3 runs" in said.stdout, said.stderr
+    text = (tmp_path / "page.md").read_text()
+    assert "Still missing: gpt-tiny_amax_0 (0 of 9 steps), gpt-tiny_bf16_0 (0 of 9 steps)." in text
+    pictures = {"histograms", "depth", "time", "window", "amax"}
+    assert {path.stem for path in data.glob("*.png")} == pictures == set(re.findall(r"!\[(\w+)\]\(kept/", text))
+    empty = subprocess.run(
+        [*SCALES, "report", "--runs", data, "--page", tmp_path / "none"], capture_output=True, text=True
+    )
+    assert empty.returncode == 2 and "must be folders of runs" in empty.stderr and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
