@@ -5,50 +5,33 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from studying import PLAN, ROOT, SCALES, run, write_tokens
 
 from examples.gpt.errors import UserError
-from examples.gpt.tokens import Corpus, fingerprint
+from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.intervals import interval
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import FACTOR, PATIENCE, Plan, Training, check_text, validate
 
-ROOT = Path(__file__).parents[1]
-SCALES = [sys.executable, str(ROOT / "studies" / "scales.py")]
-PLAN = {
-    **{"seed": 0, "steps": 10, "batch": 4, "micro_batch": 2, "context": 16, "lr": 1e-2, "warm_up": 2, "cooldown": 4},
-    **{"validated": 256, "schedule": "wsd"},
-}
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
         "--val-tokens", "512"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "then", "it", "sleeps"]
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(300)]
-    (folder / "text").write_text("\n<|endoftext|>\n".join(lines))
-    save_corpus(folder / "tokens.xz", make_tokens(folder / "text", None, 0.2))
-    return folder / "tokens.xz"
+    return write_tokens(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
 def corpus(tokens):
     return read_corpus(tokens)
-
-
-def run(*arguments, tokens, out):
-    command = [*SCALES, *map(str, arguments), "--tokens", str(tokens), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def records_of(out):
@@ -65,7 +48,7 @@ def records_of(out):
 
 @pytest.mark.parametrize("name", ["tokens", "tokens.xz"])
 def test_tokens_are_read_as_they_were_written(tmp_path, tokens, name):
-    written = make_tokens(tokens.parent / "text", None, 0.2)
+    written = make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2)
     save_corpus(tmp_path / name, written)
     read = read_corpus(tmp_path / name)
     assert read.train.equal(written.train) and read.val.equal(written.val) and read.val.numel() > 0.15 * 5 * 300 * 40
@@ -80,7 +63,7 @@ def test_tokens_beyond_32767_are_read(tmp_path):
 
 def test_damaged_tokens_are_refused(tmp_path, tokens):
     path = tmp_path / "tokens"
-    save_corpus(path, make_tokens(tokens.parent / "text", None, 0.2))
+    save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
     content = bytearray(path.read_bytes())
     for damaged in (content[:-2], content + b"ab", b"nothing", content[:-3] + b"\x01" + content[-2:]):
         path.write_bytes(damaged)

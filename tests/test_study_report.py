@@ -3,6 +3,7 @@ The runs are made up, so that what they say is known."""
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from studies.lib.results import (
     Line,
     biases_of,
     condensed,
+    constants,
     inference_ratios,
     merged,
     pairs,
     place,
     read_lines,
     sizes_of,
+    trained_tokens,
     window,
 )
 from studies.lib.runs import claim
@@ -214,3 +217,15 @@ def test_the_page_in_docs_is_the_one_of_the_data():
     lines, pictures = read_lines(data / "runs.jsonl"), [path.stem for path in data.glob("*.png")]
     shown = (ROOT / "docs" / "scales.md").read_text(encoding="utf-8")
     assert page(lines, pictures, sizes_of(lines), "../studies/results/scales") == shown, "run studies/scales.py report"
+
+
+def test_readme_says_what_the_data_say():
+    """Of the models of the window study: the constants that all of them work with, and the least ratio of AMAX."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-").replace("\n", " ")
+    low, high = map(int, re.search(r"with c from (-?\d+) to (-?\d+) all keep more than 99.5 %", readme).groups())
+    lines = read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl")
+    ratios = inference_ratios([line for line in lines if line.study == "window"])
+    windows = [window(constants(of)) for of in ratios.values()]
+    assert (low, high) == (max(w[0] for w in windows), min(w[1] for w in windows)) and len(windows) == 4
+    assert f"FP8-AMAX keeps {100 * min(of['amax'] for of in ratios.values()):.2f} % or more" in readme
+    assert {round(trained_tokens(line) / 1e6) for line in lines if line.study == "window"} == {20}

@@ -1,6 +1,7 @@
 """What the studies share: ``corpus`` is the text, ``runs`` the folder that keeps what came out, ``training`` one
-training, ``pool`` several at once on the GPUs of a machine, ``intervals`` what may be said of their differences;
-``policies`` how scales are chosen, ``biases`` looks at them.
+training, ``pool`` several at once on the GPUs of a machine; ``arms`` what is trained, ``checkpoints`` from where;
+``policies`` how scales are chosen, ``emulation`` layers by them, ``inference`` what they keep, ``biases`` sees them;
+``results`` what is kept of runs, ``intervals`` what may be said of differences, ``figures`` and ``page`` the report.
 """
 
 import sys

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROLES = {"x": ("inputs", FP8), "w": ("weights", SECOND), "dy": ("output gradients", THIRD)}
 COLORS = [FP8, SECOND, THIRD, FOURTH, INK, BF16, "#c2504d", "#6f8f2f"]
 FLOOR, CEILING = 0.95, 1.01  # ratios beyond are drawn there
-BIAS = "Bias b of FP8-AMAX: the tensor is multiplied by 2^b before its cast (E4M3; gradients E5M2, without margin)"
+BIAS = "Bias b of FP8-AMAX, at most 31: a tensor is multiplied by 2^b before its cast (E4M3; gradients E5M2, no margin)"
 
 
 def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
@@ -61,11 +61,10 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
         grid = figure.subplots(2, len(models), sharex=True, sharey=True, squeeze=False)
         for row, (phase, of) in zip(grid, phases.items()):
             for axes, model in zip(row, models):
-                for i, (role, (name, color)) in enumerate(ROLES.items()):
-                    counts = _counts(of.get(model, []), role)
-                    if counts:
-                        places = [bias + 0.3 * (i - 1) for bias in counts]
-                        axes.bar(places, [100 * share for share in counts.values()], 0.3, color=color, label=name)
+                for role, (name, color) in ROLES.items():
+                    if counts := _counts(of.get(model, []), role):
+                        shares = [100 * share for share in counts.values()]
+                        axes.bar(list(counts), shares, 0.85, color=color, alpha=0.85, label=name)
                 axes.set_title(f"{model}\n{phase}")
                 if model not in of:
                     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=FAINT)
@@ -184,7 +183,7 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
         for (model, of), color in zip(ratios.items(), COLORS * 9):
             ours = constants(of)
             left.plot(list(ours), [_clipped(r) for r in ours.values()], color=color, marker="o", markersize=3.5,
-                      label=f"{model} ({millions(sizes.get(model, 0))})")  # fmt: skip
+                      label=model)  # fmt: skip
             theirs = constants(of, "gc-cscale")
             left.plot(list(theirs), [_clipped(r) for r in theirs.values()], "x", color=color, markersize=8)
             if found := window(ours):
@@ -203,10 +202,10 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
             title="Inference with one constant scale",
         )
         left.xaxis.get_major_locator().set_params(integer=True)
-        left.legend(loc="lower center")
         right.set(xlabel="million parameters", ylabel="constants in a row that work", title="Width of the window",
                   xscale="log", ylim=(0, 2 + max([w[1] - w[0] + 1 for w in widths.values()], default=1)))  # fmt: skip
         right.margins(x=0.2)
+        right.legend(*left.get_legend_handles_labels(), loc="lower left")
         _plain_ticks(right, [sizes.get(model, 0) / 1e6 for model in widths])
         caption(
             figure,

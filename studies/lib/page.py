@@ -12,7 +12,7 @@ from torch_fp8.table import markdown
 
 from .figures import millions
 from .intervals import interval
-from .results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, window
+from .results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, trained_tokens, window
 from .training import FACTOR, MEDIAN, PATIENCE
 
 Ratios = Mapping[str, Mapping[str, float]]
@@ -267,7 +267,7 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
             mine = [line for line in of_study if line.model == model]
             finished = [line for line in mine if line.result is not None]
             spec = mine[0].spec
-            tokens = spec.get("steps", 0) * spec.get("batch", 0) * spec["context"]
+            tokens = trained_tokens(mine[0])
             gpus = sorted({line.result["gpu"] for line in finished if line.result})
             rows.append([what, model, millions(sizes.get(model, 0)), millions(tokens) if tokens else "–",
                          f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–",
@@ -281,14 +281,15 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
 
 
 def _not_claimed(lines: Sequence[Line]) -> str:
-    trained = [line.spec["steps"] * line.spec["batch"] * line.spec["context"] for line in lines if "steps" in line.spec]
-    most = f" The longest training here is of {millions(max(trained))} tokens." if trained else ""
+    longest = max(map(trained_tokens, lines), default=0)
+    most = f" The longest\n  training here is of {millions(longest)} tokens." if longest else ""
     return f"""## What this does not say
 
 * Nothing of models that were not run, and nothing of 1B parameters and more: activations of large models have outliers
   that small ones lack.
 * Nothing of long trainings: published divergences in FP8 come after 0.7 to 200 billion tokens.{most}
 * Nothing of the paper's tasks, GLUE or MMLU: next-token accuracy on one text is not those.
+* Nothing of size alone: where models of several sizes were trained on as many tokens, the larger ones are trained less.
 * Nothing of how a ratio or a window scatters over trainings, but where several seeds were run."""
 
 

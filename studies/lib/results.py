@@ -96,9 +96,11 @@ def done(lines: Iterable[Line], *studies: str) -> list[Line]:
 
 
 def inference_ratios(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
-    """{model: {policy: next-token accuracy over that of 16 bits}}, the mean over seeds."""
+    """{model: {policy: next-token accuracy over that of 16 bits}}, the mean over seeds. Random weights have none."""
     found: dict[str, dict[str, list[float]]] = {}
     for line in lines:
+        if line.study == "infer" and not line.spec["checkpoint"]:
+            continue
         inference = (line.result or {}).get("inference", {})
         whole = inference.get("bf16", {}).get("accuracy")
         for policy, entry in inference.items():
@@ -148,6 +150,11 @@ def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
     told = {line.model: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
     models = {line.model for line in lines}
     return told | {model: parameter_count(MODELS[model]) for model in models if model in MODELS}
+
+
+def trained_tokens(line: Line) -> int:
+    """Of the whole training; 0 of inference, whose steps are policies."""
+    return 0 if line.study == "infer" else line.spec["steps"] * line.spec["batch"] * line.spec["context"]
 
 
 def arms_of(lines: Iterable[Line]) -> list[str]:
