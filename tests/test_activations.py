@@ -161,13 +161,14 @@ def test_what_is_computed_again_counts_once(device):
     watched = fp8.activations(model)
     seen, optimizer = [], torch.optim.SGD(model.parameters(), 0.1)
     for model.reentrant, seed in ((False, 0), (None, 1)):
-        hook = model.layers[0].register_forward_hook(lambda m, args, out: seen.append(out[0].detach().double()))
+        down = model.layers[0].down_proj
+        hook = down.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().double()))
         loss = model(inputs(seed, device) * 3**seed)
         hook.remove()
         loss.backward()
     optimizer.step()
     mean = torch.cat(seen).mean().item()
-    assert watched.readings[0].values["mean/block/layers.0"] == pytest.approx(mean, rel=1e-4)
+    assert watched.readings[0].values["mean/ffn/layers.0"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_gradient_norms_and_loss(device):
