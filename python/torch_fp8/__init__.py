@@ -40,6 +40,7 @@ from .layers.siblings import share_input  # noqa: E402
 from .observe.activations import Activations, activations  # noqa: E402
 from .observe.monitor import Monitor, monitor  # noqa: E402
 from .observe.sharpness import sharpness  # noqa: E402
+from .observe.watch import Alarm, Watch, watch  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
 from .swap import adapters as _adapters  # noqa: E402, F401  peft finds it there
@@ -79,6 +80,7 @@ if not _C.toolkit_version() and _torch.cuda.is_available():
 __all__ = [
     "MLP",
     "Activations",
+    "Alarm",
     "Attention",
     "CheckpointError",
     "ConstantScaling",
@@ -95,6 +97,7 @@ __all__ = [
     "ScalingState",
     "TransformerBlock",
     "Tuning",
+    "Watch",
     "activations",
     "build_info",
     "calibrate",
@@ -119,6 +122,7 @@ __all__ = [
     "tune",
     "unfuse",
     "update_scales",
+    "watch",
 ]
 
 # Users find these here, so pickles and error messages name this module and not the file behind it.

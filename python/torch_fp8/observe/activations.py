@@ -89,7 +89,11 @@ class Activations(Sampled):
         self._gradients: tuple[list[str], Tensor | None] = [], None
         self._noted: dict[str, list[Tensor]] = {}  # loss and sharpness of the micro-batches
         self._sees_sharpness = _sees_sharpness(model)
+        self._check(model)
         super().__init__(model, every)
+
+    def _check(self, model: nn.Module) -> None:
+        """What else must hold before a hook hangs."""
 
     def _find(self, model: nn.Module) -> list[Point]:
         found = [point for point in find_points(model) if point.kind not in self._points]
@@ -122,7 +126,7 @@ class Activations(Sampled):
 
     def _after_model(self, logits: list[Tensor]) -> Callable[..., None]:
         def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if not (_trains(model) and _in_forward()):
+            if not in_training_forward(model):
                 logits.clear()
                 return
             if (loss := _loss_of(out)) is not None:
@@ -144,10 +148,17 @@ class Activations(Sampled):
         self._gradients = _gradient_norms(model)
 
     def _after_sample(self) -> None:
-        if any(count.is_begun for count in self._counts.values()):
-            self._new_reading(Reading(self.step, None, self._values()))
+        if self._has_begun():
+            self._new_reading(Reading(self.step, self._tokens_so_far(), self._values()))
         self._counts.clear()
         self._gradients = [], None
+
+    def _has_begun(self) -> bool:
+        return any(count.is_begun for count in self._counts.values())
+
+    def _tokens_so_far(self) -> int | None:
+        """With those of the step that ends."""
+        return None
 
     def _values(self) -> dict[str, float]:
         """Brings everything to the host at once."""
@@ -325,6 +336,11 @@ def _in_forward() -> bool:
     return torch._C._current_graph_task_id() == -1
 
 
+def in_training_forward(module: nn.Module) -> bool:
+    """Whether a call of the module now is one of a step, and not one that backward repeats."""
+    return _trains(module) and _in_forward()
+
+
 def _after(count: _Count, part: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if count.wants(module):
@@ -351,7 +367,7 @@ def _keep_last(kept: list[Tensor]) -> Callable[..., None]:
     """Of each sequence the logits of the last two tokens: their targets may be shifted by one."""
 
     def hook(head: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if isinstance(out, Tensor) and not is_dtensor(out) and out.dim() == 3 and _trains(head) and _in_forward():
+        if isinstance(out, Tensor) and not is_dtensor(out) and out.dim() == 3 and in_training_forward(head):
             kept.append(out.detach()[:, -2:].to(torch.float32, copy=True))
 
     return hook

@@ -68,7 +68,7 @@ class Sampled:
         """At its end, once the parameters were changed and the hooks are gone."""
 
     def _after_step(self) -> None:
-        """At the end of every step, sampled or not; ``step`` is the next one."""
+        """At the end of every step, sampled or not, before ``step`` becomes the next one."""
 
     # ---- when --------------------------------------------------------------------------------------------------------
 
@@ -96,12 +96,14 @@ class Sampled:
             return
         sampled = self._is_sampling
         self._end()
-        if sampled:
-            self._after_sample()
-        self.step += 1
-        self._after_step()
-        if self.step % self.every == 0:
-            self._begin()
+        try:
+            if sampled:
+                self._after_sample()
+        finally:  # also where a writer of the user's raises
+            self._after_step()
+            self.step += 1
+            if self.step % self.every == 0:
+                self._begin()
 
     def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
         """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count."""
