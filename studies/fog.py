@@ -3,34 +3,42 @@
     python studies/fog.py provoke --tokens TOKENS --out DIR    # which loss leaves BF16's, and what was seen before
     python studies/fog.py parity --tokens TOKENS --out DIR    # FOG with FP8 attention beside itself in BF16
     python studies/fog.py kurtosis --tokens TOKENS --out DIR    # FOG-max beside Llama 3 in BF16, by layer
+    python studies/fog.py report --runs DIR [DIR ...]    # docs/fog.md and its pictures, from all runs so far
 
-TOKENS is what ``studies/scales.py tokens`` wrote. Each command writes a folder of runs, prints what is still missing,
-and goes on where it was interrupted when it is called again with the same arguments. Several runs share a GPU (--jobs),
-and all GPUs of the machine are used.
+TOKENS is what ``studies/scales.py tokens`` wrote. The first three each write a folder of runs, print what is still
+missing, and go on where they were interrupted when they are called again with the same arguments. Several runs share a
+GPU (--jobs), and all GPUs of the machine are used.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
 from lib.corpus import read_corpus
+from lib.fog_figures import draw
+from lib.fog_page import page
+from lib.fog_results import condensed, merged
 from lib.kurtosis import Kurtosis
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, claim
+from lib.runs import Run, Spec, all_runs, claim
 from lib.training import Plan, Training, check_text
 from torch import nn
+from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus
 from models.fog import LM
 from models.fog_config import SIZES, Architecture, architecture
 from models.fog_fp8 import to_fp8
+
+ROOT = Path(__file__).parents[1]
 
 # How the paper's runs were scaled: scale 1 in the first step and amaxes of 1024 steps; q, k and v have one scale.
 _LINEARS: Spec = {"history": 1024, "cold": True}
@@ -142,11 +150,32 @@ def start_cold(model: nn.Module) -> None:
 
 def perform(run: Run, corpus: Corpus, device: torch.device, stop: Callable[[], bool]) -> bool:
     model = make_model(run.spec, corpus, device)
-    return Training(run, model, corpus, device, Kurtosis(model, run.spec["every"])).go_on(stop)
+    training = Training(run, model, corpus, device, Kurtosis(model, run.spec["every"]))
+    return training.go_on(stop, lambda: {"parameters": sum(parameter.numel() for parameter in model.parameters())})
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(runs: Sequence[Path], data: Path, to: Path) -> None:
+    """Add what these folders of runs have to ``data``/runs.jsonl, draw its pictures beside it and write the page."""
+    new = []
+    for folder in runs:
+        found = [run for run in all_runs(folder) if run.spec.get("study") in STUDIES and "architecture" in run.spec]
+        if not found:
+            raise UserError(f"--runs must be folders of runs of this study, {folder} has none")
+        new += [condensed(run) for run in found]
+    lines = merged(data / "runs.jsonl", new)
+    pictures = draw(data, lines)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(to) as temporary:
+        temporary.write_text(page(lines, pictures, os.path.relpath(data, to.parent)), encoding="utf-8")
+    print(f"{to}: {sum(line.result is not None for line in lines)} of {len(lines)} runs, {len(pictures)} pictures")
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
+STUDIES = ("provoke", "parity", "kurtosis")
 _FOGS = ["fog-max", "fog-opt", "fog-flash"]
 
 
@@ -156,13 +185,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     provoke = commands.add_parser("provoke", allow_abbrev=False, help="which loss leaves BF16's")
-    _add_training(provoke, architectures=["llama3", "olmo2", "op", *_FOGS], arms=["bf16", "fp8-attention", "fp8"],
-                  rates=[10, 1, 3], seeds=1, cooldown=0)  # fmt: skip
+    _add_training(provoke, architectures=["llama3", "olmo2", "op", *_FOGS], rates=[10, 1, 3], seeds=1, cooldown=0,
+                  arms=["bf16", "bf16-again", "fp8-attention", "fp8"])  # fmt: skip
     parity = commands.add_parser("parity", allow_abbrev=False, help="FOG with FP8 attention beside itself in BF16")
-    _add_training(parity, architectures=_FOGS, arms=["bf16", "fp8-attention", "bf16-again"], rates=[1], seeds=3,
+    _add_training(parity, architectures=_FOGS, arms=["bf16", "bf16-again", "fp8-attention"], rates=[1], seeds=3,
                   cooldown=0.2)  # fmt: skip
     kurtosis = commands.add_parser("kurtosis", allow_abbrev=False, help="FOG-max beside Llama 3 in BF16")
     _add_training(kurtosis, architectures=["llama3", "fog-max"], arms=["bf16"], rates=[1], seeds=1, cooldown=0.2)
+    add = commands.add_parser("report", allow_abbrev=False, help="write docs/fog.md and its pictures").add_argument
+    add("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs; default: none that are new")
+    add("--data", type=Path, default=ROOT / "studies" / "results" / "fog", metavar="DIR", help="what is kept of them")
+    add("--page", type=Path, default=ROOT / "docs" / "fog.md", metavar="FILE")
     return parser.parse_args()
 
 
@@ -207,6 +240,9 @@ def main() -> int:
     if sys.argv[1:2] == ["run"]:
         return serve(sys.argv[2:], perform)
     args = parse_arguments()
+    if args.command == "report":
+        report(args.runs, args.data, args.page)
+        return 0
     check_numbers(args)
     corpus = read_corpus(args.tokens)
     specs = specs_of(args, corpus)

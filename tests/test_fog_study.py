@@ -1,6 +1,9 @@
 """studies/fog.py: the whole study, tiny; what decides it; what it refuses."""
 
+import dataclasses
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +16,14 @@ import torch_fp8 as fp8
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
+from examples.gpt.errors import UserError
 from models.fog import LM
 from models.fog_config import SIZES, architecture
 from models.fog_fp8 import to_fp8
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
+from studies.lib.fog_page import CONSISTENT, NOT, OPEN, claims
+from studies.lib.fog_results import Line, alarm, merged, outcomes, read_lines
 from studies.lib.kurtosis import Kurtosis
 from studies.lib.runs import all_runs
 
@@ -84,6 +90,7 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
     for other in (["--lr", "1e-2"], ["--steps", "13"]):
         refused = run(*study, *other, tokens=tokens, out=out)
         assert refused.returncode == 2 and "holds another run: it differs in" in refused.stderr
+        assert refused.stderr.count("\n") == 1
     assert records_of(out) == records_of(tmp_path / "whole")
 
 
@@ -101,10 +108,11 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
         (["parity", "--seeds", "0"], "the study is empty"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, tokens, arguments, words):
-    made = run(*arguments, tokens=tokens, out=tmp_path / "out")
-    assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
-    assert not (tmp_path / "out").exists()
+def test_bad_input_is_refused_in_words(tmp_path, tokens, arguments, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(*arguments, tokens=tokens, out=tmp_path / "out")[1:])
+    with pytest.raises(UserError) as refused:
+        fog.main()
+    assert words in str(refused.value) and not (tmp_path / "out").exists()
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -196,3 +204,113 @@ def test_a_loss_leaves_by_the_rule():
 def test_two_noises_of_one_level_do_not_leave():
     left = [leaves(wavering(600, seed=2 * seed), wavering(600, seed=2 * seed + 1)) for seed in range(100)]
     assert left == [None] * 100
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def line(name, arm="bf16", *, study="provoke", rate=1, seed=0, away=0, grows=0, loss=3.0, diverged=0, steps=300):
+    """A run whose loss is the same for all arms of a seed, but higher from the step ``away`` on; and whose kurtosis is
+    level, but doubles with each sample from the step ``grows`` on."""
+    spec = {"study": study, "architecture": name, "arm": arm, "rate": rate, "lr": 1e-3 * rate, "fp8": fog.ARMS[arm]}
+    spec |= {"size": "tiny", "seed": seed, "steps": steps, "batch": 2, "context": 64}
+    losses = [x + (1.0 if away and step >= away else 0.0) for step, x in enumerate(wavering(steps, seed=seed), start=1)]
+    samples = list(range(5, steps + 1, 5))
+    level = [4.0 * 2 ** max(0, (step - grows) // 5) if grows and step > grows else 4.0 for step in samples]
+    kurtosis = {kind: [[3.0, value] for value in level] for kind in ("qkv", "ffn", "block")}
+    result = {"loss": loss, "diverged": diverged, "seconds": 1.0, "gpu": "CPU", "parameters": 1000}
+    return Line(spec, steps, result, losses, [1.0] * steps, samples, kurtosis)
+
+
+def verdicts(*lines):
+    return {claim.words.split(",")[0]: claim.verdict for claim in claims(lines)}
+
+
+def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
+    runs = [line("llama3"), line("llama3", rate=10, away=30), line("llama3", "fp8", away=200, grows=150)]
+    (one,) = outcomes(runs, "provoke")
+    assert (one.left, one.alarm, one.lead) == (200, (170, 1), 30) and one.further == pytest.approx(1.0)
+    assert alarm(runs[0]) is None and outcomes(runs, "parity") == []
+    runs[2].kurtosis["qkv"][20][0] = None  # not finite: one such sample is no alarm
+    assert alarm(runs[2]) == (170, 1)
+    runs[2].losses[100:] = [None]
+    assert outcomes(runs, "provoke")[0].left == 101 and outcomes(runs, "provoke")[0].further is None
+
+
+def test_what_leaves_is_a_divergence_only_where_bf16_itself_holds():
+    words = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+    runs = [line("llama3"), line("llama3", "fp8-attention", away=200)]
+    assert verdicts(*runs)[words] == OPEN  # who knows what BF16 does the second time
+    assert verdicts(*runs, line("llama3", "bf16-again"))[words] == CONSISTENT
+    assert verdicts(*runs, line("llama3", "bf16-again", away=250))[words] == OPEN
+    runs[0] = line("llama3", diverged=290)
+    assert verdicts(*runs, line("llama3", "bf16-again"))[words] == OPEN
+
+
+def test_an_architecture_that_holds_does_so_as_far_as_it_was_run():
+    words = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), line("fog-max", "fp8-attention")]
+    assert verdicts()[words] == OPEN and verdicts(*runs)[words] == f"{CONSISTENT}, as far as these tokens"
+    assert verdicts(*runs[:2], line("fog-max", "fp8-attention", away=100))[words] == NOT
+    assert verdicts(runs[0], line("fog-max", "fp8-attention", away=100))[words] == OPEN
+
+
+@pytest.mark.parametrize(
+    "above, verdict",
+    [((0.001, 0.0012, 0.0011), CONSISTENT), ((0.004, 0.0041, 0.0042), NOT), ((0.0, 0.003, 0.006), OPEN),
+     ((0.001, 0.002, None), NOT), ((0.001,), OPEN)],
+)  # fmt: skip
+def test_parity_is_an_interval_below_the_margin(above, verdict):
+    runs = []
+    for seed, share in enumerate(above):
+        runs.append(line("fog-opt", study="parity", seed=seed, loss=3.0))
+        loss = None if share is None else 3.0 * (1 + share)
+        runs.append(line("fog-opt", "fp8-attention", study="parity", seed=seed, loss=loss))
+    assert verdicts(*runs)["FOG-opt with FP8 attention is as good as in BF16"] == verdict
+
+
+def test_kurtosis_foretells_where_every_run_that_left_was_announced():
+    words = "The kurtosis of q"
+    calm = [line("fog-max"), line("fog-max", "fp8")]
+    told = [line("llama3"), line("llama3", "fp8", away=200, grows=150)]
+    untold = [line("olmo2"), line("olmo2", "fp8", away=200)]
+    assert verdicts(*calm)[words] == OPEN and verdicts(*calm, *told)[words] == CONSISTENT
+    assert verdicts(*told, *untold)[words] == OPEN and verdicts(*untold)[words] == NOT
+    (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
+    assert claim.found == "1 of 1 runs that left BF16 were announced, by 30 to 30 steps; 0 of 1 others had an alarm"
+
+
+def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
+    path = tmp_path / "data" / "runs.jsonl"
+    done, other = line("llama3"), line("llama3", rate=3, steps=400)
+    half = dataclasses.replace(done, step=100, result=None, losses=done.losses[:100])
+    assert merged(path, [half, other]) == merged(path, []) == read_lines(path) and len(read_lines(path)) == 2
+    assert done in merged(path, [done]) and done in merged(path, [half])
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match="must hold a run a line"):
+        merged(path, [done])
+
+
+def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens):
+    for study in ("provoke", "parity", "kurtosis"):
+        names = ["llama3", "fog-max"] if study == "kurtosis" else ["fog-max"]
+        arms = ["bf16", "bf16-again", "fp8-attention"] if study == "parity" else ["bf16"]
+        study_of = [study, *TINY, "--architectures", *names, "--arms", *arms, "--rates", "1", "--seeds", "1"]
+        made = run(*study_of, "--jobs", "2", tokens=tokens, out=tmp_path / study)
+        assert made.returncode == 0, made.stderr
+    to = ["--data", tmp_path / "data", "--page", tmp_path / "page" / "fog.md"]
+    folders = ["--runs", *(tmp_path / study for study in ("provoke", "parity", "kurtosis"))]
+    made = subprocess.run([*FOG, "report", *map(str, [*folders, *to])], capture_output=True, text=True)
+    assert made.returncode == 0 and "6 of 6 runs, 4 pictures" in made.stdout, made.stderr
+    text = (tmp_path / "page" / "fog.md").read_text()
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / "page" / picture).stat().st_size > 10_000
+    assert "1 pairs" in text and "BF16 against itself" in text and "cannot be claimed here" in text
+    for folder in folders[1:]:
+        shutil.rmtree(folder)
+    again = subprocess.run([*FOG, "report", *map(str, to)], capture_output=True, text=True)
+    assert again.returncode == 0 and (tmp_path / "page" / "fog.md").read_text() == text
+    wrong = subprocess.run(
+        [*FOG, "report", "--runs", str(tmp_path / "data"), *map(str, to)], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "must be folders of runs of this study" in wrong.stderr
