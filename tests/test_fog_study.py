@@ -15,6 +15,7 @@ import torch
 import torch_fp8 as fp8
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch_fp8.table import markdown
 
 from examples.gpt.errors import UserError
 from models.fog import LM
@@ -22,7 +23,7 @@ from models.fog_config import SIZES, architecture
 from models.fog_fp8 import to_fp8
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
-from studies.lib.fog_page import CONSISTENT, NOT, OPEN, claims
+from studies.lib.fog_page import CONSISTENT, NOT, OPEN, _speed, claims
 from studies.lib.fog_results import Line, alarm, merged, outcomes, read_lines
 from studies.lib.kurtosis import Kurtosis
 from studies.lib.runs import all_runs
@@ -278,6 +279,16 @@ def test_kurtosis_foretells_where_every_run_that_left_was_announced():
     assert verdicts(*told, *untold)[words] == OPEN and verdicts(*untold)[words] == NOT
     (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
     assert claim.found == "1 of 1 runs that left BF16 were announced, by 30 to 30 steps; 0 of 1 others had an alarm"
+
+
+def test_a_speed_is_that_of_the_layers_step():
+    head = ["width", "context", "arm", "attention ran in", "times as fast as Llama BF16 compiled, GPU / loop"]
+    for times, verdict in ((1.45, f"{CONSISTENT}, for the layers alone"), (1.2, OPEN)):
+        rows = [["1.5B", 4096, "FOG-flash, FP8, attention", "fp8", "9 / 9"],
+                ["8B", 4096, "FOG-flash, FP8, attention", "16bit", f"**2.00 / {times}**"]]  # fmt: skip
+        found = _speed(markdown(head, rows) + "\n\n" + markdown(head[:3], rows[:1]))
+        assert found.verdict == verdict and f"{times:g} times" in found.found and "16bit" in found.found
+    assert _speed("").verdict == OPEN
 
 
 def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from torch_fp8.table import markdown
+from torch_fp8.table import markdown, read_markdown
 
 from .divergence import FIRST, PATIENCE, SIGMAS, WINDOW
 from .fog_figures import ARMS, MARGIN, architecture_name, millions
@@ -20,7 +21,7 @@ from .training import PATIENCE as DIVERGED_FOR
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed here"
 FOGS = ("fog-max", "fog-opt", "fog-flash")
 PAPER_ARM = "fp8-attention"
-SPEEDS = "benchmarks/results/fog.md"
+SPEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "fog.md"  # what benchmarks/fog.py wrote
 
 _HEAD = """# FOG: FP8 attention, and architectures that bear it
 
@@ -82,8 +83,7 @@ def claims(lines: Sequence[Line]) -> list[Claim]:
         *(_equal(lines, name) for name in FOGS),
         _foretold(found),
         _kurtosis_claim(lines),
-        Claim("FP8 with FOG-flash has 1.35 to 1.43 times the tokens/s of Llama in BF16, whole steps at 8B",
-              f"layers without head and optimizer: `{SPEEDS}`", "see there", OPEN),
+        _speed(SPEEDS.read_text() if SPEEDS.exists() else ""),
         Claim("Larger models diverge after more tokens; FOG-max at 1.5B is stable over 450 billion tokens; tasks are "
               "scored equally", "nothing: too many tokens, no data of the tasks", "–", OPEN),
     ]  # fmt: skip
@@ -186,6 +186,23 @@ def _foretold(found: Sequence[Outcome]) -> Claim:
     said += f"; {len(false)} of {len(steady) - len(left)} others had an alarm"
     verdict = OPEN if not left else CONSISTENT if len(early) == len(left) else NOT if not early else OPEN
     return Claim(words, f"{len(steady)} runs in FP8", said, verdict)
+
+
+def _speed(measured: str) -> Claim:
+    """measured: the page of benchmarks/fog.py."""
+    words = "FOG-flash with FP8 attention has 1.40 to 1.43 times the tokens/s of Llama 3 in BF16 (8B, context 4096)"
+    rows = [row for table in read_markdown(measured) for row in table]
+    over = "times as fast as Llama BF16 compiled, GPU / loop"
+    found = [
+        row for row in rows
+        if (row["width"], row["context"], row["arm"]) == ("8B", "4096", "FOG-flash, FP8, attention") and over in row
+    ]  # fmt: skip
+    if not found:
+        return Claim(words, "nothing yet", "–", OPEN)
+    times = float(found[0][over].split("/")[1])
+    said = f"{times:g} times, BF16 compiled; mode auto ran attention in {found[0]['attention ran in']}"
+    verdict = f"{CONSISTENT}, for the layers alone" if times >= 1.40 else OPEN
+    return Claim(words, "a step of the layers, without head and optimizer (`benchmarks/fog.py`)", said, verdict)
 
 
 def _last(line: Line, kind: str) -> float:
