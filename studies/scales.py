@@ -25,12 +25,12 @@ from lib.arms import ARMS, arm, inner_layers, make_model
 from lib.biases import Biases
 from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus
-from lib.figures import draw
 from lib.inference import infer, policies, sweep
-from lib.page import page
 from lib.pool import BAD_INPUT, serve, work
-from lib.results import condensed, merged, sizes_of
 from lib.runs import Run, Spec, all_runs, claim
+from lib.scales_figures import draw
+from lib.scales_page import page
+from lib.scales_results import condensed, merged, sizes_of
 from lib.training import Plan, Training, check_text
 from torch_fp8.files import replacing
 
@@ -229,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     finetune = commands.add_parser("finetune", allow_abbrev=False, help="a checkpoint, beside BF16 and FP16")
     _add_training(finetune, seeds=3, train_tokens=4e6, record=20, batch=16, lr=1e-4, val_tokens=1 << 20)
     finetune.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a .gguf file, or a folder")
-    _add_arms(finetune, "bf16", "bf16-again", "fp16", "delayed", "current", "amax", "cscale:2", "e4m3")
+    _add_arms(finetune, "bf16", "bf16-again", "fp16", "delayed", "current", "amax", "cscale:-3", "e4m3")
 
     add = commands.add_parser("report", allow_abbrev=False, help="write docs/scales.md and its pictures").add_argument
     add("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs; default: none that are new")

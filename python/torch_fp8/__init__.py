@@ -37,7 +37,10 @@ from .layers.block import MLP, LayerNorm, RMSNorm, TransformerBlock  # noqa: E40
 from .layers.frozen import FrozenLinear  # noqa: E402
 from .layers.linear import Linear  # noqa: E402
 from .layers.siblings import share_input  # noqa: E402
+from .observe.activations import Activations, activations  # noqa: E402
 from .observe.monitor import Monitor, monitor  # noqa: E402
+from .observe.sharpness import sharpness  # noqa: E402
+from .observe.watch import Alarm, Watch, watch  # noqa: E402
 from .recipe import ConstantScaling, CurrentScaling, DelayedScaling, Recipe  # noqa: E402
 from .scaling import ScalingState, load_state_dict, reduce_amaxes, state_dict, update_scales  # noqa: E402
 from .swap import adapters as _adapters  # noqa: E402, F401  peft finds it there
@@ -76,6 +79,8 @@ if not _C.toolkit_version() and _torch.cuda.is_available():
 
 __all__ = [
     "MLP",
+    "Activations",
+    "Alarm",
     "Attention",
     "CheckpointError",
     "ConstantScaling",
@@ -92,6 +97,8 @@ __all__ = [
     "ScalingState",
     "TransformerBlock",
     "Tuning",
+    "Watch",
+    "activations",
     "build_info",
     "calibrate",
     "cmake_prefix_path",
@@ -109,11 +116,13 @@ __all__ = [
     "save_pretrained",
     "scaled_dot_product_attention",
     "share_input",
+    "sharpness",
     "state_dict",
     "summary",
     "tune",
     "unfuse",
     "update_scales",
+    "watch",
 ]
 
 # Users find these here, so pickles and error messages name this module and not the file behind it.

@@ -1,7 +1,9 @@
 """What the studies share: ``corpus`` is the text, ``runs`` the folder that keeps what came out, ``training`` one
-training, ``pool`` several at once on the GPUs of a machine; ``arms`` what is trained, ``checkpoints`` from where;
-``policies`` how scales are chosen, ``emulation`` layers by them, ``inference`` what they keep, ``biases`` sees them;
-``results`` what is kept of runs, ``intervals`` what may be said of differences, ``figures`` and ``page`` the report.
+training, ``pool`` several at once on the GPUs of a machine, ``intervals`` what may be said of their differences;
+``biases`` and ``kurtosis`` look on, ``divergence`` says when a loss leaves another's.
+
+``arms`` is what scales.py trains, ``checkpoints`` from where; ``policies`` how scales are chosen, ``emulation``
+layers by them, ``inference`` what they keep of 16 bits. ``scales_...`` and ``fog_...`` are the reports.
 """
 
 import sys

@@ -20,14 +20,13 @@ from torch_fp8.progress import bar
 
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
-from examples.gpt.tokens import Corpus
 
 from .corpus import read_corpus
 from .runs import Run, missing, open_run, say_missing
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
-Perform = Callable[[Run, Corpus, torch.device, Callable[[], bool], "Path | None"], bool]
+Perform = Callable[..., bool]  # (run, corpus, device, stop) and, where the study has one, the path of a checkpoint
 
 
 def work(
@@ -130,7 +129,7 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
             raise UserError(f"{run.folder} is of another text: its tokens are {run.spec['data']}, those of "
                             f"{args.tokens} are {corpus.fingerprint}")  # fmt: skip
         torch.manual_seed(run.spec["seed"])
-        done = perform(run, corpus, device, stop, args.checkpoint)
+        done = perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
     stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"
     print(f"{run.name}: {'done' if done else stopped}")
     return 0

@@ -139,8 +139,8 @@ class ScaledDotProductAttention(Scaled):
                 f"{type(recipe).__name__}"
             )
         check(mode in MODES, "mode", f"one of {MODES}", mode)
-        is_number = isinstance(p_scale, int | float) and not isinstance(p_scale, bool)
-        is_power = is_number and 2.0**-31 <= p_scale <= 256 and math.frexp(p_scale)[0] == 0.5
+        is_power = isinstance(p_scale, int | float) and 2.0**-31 <= p_scale <= 256 and math.frexp(p_scale)[0] == 0.5
+        is_power = is_power and not isinstance(p_scale, bool)
         check(p_scale is None or is_power, "p_scale", "None or a power of two from 2**-31 to 256", p_scale)
         self.mode = mode
         self.auto_update = auto_update

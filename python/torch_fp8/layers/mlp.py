@@ -109,14 +109,14 @@ def _can_run_frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.M
     return not any(has_hooks(layer) or is_dtensor(layer.weight) for layer in layers)
 
 
-def _apart(x: Tensor, gate: Any, up: Any, down: Any, f: Callable[[Tensor], Tensor], halves: int) -> Tensor:
+def _product(x: Tensor, gate: Any, up: Any, f: Callable[[Tensor], Tensor], halves: int) -> Tensor:
     if gate is not None:
-        return down(f(gate(x)) * up(x))
+        return f(gate(x)) * up(x)
     y = up(x)
     if not halves:
-        return down(f(y))
+        return f(y)
     of_gate, of_up = y.chunk(2, -1) if halves == 1 else reversed(y.chunk(2, -1))
-    return down(f(of_gate) * of_up)
+    return f(of_gate) * of_up
 
 
 def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, activation: str, halves: int) -> Tensor:
@@ -130,13 +130,34 @@ def _frozen(x: Tensor, gate: nn.Module | None, up: nn.Module, down: nn.Module, a
     )  # fmt: skip
 
 
+class Look:
+    """A forward pre-hook (with kwargs) that reads what a layer is given, and changes nothing. A layer that has no other
+    hook runs fused all the same; who computes the layer's input within a kernel makes it once more for the look."""
+
+    def __init__(self, wants: Callable[[nn.Module], bool], see: Callable[[Tensor], None]) -> None:
+        self.wants, self.see = wants, see
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.wants(module) and (given := args or tuple(kwargs.values())):
+            self.see(given[0])
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
+    """Whether calling the module does more than its class's forward, and than to be looked at."""
+    hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     own = "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__
-    return own or any(hooks) or has_any_global_hook()
+    before = module._forward_pre_hooks
+    return own or any(hooks) or has_any_global_hook() or any(not isinstance(h, Look) for h in before.values())
+
+
+def _show(down: nn.Module, product: Callable[[], Tensor]) -> None:
+    """To who looks at the last layer, what the fused kernels gave it."""
+    looks = [hook for hook in down._forward_pre_hooks.values() if isinstance(hook, Look) and hook.wants(down)]
+    if looks:
+        with torch.no_grad():
+            made = product()
+            for look in looks:
+                look.see(made)
 
 
 def mlp(
@@ -153,12 +174,12 @@ def mlp(
         if _can_run_frozen(x, gate, up, down, activation):
             y = _frozen(x, gate, up, down, activation, halves)
         else:
-            y = _apart(x, gate, up, down, f, halves)
+            y = down(_product(x, gate, up, f, halves))
         return y if residual is None else residual + y
     if is_dtensor(x) or why_apart(gate, up, down):
         if residual is not None and not is_dtensor(x) and isinstance(down, Layer):
             _check_residual(residual, x, down)
-        y = _apart(x, gate, up, down, f, halves)
+        y = down(_product(x, gate, up, f, halves))
         return y if residual is None else residual + y
     layers = list(_by_role(gate, up, down).values())
     if torch.compiler.is_compiling() and not torch._dynamo.config.compiled_autograd:
@@ -166,7 +187,10 @@ def mlp(
     given = [linear_layer(layer) for layer in layers]
     first, second = given[0], given[1] if gate is not None else None
     recompute = layers[-1].fp8_state.recompute
-    return _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta, halves)
+    y = _C.mlp(x, residual, first, second, given[-1], activation, recompute, alphas, beta, halves)
+    if down._forward_pre_hooks:
+        _show(down, lambda: _product(x, gate, up, f, halves))
+    return y
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

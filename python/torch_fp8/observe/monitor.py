@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _C
 from ..layers.attention import ScaledDotProductAttention
 from ..layers.dtensor import is_dtensor
 from ..layers.linear import SUPPORTED_DTYPES, Layer
 from ..layers.scaled import Scaled, scaled_modules
-from ..layers.traced import traced_training
 from ..state import Role
 from ..table import html, plain
+from .sampled import Sampled
 
 
 @dataclass(frozen=True)
@@ -83,22 +82,7 @@ def monitor(model: nn.Module, every: int = 100, writer: Any = None) -> Monitor:
     return Monitor(model, every, writer)
 
 
-# A monitor lives as long as its model, also where nobody else holds it; it holds the model by weak references only.
-_monitors: weakref.WeakKeyDictionary[nn.Module, list[Monitor]] = weakref.WeakKeyDictionary()
-
-
-def _weak_hook(monitor: Monitor) -> Callable[..., None]:
-    """For a list of the process, which lives for ever."""
-    ref = weakref.ref(monitor)
-
-    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (monitor := ref()) is not None:
-            monitor._after_optimizer_step(optimizer, args, kwargs)
-
-    return hook
-
-
-class Monitor:
+class Monitor(Sampled):
     """What :func:`monitor` gives. ``samples`` grows by three records a layer with each sample, and by up to ten an
     attention."""
 
@@ -108,59 +92,21 @@ class Monitor:
             raise ValueError(
                 f"torch_fp8: {type(model).__name__} has no FP8 layer to monitor; torch_fp8.convert it first"
             )
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"torch_fp8: every must be a positive number of optimizer steps, got {every!r}")
-        self.every, self.writer, self.step = every, writer, 0
+        self.writer = writer
         self._samples: list[Sample] = []
         self._pending: dict[tuple[int, str, str], _Count] = {}  # still on the device
-        self._model = weakref.ref(model)
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
-        self._hooks: list[Any] = []
-        self._stance = None
-        _monitors.setdefault(model, []).append(self)
-        self._on_step = register_optimizer_step_post_hook(_weak_hook(self))
-        self._begin()
-
-    def close(self) -> None:
-        """Sample no more."""
-        self._end()
-        self._on_step.remove()
-        if (model := self._model()) is not None and self in _monitors.get(model, ()):
-            _monitors[model].remove(self)
-
-    def __del__(self) -> None:
-        if (
-            self.__dict__.get("_stance") is not None
-        ):  # a model that goes in a sampled step leaves compiled ones as they were
-            torch.compiler.set_stance("default")
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        super().__init__(model, every)
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        layers = {name: ref() for name, ref in self._layers.items()}
-        for name, layer in layers.items():
+    def _hang(self, model: nn.Module) -> Iterator[Any]:
+        for name, ref in self._layers.items():
+            layer = ref()
             if isinstance(layer, ScaledDotProductAttention):
-                self._hooks.append(layer.register_forward_hook(self._after_attention(name), with_kwargs=True))
-            if not isinstance(layer, Layer):
-                continue
-            self._hooks.append(layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True))
-            self._hooks.append(layer.register_forward_hook(self._after_forward(name)))
-        if traced_training():  # compiled code does not look for hooks
-            self._stance = torch.compiler.set_stance("force_eager")
-
-    def _end(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._stance is not None:
-            torch.compiler.set_stance("default")
-            self._stance = None
+                yield layer.register_forward_hook(self._after_attention(name), with_kwargs=True)
+            if isinstance(layer, Layer):
+                yield layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True)
+                yield layer.register_forward_hook(self._after_forward(name))
 
     def _before_forward(self, name: str) -> Callable[..., None]:
         def hook(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -223,25 +169,9 @@ class Monitor:
             )  # fmt: skip
             self._pending_of(name, role).add(x.numel(), counts, values)
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._counts_steps(optimizer):
-            return
-        self._end()
+    def _after_sample(self) -> None:
         if self.writer is not None and self._pending:
             self.write(self.writer)
-        self.step += 1
-        if self.step % self.every == 0:
-            self._begin()
-
-    def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count."""
-        if self._optimizer is None or self._optimizer() is None:
-            model = self._model()
-            ours = {id(p) for p in model.parameters()} if model is not None else set()
-            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-                return False
-            self._optimizer = weakref.ref(optimizer)
-        return self._optimizer() is optimizer
 
     # ---- results -----------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from torch_fp8.table import markdown
 
-from .figures import millions
 from .intervals import interval
-from .results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, trained_tokens, window
+from .scales_figures import millions
+from .scales_results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, trained_tokens, window
 from .training import FACTOR, MEDIAN, PATIENCE
 
 Ratios = Mapping[str, Mapping[str, float]]

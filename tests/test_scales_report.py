@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from examples.gpt.errors import UserError
-from studies.lib.page import claims, page
-from studies.lib.results import (
+from studies.lib.runs import claim
+from studies.lib.scales_page import claims, page
+from studies.lib.scales_results import (
     Line,
     biases_of,
     condensed,
@@ -24,7 +25,6 @@ from studies.lib.results import (
     trained_tokens,
     window,
 )
-from studies.lib.runs import claim
 
 ROOT = Path(__file__).parents[1]
 SPEC = {"steps": 10, "batch": 4, "context": 32, "data": "abc", "seed": 0}

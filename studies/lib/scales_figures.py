@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
 from .intervals import interval
-from .results import CRITERION, LINEARS, Line, arms_of, biases_of, constants, inference_ratios, pairs, place, window
+from .scales_results import (
+    CRITERION,
+    LINEARS,
+    Line,
+    arms_of,
+    biases_of,
+    constants,
+    inference_ratios,
+    pairs,
+    place,
+    window,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

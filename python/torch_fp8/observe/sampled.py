@@ -1,0 +1,148 @@
+"""What looks at a model in one optimizer step of many: hooks that hang on its modules in that step alone.
+
+Steps are those of the first optimizer that is seen with parameters of the model. The model is held by weak references
+only; what samples it lives as long as the model, also where nobody else holds it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..checks import check, is_int
+
+S = TypeVar("S", bound="Sampled")
+_of_models: weakref.WeakKeyDictionary[nn.Module, list[Sampled]] = weakref.WeakKeyDictionary()
+
+
+class Sampled:
+    """A kind of sampling says which hooks hang in a sampled step (``_hang``), and what is done at its end."""
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        check(is_int(every, 1, 2**62), "every", "a positive number of optimizer steps", every)
+        self.every, self.step = every, 0
+        self._model = weakref.ref(model)
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
+        self._hooks: list[Any] = []
+        self._is_sampling = False
+        _of_models.setdefault(model, []).append(self)
+        self._on_steps = [
+            register_optimizer_step_pre_hook(_weakly(self, "_at_optimizer_step")),
+            register_optimizer_step_post_hook(_weakly(self, "_after_optimizer_step")),
+        ]
+        self._begin()
+
+    def close(self) -> None:
+        """Sample no more."""
+        self._end()
+        for hook in self._on_steps:
+            hook.remove()
+        if (model := self._model()) is not None and self in _of_models.get(model, ()):
+            _of_models[model].remove(self)
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_is_sampling"):  # a model that goes in a sampled step leaves compiled ones as they were
+            _Eager.leave()
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- what a kind of sampling says --------------------------------------------------------------------------------
+
+    def _hang(self, model: nn.Module) -> Iterable[Any]:
+        """The handles of the hooks that hang in a sampled step."""
+        raise NotImplementedError
+
+    def _before_step(self, model: nn.Module) -> None:
+        """At the end of a sampled step, before the optimizer changes a parameter or a gradient."""
+
+    def _after_sample(self) -> None:
+        """At its end, once the parameters were changed and the hooks are gone."""
+
+    def _after_step(self) -> None:
+        """At the end of every step, sampled or not, before ``step`` becomes the next one."""
+
+    # ---- when --------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if (model := self._model()) is None:
+            return
+        self._hooks.extend(self._hang(model))
+        self._is_sampling = True
+        _Eager.enter()
+
+    def _end(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._is_sampling:
+            self._is_sampling = False
+            _Eager.leave()
+
+    def _at_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._is_sampling and self._counts_steps(optimizer) and (model := self._model()) is not None:
+            self._before_step(model)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._counts_steps(optimizer):
+            return
+        sampled = self._is_sampling
+        self._end()
+        try:
+            if sampled:
+                self._after_sample()
+        finally:  # also where a writer of the user's raises
+            self._after_step()
+            self.step += 1
+            if self.step % self.every == 0:
+                self._begin()
+
+    def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
+        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count."""
+        if self._optimizer is None or self._optimizer() is None:
+            model = self._model()
+            ours = {id(p) for p in model.parameters()} if model is not None else set()
+            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                return False
+            self._optimizer = weakref.ref(optimizer)
+        return self._optimizer() is optimizer
+
+
+def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:
+    """For a list of the process, which lives for ever."""
+    ref = weakref.ref(sampled)
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (sampled := ref()) is not None:
+            getattr(sampled, method)(optimizer)
+
+    return hook
+
+
+class _Eager:
+    """While anything samples, compiled code runs eagerly: it does not look for hooks, and would keep those that hang
+    while it is traced. The user's own stance comes back after."""
+
+    _count = 0
+    _stance: Any = None
+
+    @classmethod
+    def enter(cls) -> None:
+        if cls._count == 0:
+            cls._stance = torch.compiler.set_stance("force_eager")
+        cls._count += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        cls._count -= 1
+        if cls._count == 0:
+            cls._stance.__exit__(None, None, None)
+            cls._stance = None

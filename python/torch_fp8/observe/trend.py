@@ -1,0 +1,65 @@
+"""The healthy growth of a number over a run's tokens, and whether new points leave it.
+
+arXiv 2505.20524 calls growth of the kurtosis healthy that is "sub-linear to logarithmic" in tokens, and gives no
+number. Here a series is healthy as long as it grows no faster than tokens do: log(value / tokens) falls. That holds for
+a logarithm, for every power below 1, and for what stays level. A logarithm that begins late rises against it for a
+while: to 1.5 times where its slope is three times the level before it. What diverges, exponentially or by a higher
+power, rises against it and goes on; a step stands out until tokens have grown as much.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+LEAST_SIGMA = 0.15  # of log(value): however quiet a series is, less than this is no reason for an alarm
+_SMOOTH = 5  # points; the median of so many is the level of a series
+_FIRST = 10  # what begins has no trend yet: points before the first one that can be out
+_RECENT = 100  # points of which the noise is taken
+
+
+class Trend:
+    """Of one series. The trend is fitted anew with each point: growth with tokens from the lowest level that
+    value / tokens has come to; or, if that is higher, the highest level that the series had until then. Sigma is the
+    noise of log(value), by the median of its second differences, which no trend and no outlier moves."""
+
+    def __init__(self) -> None:
+        self.tokens: list[float] = []
+        self.values: list[float] = []
+        self.beyond = 0  # points in a row that are out of the trend
+        self._record = -math.inf  # of log(value)
+        self._lowest: tuple[float, float] | None = None  # log(value / tokens), and the record then
+        self.expected: float | None = None  # the most that the trend has at the last point
+        self.excess = 0.0  # how many sigmas the last point is above that
+
+    def add(self, tokens: float, value: float, sigmas: float) -> None:
+        """The next point: after more tokens than the last one, positive. A value that is not finite is out."""
+        self.tokens.append(tokens)
+        self.values.append(value)
+        self.excess = math.inf if not math.isfinite(value) else 0.0
+        if self._lowest is not None:
+            lowest, record = self._lowest
+            most = max(record, lowest + math.log(tokens))
+            self.expected = math.exp(min(most, 700.0))
+            if math.isfinite(value):
+                self.excess = (math.log(value) - most) / self._sigma()
+        self.beyond = self.beyond + 1 if self.excess > sigmas else 0
+        if self.beyond:
+            return
+        level = median(math.log(v) for v in self.values[-_SMOOTH:] if math.isfinite(v))
+        per_token = level - math.log(median(self.tokens[-_SMOOTH:]))
+        self._record = max(self._record, level)
+        if len(self.values) >= _FIRST - 1 and (self._lowest is None or per_token <= self._lowest[0]):
+            self._lowest = per_token, self._record
+
+    def _sigma(self) -> float:
+        logs = [math.log(value) for value in self.values[-_RECENT:] if math.isfinite(value)]
+        second = [abs(a - 2 * b + c) for a, b, c in zip(logs, logs[1:], logs[2:])]
+        return max(LEAST_SIGMA, 1.4826 * median(second) / math.sqrt(6) if second else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self), tokens=list(self.tokens), values=list(self.values))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})

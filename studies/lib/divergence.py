@@ -1,0 +1,37 @@
+"""When a loss leaves another's, by a rule that was written before any run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+# A loss leaves that of the same seed and batches in 16 bits at the first of PATIENCE steps on end, after the first
+# FIRST, in all of which it is higher by SIGMAS standard deviations of the latter's noise; or where it is not finite.
+# The noise is what a step's loss adds to its neighbours' trend, by the median of second differences over the WINDOW
+# steps before, so that neither the trend nor a spike counts.
+SIGMAS, PATIENCE, FIRST, WINDOW = 3.0, 20, 20, 100
+
+Loss = float | None  # None: not finite
+
+
+def step_noise(losses: Sequence[Loss]) -> float:
+    """The standard deviation of what a step adds to the trend of its neighbours; infinite of fewer than three."""
+    known = [loss for loss in losses if loss is not None]
+    second = [abs(a - 2 * b + c) for a, b, c in zip(known, known[1:], known[2:])]
+    return 1.4826 * statistics.median(second) / math.sqrt(6) if second else math.inf
+
+
+def leaves(losses: Sequence[Loss], reference: Sequence[Loss]) -> int | None:
+    """The step, from 1, at which ``losses`` leave ``reference``, as far as both go; None where they do not."""
+    above = 0
+    for i, (loss, other) in enumerate(zip(losses, reference)):
+        if other is None:
+            return None  # there is nothing left to leave
+        if loss is None:
+            return i + 1 - above
+        noise = step_noise(reference[max(0, i - WINDOW) : i])
+        above = above + 1 if i >= FIRST and loss - other > SIGMAS * noise else 0
+        if above == PATIENCE:
+            return i + 2 - PATIENCE
+    return None

@@ -1,0 +1,329 @@
+"""studies/fog.py: the whole study, tiny; what decides it; what it refuses."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch_fp8 as fp8
+from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch_fp8.table import markdown
+
+from examples.gpt.errors import UserError
+from examples.gpt.tokens import Bytes
+from models.fog import LM
+from models.fog_config import SIZES, architecture
+from models.fog_fp8 import to_fp8
+from studies.lib.corpus import make_tokens, save_corpus
+from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
+from studies.lib.fog_page import CONSISTENT, NOT, OPEN, _speed, claims
+from studies.lib.fog_results import Line, alarm, merged, outcomes, read_lines
+from studies.lib.kurtosis import Kurtosis
+from studies.lib.runs import all_runs
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "studies"))
+import fog  # noqa: E402 (a script, which is beside what it imports)
+
+FOG = [sys.executable, str(ROOT / "studies" / "fog.py")]
+TINY = ["--size", "tiny", "--batch", "2", "--micro-batch", "1", "--context", "32", "--val-tokens", "128",
+        "--steps", "12", "--every", "4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text").write_text("\n<|endoftext|>\n".join(f"{i} plus {i} is {2 * i}. " * 8 for i in range(200)))
+    save_corpus(folder / "tokens", make_tokens(folder / "text", Bytes(), "bytes", 0.2))
+    return folder / "tokens"
+
+
+def command(*arguments, tokens, out):
+    return [*FOG, *map(str, arguments), "--tokens", str(tokens), "--out", str(out)]
+
+
+def run(*arguments, tokens, out):
+    return subprocess.run(command(*arguments, tokens=tokens, out=out), capture_output=True, text=True, cwd=ROOT)
+
+
+def records_of(out):
+    """Of every run, all but what a clock wrote."""
+    found = {one.name: one.records() for one in all_runs(out)}
+    for records in found.values():
+        for record in records:
+            record.get("result", {}).pop("seconds", None)
+    return found
+
+
+# ---- whole studies ---------------------------------------------------------------------------------------------------
+
+
+def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
+    study = ["provoke", *TINY, "--architectures", "fog-max", "--arms", "bf16", "fp8-attention", "--rates", "3"]
+    whole = run(*study, "--jobs", "2", tokens=tokens, out=tmp_path / "whole")
+    assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
+
+    out = tmp_path / "killed"
+    parent = subprocess.Popen(command(*study, tokens=tokens, out=out), cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = out / "fog-max_x3_bf16_0" / "log.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    (child,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+    for process in (child, parent.pid):
+        os.kill(process, signal.SIGKILL)
+    parent.wait()
+    rest = run(*study, tokens=tokens, out=out)
+    assert rest.returncode == 0 and "all 2 runs are done" in rest.stdout, rest.stderr
+    assert records_of(out) == records_of(tmp_path / "whole")
+
+    records = records_of(out)["fog-max_x3_fp8-attention_0"]
+    assert [record["step"] for record in records if "kurtosis" in record] == [1, 4, 8, 12]
+    assert {kind: len(layers) for kind, layers in records[1]["kurtosis"].items()} == {"qkv": 2, "ffn": 2, "block": 2}
+    assert "loss_fp8" in records[-1]["result"]
+
+    for other in (["--lr", "1e-2"], ["--steps", "13"]):
+        refused = run(*study, *other, tokens=tokens, out=out)
+        assert refused.returncode == 2 and "holds another run: it differs in" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    assert records_of(out) == records_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["provoke", "--architectures", "fog-mux"], "no architecture has the name 'fog-mux'; did you mean fog-max"),
+        (["provoke", "--architectures", "llama3:norm"], "a name may end in :qk-norm or :no-qk-norm, got 'llama3:norm'"),
+        (["parity", "--arms", "bf16", "fp9"], "--arms takes bf16, bf16-again, fp8"),
+        (["parity", "--arms", "fp8"], "--arms must begin with bf16, which the others are held to, got fp8"),
+        (["kurtosis", "--size", "100"], "--size must be one of tiny, 25M"),
+        (["kurtosis", "--every", "0"], "--every must be at least 1, got 0"),
+        (["kurtosis", "--lr", "-1"], "--lr and --rates must be positive"),
+        (["parity", "--cooldown", "1"], "must be from 0 to 0.9, got 1.0"),
+        (["parity", "--seeds", "0"], "the study is empty"),
+    ],
+)
+def test_bad_input_is_refused_in_words(tmp_path, tokens, arguments, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(*arguments, tokens=tokens, out=tmp_path / "out")[1:])
+    with pytest.raises(UserError) as refused:
+        fog.main()
+    assert words in str(refused.value) and not (tmp_path / "out").exists()
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_norm_of_q_and_k_can_be_taken_off_and_put_on():
+    assert fog.named_architecture("llama3:qk-norm").qk == "frozen_rms"
+    without = fog.named_architecture("fog-flash:no-qk-norm")
+    assert without.qk == "none" and not without.own_scale and without.post == architecture("fog-flash").post
+    assert (
+        fog.named_architecture("olmo2") == architecture("olmo2") and fog.named_architecture("fog-opt:qk-norm").own_scale
+    )
+
+
+def test_a_cold_start_has_scale_1_in_the_first_step_alone():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 128) / 2**14, torch.randn(32, 128)  # x is nothing in E4M3 as it is
+    for cold in (False, True):
+        layer = torch.nn.Sequential(torch.nn.Linear(128, 32, bias=False))
+        fp8.convert(layer, fp8.DelayedScaling(), tokens=None)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        with torch.no_grad():
+            layer[0].weight.copy_(weight)
+        if cold:
+            fog.start_cold(layer)
+        for step in range(2):
+            y = layer(x.bfloat16())
+            assert (y.abs().max() == 0) == (cold and step == 0)
+            y.sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(y.float(), x @ weight.T, rtol=0.1, atol=2e-4)
+
+
+def test_a_cold_start_leaves_constant_scales():
+    model = to_fp8(LM("fog-max", SIZES["tiny"], vocab=64), attention="fp8")
+    fog.start_cold(model)
+    slots = fp8.state_dict(model)["blocks.0.attention.attend.fp8_slots"]
+    assert slots[:, 1].tolist() == [1, 1, 1, 256, 1, 1, 1, 1, 1, 1] and slots[:, 3].tolist() == [1, 1, 1, 0, *[1] * 6]
+
+
+# ---- what is seen ----------------------------------------------------------------------------------------------------
+
+
+def test_kurtosis_is_that_of_the_layers_in_order():
+    torch.manual_seed(0)
+    model = LM("llama3", SIZES["tiny"], vocab=64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    observer, hooks = Kurtosis(model, 5), len(_global_optimizer_post_hooks)
+    assert [step for step in range(1, 12) if observer.wants(step)] == [1, 5, 10]
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, y: seen.append(y.detach().double()))
+    inputs, targets = torch.randint(64, (2, 3, 16))
+    with observer.watch():
+        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+    optimizer.step()
+    found = observer.seen()
+    expected = [(y.pow(4).mean((1, 2)) / y.square().mean((1, 2)).square()).mean().item() for y in seen]
+    assert found["kurtosis"]["block"] == pytest.approx(expected, rel=1e-3)
+    assert found["rms"]["block"] == pytest.approx([y.square().mean().sqrt().item() for y in seen], rel=1e-3)
+    assert not model.head._forward_hooks and len(_global_optimizer_post_hooks) == hooks
+
+
+def wavering(steps, level=0.0, noise=0.1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    fall = 3 + 6 / torch.arange(1, steps + 1).sqrt()
+    return (fall + level + noise * torch.randn(steps, generator=generator)).tolist()
+
+
+def test_noise_is_that_of_steps_whatever_the_trend():
+    assert step_noise(wavering(400)) == pytest.approx(0.1, rel=0.15)
+    assert step_noise([*wavering(400), None, 50.0]) == pytest.approx(0.1, rel=0.15)
+    assert step_noise([1.0, 2.0]) == float("inf")
+
+
+def test_a_loss_leaves_by_the_rule():
+    reference = wavering(300)
+    assert leaves(reference, reference) is None
+    assert leaves([loss + 0.2 for loss in reference], reference) is None  # 2 sigma
+    away = [loss + (0.5 if step >= 150 else 0.0) for step, loss in enumerate(reference, start=1)]
+    assert leaves(away, reference) == 150
+    assert leaves([*away[: 150 + PATIENCE - 2], *reference[150 + PATIENCE - 2 :]], reference) is None  # one step short
+    assert leaves([*away[:155], None], reference) == 150 and leaves([*reference[:40], None], reference) == 41
+    assert leaves([loss + 9 for loss in reference], reference) == FIRST + 1
+    assert leaves([*reference[:200], *[None] * 9], [*reference[:100], *[None] * 200]) is None
+    assert leaves([loss - 0.5 for loss in reference], reference) is None  # better is not away
+
+
+def test_two_noises_of_one_level_do_not_leave():
+    left = [leaves(wavering(600, seed=2 * seed), wavering(600, seed=2 * seed + 1)) for seed in range(100)]
+    assert left == [None] * 100
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def line(name, arm="bf16", *, study="provoke", rate=1, seed=0, away=0, grows=0, loss=3.0, diverged=0, steps=300):
+    """A run whose loss is the same for all arms of a seed, but higher from the step ``away`` on; and whose kurtosis is
+    level, but doubles with each sample from the step ``grows`` on."""
+    spec = {"study": study, "architecture": name, "arm": arm, "rate": rate, "lr": 1e-3 * rate, "fp8": fog.ARMS[arm]}
+    spec |= {"size": "tiny", "seed": seed, "steps": steps, "batch": 2, "context": 64}
+    losses = [x + (1.0 if away and step >= away else 0.0) for step, x in enumerate(wavering(steps, seed=seed), start=1)]
+    samples = list(range(5, steps + 1, 5))
+    level = [4.0 * 2 ** max(0, (step - grows) // 5) if grows and step > grows else 4.0 for step in samples]
+    kurtosis = {kind: [[3.0, value] for value in level] for kind in ("qkv", "ffn", "block")}
+    result = {"loss": loss, "diverged": diverged, "seconds": 1.0, "gpu": "CPU", "parameters": 1000}
+    return Line(spec, steps, result, losses, [1.0] * steps, samples, kurtosis)
+
+
+def verdicts(*lines):
+    return {claim.words.split(",")[0]: claim.verdict for claim in claims(lines)}
+
+
+def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
+    runs = [line("llama3"), line("llama3", rate=10, away=30), line("llama3", "fp8", away=200, grows=150)]
+    (one,) = outcomes(runs, "provoke")
+    assert (one.left, one.alarm, one.lead) == (200, (170, 1), 30) and one.further == pytest.approx(1.0)
+    assert alarm(runs[0]) is None and outcomes(runs, "parity") == []
+    runs[2].kurtosis["qkv"][20][0] = None  # not finite: one such sample is no alarm
+    assert alarm(runs[2]) == (170, 1)
+    runs[2].losses[100:] = [None]
+    assert outcomes(runs, "provoke")[0].left == 101 and outcomes(runs, "provoke")[0].further is None
+
+
+def test_what_leaves_is_a_divergence_only_where_bf16_itself_holds():
+    words = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+    runs = [line("llama3"), line("llama3", "fp8-attention", away=200)]
+    assert verdicts(*runs)[words] == OPEN  # who knows what BF16 does the second time
+    assert verdicts(*runs, line("llama3", "bf16-again"))[words] == CONSISTENT
+    assert verdicts(*runs, line("llama3", "bf16-again", away=250))[words] == OPEN
+    runs[0] = line("llama3", diverged=290)
+    assert verdicts(*runs, line("llama3", "bf16-again"))[words] == OPEN
+
+
+def test_an_architecture_that_holds_does_so_as_far_as_it_was_run():
+    words = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), line("fog-max", "fp8-attention")]
+    assert verdicts()[words] == OPEN and verdicts(*runs)[words] == f"{CONSISTENT}, as far as these tokens"
+    assert verdicts(*runs[:2], line("fog-max", "fp8-attention", away=100))[words] == NOT
+    assert verdicts(runs[0], line("fog-max", "fp8-attention", away=100))[words] == OPEN
+
+
+@pytest.mark.parametrize(
+    "above, verdict",
+    [((0.001, 0.0012, 0.0011), CONSISTENT), ((0.004, 0.0041, 0.0042), NOT), ((0.0, 0.003, 0.006), OPEN),
+     ((0.001, 0.002, None), NOT), ((0.001,), OPEN)],
+)  # fmt: skip
+def test_parity_is_an_interval_below_the_margin(above, verdict):
+    runs = []
+    for seed, share in enumerate(above):
+        runs.append(line("fog-opt", study="parity", seed=seed, loss=3.0))
+        loss = None if share is None else 3.0 * (1 + share)
+        runs.append(line("fog-opt", "fp8-attention", study="parity", seed=seed, loss=loss))
+    assert verdicts(*runs)["FOG-opt with FP8 attention is as good as in BF16"] == verdict
+
+
+def test_kurtosis_foretells_where_every_run_that_left_was_announced():
+    words = "The kurtosis of q"
+    calm = [line("fog-max"), line("fog-max", "fp8")]
+    told = [line("llama3"), line("llama3", "fp8", away=200, grows=150)]
+    untold = [line("olmo2"), line("olmo2", "fp8", away=200)]
+    assert verdicts(*calm)[words] == OPEN and verdicts(*calm, *told)[words] == CONSISTENT
+    assert verdicts(*told, *untold)[words] == OPEN and verdicts(*untold)[words] == NOT
+    (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
+    assert claim.found == "1 of 1 runs that left BF16 were announced, by 30 to 30 steps; 0 of 1 others had an alarm"
+
+
+def test_a_speed_is_that_of_the_layers_step():
+    head = ["width", "context", "arm", "attention ran in", "times as fast as Llama BF16 compiled, GPU / loop"]
+    layers = f"{CONSISTENT}, for the layers alone"
+    for times, mode, verdict in ((1.45, "fp8", layers), (1.2, "fp8", OPEN), (1.45, "16bit", OPEN)):
+        rows = [["1.5B", 4096, "FOG-flash, FP8, attention", "fp8", "9 / 9"],
+                ["8B", 4096, "FOG-flash, FP8, attention", mode, f"**2.00 / {times}**"]]  # fmt: skip
+        found = _speed(markdown(head, rows) + "\n\n" + markdown(head[:3], rows[:1]))
+        assert found.verdict == verdict and f"{times:g} times" in found.found and mode in found.found
+    assert _speed("").verdict == OPEN
+
+
+def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
+    path = tmp_path / "data" / "runs.jsonl"
+    done, other = line("llama3"), line("llama3", rate=3, steps=400)
+    half = dataclasses.replace(done, step=100, result=None, losses=done.losses[:100])
+    assert merged(path, [half, other]) == merged(path, []) == read_lines(path) and len(read_lines(path)) == 2
+    assert done in merged(path, [done]) and done in merged(path, [half])
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match="must hold a run a line"):
+        merged(path, [done])
+
+
+def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens):
+    for study in ("provoke", "parity", "kurtosis"):
+        names = ["llama3", "fog-max"] if study == "kurtosis" else ["fog-max"]
+        arms = ["bf16", "bf16-again", "fp8-attention"] if study == "parity" else ["bf16"]
+        study_of = [study, *TINY, "--architectures", *names, "--arms", *arms, "--rates", "1", "--seeds", "1"]
+        made = run(*study_of, "--jobs", "2", tokens=tokens, out=tmp_path / study)
+        assert made.returncode == 0, made.stderr
+    to = ["--data", tmp_path / "data", "--page", tmp_path / "page" / "fog.md"]
+    folders = ["--runs", *(tmp_path / study for study in ("provoke", "parity", "kurtosis"))]
+    made = subprocess.run([*FOG, "report", *map(str, [*folders, *to])], capture_output=True, text=True)
+    assert made.returncode == 0 and "6 of 6 runs, 4 pictures" in made.stdout, made.stderr
+    text = (tmp_path / "page" / "fog.md").read_text()
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / "page" / picture).stat().st_size > 10_000
+    assert "1 pairs" in text and "BF16 against itself" in text and "cannot be claimed here" in text
+    for folder in folders[1:]:
+        shutil.rmtree(folder)
+    again = subprocess.run([*FOG, "report", *map(str, to)], capture_output=True, text=True)
+    assert again.returncode == 0 and (tmp_path / "page" / "fog.md").read_text() == text
+    wrong = subprocess.run(
+        [*FOG, "report", "--runs", str(tmp_path / "data"), *map(str, to)], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "must be folders of runs of this study" in wrong.stderr
