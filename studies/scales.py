@@ -5,9 +5,10 @@
     python studies/scales.py window --tokens TOKENS --out DIR    # which constants CSCALE works with, by model size
     python studies/scales.py infer --checkpoint PATH --tokens TOKENS --out DIR    # the same, of a model that is there
     python studies/scales.py finetune --checkpoint PATH --tokens TOKENS --out DIR    # FP8 beside BF16 and FP16
+    python studies/scales.py models    # every model by name: what FP8 saves of its memory, and how many FLOPs it takes
     python studies/scales.py report --runs DIR [DIR ...]    # docs/scales.md and its pictures, from all runs so far
 
-All but the first and the last write a folder of runs, print what is still missing, and go on where they were
+parity, window, infer and finetune write a folder of runs, print what is still missing, and go on where they were
 interrupted when they are called again with the same arguments. Several runs share a GPU (--jobs), and all GPUs of the
 machine are used.
 """
@@ -25,6 +26,7 @@ from lib.arms import ARMS, arm, inner_layers, make_model
 from lib.biases import Biases
 from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus
+from lib.costs import costs_table
 from lib.inference import infer, policies, sweep
 from lib.pool import BAD_INPUT, serve, work
 from lib.runs import Run, Spec, all_runs, claim
@@ -231,6 +233,8 @@ def parse_arguments() -> argparse.Namespace:
     finetune.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a .gguf file, or a folder")
     _add_arms(finetune, "bf16", "bf16-again", "fp16", "delayed", "current", "amax", "cscale:-3", "e4m3")
 
+    commands.add_parser("models", allow_abbrev=False, help="what FP8 saves in every model by name")
+
     add = commands.add_parser("report", allow_abbrev=False, help="write docs/scales.md and its pictures").add_argument
     add("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs; default: none that are new")
     add(
@@ -297,6 +301,9 @@ def main() -> int:
         corpus = tokenise(args)
         save_corpus(args.tokens, corpus)
         print(f"{args.tokens}: {corpus}")
+        return 0
+    if args.command == "models":
+        print(costs_table())
         return 0
     if args.command == "report":
         report(args.runs, args.data, args.page)

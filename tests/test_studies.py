@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_fp8 as fp8
 from studying import PLAN, ROOT, SCALES, run, write_tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
+from studies.lib.arms import inner_layers
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
+from studies.lib.costs import costs
 from studies.lib.intervals import interval
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import FACTOR, PATIENCE, Plan, Training, check_text, validate
@@ -343,3 +348,32 @@ def test_small_models_train_and_give_logits():
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         assert loss.item() == pytest.approx(math.log(128), abs=0.3)
         assert sum(p is model.head.weight for p in model.parameters()) == 1  # tied
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny"])
+def test_what_fp8_saves_is_what_a_frozen_model_and_a_count_of_flops_say(name):
+    size = named(name)._replace(context=48)
+    of, model = costs(size), size.build().bfloat16()
+
+    def bytes_of(model):
+        return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+
+    assert of.all == sum(p.numel() for p in model.parameters()) and of.bytes_16 == bytes_of(model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 48, dtype=torch.int64))
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(flops for op, flops in counted.items() if "bmm" in op)
+    assert (of.linear + of.head) * 48 == sum(counted.values()) - attention
+    assert of.attention * 48 == attention / 2 * 49 / 48 > 0  # which counts what is masked
+    fp8.freeze(model, activations="token", weight="tensor")
+    assert of.bytes_fp8 <= bytes_of(model) <= of.bytes_fp8 + 64 * len(inner_layers(named(name).build()))
+    assert of.inputs == {"gpt-tiny": 2 * (3 + 4) * 64, "llama-tiny": 2 * (3 * 64 + 128)}[name]
+
+
+def test_what_fp8_saves_in_the_largest_models():
+    """By the shapes of the papers: attention out and qkv, gate and up and down; q, k and v read one tensor."""
+    llama, gpt = costs(named("llama-2-70B")), costs(named("cerebras-gpt-13B"))
+    assert llama.weights == 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) == llama.linear // 2
+    assert gpt.weights == 40 * 12 * 5120**2 and gpt.inputs == 40 * 7 * 5120
+    assert llama.inputs == 80 * (3 * 8192 + 28672) and llama.head == 2 * 8192 * 32_000
+    assert gpt.attention == 40 * 2 * 5120 * 2049 and llama.parameters == 68_976_648_192

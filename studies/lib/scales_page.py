@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch_fp8.table import markdown
 
+from .costs import costs_table
 from .intervals import interval
 from .scales_figures import millions
 from .scales_results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, trained_tokens, window
@@ -62,6 +63,7 @@ def page(lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, flo
         _policies(lines, sizes),
         _figures(pictures, data),
         _runs(lines, sizes),
+        _COSTS + costs_table(),
         _not_claimed(lines),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -278,6 +280,15 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     head = ["study", "model", "parameters", "tokens of a training", "per parameter", "runs done", "on", "text"]
     left = "\n\nStill missing: " + ", ".join(missing) + "." if missing else ""
     return f"## Runs\n\n{markdown(head, rows)}\n\n*Text* is a digest of the tokens.{left}"
+
+
+_COSTS = """## Models by name
+
+Counted on the meta device, not measured: the shapes are the published ones, every linear layer but the head is in FP8,
+inputs are those of such layers, and FLOPs are those of a forward over a whole context, causal; backward has twice as
+many.
+
+"""
 
 
 def _not_claimed(lines: Sequence[Line]) -> str:
