@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
-from studies.lib.arms import inner_layers
+from studies.lib.arms import arm, inner_layers, make_model
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.costs import costs
+from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import FACTOR, PATIENCE, Plan, Training, check_text, validate
@@ -198,6 +199,23 @@ def test_divergence_is_noted_by_the_rule(tmp_path, corpus):
     assert two.diverged == 0
     two._judge(60, math.nan)
     assert two.diverged == 60 and two._is_lost()
+
+
+@pytest.mark.parametrize("name", ["histogram", "gc-amax", "gc-histogram", "gc-cscale:2", "cscale:2"])
+def test_arms_that_the_hardware_has_not_are_emulated(tmp_path, corpus, name):
+    """They train otherwise than BF16, nearly as well, and are validated in 16 bits like all others."""
+    results = {}
+    for each in ("bf16", name):
+        torch.manual_seed(0)
+        plan = {**PLAN, **arm(each), "model": "gpt-tiny", "lr": 1e-3}
+        (one,) = claim(tmp_path, {each.replace(":", ""): plan})
+        model = make_model(one.spec, corpus, torch.device("cpu"))
+        assert isinstance(model.blocks[0].mlp.up, EmulatedLinear) == (each == name != "cscale:2")
+        assert not isinstance(model.head, EmulatedLinear)
+        assert Training(one, model, corpus, torch.device("cpu")).go_on(lambda: False)
+        results[each] = one.result()
+    assert 0 < abs(results[name]["loss"] - results["bf16"]["loss"]) < 0.05
+    assert ("loss_fp8" in results[name]) == (name == "cscale:2")
 
 
 def test_a_lost_training_ends_and_says_so(tmp_path, corpus):

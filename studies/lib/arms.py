@@ -13,6 +13,7 @@ from examples.gpt.tokens import Corpus
 from models.names import named
 
 from .checkpoints import Checkpoint
+from .emulation import Emulation, by_amax, by_constant, by_histogram, emulate
 from .runs import Spec
 
 # The paper's constant c is one for all tensors, and gradients have a margin of 3 besides. On this hardware's E4M3,
@@ -25,6 +26,10 @@ def constant(c: int) -> Spec:
     """FP8-CSCALE with the paper's constant c."""
     recipe = {"kind": "ConstantScaling", "bias": c + 1, "grad_margin": _GRAD_MARGIN + 1}
     return {"recipe": recipe, "loss_scale": _LOSS_SCALE}
+
+
+def _emulation(rule: str, family: str, c: int = 0) -> Spec:
+    return {"emulation": {"rule": rule, "family": family, "constant": c, "margin": _GRAD_MARGIN}}
 
 
 ARMS: dict[str, Spec] = {
@@ -42,17 +47,26 @@ ARMS: dict[str, Spec] = {
     "history16": {"recipe": {"kind": "DelayedScaling", "amax_history_len": 16}},
     "margin1": {"recipe": {"kind": "DelayedScaling", "margin": 1}},
     "exact-sums": {"recipe": {"kind": "DelayedScaling", "fast_accum": []}},
+    "histogram": _emulation("histogram", "ocp"),
+    "gc-amax": _emulation("amax", "graphcore"),
+    "gc-histogram": _emulation("histogram", "graphcore"),
 }
 
 
 def arm(name: str) -> Spec:
-    """What an arm changes of a training; ``cscale:C`` has the constant C."""
+    """What an arm changes of a training: ``cscale:C`` has the constant C, ``gc-cscale:C`` on the paper's formats."""
     if name in ARMS:
         return ARMS[name]
     kind, _, value = name.partition(":")
-    if kind == "cscale" and value.lstrip("-").isdigit() and -16 <= int(value) <= 16:
-        return constant(int(value))
-    raise UserError(f"--arms takes {', '.join(ARMS)} and cscale:C with C from -16 to 16, got {name!r}")
+    if kind in ("cscale", "gc-cscale") and value.lstrip("-").isdigit() and -16 <= int(value) <= 16:
+        graphcore = _emulation("constant", "graphcore", int(value)) | {"loss_scale": _LOSS_SCALE}
+        return constant(int(value)) if kind == "cscale" else graphcore
+    raise UserError(f"--arms takes {', '.join(ARMS)}, cscale:C and gc-cscale:C with C from -16 to 16, got {name!r}")
+
+
+def make_emulation(how: Spec) -> Emulation:
+    rules = {"amax": by_amax, "histogram": by_histogram, "constant": by_constant(how["constant"])}
+    return Emulation(rules[how["rule"]], how["family"], how["margin"])
 
 
 def make_recipe(recipe: Spec) -> fp8.Recipe:
@@ -66,8 +80,8 @@ def make_model(
     checkpoint: Checkpoint | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The checkpoint's weights or random ones of the run's seed, with every linear layer but the head in FP8 where the
-    arm has a recipe."""
+    """The checkpoint's weights or random ones of the run's seed, with every linear layer but the head in FP8, or in
+    emulation, where the arm has it so."""
     model: Any
     if checkpoint:
         model = checkpoint.model(dtype, device)
@@ -85,6 +99,8 @@ def make_model(
                 model = named(spec["model"]).build(corpus.vocab, spec["context"])
         finally:
             torch.set_default_dtype(before)
+    if "emulation" in spec:
+        emulate(inner_layers(model), make_emulation(spec["emulation"]))
     return fp8.convert(model, make_recipe(spec["recipe"]), tokens=None) if "recipe" in spec else model
 
 
