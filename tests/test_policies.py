@@ -210,17 +210,18 @@ def test_a_tensors_own_scale_is_the_papers(device, name, margin):
         assert scale_inv.item() == 2.0 ** -exact_bias(bits, *MAXIMA[name], margin), hex(bits)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("grad_margin", [0, 3])
 @pytest.mark.parametrize("magnitude", [2.0**-36, 2.0**-14, 1.0])
-def test_layers_scale_gradients_as_the_paper_does(device, grad_margin, magnitude):
-    """Eager, converted, and as the scaling update leaves it, which summary and monitor read."""
+def test_layers_scale_gradients_as_the_paper_does(device, grad_margin, magnitude, compiled):
+    """Converted, eager and compiled, and as the scaling update leaves it, which summary and monitor read."""
     torch.manual_seed(0)
     recipe = fp8.CurrentScaling(power_of_two=True, grad_margin=grad_margin)
     model = fp8.convert(nn.Sequential(nn.Linear(32, 48)).to(device), recipe, tokens=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x = torch.randn(16, 32, device=device)
     dy = torch.randn(16, 48, device=device) * magnitude
-    model(x).backward(dy)
+    (torch.compile(model, backend="aot_eager") if compiled else model)(x).backward(dy)
     bias = amax_bias(dy.abs().amax().cpu(), E5M2, grad_margin)
     x8 = cast(x.cpu(), amax_bias(x.abs().amax().cpu(), E4M3), E4M3).double()
     expected = cast(dy.cpu(), bias, E5M2).double().t() @ x8
@@ -245,3 +246,11 @@ def test_attention_scales_gradients_as_the_paper_does(device, magnitude):
         to = E5M2 if role.name.startswith("grad_") else E4M3
         if not role.constant:
             assert amax > 0 and scale == 2.0 ** int(amax_bias(amax, to, role.cast.margin)), role.name
+
+
+def test_frozen_weights_have_the_papers_scale(device):
+    for bits in (*range(0x3480, 0x4500, 0x35), 0x3F5F, 0x3F60, 0x3F61):  # on both sides of the step
+        layer = nn.Linear(32, 48, bias=False, device=device)
+        nn.init.constant_(layer.weight, ALL[bits].item())
+        frozen = fp8.freeze(nn.Sequential(layer), activations="none", weight="tensor")[0]
+        assert frozen.weight_scale.item() == 2.0 ** -exact_bias(bits, *MAXIMA["E4M3"], 0), hex(bits)
