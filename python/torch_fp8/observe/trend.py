@@ -28,6 +28,7 @@ class Trend:
         self.tokens: list[float] = []
         self.values: list[float] = []
         self.beyond = 0  # points in a row that are out of the trend
+        self._inside: list[list[float]] = []  # the last points that were not out: tokens and value
         self._record = -math.inf  # of log(value)
         self._lowest: tuple[float, float] | None = None  # log(value / tokens), and the record then
         self.expected: float | None = None  # the most that the trend has at the last point
@@ -47,8 +48,9 @@ class Trend:
         self.beyond = self.beyond + 1 if self.excess > sigmas else 0
         if self.beyond:
             return
-        level = median(math.log(v) for v in self.values[-_SMOOTH:] if math.isfinite(v))
-        per_token = level - math.log(median(self.tokens[-_SMOOTH:]))
+        self._inside = [*self._inside[1 - _SMOOTH :], [tokens, value]]
+        level = math.log(median(v for _, v in self._inside))
+        per_token = level - math.log(median(t for t, _ in self._inside))
         self._record = max(self._record, level)
         if len(self.values) >= _FIRST - 1 and (self._lowest is None or per_token <= self._lowest[0]):
             self._lowest = per_token, self._record
