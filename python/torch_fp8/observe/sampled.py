@@ -116,6 +116,23 @@ class Sampled:
         return self._optimizer() is optimizer
 
 
+class Hook:
+    """A hook that hangs in a sampled step. A copy or pickle of the model, made meanwhile, has one that does nothing."""
+
+    def __init__(self, see: Callable[..., None]) -> None:
+        self._see = see
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._see(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:
     """For a list of the process, which lives for ever."""
     ref = weakref.ref(sampled)
@@ -124,7 +141,7 @@ def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:
         if (sampled := ref()) is not None:
             getattr(sampled, method)(optimizer)
 
-    return hook
+    return torch.compiler.disable(hook)  # it may run within a compiled optimizer.step()
 
 
 class _Eager:

@@ -47,7 +47,7 @@ class Alarm:
 
 def watch(
     model: nn.Module,
-    every: int = 20,
+    every: int = 50,
     *,
     metrics: Sequence[str] = ("kurtosis/qkv",),
     tokens: int | None = None,
@@ -104,7 +104,7 @@ class Watch(Activations):
     step."""
 
     def __init__(
-        self, model: nn.Module, every: int = 20, *, metrics: Sequence[str] = ("kurtosis/qkv",),
+        self, model: nn.Module, every: int = 50, *, metrics: Sequence[str] = ("kurtosis/qkv",),
         tokens: int | None = None, points: Points | None = None, in_a_row: int = 3, sigmas: float = 6.0,
         action: str | None = None, hold: int = 200, at_most: int = 2, tau: float = 10.0, writer: Any = None,
         log: StrPath | None = None, on_alarm: Callable[[Alarm], None] | None = None,
