@@ -175,11 +175,13 @@ def test_what_is_computed_again_counts_once(device):
     assert watched.readings[0].values["mean/ffn/layers.0"] == pytest.approx(mean, rel=1e-4)
 
 
-def test_gradient_norms_and_loss(device):
-    model = Net().to(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradient_norms_and_loss(device, dtype):
+    model = Net().to(device, dtype)
     watched = fp8.activations(model)
-    losses = [model(inputs(i, device)) for i in range(2)]
-    sum(losses).backward()
+    losses = [model(inputs(i, device, dtype)) for i in range(2)]
+    total = sum(loss.float() for loss in losses)
+    total.backward()
     norms = {name: p.grad.double().norm().item() for name, p in model.named_parameters()}
 
     class Muon(torch.optim.SGD):  # one that writes to gradients
@@ -189,7 +191,7 @@ def test_gradient_norms_and_loss(device):
 
     Muon(model.parameters(), 0.1).step()
     values = watched.readings[0].values
-    assert values["loss"] == pytest.approx(sum(losses).item() / 2)
+    assert values["loss"] == pytest.approx(total.item() / 2)
     for name, norm in norms.items():
         assert values[f"grad_norm/{name}"] == pytest.approx(norm, rel=1e-5)
     assert values["grad_norm"] == pytest.approx(math.sqrt(sum(n**2 for n in norms.values())), rel=1e-5)

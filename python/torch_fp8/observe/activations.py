@@ -414,7 +414,7 @@ def _gradient_norms(model: nn.Module) -> tuple[list[str], Tensor | None]:
     meshes: dict[Any, list[int]] = {}
     for name, parameter in model.named_parameters():
         gradient: Any = getattr(parameter, "main_grad", None) if parameter.grad is None else parameter.grad
-        if gradient is None or gradient.is_sparse or gradient.is_meta:
+        if gradient is None or gradient.is_sparse or gradient.is_meta or not gradient.is_floating_point():
             continue
         if is_dtensor(gradient):
             meshes.setdefault((gradient.device_mesh, gradient.placements), []).append(len(names))
@@ -422,7 +422,8 @@ def _gradient_norms(model: nn.Module) -> tuple[list[str], Tensor | None]:
         local.append(gradient.to_local() if is_dtensor(gradient) else gradient)
     if not names:
         return [], None
-    norms = torch._foreach_norm(local, 2, torch.float32)
+    wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in local) else torch.float32
+    norms = torch._foreach_norm(local, 2, wide)
     device = norms[0].device
     squares = torch.stack([norm.to(device) for norm in norms]).double().square()
     for (mesh, placements), where in meshes.items():

@@ -6,6 +6,7 @@ only; what samples it lives as long as the model, also where nobody else holds i
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -46,7 +47,8 @@ class Sampled:
             _of_models[model].remove(self)
 
     def __del__(self) -> None:
-        if self.__dict__.get("_is_sampling"):  # a model that goes in a sampled step leaves compiled ones as they were
+        # A model that goes in a sampled step leaves compiled ones as they were.
+        if self.__dict__.get("_is_sampling") and not sys.is_finalizing():
             _Eager.leave()
 
     def __enter__(self: S) -> S:
@@ -153,7 +155,7 @@ class _Eager:
 
     @classmethod
     def enter(cls) -> None:
-        if cls._count == 0:
+        if cls._stance is None:
             cls._stance = torch.compiler.set_stance("force_eager")
         cls._count += 1
 
