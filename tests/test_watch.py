@@ -554,4 +554,7 @@ def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):
     assert {alarm.metric for alarm in alarms} >= {"kurtosis/qkv/blocks.2.attn"}
     assert read_log(tmp_path / "log")[2]["kurtosis/qkv/blocks.2.attn"] is None
     json.dumps(watched.state_dict())
+    of_log, kept = read_log(tmp_path / "log"), [set(reading.values) for reading in watched.readings]
+    assert all({"rms/block/blocks.0", "grad_norm/ln_f.bias"} <= line.keys() for line in of_log if "event" not in line)
+    assert "grad_norm/ln_f.bias" in kept[-1] and "grad_norm/ln_f.bias" not in kept[-2]  # a long run has thousands
     watched.save_png(tmp_path / "watch.png")

@@ -25,8 +25,7 @@ class Trend:
     noise of log(value), by the median of its second differences, which no trend and no outlier moves."""
 
     def __init__(self) -> None:
-        self.tokens: list[float] = []
-        self.values: list[float] = []
+        self.values: list[float] = []  # the recent ones
         self.beyond = 0  # points in a row that are out of the trend
         self._inside: list[list[float]] = []  # the last points that were not out: tokens and value
         self._record = -math.inf  # of log(value)
@@ -36,8 +35,7 @@ class Trend:
 
     def add(self, tokens: float, value: float, sigmas: float) -> None:
         """The next point: after more tokens than the last one, positive. A value that is not finite is out."""
-        self.tokens.append(tokens)
-        self.values.append(value)
+        self.values = [*self.values[1 - _RECENT :], value]
         self.excess = math.inf if not math.isfinite(value) else 0.0
         if self._lowest is not None:
             lowest, record = self._lowest
@@ -56,12 +54,12 @@ class Trend:
             self._lowest = per_token, self._record
 
     def _sigma(self) -> float:
-        logs = [math.log(value) for value in self.values[-_RECENT:] if math.isfinite(value)]
+        logs = [math.log(value) for value in self.values if math.isfinite(value)]
         second = [abs(a - 2 * b + c) for a, b, c in zip(logs, logs[1:], logs[2:])]
         return max(LEAST_SIGMA, 1.4826 * median(second) / math.sqrt(6) if second else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self), tokens=list(self.tokens), values=list(self.values))
+        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})
+        vars(self).update(state)
