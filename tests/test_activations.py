@@ -6,13 +6,17 @@ import gc
 import itertools
 import json
 import math
+import pickle
 import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch_fp8 as fp8
+from ranks import Ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch_fp8.observe.activations import measure
@@ -171,11 +175,13 @@ def test_what_is_computed_again_counts_once(device):
     assert watched.readings[0].values["mean/ffn/layers.0"] == pytest.approx(mean, rel=1e-4)
 
 
-def test_gradient_norms_and_loss(device):
-    model = Net().to(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradient_norms_and_loss(device, dtype):
+    model = Net().to(device, dtype)
     watched = fp8.activations(model)
-    losses = [model(inputs(i, device)) for i in range(2)]
-    sum(losses).backward()
+    losses = [model(inputs(i, device, dtype)) for i in range(2)]
+    total = sum(loss.float() for loss in losses)
+    total.backward()
     norms = {name: p.grad.double().norm().item() for name, p in model.named_parameters()}
 
     class Muon(torch.optim.SGD):  # one that writes to gradients
@@ -185,7 +191,7 @@ def test_gradient_norms_and_loss(device):
 
     Muon(model.parameters(), 0.1).step()
     values = watched.readings[0].values
-    assert values["loss"] == pytest.approx(sum(losses).item() / 2)
+    assert values["loss"] == pytest.approx(total.item() / 2)
     for name, norm in norms.items():
         assert values[f"grad_norm/{name}"] == pytest.approx(norm, rel=1e-5)
     assert values["grad_norm"] == pytest.approx(math.sqrt(sum(n**2 for n in norms.values())), rel=1e-5)
@@ -307,6 +313,44 @@ def test_a_compiled_model_is_measured_in_eager_steps(device):
     assert traced[0] == 0 and traced[1] > 0 and traced[1] == traced[-1]
 
 
+@pytest.mark.parametrize("what", ["blocks", "a block within", "optimizer.step", "a function"])
+def test_whatever_is_compiled(device, what):
+    model = Net().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step, forward = optimizer.step, model
+    if what == "blocks":
+        for layer in model.layers:
+            layer.compile(backend="aot_eager")
+    elif what == "a block within":
+        model.layers[0] = torch.compile(model.layers[0], backend="aot_eager")
+    elif what == "optimizer.step":
+        step = torch.compile(optimizer.step, backend="eager")
+    else:
+        forward = torch.compile(lambda x: model(x), backend="aot_eager")
+    watched = fp8.activations(model, every=2)
+    for i in range(5):
+        forward(inputs(i, device)).backward()
+        step()
+        optimizer.zero_grad()
+    assert [reading.step for reading in watched.readings] == [0, 2, 4]
+    assert all(f"kurtosis/{tag}" in reading.values for reading in watched.readings for tag in watched._tags)
+    assert set(watched._tags) == {
+        f"{kind}/layers.{i}" for kind in ("qkv", "ffn", "block") for i in range(2)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [fp8.activations, fp8.monitor])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_is_made_in_a_sampled_step_is_not_sampled(device, make, copied):
+    model = fp8.convert(Net().to(device), tokens=None)
+    watched = make(model)
+    twin = copied(model)
+    train(twin, torch.optim.SGD(twin.parameters(), 0.1), device)
+    assert not getattr(watched, "readings", None) and not getattr(watched, "samples", None)
+    train(model, torch.optim.SGD(model.parameters(), 0.1), device, first=1)
+    assert len(getattr(watched, "readings", [1])) == 1
+
+
 def test_the_users_stance_comes_back():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -407,6 +451,88 @@ def test_sharpness_of_a_model(device):
     assert watched.readings[0].values["sharpness"] == pytest.approx(wanted, rel=1e-5)
     assert "sharpness" not in watched.found
     assert "sharpness: not available" in fp8.activations(Net()).found
+
+
+# ---- two ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def ranks(request):
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks = Ranks(request.param)
+    yield ranks
+    ranks.close()
+
+
+def sharded(device, how, convert):
+    torch.manual_seed(0)
+    model = Net().to(device)
+    if convert:
+        fp8.convert(model, fp8.CurrentScaling(), tokens=None)
+    if how == "fsdp":
+        for module in (*model.layers, model):
+            fully_shard(module)
+    elif how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    watched = fp8.activations(model, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(2):
+        model(inputs(2 * step + torch.distributed.get_rank(), device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [reading.values for reading in watched.readings]
+
+
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+@pytest.mark.parametrize("convert", [False, True])
+def test_each_rank_measures_its_own_tokens_and_the_norms_of_whole_gradients(ranks, how, convert):
+    of_ranks = ranks(sharded, how, convert)
+    torch.manual_seed(0)
+    model = Net().to(ranks.device)
+    if convert:
+        fp8.convert(model, fp8.CurrentScaling(), tokens=None)
+    for rank in range(2):  # the first step's
+        watched = fp8.activations(model)
+        model(inputs(rank, ranks.device)).div(2).backward()
+        torch.optim.SGD(model.parameters(), 0.0).step()
+        values = watched.readings[0].values
+        watched.close()
+        for tag, value in values.items():
+            if not tag.startswith("grad_norm") and tag != "loss":
+                assert of_ranks[rank][0][tag] == pytest.approx(value, rel=1e-4, abs=1e-5), tag
+    norms = {tag: value for tag, value in values.items() if tag.startswith("grad_norm")}  # of the mean of both
+    for of_rank in of_ranks:
+        assert {tag: of_rank[0][tag] for tag in norms} == pytest.approx(norms, rel=0.02 if convert else 1e-4)
+        assert all(of_rank[step].keys() == values.keys() for step in range(2))
+
+
+def tensor_parallel(device):
+    torch.manual_seed(0)
+    model = Net().to(device)
+    mesh = torch.distributed.init_device_mesh(device.type, (2,))
+    plan = {"up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    for layer in model.layers:
+        parallelize_module(layer, mesh, plan)
+    watched = fp8.activations(model)
+    model(inputs(0, device)).backward()
+    torch.optim.SGD(model.parameters(), 0.0).step()
+    return watched.readings[0].values
+
+
+def test_under_tensor_parallelism(ranks):
+    """Each rank has half of the features of what the second projection reads, and sees their mean square."""
+    of_ranks = ranks(tensor_parallel)
+    torch.manual_seed(0)
+    model = Net().to(ranks.device)
+    watched = fp8.activations(model)
+    train(model, torch.optim.SGD(model.parameters(), 0.0), ranks.device)
+    values = watched.readings[0].values
+    for tag in ("rms/ffn/layers.0", "rms/ffn/layers.1"):
+        halves = [of_rank[tag] ** 2 for of_rank in of_ranks]
+        assert sum(halves) / 2 == pytest.approx(values[tag] ** 2, rel=1e-4) and halves[0] != halves[1]
+    for tag in ("grad_norm", "grad_norm/layers.1.up_proj.weight", "grad_norm/layers.0.down_proj.weight"):
+        assert [of_rank[tag] for of_rank in of_ranks] == pytest.approx([values[tag]] * 2, rel=1e-4), tag
 
 
 class Writer:

@@ -238,9 +238,9 @@ def test_optimizers_and_loops_without_one(device, mode, how):
             loss.backward()
             return loss
 
-        losses = [optimizer.step(closure).item() for _ in range(4)]
+        losses = [optimizer.step(closure).item() for _ in range(7)]
         cursors = {int(c) for a in attentions(model) for c in a.fp8_slots[[0, 1, 2, 4], 3]}
-        assert cursors == {1}  # the fourth of a history of three: many forwards are one step
+        assert cursors == {1}  # the seventh in a history of three: many forwards are one step
     elif how == "adamw foreach":
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=True)
         losses = [step_of(model, optimizer, x) for _ in range(8)]
@@ -657,4 +657,4 @@ def test_generate(device, mode, prompt, cache):
     plain = copy.deepcopy(model)
     fp8.unfuse(plain)
     expected = plain.generate(x, disable_compile=True, output_logits=True, return_dict_in_generate=True, **options)
-    assert error(made.logits[0], expected.logits[0]) < 0.1
+    assert error(made.logits[0], expected.logits[0]) < 0.15

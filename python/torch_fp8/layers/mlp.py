@@ -141,6 +141,14 @@ class Look:
         if self.wants(module) and (given := args or tuple(kwargs.values())):
             self.see(given[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or pickle of the model has a look that sees nothing."""
+        return Look, (_never, _never)
+
+
+def _never(x: Any) -> bool:
+    return False
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward, and than to be looked at."""

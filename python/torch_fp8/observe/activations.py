@@ -19,7 +19,7 @@ from ..layers.mlp import Look
 from ..layers.transforms import is_transformed
 from ..table import html, plain
 from .points import Point, Points, clean, find_points, named_points, unwrapped
-from .sampled import Sampled
+from .sampled import Hook, Sampled
 from .sharpness import sharpness
 
 
@@ -63,10 +63,11 @@ def activations(
         activation. Kinds that are not named are looked for as above; an empty dict is no name.
     tau: of ``outliers``. writer: what has ``add_scalar(tag, value, step)``, such as TensorBoard's ``SummaryWriter``.
 
-    Nothing of it is left on the model between samples, and the numbers of training are the same to the bit, but for
-    what a compiler changes. In a sampled step a fused MLP computes the input of its last layer once more. A forward
-    that backward repeats counts once; ``eval()`` and ``no_grad`` are not seen, nor are CUDA graphs' replays. Of a
-    DTensor the local part is measured.
+    Call it after ``convert`` and ``fuse``. Nothing of it is left on the model between samples, and the numbers of
+    training are the same to the bit, but for what a compiler changes; from now on until the first step's end, and in
+    every sampled step, compiled code runs eagerly. A fused MLP computes the input of its last layer once more then. A
+    forward that backward repeats counts once; ``eval()`` and ``no_grad`` are not seen, nor are CUDA graphs' replays. Of
+    a DTensor the local part is measured.
 
     Raises ValueError where no point is found, a pattern matches nothing, every is not positive or tau is negative."""
     return Activations(model, every, points=points, tau=tau, writer=writer)
@@ -117,12 +118,12 @@ class Activations(Sampled):
                     look = Look(count.wants, count.seer(i))
                     yield module.register_forward_pre_hook(look, with_kwargs=True)
                 else:
-                    yield module.register_forward_hook(_after(count, i))
+                    yield module.register_forward_hook(Hook(_after(count, i)))
         inner = unwrapped(model)
         logits: list[Tensor] = []
         if (head := _head_of(inner)) is not None:
-            yield head.register_forward_hook(_keep_last(logits))
-        yield inner.register_forward_hook(self._after_model(logits), with_kwargs=True)
+            yield head.register_forward_hook(Hook(_keep_last(logits)))
+        yield inner.register_forward_hook(Hook(self._after_model(logits)), with_kwargs=True)
 
     def _after_model(self, logits: list[Tensor]) -> Callable[..., None]:
         def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -301,8 +302,8 @@ def measure(tensors: Sequence[Tensor], tau: float) -> Tensor:
         squares, fourths = second.sum(1), fourth.sum(1)
         of_sequences = features * second.shape[1] * fourths / squares.square()
         rms = (squares / (features * second.shape[1])).sqrt()
-        limit = (tau * rms).to(wide)[:, None, None]
-        outliers = sum(((x.abs() >= limit) & (limit > 0)).sum() for x in xs)
+        limit = (tau * rms).masked_fill(rms == 0, math.inf).to(wide)[:, None, None]
+        outliers = sum((x.abs() >= limit).sum() for x in xs)
         largest = torch.stack([torch.linalg.vector_norm(x, math.inf, (1, 2), dtype=wide) for x in xs]).amax(0)
         sums = [
             *_sum_of_defined(of_sequences, squares), *_sum_of_defined(of_tokens, second), squares.sum(), total,
@@ -413,7 +414,7 @@ def _gradient_norms(model: nn.Module) -> tuple[list[str], Tensor | None]:
     meshes: dict[Any, list[int]] = {}
     for name, parameter in model.named_parameters():
         gradient: Any = getattr(parameter, "main_grad", None) if parameter.grad is None else parameter.grad
-        if gradient is None or gradient.is_sparse or gradient.is_meta:
+        if gradient is None or gradient.is_sparse or gradient.is_meta or not gradient.is_floating_point():
             continue
         if is_dtensor(gradient):
             meshes.setdefault((gradient.device_mesh, gradient.placements), []).append(len(names))
@@ -421,7 +422,8 @@ def _gradient_norms(model: nn.Module) -> tuple[list[str], Tensor | None]:
         local.append(gradient.to_local() if is_dtensor(gradient) else gradient)
     if not names:
         return [], None
-    norms = torch._foreach_norm(local, 2, torch.float32)
+    wide = torch.float64 if any(gradient.dtype == torch.float64 for gradient in local) else torch.float32
+    norms = torch._foreach_norm(local, 2, wide)
     device = norms[0].device
     squares = torch.stack([norm.to(device) for norm in norms]).double().square()
     for (mesh, placements), where in meshes.items():

@@ -20,7 +20,7 @@ from ..layers.linear import SUPPORTED_DTYPES, Layer
 from ..layers.scaled import Scaled, scaled_modules
 from ..state import Role
 from ..table import html, plain
-from .sampled import Sampled
+from .sampled import Hook, Sampled
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class Monitor(Sampled):
         for name, ref in self._layers.items():
             layer = ref()
             if isinstance(layer, ScaledDotProductAttention):
-                yield layer.register_forward_hook(self._after_attention(name), with_kwargs=True)
+                yield layer.register_forward_hook(Hook(self._after_attention(name)), with_kwargs=True)
             if isinstance(layer, Layer):
-                yield layer.register_forward_pre_hook(self._before_forward(name), with_kwargs=True)
-                yield layer.register_forward_hook(self._after_forward(name))
+                yield layer.register_forward_pre_hook(Hook(self._before_forward(name)), with_kwargs=True)
+                yield layer.register_forward_hook(Hook(self._after_forward(name)))
 
     def _before_forward(self, name: str) -> Callable[..., None]:
         def hook(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

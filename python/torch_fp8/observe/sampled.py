@@ -6,6 +6,7 @@ only; what samples it lives as long as the model, also where nobody else holds i
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -46,7 +47,8 @@ class Sampled:
             _of_models[model].remove(self)
 
     def __del__(self) -> None:
-        if self.__dict__.get("_is_sampling"):  # a model that goes in a sampled step leaves compiled ones as they were
+        # A model that goes in a sampled step leaves compiled ones as they were.
+        if self.__dict__.get("_is_sampling") and not sys.is_finalizing():
             _Eager.leave()
 
     def __enter__(self: S) -> S:
@@ -116,6 +118,23 @@ class Sampled:
         return self._optimizer() is optimizer
 
 
+class Hook:
+    """A hook that hangs in a sampled step. A copy or pickle of the model, made meanwhile, has one that does nothing."""
+
+    def __init__(self, see: Callable[..., None]) -> None:
+        self._see = see
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._see(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:
     """For a list of the process, which lives for ever."""
     ref = weakref.ref(sampled)
@@ -124,7 +143,7 @@ def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:
         if (sampled := ref()) is not None:
             getattr(sampled, method)(optimizer)
 
-    return hook
+    return torch.compiler.disable(hook)  # it may run within a compiled optimizer.step()
 
 
 class _Eager:
@@ -136,7 +155,7 @@ class _Eager:
 
     @classmethod
     def enter(cls) -> None:
-        if cls._count == 0:
+        if cls._stance is None:
             cls._stance = torch.compiler.set_stance("force_eager")
         cls._count += 1
 

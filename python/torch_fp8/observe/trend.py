@@ -25,9 +25,9 @@ class Trend:
     noise of log(value), by the median of its second differences, which no trend and no outlier moves."""
 
     def __init__(self) -> None:
-        self.tokens: list[float] = []
-        self.values: list[float] = []
+        self.values: list[float] = []  # the recent ones
         self.beyond = 0  # points in a row that are out of the trend
+        self._inside: list[list[float]] = []  # the last points that were not out: tokens and value
         self._record = -math.inf  # of log(value)
         self._lowest: tuple[float, float] | None = None  # log(value / tokens), and the record then
         self.expected: float | None = None  # the most that the trend has at the last point
@@ -35,8 +35,7 @@ class Trend:
 
     def add(self, tokens: float, value: float, sigmas: float) -> None:
         """The next point: after more tokens than the last one, positive. A value that is not finite is out."""
-        self.tokens.append(tokens)
-        self.values.append(value)
+        self.values = [*self.values[1 - _RECENT :], value]
         self.excess = math.inf if not math.isfinite(value) else 0.0
         if self._lowest is not None:
             lowest, record = self._lowest
@@ -47,19 +46,20 @@ class Trend:
         self.beyond = self.beyond + 1 if self.excess > sigmas else 0
         if self.beyond:
             return
-        level = median(math.log(v) for v in self.values[-_SMOOTH:] if math.isfinite(v))
-        per_token = level - math.log(median(self.tokens[-_SMOOTH:]))
+        self._inside = [*self._inside[1 - _SMOOTH :], [tokens, value]]
+        level = math.log(median(v for _, v in self._inside))
+        per_token = level - math.log(median(t for t, _ in self._inside))
         self._record = max(self._record, level)
         if len(self.values) >= FIRST - 1 and (self._lowest is None or per_token <= self._lowest[0]):
             self._lowest = per_token, self._record
 
     def _sigma(self) -> float:
-        logs = [math.log(value) for value in self.values[-_RECENT:] if math.isfinite(value)]
+        logs = [math.log(value) for value in self.values if math.isfinite(value)]
         second = [abs(a - 2 * b + c) for a, b, c in zip(logs, logs[1:], logs[2:])]
         return max(LEAST_SIGMA, 1.4826 * median(second) / math.sqrt(6) if second else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self), tokens=list(self.tokens), values=list(self.values))
+        return {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: list(value) if isinstance(value, list) else value for name, value in state.items()})
+        vars(self).update(state)

@@ -47,7 +47,7 @@ class Alarm:
 
 def watch(
     model: nn.Module,
-    every: int = 20,
+    every: int = 50,
     *,
     metrics: Sequence[str] = ("kurtosis/qkv",),
     tokens: int | None = None,
@@ -99,12 +99,12 @@ def watch(
 
 
 class Watch(Activations):
-    """What :func:`watch` gives. ``readings`` grows with each sample, ``alarms`` with each alarm (a dataclass of step,
-    tokens, metric, layer, value, expected and sigmas); ``in_16_bits`` has the layers that are held, and until which
-    step."""
+    """What :func:`watch` gives. ``readings`` grows with each sample, of which all but the last keep what a picture is
+    drawn of (the log has everything), ``alarms`` with each alarm (a dataclass of step, tokens, metric, layer, value,
+    expected and sigmas); ``in_16_bits`` has the layers that are held, and until which step."""
 
     def __init__(
-        self, model: nn.Module, every: int = 20, *, metrics: Sequence[str] = ("kurtosis/qkv",),
+        self, model: nn.Module, every: int = 50, *, metrics: Sequence[str] = ("kurtosis/qkv",),
         tokens: int | None = None, points: Points | None = None, in_a_row: int = 3, sigmas: float = 6.0,
         action: str | None = None, hold: int = 200, at_most: int = 2, tau: float = 10.0, writer: Any = None,
         log: StrPath | None = None, on_alarm: Callable[[Alarm], None] | None = None,
@@ -206,6 +206,8 @@ class Watch(Activations):
         return {**super()._values(), **told}
 
     def _new_reading(self, reading: Reading) -> None:
+        if self.readings:  # a long run has thousands
+            self.readings[-1] = self._for_pictures(self.readings[-1])
         super()._new_reading(reading)
         self._write(step=reading.step, tokens=reading.tokens, **reading.values)
         self._judge(reading)
@@ -303,8 +305,7 @@ class Watch(Activations):
             "trends": {tag: trend.state_dict() for tag, trend in self._trends.items()},
             "alarms": [asdict(alarm) for alarm in self.alarms],
             "held": {layer: {"modules": names, "until": self.in_16_bits[layer]} for layer, names in self._held.items()},
-            "readings": [[r.step, r.tokens, {tag: v for tag, v in r.values.items() if self._is_kept(tag)}]
-                         for r in self.readings],
+            "readings": [list(self._for_pictures(reading)) for reading in self.readings],
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -339,6 +340,9 @@ class Watch(Activations):
         self._write(event="resume", step=self.step)
         if self.step % self.every == 0:
             self._begin()
+
+    def _for_pictures(self, reading: Reading) -> Reading:
+        return reading._replace(values={tag: value for tag, value in reading.values.items() if self._is_kept(tag)})
 
     def _is_kept(self, tag: str) -> bool:
         """What a picture is drawn of."""

@@ -56,9 +56,11 @@ def draw(path: StrPath, readings: Sequence[Reading], alarms: Sequence[Alarmed], 
                 worst = min(here, key=lambda alarm: alarm.tokens)
                 where = worst.layer or "the model"
                 more = f", then {len(here) - 1} more" if len(here) > 1 else ""
+                right = worst.tokens > most / 2  # so that the words stay in the picture
                 ax.annotate(
                     f"alarm: {where}{more}", (worst.tokens / unit, worst.value if math.isfinite(worst.value) else 1.0),
-                    xytext=(-9, 7), textcoords="offset points", ha="right", color=_ALARM, fontweight="bold",
+                    xytext=(-9 if right else 9, 7), textcoords="offset points", ha="right" if right else "left",
+                    color=_ALARM, fontweight="bold",
                 )  # fmt: skip
         for ax, tag in zip(axes[len(panels) :], whole):
             ax.set_title("loss" if tag == "loss" else "gradient norm, of all parameters")
