@@ -33,7 +33,7 @@ def test_links_lead_to_what_is_there(page):
 
 BY_HAND = sorted(ROOT.glob("*.md")) + [ROOT / "docs" / "design.md"]
 FOLDERS = ("", ".ci/", "benchmarks/**/", "cmake/", "csrc/**/", "docs/", "examples/**/", "include/**/", "models/",
-           "python/**/", "tests/**/", "tools/")  # fmt: skip
+           "python/**/", "studies/**/", "tests/**/", "tools/")  # fmt: skip
 SOURCES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in ROOT.glob(f"{folder}*")]
 
 
@@ -101,6 +101,14 @@ def test_figures_of_readme_stand_in_the_files_that_it_names():
                 ratio = {float(numbers[1]) / float(numbers[0])} if "→" in cell else set()
                 for number in numbers:
                     assert any(_rounds_to(exact, number) for exact in there | ratio), (number, row)
+
+
+def test_figures_of_fog_stand_in_its_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = text[text.index("`studies/fog.py` tries the") : text.index("## Support")]
+    there = {float(number) for number in NUMBER.findall((ROOT / "docs" / "fog.md").read_text(encoding="utf-8"))}
+    numbers = [float(number) for number in NUMBER.findall(re.sub(r"OLMo 2|Llama 3|BF16|FP8", "", said))]
+    assert len(numbers) >= 4 and set(numbers) <= there
 
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 import torch_fp8 as fp8
-from test_train_example import TRAIN, run
+from scripts import script
+from test_train_example import run
 from torch import nn
 from torch.nn import functional as F
 from torch_fp8.layers.fused import FusedBlock, FusedMlp, fused_modules
@@ -21,8 +22,7 @@ from models.fog_config import ARCHITECTURES, SIZES, Architecture, Shape, archite
 from models.fog_fp8 import to_fp8
 from models.llama import rotation_of
 
-sys.path.insert(0, str(TRAIN.parent))
-import train  # noqa: E402 (a script, which is beside what it imports)
+train = script("examples/train.py")
 
 TINY = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, head=8, scale=0.3)
 TOKENS = 7

@@ -33,9 +33,10 @@ counts as far as it is.
 
 The paper finds that Llama 3 and OLMo 2 diverge where attention's products are in FP8 too, after 0.7 to 15.9 billion
 tokens, that its FOG architectures do not, and that the kurtosis of activations tells long before. A claim is called
-*consistent* or *not* where the runs here say so, and else it *cannot be claimed here*. In all runs head, embedding and
-norms are in BF16 and parameters in float32; *FP8 attention* has both products of attention and their gradients in FP8,
-with one scale for q, k and v, amaxes of 1024 steps and scale 1 in the first step, as the paper's software had it."""
+*consistent* or *not* where the runs here say so, and else it *cannot be claimed here*; a divergence of another kind is
+called that. In all runs head, embedding and norms are in BF16 and parameters in float32; *FP8 attention* has both
+products of attention and their gradients in FP8, with one scale for q, k and v, amaxes of 1024 steps and scale 1 in the
+first step, as the paper's software had it."""
 
 _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed and batches by {SIGMAS:g} standard
   deviations of the latter's step noise, for {PATIENCE} steps on end, from step {FIRST + 1} on; or is not finite. Step
@@ -157,7 +158,7 @@ def _ran(found: Sequence[Outcome]) -> str:
     tokens = [one.seen * one.line.setting[2] for one in found]
     many = f"{len(found)} run{'s' * (len(found) > 1)}"
     short = sum(not one.finished for one in found)
-    many += f" ({short} of them, or its twin in BF16, unfinished)" if short else ""
+    many += f" ({short} of the pairs unfinished)" if short else ""
     return f"{many} of {sizes}, learning rates {rates}, up to {millions(max(tokens))} tokens"
 
 
