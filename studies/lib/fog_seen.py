@@ -120,16 +120,12 @@ def _suspects(of: Sequence[Outcome]) -> list[str]:
     innocent = [what for what, arms in SUSPECTS.items() if left & set(arms)]
     open_ = [what for what, arms in SUSPECTS.items() if what not in innocent and not set(held) & set(arms)]
     if innocent:
-        said.append(f"It happens without {_listed(innocent, 'and without')}.")
+        said.append(f"Not needed for it: {', '.join(innocent)}; a run without leaves too.")
     if held:
         said.append(f"It does not happen with: {', '.join(ARMS[arm] for arm in held)}.")
     if open_:
-        said.append(f"Not tried so far: to do without {_listed(open_, 'or without')}.")
+        said.append(f"No run has tried yet to do without: {', '.join(open_)}.")
     return said
-
-
-def _listed(words: Sequence[str], last: str) -> str:
-    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _table(of: Sequence[Outcome]) -> str:
