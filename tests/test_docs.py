@@ -103,6 +103,14 @@ def test_figures_of_readme_stand_in_the_files_that_it_names():
                     assert any(_rounds_to(exact, number) for exact in there | ratio), (number, row)
 
 
+def test_figures_of_fog_stand_in_its_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = text[text.index("`studies/fog.py` tries the") : text.index("## Support")]
+    there = {float(number) for number in NUMBER.findall((ROOT / "docs" / "fog.md").read_text(encoding="utf-8"))}
+    numbers = [float(number) for number in NUMBER.findall(re.sub(r"OLMo 2|Llama 3|BF16|FP8", "", said))]
+    assert len(numbers) >= 4 and set(numbers) <= there
+
+
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import pytest
 import torch
 import torch_fp8 as fp8
+from scripts import script
 from test_train_example import run
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +21,8 @@ from models.fog import LM, XIELU, Block
 from models.fog_config import ARCHITECTURES, SIZES, Architecture, Shape, architecture
 from models.fog_fp8 import to_fp8
 from models.llama import rotation_of
+
+train = script("examples/train.py")
 
 TINY = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, head=8, scale=0.3)
 TOKENS = 7
@@ -271,11 +275,11 @@ def trained(model, steps=25):
 
 @pytest.mark.parametrize("name", ["llama3", "llama3-smooth-channel", "olmo2", "op", "fog-max", "fog-flash"])
 def test_fp8_falls_beside_bf16(name):
-    bf16 = LM(name, SIZES["tiny"], vocab=256)
+    bf16 = LM(name, Shape(layers=2, hidden=128, ffn=128, heads=1, kv_heads=1), vocab=256)
     ours = to_fp8(copy.deepcopy(bf16), attention="fp8")
     of_bf16, of_fp8 = trained(bf16), trained(ours)
     last = [sum(losses[-5:]) / 5 for losses in (of_bf16, of_fp8)]
-    assert last[0] < 0.7 * of_bf16[0]
+    assert last[0] < 0.5 * of_bf16[0]
     assert of_fp8 != of_bf16 and last[1] == pytest.approx(last[0], rel=0.1)
 
 
@@ -353,9 +357,11 @@ def test_a_saved_gpt_is_known_by_what_it_was_known_by(text, tmp_path):
         (["--model", "op", "--steps", 10, "--warm-up", 5, "--cooldown", 6], "--cooldown must be from 0 to --steps"),
     ],
 )
-def test_wrong_options_are_answered_in_one_line(tmp_path, options, words):
-    code, _, stderr = run(*options, "--device", "cpu", "--out", tmp_path / "out")
-    assert code == 2 and words in stderr and stderr.count("\n") == 1
+def test_wrong_options_are_answered_in_one_line(tmp_path, options, words, monkeypatch, capsys):
+    arguments = ["train.py", *options, "--device", "cpu", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    stderr = capsys.readouterr().err if train.main() == 2 else ""
+    assert words in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch_fp8 as fp8
+from scripts import script
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch_fp8.picture import picture
 from torch_fp8.table import markdown
 
 from examples.gpt.errors import UserError
@@ -22,16 +25,17 @@ from examples.gpt.tokens import Bytes
 from models.fog import LM
 from models.fog_config import SIZES, architecture
 from models.fog_fp8 import to_fp8
+from studies.lib import fog_figures
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
-from studies.lib.fog_page import CONSISTENT, NOT, OPEN, _speed, claims
+from studies.lib.fog_page import CONSISTENT, NOT, OPEN, OTHER, PAPER_ARM, _speed, claims
 from studies.lib.fog_results import Line, alarm, merged, outcomes, read_lines
+from studies.lib.fog_seen import jump, seen
 from studies.lib.kurtosis import Kurtosis
 from studies.lib.runs import all_runs
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "studies"))
-import fog  # noqa: E402 (a script, which is beside what it imports)
+fog = script("studies/fog.py")
 
 FOG = [sys.executable, str(ROOT / "studies" / "fog.py")]
 TINY = ["--size", "tiny", "--batch", "2", "--micro-batch", "1", "--context", "32", "--val-tokens", "128",
@@ -211,17 +215,19 @@ def test_two_noises_of_one_level_do_not_leave():
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def line(name, arm="bf16", *, study="provoke", rate=1, seed=0, away=0, grows=0, loss=3.0, diverged=0, steps=300):
-    """A run whose loss is the same for all arms of a seed, but higher from the step ``away`` on; and whose kurtosis is
-    level, but doubles with each sample from the step ``grows`` on."""
+def line(name, arm="bf16", *, study="provoke", rate=1, seed=0, away=0, grows=0, loss=3.0, lost=0, steps=300, to=300):
+    """A run whose loss is the same for all arms of a seed, but higher from the step ``away`` on, and not finite from
+    ``lost`` on; and whose kurtosis is level, but doubles with each sample from the step ``grows`` on. It is as far as
+    ``to``."""
     spec = {"study": study, "architecture": name, "arm": arm, "rate": rate, "lr": 1e-3 * rate, "fp8": fog.ARMS[arm]}
-    spec |= {"size": "tiny", "seed": seed, "steps": steps, "batch": 2, "context": 64}
+    spec |= {"size": "tiny", "seed": seed, "steps": steps, "batch": 2, "context": 64, "warm_up": 15}
     losses = [x + (1.0 if away and step >= away else 0.0) for step, x in enumerate(wavering(steps, seed=seed), start=1)]
-    samples = list(range(5, steps + 1, 5))
+    losses = [None if lost and step >= lost else loss for step, loss in enumerate(losses[:to], start=1)]
+    samples = list(range(5, to + 1, 5))
     level = [4.0 * 2 ** max(0, (step - grows) // 5) if grows and step > grows else 4.0 for step in samples]
     kurtosis = {kind: [[3.0, value] for value in level] for kind in ("qkv", "ffn", "block")}
-    result = {"loss": loss, "diverged": diverged, "seconds": 1.0, "gpu": "CPU", "parameters": 1000}
-    return Line(spec, steps, result, losses, [1.0] * steps, samples, kurtosis)
+    result = {"loss": loss, "diverged": lost, "seconds": 1.0, "gpu": "CPU", "parameters": 1000} if to == steps else None
+    return Line(spec, to, result, losses, [1.0] * to, samples, kurtosis)
 
 
 def verdicts(*lines):
@@ -241,20 +247,49 @@ def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
 
 def test_what_leaves_is_a_divergence_only_where_bf16_itself_holds():
     words = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
-    runs = [line("llama3"), line("llama3", "fp8-attention", away=200)]
+    runs = [line("llama3"), line("llama3", "fp8-attention", away=200), line("llama3", "fp8")]
     assert verdicts(*runs)[words] == OPEN  # who knows what BF16 does the second time
     assert verdicts(*runs, line("llama3", "bf16-again"))[words] == CONSISTENT
     assert verdicts(*runs, line("llama3", "bf16-again", away=250))[words] == OPEN
-    runs[0] = line("llama3", diverged=290)
+    assert verdicts(*runs, line("llama3", "bf16-again", to=200 + PATIENCE - 2))[words] == OPEN  # one step short
+    assert verdicts(*runs, line("llama3", "bf16-again", to=200 + PATIENCE - 1))[words] == CONSISTENT
+    runs[0] = line("llama3", lost=290)
     assert verdicts(*runs, line("llama3", "bf16-again"))[words] == OPEN
+
+
+@pytest.mark.parametrize(
+    "of_attention, of_linears, why",
+    [
+        ({"away": 30}, {}, f"{OTHER}: at the start of training"),
+        ({"away": 31}, {}, CONSISTENT),
+        ({"away": 200}, {"away": 250}, f"{OTHER}: FP8 linears alone leave too"),
+        ({"away": 200}, {"to": 210}, f"{OTHER}: FP8 linears alone were not run as far"),
+        ({"away": 200, "rate": 10}, {"rate": 10}, f"{CONSISTENT}; at 10 × the usual rate"),
+    ],
+)
+def test_a_divergence_of_another_kind_is_told_from_the_papers(of_attention, of_linears, why):
+    rate = of_attention.get("rate", 1)
+    runs = [line("llama3", rate=rate), line("llama3", "bf16-again", rate=rate), line("llama3", "fp8", **of_linears)]
+    runs.append(line("llama3", "fp8-attention", **of_attention))
+    assert verdicts(*runs)["Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"] == why
+    if why.startswith(OTHER) and rate == 1:  # one more run that diverges as the paper's is enough
+        nearer = [line("llama3", arm, rate=3) for arm in ("bf16", "bf16-again", "fp8")]
+        nearer.append(line("llama3", PAPER_ARM, rate=3, away=200))
+        verdict = verdicts(*runs, *nearer)["Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"]
+        assert verdict == f"{CONSISTENT}; at 3 × the usual rate"
 
 
 def test_an_architecture_that_holds_does_so_as_far_as_it_was_run():
     words = "FOG-max does not diverge with FP8 attention"
     runs = [line("fog-max"), line("fog-max", "bf16-again"), line("fog-max", "fp8-attention")]
     assert verdicts()[words] == OPEN and verdicts(*runs)[words] == f"{CONSISTENT}, as far as these tokens"
-    assert verdicts(*runs[:2], line("fog-max", "fp8-attention", away=100))[words] == NOT
-    assert verdicts(runs[0], line("fog-max", "fp8-attention", away=100))[words] == OPEN
+    left = line("fog-max", "fp8-attention", away=100)
+    assert verdicts(*runs[:2], line("fog-max", "fp8"), left)[words] == NOT
+    assert verdicts(*runs[:2], left)[words].startswith(OTHER) and verdicts(runs[0], left)[words] == OPEN
+    half = [line("fog-max", to=170), line("fog-max", "fp8-attention", to=250)]
+    (claim,) = (claim for claim in claims(half) if claim.words == words)
+    assert claim.verdict == f"{CONSISTENT}, as far as these tokens" and claim.found == "none left BF16 by step 170"
+    assert "1 of the pairs unfinished" in claim.run and "21.8k tokens" in claim.run
 
 
 @pytest.mark.parametrize(
@@ -278,8 +313,75 @@ def test_kurtosis_foretells_where_every_run_that_left_was_announced():
     untold = [line("olmo2"), line("olmo2", "fp8", away=200)]
     assert verdicts(*calm)[words] == OPEN and verdicts(*calm, *told)[words] == CONSISTENT
     assert verdicts(*told, *untold)[words] == OPEN and verdicts(*untold)[words] == NOT
+    early = [line("op"), line("op", "fp8", away=60)]  # eleven samples before, and twelve
+    late = [line("op"), line("op", "fp8", away=61)]
+    assert verdicts(*untold, *early)[words] == NOT and verdicts(*early)[words] == OPEN
+    assert verdicts(*told, *early)[words] == CONSISTENT and verdicts(*told, *late)[words] == OPEN
+    (claim,) = (claim for claim in claims([*calm, *early]) if claim.words.startswith(words))
+    assert claim.found.startswith("no run left BF16 late enough; 0 of 1 others") and "1 left or ended" in claim.found
     (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
     assert claim.found == "1 of 1 runs that left BF16 were announced, by 30 to 30 steps; 0 of 1 others had an alarm"
+
+
+def test_what_was_seen_is_said_in_words_of_the_data():
+    lost = line("llama3", "fp8-attention", away=60, lost=70, to=72)
+    lost.grad_norms[54] = 11.0
+    runs = [line("llama3"), line("llama3", "bf16-again", to=150), lost, line("llama3", "default", away=50, to=170)]
+    title, start, arms, why, table = seen(outcomes([*runs, line("fog-max"), line("fog-max", "fp8")], "provoke"))
+    assert title == "### What was seen: Llama 3, tiny, learning rate 0.001, seed 0"
+    assert "1 times the usual one, the warm-up 15 steps" in start and "BF16 itself, 300 steps, ends at" in start
+    again, paper, default = arms.splitlines()
+    assert again == "* **BF16, the same again** does not leave BF16 by step 150, where it is so far."
+    assert (
+        "leaves BF16 at step 60, after 7.68k tokens; its gradient norm, before clipping, has jumped at step 55" in paper
+    )
+    assert "its kurtosis of q, k and v is 4 at step 55, BF16's 4; its loss is not finite from step 70 on." in paper
+    assert "leaves BF16 at step 50" in default and "at step 170 its loss is 4." in default and "jumped" not in default
+    assert "BF16 does not leave itself" in why
+    assert "Not needed for it: a cold start, one scale for q, k and v; a run without leaves too." in why
+    assert "attention's backward in FP8, attention in FP8." in why and "It does not happen with" not in why
+    rows = table.splitlines()[4:]
+    assert [row.split("|")[1].strip() for row in rows] == [str(step) for step in range(40, 80, 5)]
+    assert rows[-1].split("|")[4].strip() == "lost" and "(11)" in rows[3]
+
+    runs[1] = line("llama3", "bf16-again", to=78)  # it may yet leave where the paper's arm did
+    assert "BF16 was not run again so far" in seen(outcomes(runs, "provoke"))[3]
+    runs[1] = line("llama3", "bf16-again", away=100)
+    assert "BF16 leaves itself" in seen(outcomes(runs, "provoke"))[3]
+    runs[3] = line("llama3", "default", to=170)
+    why = seen(outcomes(runs, "provoke"))[3]
+    assert "It does not happen with: … own scales for q, k, v, no cold start." in why and "Not needed" not in why
+    assert seen(outcomes([line("op"), line("op", "bf16-again", away=50)], "provoke")) == []
+
+
+def test_a_gradient_norm_jumps_against_its_own_median():
+    assert jump([1.0] * 300) is None and jump([1.0] * 40 + [11.0]) == 41 and jump([1.0] * 40 + [None]) == 41
+    assert jump([99.0, *[1.0] * (FIRST - 1)]) is None and jump([9.0] * 40 + [80.0]) is None
+
+
+def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
+    figures = []
+
+    @contextmanager
+    def kept(path, title, size):
+        with picture(path, title, size) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr(fog_figures, "picture", kept)
+    runs = [line(name, arm, rate=rate, to=to) for name, rate, to in (("llama3", 1, 300), ("fog-max", 10, 200))
+            for arm in ("bf16", "fp8")]  # fmt: skip
+    runs += [line("llama3", "fp8-attention", away=40, lost=60, to=80), line("llama3", "default", to=0)]
+    names = fog_figures.draw(tmp_path, runs)
+    assert names == ["provoke-tiny-300x128", "provoke-kurtosis-tiny-300x128"]
+    for figure in figures:
+        panels = [axes for axes in figure.axes if axes.lines]
+        markers = {axes.get_title("left"): {one.get_marker() for one in axes.lines} - {"None"} for axes in panels}
+        assert markers == {"Llama 3": {"v", "X"}, "FOG-max": {"o"}}
+        for axes in panels:
+            low, high = axes.get_ylim()
+            values = [y for one in axes.lines for y in one.get_ydata() if y == y]
+            assert low < min(values) and max(values) < high
 
 
 def test_a_speed_is_that_of_the_layers_step():
@@ -316,8 +418,8 @@ def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tok
     made = subprocess.run([*FOG, "report", *map(str, [*folders, *to])], capture_output=True, text=True)
     assert made.returncode == 0 and "6 of 6 runs, 4 pictures" in made.stdout, made.stderr
     text = (tmp_path / "page" / "fog.md").read_text()
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (tmp_path / "page" / picture).stat().st_size > 10_000
+    for drawn in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / "page" / drawn).stat().st_size > 10_000
     assert "1 pairs" in text and "BF16 against itself" in text and "cannot be claimed here" in text
     for folder in folders[1:]:
         shutil.rmtree(folder)

@@ -21,10 +21,11 @@ from models.names import MODELS, named, parameter_count
 from studies.lib.arms import arm, inner_layers, make_model
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.costs import costs
+from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.runs import all_runs, claim, missing, say_missing
-from studies.lib.training import FACTOR, PATIENCE, Plan, Training, check_text, validate
+from studies.lib.training import Plan, Training, check_text, validate
 
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
         "--val-tokens", "512"]  # fmt: skip
@@ -188,17 +189,13 @@ def test_vectors_do_not_decay(tmp_path, corpus):
     assert decays == {2: 0.1, 1: 0.0}
 
 
-def test_divergence_is_noted_by_the_rule(tmp_path, corpus):
-    one = training(tmp_path, corpus)
-    for step in range(1, 60):
-        one._judge(step, 2.0 if step < 30 else 2.0 * FACTOR * 1.01)
-    assert one.diverged == 30 + PATIENCE - 1
-    two = training(tmp_path / "two", corpus)
-    for step in range(1, 60):
-        two._judge(step, 2.0 if step % PATIENCE else 9.0)  # one step now and then is no divergence
-    assert two.diverged == 0
-    two._judge(60, math.nan)
-    assert two.diverged == 60 and two._is_lost()
+def test_divergence_is_noted_by_the_rule():
+    one = Divergence(2.0 if step < 30 else 2.0 * FACTOR * 1.01 for step in range(1, 60))
+    assert one.at == 30 + PATIENCE - 1
+    two = Divergence(2.0 if step % PATIENCE else 9.0 for step in range(1, 60))  # now and then a step is no divergence
+    assert two.at == 0 and not two.lost
+    two.add(math.nan)
+    assert two.at == 60 and two.lost
 
 
 @pytest.mark.parametrize("name", ["histogram", "gc-amax", "gc-histogram", "gc-cscale:2", "cscale:2"])

@@ -1,10 +1,10 @@
-"""When a loss leaves another's, by a rule that was written before any run."""
+"""When a loss diverges by itself, and when it leaves another's, by rules that were written before any run."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # A loss leaves that of the same seed and batches in 16 bits at the first of PATIENCE steps on end, after the first
 # FIRST, in all of which it is higher by SIGMAS standard deviations of the latter's noise; or where it is not finite.
@@ -12,7 +12,35 @@ from collections.abc import Sequence
 # steps before, so that neither the trend nor a spike counts.
 SIGMAS, PATIENCE, FIRST, WINDOW = 3.0, 20, 20, 100
 
+# A loss diverges by itself where it is not finite, or where it stays above FACTOR times the median of the MEDIAN steps
+# before for PATIENCE steps on end.
+MEDIAN, FACTOR = 200, 1.25
+
 Loss = float | None  # None: not finite
+
+
+class Divergence:
+    """Judges a training's losses one after another. ``at`` is the step, from 1, at which they had diverged, or 0."""
+
+    def __init__(self, losses: Iterable[Loss] = ()) -> None:
+        self.losses: list[Loss] = []
+        self.at = self._above = 0
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: Loss) -> None:
+        before = [known for known in self.losses[-MEDIAN:] if known is not None]
+        lost = loss is None or not math.isfinite(loss)
+        high = before and (loss is None or not loss <= FACTOR * statistics.median(before))
+        self._above = self._above + 1 if high else 0
+        self.losses.append(None if lost else loss)
+        if not self.at and (lost or self._above >= PATIENCE):
+            self.at = len(self.losses)
+
+    @property
+    def lost(self) -> bool:
+        """A loss that is not finite stays so: its gradients have reached every weight."""
+        return bool(self.losses) and self.losses[-1] is None
 
 
 def step_noise(losses: Sequence[Loss]) -> float:

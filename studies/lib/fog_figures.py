@@ -14,8 +14,9 @@ from .intervals import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+_COLUMNS = 3  # of a legend
+SMOOTH = 10  # steps whose median a picture of losses shows
 MARGIN = 0.25  # per cent of the loss, fixed before the runs
 NAMES = {
     "llama3": "Llama 3", "olmo2": "OLMo 2", "op": "OP", "op-frozen-qk": "OP + frozen QK", "fog-max": "FOG-max",
@@ -42,6 +43,11 @@ _KURTOSIS = (
     "outweigh the rest."
 )
 
+_MARKS = (
+    "▼: the loss leaves BF16's by 3 σ of its step noise. ✕: the loss is not finite from there on. ○: the run is not "
+    "finished.\n●: the watch over the kurtosis of q, k and v raises its alarm. Each panel has its own y axis."
+)
+
 
 def architecture_name(name: str) -> str:
     plain, _, change = name.partition(":")
@@ -51,7 +57,7 @@ def architecture_name(name: str) -> str:
 def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
     """Every picture that there are data for; their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = [line for line in lines if line.result is not None]
+    begun = [line for line in lines if line.losses]
     made = []
     kinds: dict[str, tuple[str, Callable[[Path, Sequence[Line]], None]]] = {
         "provoke": ("provoke", losses),
@@ -59,14 +65,14 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
         "kurtosis": ("kurtosis", kurtosis_by_layer),
     }
     for name, (study, make) in kinds.items():
-        settings = dict.fromkeys(line.setting for line in done if line.study == study)
+        settings = dict.fromkeys(line.setting for line in begun if line.study == study)
         for size, steps, tokens in settings:
-            of_setting = [line for line in done if line.study == study and line.setting == (size, steps, tokens)]
+            of_setting = [line for line in begun if line.study == study and line.setting == (size, steps, tokens)]
             full = f"{name}-{size}-{steps}x{tokens}"
             make(folder / f"{full}.png", of_setting)
             made.append(full)
-    if differences(done, "fp8-attention"):
-        parity(folder / "parity.png", done)
+    if differences(begun, "fp8-attention"):
+        parity(folder / "parity.png", begun)
         made.append("parity")
     return made
 
@@ -87,33 +93,42 @@ def millions(count: float) -> str:
 
 
 def _grid(path: Path, lines: Sequence[Line], title: str, foot: str, plot: Callable[[Axes, Line], None]) -> None:
-    """A panel for each architecture and learning rate, a colour an arm; seeds lie over one another."""
+    """A panel with its own y axis for each architecture and learning rate, a colour an arm; seeds lie over one another.
+    Steps are on a logarithmic axis, since runs may part in the first of them."""
+    from matplotlib.lines import Line2D
+
     names = sorted({line.architecture for line in lines}, key=_order)
     rates = sorted({line.spec["rate"] for line in lines})
-    size = max(9.0, 2.2 * len(names) + 4.5), 2.5 * len(rates) + 1.5
-    with picture(path, f"{title} ({_title(lines[0])})", size) as figure:
-        grid = figure.subplots(len(rates), len(names), sharex=True, sharey="row", squeeze=False)
+    arms = [arm for arm in ARMS if any(line.arm == arm for line in lines)]
+    height = -(-len(arms) // _COLUMNS)  # of the legend, which stands where the title leaves lines free
+    size = max(9.5, 3.1 * len(names) + 0.5), 2.6 * len(rates) + 1.8 + 0.25 * height
+    with picture(path, f"{title} ({_title(lines[0])})" + "\n" * height, size) as figure:
+        grid = figure.subplots(len(rates), len(names), sharex=True, squeeze=False)
         for rate, row in zip(rates, grid):
             for name, axes in zip(names, row):
                 here = [line for line in lines if (line.architecture, line.spec["rate"]) == (name, rate)]
                 for line in sorted(here, key=lambda line: list(ARMS).index(line.arm)):
                     plot(axes, line)
                 axes.set_title(f"{architecture_name(name)}", fontsize=10)
-                axes.tick_params(labelsize=8)
+                _log_steps(axes)
             lr = next(line.spec["lr"] for line in lines if line.spec["rate"] == rate)
             row[0].set_ylabel(f"learning rate {lr:g}")
         for axes in grid[-1]:
             axes.set_xlabel("step")
-        _legend(figure, lines)
+        handles = [Line2D([], [], color=_COLORS[arm], linewidth=3 if arm == "bf16" else 1.8) for arm in arms]
+        figure.legend(handles, [ARMS[arm] for arm in arms], loc="upper left", ncols=_COLUMNS,
+                      bbox_to_anchor=(0.005, 1 - 0.33 / size[1]))  # fmt: skip
         caption(figure, foot)
 
 
-def _legend(figure: Figure, lines: Sequence[Line]) -> None:
-    from matplotlib.lines import Line2D
+def _log_steps(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    arms = [arm for arm in ARMS if any(line.arm == arm for line in lines)]
-    handles = [Line2D([], [], color=_COLORS[arm], linewidth=3 if arm == "bf16" else 1.8) for arm in arms]
-    figure.legend(handles, [ARMS[arm] for arm in arms], loc="outside right upper")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=8)
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -123,47 +138,47 @@ def _order(name: str) -> tuple[int, str]:
 
 def losses(path: Path, lines: Sequence[Line]) -> None:
     found = {id(one.line): one for one in outcomes(lines, "provoke")}
-    tops: dict[float, float] = {}  # the fall at the start is left out
-    for line in lines:
-        late = [value for value in smoothed(line.losses, 10)[line.spec["steps"] // 8 :] if math.isfinite(value)]
-        tops[line.spec["rate"]] = max([*late, tops.get(line.spec["rate"], 0.0)]) + 0.05
 
     def plot(axes: Axes, line: Line) -> None:
-        shown = smoothed(line.losses, 10)
-        steps = range(1, len(shown) + 1)
-        axes.plot(steps, shown, color=_COLORS[line.arm], linewidth=3 if line.arm == "bf16" else 1.2)
-        _mark(axes, found.get(id(line)), line, shown)
-        axes.set_ylim(top=tops[line.spec["rate"]])
+        shown = smoothed(line.losses, SMOOTH)
+        steps = range(SMOOTH, len(shown) + 1)
+        axes.plot(steps, shown[SMOOTH - 1 :], color=_COLORS[line.arm], linewidth=3 if line.arm == "bf16" else 1.2)
+        _mark(axes, found.get(id(line)), line, range(1, len(shown) + 1), shown)
 
-    foot = (
-        "Training loss in nats a token, the median of 10 steps. ▼: it leaves BF16's by 3 σ of its step noise.\n"
-        "●: the watch over the kurtosis of q, k and v would have raised its alarm. ✕: lost, the loss is not finite."
-    )
+    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}"
     _grid(path, lines, "Losses in FP8 beside BF16", foot, plot)
 
 
-def _mark(axes: Axes, outcome: Outcome | None, line: Line, shown: Sequence[float]) -> None:
-    color = _COLORS[line.arm]
+def _mark(axes: Axes, outcome: Outcome | None, line: Line, steps: Sequence[int], shown: Sequence[float]) -> None:
+    """The points of a run's line that are told of: shown at steps."""
+
+    def mark(step: int, marker: str, size: int, **how: str) -> None:
+        values = [value for at, value in zip(steps, shown) if at <= step and math.isfinite(value)]
+        if values:
+            axes.plot([step], values[-1:], marker, color=_COLORS[line.arm], markersize=size, zorder=5, **how)
+
     if outcome and outcome.left:
-        axes.plot([outcome.left], [_at(shown, outcome.left)], "v", color=color, markersize=8, zorder=5)
+        mark(outcome.left, "v", 8)
     if outcome and outcome.alarm:
-        axes.plot([outcome.alarm.step], [_at(shown, outcome.alarm.step)], "o", color=color, markersize=6, zorder=5)
-    if line.losses and line.losses[-1] is None:
-        axes.plot([len(line.losses)], [_at(shown, len(line.losses))], "X", color=color, markersize=8, zorder=5)
-
-
-def _at(shown: Sequence[float], step: int) -> float:
-    """The last number up to that step."""
-    return next((value for value in reversed(shown[:step]) if math.isfinite(value)), math.nan)
+        mark(outcome.alarm.step, "o", 6)
+    if line.lost:
+        mark(line.losses.index(None) + 1, "X", 8)
+    elif not line.result:
+        mark(line.step, "o", 6, markerfacecolor="white")
 
 
 def kurtosis_of_arms(path: Path, lines: Sequence[Line]) -> None:
+    found = {id(one.line): one for one in outcomes(lines, "provoke")}
+
     def plot(axes: Axes, line: Line) -> None:
-        largest = [max((v for v in layers if v is not None), default=math.nan) for layers in line.kurtosis["qkv"]]
+        largest = [
+            max((v for v in layers if v is not None), default=math.nan) for layers in line.kurtosis.get("qkv", [])
+        ]
         axes.plot(line.samples, largest, color=_COLORS[line.arm], linewidth=3 if line.arm == "bf16" else 1.2)
         _log(axes)
+        _mark(axes, found.get(id(line)), line, line.samples, largest)
 
-    foot = f"{_KURTOSIS}\nOf q, k and v before any norm of theirs, in the layer where it is largest."
+    foot = f"{_KURTOSIS}\nOf q, k and v before any norm of theirs, in the layer where it is largest.\n{_MARKS}"
     _grid(path, lines, "Kurtosis of q, k and v", foot, plot)
 
 

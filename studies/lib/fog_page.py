@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 from torch_fp8.table import markdown, read_markdown
 
-from .divergence import FIRST, PATIENCE, SIGMAS, WINDOW
+from .divergence import FACTOR, FIRST, MEDIAN, PATIENCE, SIGMAS, WINDOW
 from .fog_figures import ARMS, MARGIN, architecture_name, millions
-from .fog_results import IN_A_ROW, KINDS, LAST, Line, Outcome, alarm, differences, outcomes
+from .fog_results import FEWEST, IN_A_ROW, KINDS, LAST, Line, Outcome, alarm, differences, outcomes
 from .fog_results import SIGMAS as ALARM_SIGMAS
+from .fog_seen import JUMP, seen
 from .intervals import interval
-from .training import FACTOR, MEDIAN
-from .training import PATIENCE as DIVERGED_FOR
 
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed here"
+OTHER = "diverges, but in another way than the paper's"
+EARLY = 2  # times the warm-up: a divergence before is one of the start
 FOGS = ("fog-max", "fog-opt", "fog-flash")
 PAPER_ARM = "fp8-attention"
 SPEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "fog.md"  # what benchmarks/fog.py wrote
@@ -27,23 +28,34 @@ _HEAD = """# FOG: FP8 attention, and architectures that bear it
 
 A study of [arXiv 2505.20524](https://arxiv.org/abs/2505.20524), "Towards Fully FP8 GEMM LLM Training at Scale", with
 the architectures of `models/fog.py` in small sizes. This page is written by `python studies/fog.py report` from
-[runs.jsonl]({data}/runs.jsonl), which holds what came out of every run, lost ones included.
+[runs.jsonl]({data}/runs.jsonl), which holds what came out of every run, lost ones included. A run that is not finished
+counts as far as it is.
 
 The paper finds that Llama 3 and OLMo 2 diverge where attention's products are in FP8 too, after 0.7 to 15.9 billion
 tokens, that its FOG architectures do not, and that the kurtosis of activations tells long before. A claim is called
-*consistent* or *not* where the runs here say so, and else it *cannot be claimed here*. In all runs head, embedding and
-norms are in BF16 and parameters in float32; *FP8 attention* has both products of attention and their gradients in FP8,
-with one scale for q, k and v, amaxes of 1024 steps and scale 1 in the first step, as the paper's software had it."""
+*consistent* or *not* where the runs here say so, and else it *cannot be claimed here*; a divergence of another kind is
+called that. In all runs head, embedding and norms are in BF16 and parameters in float32; *FP8 attention* has both
+products of attention and their gradients in FP8, with one scale for q, k and v, amaxes of 1024 steps and scale 1 in the
+first step, as the paper's software had it."""
 
 _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed and batches by {SIGMAS:g} standard
   deviations of the latter's step noise, for {PATIENCE} steps on end, from step {FIRST + 1} on; or is not finite. Step
   noise is what a step adds to the trend of its neighbours, by the median over the {WINDOW} steps before.
 * *Diverged*: the loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
-  {DIVERGED_FOR} steps.
+  {PATIENCE} steps.
 * *Alarm*: `torch_fp8.watch` as it is by default, over the recorded kurtosis of q, k and v: {IN_A_ROW} samples in a row
-  that are {ALARM_SIGMAS:g} σ above healthy growth, in any layer.
+  that are {ALARM_SIGMAS:g} σ above healthy growth, in any layer. No alarm is possible before {FEWEST} samples, so a run
+  that leaves before says nothing of alarms.
+* *Diverges*: a run leaves BF16, which itself has not diverged and, run again, does not leave itself. *In another way*:
+  within {EARLY} times the warm-up, where the paper's runs came after 0.7 billion tokens and more; or where FP8 linears
+  alone leave too, or were not run as far, so that it cannot be laid to attention.
+* *Jumped*: a gradient norm that is not finite, or above {JUMP:g} times its median over the last {WINDOW} steps, from
+  step {FIRST + 1} on.
 * *Parity*: the whole 95 % interval of the mean difference of validation losses, over pairs with one seed, is below the
-  margin of {MARGIN} % of the loss. All rules were written before the runs."""
+  margin of {MARGIN} % of the loss.
+
+All were written before the runs but three, which came when the first had been seen: *in another way*, *jumped*, and
+that a run that leaves before {FEWEST} samples says nothing of alarms."""
 
 
 class Claim(NamedTuple):
@@ -55,15 +67,21 @@ class Claim(NamedTuple):
 
 def page(lines: Sequence[Line], pictures: Sequence[str], data: str) -> str:
     """data: the folder of runs.jsonl and the pictures, as the page links to it."""
+
+    def shown(study: str) -> list[str]:
+        return [f"![{name}]({data}/{name}.png)" for name in pictures if name.startswith(study)]
+
     said = markdown(["claim of the paper", "what was run", "what came out", "verdict"], claims(lines))
     parts = [
         _HEAD.format(data=data),
         f"## Claims\n\n{said}",
         f"## Rules\n\n{_RULES}",
         _provoked(lines),
+        *shown("provoke"),
         _parity(lines),
+        *shown("parity"),
         _kurtosis(lines),
-        *(f"![{name}]({data}/{name}.png)" for name in pictures),
+        *shown("kurtosis"),
         _runs(lines),
         _not_said(lines),
     ]
@@ -92,7 +110,7 @@ def claims(lines: Sequence[Line]) -> list[Claim]:
 def _steady(found: Sequence[Outcome], *arms: str) -> list[Outcome]:
     """Of these arms, where BF16 stayed healthy and was not left by itself, as far as that was run."""
     unsteady = {one.line.pair for one in found if one.line.arm == "bf16-again" and one.left}
-    of_arms = [one for one in found if one.line.arm in arms and one.reference.healthy]
+    of_arms = [one for one in found if one.line.arm in arms and one.steady]
     return [one for one in of_arms if one.line.pair not in unsteady]
 
 
@@ -101,9 +119,33 @@ def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
 
 
 def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outcome]:
-    """Those that left where BF16, run again, did not."""
-    floor = {one.line.pair for one in all_found if one.line.arm == "bf16-again" and not one.left}
-    return [one for one in found if one.left and one.line.pair in floor]
+    """Those that left where BF16, run again as far, did not."""
+    again = {one.line.pair: one for one in all_found if one.line.arm == "bf16-again"}
+    return [one for one in found if one.left and one.line.pair in again and again[one.line.pair].holds_to(one.left)]
+
+
+def _diverged(found: Sequence[Outcome], all_found: Sequence[Outcome], verdict: str) -> str | None:
+    """The verdict where some of these are proven to have left, as what the paper saw or in another way; None where
+    none is."""
+    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in _proven(found, all_found)]
+    if not reasons:
+        return None
+    why, rate = min(reasons, key=lambda of: (len(of[0]), of[1]))  # the nearest to the paper's
+    return "; ".join(
+        [f"{OTHER}: {why[0]}" if why else verdict, *why[1:], *([f"at {rate:g} × the usual rate"] * (rate != 1))]
+    )
+
+
+def _differing(one: Outcome, all_found: Sequence[Outcome]) -> list[str]:
+    """What makes it another divergence than the paper's."""
+    assert one.left is not None
+    alone = next((other for other in all_found if (other.line.arm, other.line.pair) == ("fp8", one.line.pair)), None)
+    why = ["at the start of training"] if one.left <= EARLY * one.line.spec["warm_up"] else []
+    if alone is not None and alone.left:
+        why.append("FP8 linears alone leave too")
+    elif alone is None or not alone.holds_to(one.left):
+        why.append("FP8 linears alone were not run as far")
+    return why
 
 
 def _ran(found: Sequence[Outcome]) -> str:
@@ -113,15 +155,19 @@ def _ran(found: Sequence[Outcome]) -> str:
     settings = [one.line.setting for one in found]
     sizes = ", ".join(dict.fromkeys(size for size, _, _ in settings))
     rates = ", ".join(f"{rate:g}" for rate in sorted({one.line.spec["lr"] for one in found}))
-    tokens = [one.line.step * one.line.setting[2] for one in found]
+    tokens = [one.seen * one.line.setting[2] for one in found]
     many = f"{len(found)} run{'s' * (len(found) > 1)}"
+    short = sum(not one.finished for one in found)
+    many += f" ({short} of the pairs unfinished)" if short else ""
     return f"{many} of {sizes}, learning rates {rates}, up to {millions(max(tokens))} tokens"
 
 
 def _left(found: Sequence[Outcome]) -> str:
     left = [one for one in found if one.left]
     if not left:
-        return "none left BF16" if found else "–"
+        return (
+            f"none left BF16 by step {', '.join(str(n) for n in sorted({one.seen for one in found}))}" if found else "–"
+        )
     at = ", ".join(f"{one.left} (rate {one.line.spec['lr']:g})" for one in left)
     return f"{len(left)} of {len(found)} left BF16, at step {at}"
 
@@ -129,14 +175,14 @@ def _left(found: Sequence[Outcome]) -> str:
 def _diverges(found: Sequence[Outcome], name: str, tokens: str) -> Claim:
     words = f"{architecture_name(name)} diverges with FP8 attention (after {tokens} billion tokens)"
     of = _of(found, name)
-    return Claim(words, _ran(of), _left(of), CONSISTENT if _proven(of, found) else OPEN)
+    return Claim(words, _ran(of), _left(of), _diverged(of, found, CONSISTENT) or OPEN)
 
 
 def _holds(found: Sequence[Outcome], name: str) -> Claim:
     words = f"{architecture_name(name)} does not diverge with FP8 attention"
     of = _of(found, name)
     held = bool(of) and not any(one.left for one in of)
-    verdict = NOT if _proven(of, found) else f"{CONSISTENT}, as far as these tokens" if held else OPEN
+    verdict = _diverged(of, found, NOT) or (f"{CONSISTENT}, as far as these tokens" if held else OPEN)
     return Claim(words, _ran(of), _left(of), verdict)
 
 
@@ -176,14 +222,17 @@ def _interval(values: Sequence[float]) -> str:
 def _foretold(found: Sequence[Outcome]) -> Claim:
     words = "The kurtosis of q, k and v leaves its healthy growth long before the loss diverges"
     steady = _steady(found, *(arm for arm in ARMS if arm != "bf16-again"))
-    left = [one for one in steady if one.left]
+    watched = [one for one in steady if one.watched]
+    left = [one for one in watched if one.left]
     early = [one.lead for one in left if one.lead is not None and one.lead > 0]
-    false = [one for one in steady if one.alarm and not one.left]
+    false = [one for one in watched if one.alarm and not one.left]
     if not steady:
         return Claim(words, "nothing yet", "–", OPEN)
-    said = f"{len(early)} of {len(left)} runs that left BF16 were announced"
+    said = f"{len(early)} of {len(left)} runs that left BF16 were announced" if left else "no run left BF16 late enough"
     said += f", by {min(early)} to {max(early)} steps" if early else ""
-    said += f"; {len(false)} of {len(steady) - len(left)} others had an alarm"
+    said += f"; {len(false)} of {len(watched) - len(left)} others had an alarm"
+    unjudged = len(steady) - len(watched)
+    said += f"; {unjudged} left or ended before {FEWEST} samples, which no alarm can announce" if unjudged else ""
     verdict = OPEN if not left else CONSISTENT if len(early) == len(left) else NOT if not early else OPEN
     return Claim(words, f"{len(steady)} runs in FP8", said, verdict)
 
@@ -251,27 +300,36 @@ def _provoked(lines: Sequence[Line]) -> str:
     if not found:
         return "## Which losses leave BF16's\n\nNot run yet: `python studies/fog.py provoke` makes the runs."
     head = ["architecture", "size", "rate", "seed", "arm", "steps", "leaves BF16 at", "diverged at", "alarm at",
-            "steps before", f"loss above BF16's, last {LAST} steps", "BF16 itself"]  # fmt: skip
-    rows = [[*_what(one), ARMS[one.line.arm], one.line.step, one.left or "–", _diverged(one.line),
+            "steps before", f"loss above BF16's, last {LAST} steps", "kurtosis of q, k and v, at its end",
+            "BF16 itself"]  # fmt: skip
+    rows = [[*_what(one), ARMS[one.line.arm], one.line.so_far, _leaving(one), one.line.diverged or "–",
              f"{one.alarm.step} (layer {one.alarm.layer + 1})" if one.alarm else "–",
              "–" if one.lead is None else one.lead,
-             "lost" if one.further is None else f"{one.further:+.4f}", _bf16(one.reference)]
+             "lost" if one.further is None else f"{one.further:+.4f}", f"{_last(one.line, 'qkv'):.3g}",
+             _bf16(one.reference)]
             for one in sorted(found, key=_what)]  # fmt: skip
-    return f"{_ABOUT_LEAVING}\n\n{_suspects(found)}\n\nAll that is known of each run:\n\n{markdown(head, rows)}"
+    known = f"All that is known of each run:\n\n{markdown(head, rows)}"
+    return "\n\n".join([_ABOUT_LEAVING, _by_arm(found), *seen(found), known])
 
 
 _ABOUT_LEAVING = """## Which losses leave BF16's
 
-The step at which a loss leaves BF16's; – where it does not, nothing where it was not run. *BF16, the same again* says
-what the order of sums alone does at such a rate: where it leaves too, nothing can be said of FP8."""
+The step at which a loss leaves BF16's, or the last one by which it has not; nothing where it was not run. *BF16, the
+same again* says what the order of sums alone does at such a rate: where it leaves too, nothing can be said of FP8."""
 
 
-def _suspects(found: Sequence[Outcome]) -> str:
+def _leaving(one: Outcome) -> str:
+    if one.left:
+        return f"**{one.left}**"
+    return f"not by {one.seen}{'' if one.finished else ', unfinished'}"
+
+
+def _by_arm(found: Sequence[Outcome]) -> str:
     """A row of runs that differ in the arm alone."""
     arms = [arm for arm in ARMS if any(one.line.arm == arm for one in found)]
     cells: dict[tuple[str, str, str, int], dict[str, str]] = {}
     for one in sorted(found, key=_what):
-        cells.setdefault(_what(one), {})[one.line.arm] = str(one.left or "–")
+        cells.setdefault(_what(one), {})[one.line.arm] = _leaving(one)
     rows = [[*what, *(of.get(arm, "") for arm in arms)] for what, of in cells.items()]
     return markdown(["architecture", "size", "rate", "seed", *(ARMS[arm] for arm in arms)], rows)
 
@@ -283,13 +341,9 @@ def _what(one: Outcome) -> tuple[str, str, str, int]:
     return name, f"{size}, {steps} × {millions(tokens)} tokens", f"{line.spec['lr']:g}", line.spec["seed"]
 
 
-def _diverged(line: Line) -> str:
-    return str((line.result or {}).get("diverged") or "–")
-
-
 def _bf16(line: Line) -> str:
     first = alarm(line)
-    said = ["healthy" if line.healthy else f"diverged at {_diverged(line)}"]
+    said = [f"{f'diverged at {line.diverged}' if line.diverged else 'healthy'}, {line.so_far}"]
     return ", ".join(said + ([f"alarm at {first.step}"] if first else []))
 
 
@@ -325,9 +379,20 @@ def _kurtosis(lines: Sequence[Line]) -> str:
 
 
 def _runs(lines: Sequence[Line]) -> str:
+    """Of the seconds and GPUs, those of finished runs."""
     if not lines:
         return "## Runs\n\nNone yet."
-    head = ["study", "size", "parameters", "steps × tokens", "runs", "not finished", "seconds of a run, median", "GPU"]
+    head = [
+        "study",
+        "size",
+        "parameters",
+        "steps × tokens",
+        "runs",
+        "finished",
+        "begun",
+        "seconds of a run, median",
+        "GPU",
+    ]
     rows = []
     for study, setting in dict.fromkeys((line.study, line.setting) for line in lines):
         of = [line for line in lines if (line.study, line.setting) == (study, setting)]
@@ -338,7 +403,17 @@ def _runs(lines: Sequence[Line]) -> str:
         parameters = " to ".join(millions(count) for count in dict.fromkeys((*counts[:1], *counts[-1:]))) or "–"
         size, steps, tokens = setting
         rows.append(
-            [study, size, parameters, f"{steps} × {millions(tokens)}", len(of), len(of) - len(results), seconds, gpus]
+            [
+                study,
+                size,
+                parameters,
+                f"{steps} × {millions(tokens)}",
+                len(of),
+                len(results),
+                sum(line.step > 0 for line in of),
+                seconds,
+                gpus,
+            ]
         )
     return f"{_ABOUT_RUNS}\n\n{markdown(head, rows)}"
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch_fp8.files import replacing
-from torch_fp8.observe.trend import Trend
+from torch_fp8.observe.trend import FIRST, Trend
 
 from examples.gpt.errors import UserError
 
-from .divergence import Loss, leaves
+from .divergence import PATIENCE, Divergence, Loss, leaves
 from .runs import Run, Spec
 
 IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
+FEWEST = FIRST + IN_A_ROW - 1  # samples before which nothing can raise an alarm
 KINDS = {"qkv": "q, k and v", "ffn": "input of the FFN's second projection", "block": "output of the block"}
 LAST = 50  # steps whose mean is a run's last training loss
 
@@ -62,9 +63,18 @@ class Line:
         return self.spec["size"], self.spec["steps"], self.spec["batch"] * self.spec["context"]
 
     @property
-    def healthy(self) -> bool:
-        """It is done and has not diverged by the rule of every training."""
-        return self.result is not None and not self.result["diverged"]
+    def diverged(self) -> int:
+        """The step at which it diverged by itself, as far as it is; or 0."""
+        return Divergence(self.losses).at
+
+    @property
+    def lost(self) -> bool:
+        return Divergence(self.losses).lost
+
+    @property
+    def so_far(self) -> str:
+        """Its steps, for readers."""
+        return str(self.step) if self.result else f"{self.step} of {self.spec['steps']}, unfinished"
 
 
 def condensed(run: Run) -> Line:
@@ -143,12 +153,14 @@ def alarm(line: Line, kind: str = "qkv") -> Alarm | None:
 class Outcome(NamedTuple):
     """Of a run in FP8, or of the second one in BF16, against the first one in BF16.
 
-    left: the step at which its loss left the other's. alarm: of the kurtosis of q, k and v, at any step. further: how
-    much higher its mean loss over the last steps that both have is, in nats; None where that is not finite.
+    seen: the steps that both have. left: the one at which its loss left the other's. alarm: of the kurtosis of q, k and
+    v, at any step. further: how much higher its mean loss over the last steps that both have is, in nats; None where
+    that is not finite.
     """
 
     line: Line
     reference: Line
+    seen: int
     left: int | None
     alarm: Alarm | None
     further: float | None
@@ -158,17 +170,35 @@ class Outcome(NamedTuple):
         """How many steps before it left the alarm was raised."""
         return None if self.left is None or self.alarm is None else self.left - self.alarm.step
 
+    @property
+    def finished(self) -> bool:
+        return self.line.result is not None and self.reference.result is not None
+
+    @property
+    def watched(self) -> bool:
+        """Whether there were samples enough for an alarm: before it left, where it did."""
+        return sum(self.left is None or step < self.left for step in self.line.samples) >= FEWEST
+
+    @property
+    def steady(self) -> bool:
+        """Whether BF16 has not diverged in the steps that both have."""
+        return not Divergence(self.reference.losses[: self.seen]).at
+
+    def holds_to(self, step: int) -> bool:
+        """Whether it surely has not left at that step."""
+        return self.left is None and self.seen >= step + PATIENCE - 1
+
 
 def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
-    """Of each run whose BF16 twin is done, as far as both went."""
-    of_study = [line for line in lines if line.study == study and line.result is not None]
+    """Of each run that has a BF16 twin, as far as both went; neither need be finished."""
+    of_study = [line for line in lines if line.study == study and line.losses]
     references = {line.pair: line for line in of_study if line.arm == "bf16"}
     found = []
     for line in of_study:
         reference = references.get(line.pair)
         if line.arm != "bf16" and reference is not None:
-            left = leaves(line.losses, reference.losses)
-            found.append(Outcome(line, reference, left, alarm(line), _further(line, reference)))
+            left, seen = leaves(line.losses, reference.losses), min(len(line.losses), len(reference.losses))
+            found.append(Outcome(line, reference, seen, left, alarm(line), _further(line, reference)))
     return found
 
 
@@ -180,11 +210,10 @@ def _further(line: Line, reference: Line) -> float | None:
 
 def differences(lines: Iterable[Line], arm: str, key: str = "loss") -> dict[tuple[Any, ...], list[float]]:
     """{(architecture, setting): by how many per cent a validation loss is above that of BF16 with the same seed, one
-    for each pair}. A run that was lost is infinitely worse."""
+    for each pair of finished runs}. A run that was lost is infinitely worse."""
     found: dict[tuple[Any, ...], list[float]] = {}
     for one in outcomes(lines, "parity"):
-        if one.line.arm == arm:
-            assert one.line.result is not None and one.reference.result is not None
+        if one.line.arm == arm and one.line.result and one.reference.result:
             mine, theirs = one.line.result.get(key), one.reference.result["loss"]
             value = math.inf if mine is None or theirs is None else 100 * (mine / theirs - 1)
             found.setdefault((one.line.architecture, one.line.setting), []).append(value)

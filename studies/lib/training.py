@@ -8,7 +8,6 @@ follow from the seed alone, so that the arms of one seed are pairs.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,13 +25,10 @@ from examples.gpt.errors import UserError
 from examples.gpt.journal import Journal
 from examples.gpt.tokens import Corpus, even_starts, random_starts, windows
 
+from .divergence import Divergence
 from .runs import Run, Spec
 
 Result = dict[str, Any]
-
-# The rule of divergence, written before any run: the loss is not finite, or stays above FACTOR times the median of the
-# MEDIAN steps before for PATIENCE steps on end.
-MEDIAN, FACTOR, PATIENCE = 200, 1.25, 20
 
 _FETCH = 20  # steps whose losses are fetched together on a GPU, which waits for it
 _SAVE = 60  # seconds between checkpoints
@@ -122,7 +118,7 @@ class Training:
         self.run, self.model, self.corpus, self.device, self.observer = run, model, corpus, device, observer
         self.plan = plan = Plan.of(run.spec)
         check_text(corpus, plan)
-        self.step, self.seconds, self.diverged = 0, 0.0, 0
+        self.step, self.seconds = 0, 0.0
         self._cuda = device.type == "cuda"
         self._optimizer = _adamw(model, plan, fused=self._cuda)
         self._scaler = _scaler(plan, device)
@@ -131,29 +127,28 @@ class Training:
         if state := checkpoint.load(run.checkpoint, {"run": run.name}):
             self._restore(state)
         self.journal = Journal(run.log, self.step)
-        self._losses = [record["loss"] for record in self.journal.records if "loss" in record]
-        self._above = 0
+        self._divergence = Divergence(record["loss"] for record in self.journal.records if "loss" in record)
         self._mark = self._saved = time.perf_counter()
 
     def go_on(self, stop: Callable[[], bool], finish: Callable[[], Result] | None = None) -> bool:
         """To the end, or until ``stop`` says so after some step; whether the run is done. ``finish`` gives what else
         belongs to the result; it runs after the last step and starts again where it was interrupted."""
         plan = self.plan
-        while self.step < plan.steps and not self._is_lost() and not stop():
+        while self.step < plan.steps and not self._divergence.lost and not stop():
             self._one_step()
             if self.step % (_FETCH if self._cuda else 1) == 0:
                 self._fetch()
             if time.perf_counter() - self._saved > _SAVE:
                 self._save()
         self._fetch()
-        ended = self.step == plan.steps or self._is_lost()
+        ended = self.step == plan.steps or self._divergence.lost
         if self._saved_step != self.step:
             self._save()
         if not ended or stop():
             self.journal.close()
             return False
         result = self.validation() | (finish() if finish else {})
-        result |= {"seconds": round(self.seconds, 1), "diverged": self.diverged, "gpu": gpu_name(self.device)}
+        result |= {"seconds": round(self.seconds, 1), "diverged": self._divergence.at, "gpu": gpu_name(self.device)}
         self.journal.write(step=self.step, result=result)
         self.journal.close()
         self.run.checkpoint.unlink(missing_ok=True)
@@ -203,23 +198,12 @@ class Training:
         self.seconds, self._mark = self.seconds + now - self._mark, now
         for (step, lr, _), (loss, norm) in zip(self._pending, numbers):
             self.journal.write(step=step, loss=loss, lr=lr, grad_norm=norm)
-            self._judge(step, loss)
+            self._divergence.add(loss)
         self._pending.clear()
-
-    def _judge(self, step: int, loss: float) -> None:
-        before = [known for known in self._losses[-MEDIAN:] if known is not None]
-        self._above = self._above + 1 if before and not loss <= FACTOR * statistics.median(before) else 0
-        self._losses.append(loss if math.isfinite(loss) else None)
-        if not self.diverged and (self._above >= PATIENCE or not math.isfinite(loss)):
-            self.diverged = step
-
-    def _is_lost(self) -> bool:
-        """A loss that is not finite stays so: its gradients have reached every weight."""
-        return bool(self._losses) and self._losses[-1] is None
 
     def _save(self) -> None:
         self._fetch()
-        progress = {"step": self.step, "seconds": self.seconds, "diverged": self.diverged}
+        progress = {"step": self.step, "seconds": self.seconds}
         progress["scaler"] = self._scaler.state_dict()
         rng = {"data": self._generator.get_state(), "cpu": torch.get_rng_state()}
         checkpoint.save(
@@ -245,7 +229,7 @@ class Training:
         self._generator.set_state(state["rng"]["data"])
         torch.set_rng_state(state["rng"]["cpu"])
         progress = state["progress"]
-        self.step, self.seconds, self.diverged = progress["step"], progress["seconds"], progress["diverged"]
+        self.step, self.seconds = progress["step"], progress["seconds"]
         self._scaler.load_state_dict(progress["scaler"])
         self._saved_step = self.step
 

@@ -15,7 +15,7 @@ from typing import Any
 
 LEAST_SIGMA = 0.15  # of log(value): however quiet a series is, less than this is no reason for an alarm
 _SMOOTH = 5  # points; the median of so many is the level of a series
-_FIRST = 10  # what begins has no trend yet: points before the first one that can be out
+FIRST = 10  # what begins has no trend yet: points before the first one that can be out
 _RECENT = 100  # points of which the noise is taken
 
 
@@ -50,7 +50,7 @@ class Trend:
         level = math.log(median(v for _, v in self._inside))
         per_token = level - math.log(median(t for t, _ in self._inside))
         self._record = max(self._record, level)
-        if len(self.values) >= _FIRST - 1 and (self._lowest is None or per_token <= self._lowest[0]):
+        if len(self.values) >= FIRST - 1 and (self._lowest is None or per_token <= self._lowest[0]):
             self._lowest = per_token, self._record
 
     def _sigma(self) -> float:
