@@ -11,10 +11,10 @@ from typing import NamedTuple
 from torch_fp8.table import markdown
 
 from .costs import costs_table
+from .divergence import FACTOR, MEDIAN, PATIENCE
 from .intervals import interval
 from .scales_figures import millions
 from .scales_results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, trained_tokens, window
-from .training import FACTOR, MEDIAN, PATIENCE
 
 Ratios = Mapping[str, Mapping[str, float]]
 
