@@ -2,6 +2,7 @@
 nothing of it is lost or stays."""
 
 import copy
+import gc
 import json
 import math
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -53,9 +55,9 @@ def diverging(rng, kind, n):
 KINDS = ("logarithm", "power", "late logarithm", "level")
 
 
-def with_noise(rng, function, n, cooldown=True):
+def with_noise(rng, function, n, cooldown=True, noises=(0.01, 0.03, 0.1, 0.2, 0.3)):
     """Log-normal noise of 1 to 30 %, from sample to sample independent or not; perhaps a cooldown in the last fifth."""
-    sigma, memory, noise = rng.choice([0.01, 0.03, 0.1, 0.2, 0.3]), rng.choice([0.0, 0.5, 0.9]), 0.0
+    sigma, memory, noise = rng.choice(noises), rng.choice([0.0, 0.5, 0.9]), 0.0
     cooled = rng.uniform(0.6, 1.5) if cooldown and rng.random() < 0.5 else 1.0
     for i in range(n):
         noise = memory * noise + math.sqrt(1 - memory**2) * rng.gauss(0, 1)
@@ -63,8 +65,8 @@ def with_noise(rng, function, n, cooldown=True):
         yield i + 1, function(i + 1) * math.exp(sigma * noise) * (1 + (cooled - 1) * (1 - math.sqrt(1 - share)))
 
 
-def first_alarm(series):
-    trend = Trend()
+def first_alarm(series, **options):
+    trend = Trend(**options)
     for tokens, value in series:
         trend.add(tokens, value, 6.0)
         if trend.beyond == 3:
@@ -558,3 +560,55 @@ def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):
     assert all({"rms/block/blocks.0", "grad_norm/ln_f.bias"} <= line.keys() for line in of_log if "event" not in line)
     assert "grad_norm/ln_f.bias" in kept[-1] and "grad_norm/ln_f.bias" not in kept[-2]  # a long run has thousands
     watched.save_png(tmp_path / "watch.png")
+
+
+# ---- how training loops step ----------------------------------------------------------------------------------------
+
+
+def close_over(model, optimizer, step, calls=None):
+    def closure():
+        optimizer.zero_grad()
+        ids = data(step)
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        if calls is not None:
+            calls.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword", "LBFGS", "accumulated"])
+def test_a_step_with_a_closure_is_read_where_its_gradients_are_there(how):
+    """Forward and backward run inside of ``optimizer.step``; of LBFGS's several, the first is the step's."""
+    model, norms = gpt(), []
+    watched = fp8.watch(model, every=1, metrics=["kurtosis", "grad_norm"])
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3) if how == "LBFGS" else adamw(model)[0]
+    for step in range(3):
+        calls = []
+        closure = close_over(model, optimizer, step, calls)
+        if how == "accumulated":  # one micro-batch before, as Lightning has it
+            closure()
+            calls.clear()
+        optimizer.step(closure=closure) if how == "keyword" else optimizer.step(closure)
+        norms.append(calls[0])
+    assert [reading.values["grad_norm"] for reading in watched.readings] == pytest.approx(norms, rel=1e-4)
+    each = 256 if how == "accumulated" else 128
+    assert [reading.tokens for reading in watched.readings] == [each, 2 * each, 3 * each]
+    assert "grad_norm" in watched._trends
+
+
+def test_a_closure_without_tokens_is_refused_before_a_parameter_changes():
+    model = NoEmbedding(embedding=True)
+    fp8.watch(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = [p.clone() for p in model.parameters()]
+
+    def closure():
+        loss = model(torch.randn(2, 5, 16))
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="no tokens were seen.*tokens="):
+        optimizer.step(closure)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -30,7 +30,7 @@ class Sampled:
         self._model = weakref.ref(model)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
         self._hooks: list[Any] = []
-        self._is_sampling = False
+        self._is_sampling = self._has_seen_gradients = False
         _of_models.setdefault(model, []).append(self)
         self._on_steps = [
             register_optimizer_step_pre_hook(_weakly(self, "_at_optimizer_step")),
@@ -64,7 +64,7 @@ class Sampled:
         raise NotImplementedError
 
     def _before_step(self, model: nn.Module) -> None:
-        """At the end of a sampled step, before the optimizer changes a parameter or a gradient."""
+        """At the end of a sampled step, the hooks gone, before the optimizer changes a parameter or a gradient."""
 
     def _after_sample(self) -> None:
         """At its end, once the parameters were changed and the hooks are gone."""
@@ -78,25 +78,52 @@ class Sampled:
         if (model := self._model()) is None:
             return
         self._hooks.extend(self._hang(model))
-        self._is_sampling = True
+        self._is_sampling, self._has_seen_gradients = True, False
         _Eager.enter()
 
-    def _end(self) -> None:
+    def _unhang(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def _end(self) -> None:
+        self._unhang()
         if self._is_sampling:
             self._is_sampling = False
             _Eager.leave()
 
-    def _at_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._is_sampling and self._counts_steps(optimizer) and (model := self._model()) is not None:
-            self._before_step(model)
+    def _at_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """Gradients are there now, or once the first call of a closure returns: forward and backward may be in it."""
+        if not (self._is_sampling and self._counts_steps(optimizer)):
+            return None
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._seen_after(kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            return (args[0], self._seen_after(args[1]), *args[2:]), kwargs
+        self._see_gradients()
+        return None
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _seen_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def seen() -> Any:
+            result = closure()
+            self._see_gradients()
+            return result
+
+        return seen
+
+    def _see_gradients(self) -> None:
+        """Once a sample. What follows is no part of it: LBFGS calls its closure again."""
+        if not self._has_seen_gradients and (model := self._model()) is not None:
+            self._unhang()
+            self._before_step(model)
+            self._has_seen_gradients = True
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._counts_steps(optimizer):
             return
         sampled = self._is_sampling
+        if sampled:
+            self._see_gradients()  # where a closure was given and not called
         self._end()
         try:
             if sampled:
@@ -139,9 +166,8 @@ def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:
     """For a list of the process, which lives for ever."""
     ref = weakref.ref(sampled)
 
-    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if (sampled := ref()) is not None:
-            getattr(sampled, method)(optimizer)
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return None if (sampled := ref()) is None else getattr(sampled, method)(optimizer, args, kwargs)
 
     return torch.compiler.disable(hook)  # it may run within a compiled optimizer.step()
 
