@@ -612,3 +612,30 @@ def test_a_closure_without_tokens_is_refused_before_a_parameter_changes():
     with pytest.raises(RuntimeError, match="no tokens were seen.*tokens="):
         optimizer.step(closure)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class Positions(nn.Module):
+    """A table of positions that is longer than the vocabulary, and one of biases between positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.biases = nn.Embedding(8, 16), nn.Embedding(64, 16), nn.Embedding(32, 2)
+        self.layers = nn.ModuleList(fp8.TransformerBlock(16, 2, 48) for _ in range(2))
+
+    def forward(self, ids):
+        places = torch.arange(ids.shape[1])
+        x = self.tokens(ids) + self.positions(places) + self.biases(places[:, None].expand(-1, len(places))).mean()
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def test_tokens_are_those_of_the_table_of_tokens_not_of_positions():
+    model = Positions()
+    watched = fp8.watch(model, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        for _ in range(3):
+            model(torch.randint(8, (5, 20))).backward()
+        optimizer.step()
+    assert [reading.tokens for reading in watched.readings] == [300, 600]

@@ -78,7 +78,7 @@ def watch(
         may be 0 or negative. The default is what the paper speaks of. The others may jump in a healthy run, as an FFN
         learns to switch features on; then they raise an alarm too.
     tokens: of an optimizer step, over all micro-batches and ranks. None: counted in sampled steps where the model looks
-        them up in its embedding, on this rank; steps between have as many. ``note`` tells others.
+        them up in its embedding (the one with most look-ups in a step), on this rank; steps between have as many. ``note`` tells others.
     points, tau, writer: as of :func:`activations`.
     action: "16bit": the FP8 layers and attentions of the decoder layer that raised the alarm compute in 16 bits for
         ``hold`` steps, at most ``at_most`` layers at once, those that are furthest out first; a layer that is out still
@@ -114,7 +114,7 @@ class Watch(Activations):
         check(action in (None, "16bit"), "action", 'None or "16bit"', action)
         for name, value in (("in_a_row", in_a_row), ("hold", hold), ("at_most", at_most)):
             check(is_int(value, 1, 2**62), name, "a positive number", value)
-        if tokens is None and _embedding_of(model) is None:
+        if tokens is None and not _embeddings_of(model):
             raise ValueError(
                 f"torch_fp8: the tokens of {type(model).__name__} cannot be counted, since it has no nn.Embedding that "
                 "looks them up; give tokens=, the number of one optimizer step"
@@ -129,7 +129,8 @@ class Watch(Activations):
         self.alarms: list[Alarm] = []
         self.in_16_bits: dict[str, int] = {}
         self.tokens = 0  # seen so far
-        self._given, self._of_step, self._seen = tokens, tokens, 0
+        self._given, self._of_step = tokens, tokens
+        self._seen: dict[int, tuple[int, int]] = {}  # of each table in this step: its width, and how many it looked up
         self._told: dict[str, float | Tensor] = {}
         self._trends: dict[str, Trend] = {}
         self._held: dict[str, list[str]] = {}  # the modules of each layer that is held
@@ -177,17 +178,23 @@ class Watch(Activations):
 
     def _hang(self, model: nn.Module) -> Iterator[Any]:
         yield from super()._hang(model)
-        self._seen = 0
-        if self._given is None and (embedding := _embedding_of(model)) is not None:
-            yield embedding.register_forward_pre_hook(Look(in_training_forward, self._see_tokens), with_kwargs=True)
+        self._seen.clear()
+        for i, table in enumerate(_embeddings_of(model) if self._given is None else ()):
+            look = Look(in_training_forward, self._counter(i, getattr(table, "embedding_dim", 0)))
+            yield table.register_forward_pre_hook(look, with_kwargs=True)
 
-    def _see_tokens(self, ids: Any) -> None:
-        self._seen += ids.numel() if isinstance(ids, Tensor) else 0
+    def _counter(self, i: int, width: int) -> Callable[[Any], None]:
+        def see(ids: Any) -> None:
+            if isinstance(ids, Tensor) and ids.numel():
+                self._seen[i] = width, self._seen.get(i, (width, 0))[1] + ids.numel()
+
+        return see
 
     def _before_step(self, model: nn.Module) -> None:
         super()._before_step(model)
         if self._given is None and self._seen:
-            self._of_step = self._seen
+            # Positions are looked up once for all sequences, and biases between positions are narrower.
+            self._of_step = max(self._seen.values())[1]
         if self._of_step is None and "tokens" not in self._told and self._has_begun():
             raise RuntimeError(
                 f"torch_fp8: no tokens were seen in this step of {type(model).__name__}: its embedding was not called; "
@@ -403,12 +410,12 @@ def _matches(metric: str, tag: str) -> bool:
     return tag == metric or tag.startswith(f"{metric}/") or fnmatch.fnmatchcase(tag, metric)
 
 
-def _embedding_of(model: nn.Module) -> nn.Module | None:
-    """What looks tokens up: as transformers' models say, else the embedding with most rows."""
+def _embeddings_of(model: nn.Module) -> list[nn.Module]:
+    """What looks tokens up: as transformers' models say, else any of the embeddings."""
     inner: Any = unwrapped(model)
     try:
         found = inner.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         found = None
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return found if isinstance(found, nn.Module) else max(tables, key=lambda table: table.num_embeddings, default=None)
+    return [found] if isinstance(found, nn.Module) else tables
