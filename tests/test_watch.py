@@ -639,3 +639,21 @@ def test_tokens_are_those_of_the_table_of_tokens_not_of_positions():
             model(torch.randint(8, (5, 20))).backward()
         optimizer.step()
     assert [reading.tokens for reading in watched.readings] == [300, 600]
+
+
+@pytest.mark.parametrize("parts", ["the same parameters", "other parameters", "two beside each other"])
+def test_the_steps_of_a_second_optimizer_count_once_the_first_steps_no_more(parts):
+    model = gpt()
+    watched = fp8.watch(model, every=2)
+    first = muon(model) if parts == "two beside each other" else adamw(model)
+    if parts == "other parameters":
+        first = [torch.optim.AdamW(model.head.parameters(), 3e-3)]
+    train(model, first, 7)
+    assert watched.step == 7
+    second = muon(model) if parts == "two beside each other" else [torch.optim.AdamW(model.blocks.parameters(), 3e-3)]
+    train(model, second, 7, 7)
+    assert watched.step == 14 and watched.tokens == 14 * 128
+    assert [r.step for r in watched.readings] == [0, 2, 4, 6, 10, 12]  # step 8 was sampled over two, and is left out
+    assert all(r.tokens == (r.step + 1) * 128 for r in watched.readings)
+    train(model, second, 1, 14)
+    assert torch._dynamo.eval_frame._stance.stance == "default" and first

@@ -1,6 +1,6 @@
 """What looks at a model in one optimizer step of many: hooks that hang on its modules in that step alone.
 
-Steps are those of the first optimizer that is seen with parameters of the model. The model is held by weak references
+Steps are those of the first optimizer that is seen with parameters of the model, as long as it steps. The model is held by weak references
 only; what samples it lives as long as the model, also where nobody else holds it.
 """
 
@@ -29,6 +29,7 @@ class Sampled:
         self.every, self.step = every, 0
         self._model = weakref.ref(model)
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
+        self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # stepped since it did
         self._hooks: list[Any] = []
         self._is_sampling = self._has_seen_gradients = False
         _of_models.setdefault(model, []).append(self)
@@ -119,8 +120,20 @@ class Sampled:
             self._has_seen_gradients = True
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._counts_steps(optimizer):
-            return
+        if self._counts_steps(optimizer):
+            self._others.clear()
+            self._count_step()
+        elif optimizer in self._others:  # it steps again, and the first one did not
+            self._optimizer = weakref.ref(optimizer)
+            self._others.clear()
+            self._end()  # what was sampled is of two steps
+            self._count_step()
+            self._end()
+            self._count_step()
+        elif self._has_parameters_of_ours(optimizer):
+            self._others.add(optimizer)
+
+    def _count_step(self) -> None:
         sampled = self._is_sampling
         if sampled:
             self._see_gradients()  # where a closure was given and not called
@@ -135,14 +148,18 @@ class Sampled:
                 self._begin()
 
     def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count."""
+        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count, unless
+        it has stepped twice with none of the first between."""
         if self._optimizer is None or self._optimizer() is None:
-            model = self._model()
-            ours = {id(p) for p in model.parameters()} if model is not None else set()
-            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            if not self._has_parameters_of_ours(optimizer):
                 return False
             self._optimizer = weakref.ref(optimizer)
         return self._optimizer() is optimizer
+
+    def _has_parameters_of_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        model = self._model()
+        ours = {id(p) for p in model.parameters()} if model is not None else set()
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
 
 class Hook:
