@@ -657,3 +657,25 @@ def test_the_steps_of_a_second_optimizer_count_once_the_first_steps_no_more(part
     assert all(r.tokens == (r.step + 1) * 128 for r in watched.readings)
     train(model, second, 1, 14)
     assert torch._dynamo.eval_frame._stance.stance == "default" and first
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_hangs(tmp_path):
+    model = gpt()
+    with pytest.raises(ValueError, match=r"torch_fp8: log=.* cannot be written: Is a directory"):
+        fp8.watch(model, log=tmp_path)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    train(model, adamw(model), 1)
+    with pytest.raises(ValueError, match="every must be"):
+        fp8.watch(model, 0, log=tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_model_that_goes_before_its_watch_leaves_compilers_as_they_were():
+    model = gpt()
+    watched = fp8.watch(model)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del model
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    watched.close()

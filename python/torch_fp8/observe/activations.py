@@ -90,11 +90,7 @@ class Activations(Sampled):
         self._gradients: tuple[list[str], Tensor | None] = [], None
         self._noted: dict[str, list[Tensor]] = {}  # loss and sharpness of the micro-batches
         self._sees_sharpness = _sees_sharpness(model)
-        self._check(model)
         super().__init__(model, every)
-
-    def _check(self, model: nn.Module) -> None:
-        """What else must hold before a hook hangs."""
 
     def _find(self, model: nn.Module) -> list[Point]:
         found = [point for point in find_points(model) if point.kind not in self._points]

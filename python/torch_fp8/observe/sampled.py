@@ -26,8 +26,10 @@ class Sampled:
 
     def __init__(self, model: nn.Module, every: int) -> None:
         check(is_int(every, 1, 2**62), "every", "a positive number of optimizer steps", every)
+        self._check(model)
         self.every, self.step = every, 0
-        self._model = weakref.ref(model)
+        this = weakref.ref(self)
+        self._model = weakref.ref(model, lambda _: _end_of(this))
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the one whose steps count
         self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # stepped since it did
         self._hooks: list[Any] = []
@@ -59,6 +61,9 @@ class Sampled:
         self.close()
 
     # ---- what a kind of sampling says --------------------------------------------------------------------------------
+
+    def _check(self, model: nn.Module) -> None:
+        """What else must hold before a hook hangs."""
 
     def _hang(self, model: nn.Module) -> Iterable[Any]:
         """The handles of the hooks that hang in a sampled step."""
@@ -177,6 +182,12 @@ class Hook:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _end_of(ref: weakref.ref[Sampled]) -> None:
+    """The model is gone, perhaps in a sampled step, which will have no end."""
+    if (sampled := ref()) is not None and not sys.is_finalizing():
+        sampled._end()
 
 
 def _weakly(sampled: Sampled, method: str) -> Callable[..., None]:

@@ -136,7 +136,6 @@ class Watch(Activations):
         self._held: dict[str, list[str]] = {}  # the modules of each layer that is held
         self._log, self._on_alarm = log, on_alarm
         super().__init__(model, every, points=points, tau=tau, writer=writer)
-        self._write(event="begin", step=0)
 
     def _check(self, model: nn.Module) -> None:
         available = [f"{metric}/{tag}" for tag in self._tags for metric in _GROWING]
@@ -158,6 +157,12 @@ class Watch(Activations):
         where = None if self._log is None else os.path.dirname(os.path.abspath(self._log))
         if where is not None and not os.path.isdir(where):
             raise ValueError(f"torch_fp8: the folder of log={str(self._log)!r} does not exist; make it first")
+        try:
+            self._write(event="begin", step=0)
+        except OSError as error:
+            raise ValueError(
+                f"torch_fp8: log={str(self._log)!r} cannot be written: {error.strerror or error}; give another file"
+            ) from error
 
     def close(self) -> None:
         """Sample no more, and let every layer that is held in 16 bits be in FP8 again."""
@@ -417,5 +422,5 @@ def _embeddings_of(model: nn.Module) -> list[nn.Module]:
         found = inner.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         found = None
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return [found] if isinstance(found, nn.Module) else tables
