@@ -679,3 +679,27 @@ def test_a_model_that_goes_before_its_watch_leaves_compilers_as_they_were():
     gc.collect()
     assert torch._dynamo.eval_frame._stance.stance == "default"
     watched.close()
+
+
+class Full:
+    def add_scalar(self, tag, value, step):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["log", "writer", "monitor"])
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, what):
+    model = fp8_gpt()
+    if what == "monitor":
+        watched = fp8.monitor(model, every=1, writer=Full())
+    else:
+        watched = fp8.watch(model, every=1, log=tmp_path / "log", writer=Full() if what == "writer" else None)
+    optimizers = adamw(model)
+    if what == "log":
+        monkeypatch.setattr("builtins.open", lambda *args, **kwargs: Full().add_scalar(0, 0, 0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizers, 3)
+    said = [str(w.message) for w in caught if "torch_fp8" in str(w.message)]
+    name = "log" if what == "log" else "writer"
+    assert len(said) == 1 and f"the {name} cannot be written" in said[0] and "No space left on device" in said[0]
+    assert watched.step == 3 == len({sample.step for sample in getattr(watched, "samples", None) or watched.readings})

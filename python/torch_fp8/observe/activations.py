@@ -181,9 +181,13 @@ class Activations(Sampled):
 
     def _new_reading(self, reading: Reading) -> None:
         self.readings.append(reading)
-        if self.writer is not None:
-            for tag, value in reading.values.items():
-                self.writer.add_scalar(f"activations/{tag}", value, reading.step)
+        if (writer := self.writer) is not None:
+
+            def write() -> None:
+                for tag, value in reading.values.items():
+                    writer.add_scalar(f"activations/{tag}", value, reading.step)
+
+            self._or_give_up("writer", write)
 
     # ---- results -----------------------------------------------------------------------------------------------------
 

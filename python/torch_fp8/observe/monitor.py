@@ -171,7 +171,7 @@ class Monitor(Sampled):
 
     def _after_sample(self) -> None:
         if self.writer is not None and self._pending:
-            self.write(self.writer)
+            self._or_give_up("writer", lambda: self.write(self.writer))
 
     # ---- results -----------------------------------------------------------------------------------------------------
 

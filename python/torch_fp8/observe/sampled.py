@@ -7,6 +7,7 @@ only; what samples it lives as long as the model, also where nobody else holds i
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -77,6 +78,18 @@ class Sampled:
 
     def _after_step(self) -> None:
         """At the end of every step, sampled or not, before ``step`` becomes the next one."""
+
+    def _or_give_up(self, name: str, write: Callable[[], None]) -> None:
+        """A full disk does not end a training: what the attribute ``name`` writes to is given up, in words."""
+        try:
+            write()
+        except OSError as error:
+            setattr(self, name, None)
+            warnings.warn(
+                f"torch_fp8: the {name.strip('_')} cannot be written, from step {self.step} on nothing is: {error}; "
+                "training goes on",
+                stacklevel=2,
+            )
 
     # ---- when --------------------------------------------------------------------------------------------------------
 

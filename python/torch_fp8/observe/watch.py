@@ -86,7 +86,8 @@ def watch(
         first, and raise an alarm again if they are out still. Closing the watch undoes it. A compiled model compiles
         anew at either change, and a captured CUDA graph does not see it. Each rank acts by its own alarms.
     log: a file to which every sample, alarm and action is appended at once, as a JSON object a line; what is there
-        stays. ``torch_fp8.observe.watch.read_log`` reads it.
+        stays. ``torch_fp8.observe.watch.read_log`` reads it. Where log or writer raise OSError in training (a full
+        disk), a warning says so once, and training goes on without it.
 
     ``state_dict`` and ``load_state_dict`` carry the watch over a checkpoint, actions under way too.
 
@@ -158,7 +159,7 @@ class Watch(Activations):
         if where is not None and not os.path.isdir(where):
             raise ValueError(f"torch_fp8: the folder of log={str(self._log)!r} does not exist; make it first")
         try:
-            self._write(event="begin", step=0)
+            self._append({"event": "begin", "step": 0})
         except OSError as error:
             raise ValueError(
                 f"torch_fp8: log={str(self._log)!r} cannot be written: {error.strerror or error}; give another file"
@@ -365,6 +366,9 @@ class Watch(Activations):
         )
 
     def _write(self, **line: Any) -> None:
+        self._or_give_up("_log", lambda: self._append(line))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
         """One line, in one write, so that a kill leaves whole lines; what another one tore is ended first."""
         if self._log is None:
             return
