@@ -703,3 +703,23 @@ def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, what):
     name = "log" if what == "log" else "writer"
     assert len(said) == 1 and f"the {name} cannot be written" in said[0] and "No space left on device" in said[0]
     assert watched.step == 3 == len({sample.step for sample in getattr(watched, "samples", None) or watched.readings})
+
+
+@pytest.mark.parametrize("back_to", [0, 6])
+def test_a_log_keeps_what_was_before_a_rollback_in_the_same_process(tmp_path, back_to):
+    model = gpt()
+    watched = fp8.watch(model, every=2, log=tmp_path / "log")
+    optimizers = adamw(model)
+    states = {}
+    for step in range(10):
+        states[step] = watched.state_dict()
+        train(model, optimizers, 1, step)
+    watched.load_state_dict(states[back_to])
+    train(model, optimizers, 3)
+    kept = range(0, back_to + 3, 2)
+    assert [line["step"] for line in read_log(tmp_path / "log")] == list(kept)
+    again = gpt()
+    resumed = fp8.watch(again, every=2, log=tmp_path / "log")
+    train(again, adamw(again), 1)  # a step before the state is loaded is of no run
+    resumed.load_state_dict(states[6])
+    assert [line["step"] for line in read_log(tmp_path / "log")] == [step for step in kept if step < 6]

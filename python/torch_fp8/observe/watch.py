@@ -341,6 +341,7 @@ class Watch(Activations):
         for layer in list(self._held):
             self._release(layer)
         self._end()
+        left = self.step
         self.step, self.tokens, self._of_step = state["step"], state["tokens"], self._given or state["of_step"]
         self._trends = {}
         for tag, of_trend in state["trends"].items():
@@ -350,7 +351,7 @@ class Watch(Activations):
         self.readings = [Reading(step, tokens, dict(values)) for step, tokens, values in state["readings"]]
         for layer, held in state["held"].items():
             self._keep_in_16_bits(layer, list(held["modules"]), held["until"])
-        self._write(event="resume", step=self.step)
+        self._write(event="resume", step=self.step, left=left)
         if self.step % self.every == 0:
             self._begin()
 
@@ -392,8 +393,8 @@ class Watch(Activations):
 
 
 def read_log(path: StrPath) -> list[dict[str, Any]]:
-    """The lines of a watch's log, of one run: what a killed run wrote after the checkpoint from which it was resumed is
-    left out, as are runs that began before the last one, and half a line that a kill left."""
+    """The lines of a watch's log, of one run: what a run wrote after the checkpoint from which it was resumed, or to
+    which it was rolled back, is left out, as are runs that began before the last one, and half a line that a kill left."""
     before: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     with open(path, encoding="utf-8") as file:
@@ -405,8 +406,9 @@ def read_log(path: StrPath) -> list[dict[str, Any]]:
             event = line.get("event")
             if event == "begin":
                 before, lines = lines or before, []
-            elif event == "resume":  # where the run has begun again just before
-                lines = [old for old in before if old["step"] < line["step"]]
+            elif event == "resume":  # rolled back, or where the run has begun again just before
+                rolled_back = line["step"] <= line["left"]
+                lines = [old for old in (lines if rolled_back else before) if old["step"] < line["step"]]
             else:
                 lines.append(line)
     return lines
