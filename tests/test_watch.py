@@ -723,3 +723,17 @@ def test_a_log_keeps_what_was_before_a_rollback_in_the_same_process(tmp_path, ba
     train(again, adamw(again), 1)  # a step before the state is loaded is of no run
     resumed.load_state_dict(states[6])
     assert [line["step"] for line in read_log(tmp_path / "log")] == [step for step in kept if step < 6]
+
+
+def test_loading_keeps_the_scales_of_what_was_held_since():
+    """In README's order, FP8's state before the watch's."""
+    model, optimizers, watched = resumable()
+    train(model, optimizers, 20, sequences=2)
+    saved = copy.deepcopy((fp8.state_dict(model), watched.state_dict()))
+    train(model, optimizers, 20, 20, three_steps(30), sequences=2)
+    assert watched.in_16_bits
+    fp8.load_state_dict(model, saved[0])
+    watched.load_state_dict(saved[1])
+    assert not in_16_bits(model) and not watched.in_16_bits
+    for name, state in fp8.state_dict(model).items():
+        assert torch.equal(state, saved[0][name]), name

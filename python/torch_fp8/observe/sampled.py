@@ -1,7 +1,7 @@
 """What looks at a model in one optimizer step of many: hooks that hang on its modules in that step alone.
 
-Steps are those of the first optimizer that is seen with parameters of the model, as long as it steps. The model is held by weak references
-only; what samples it lives as long as the model, also where nobody else holds it.
+Steps are those of the first optimizer that is seen with parameters of the model, as long as it steps. The model is held
+by weak references only; what samples it lives as long as the model, also where nobody else holds it.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ class Sampled:
                 self._begin()
 
     def _counts_steps(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count, unless
-        it has stepped twice with none of the first between."""
+        """The first optimizer seen with parameters of the model; a second one (Muon beside AdamW) does not count,
+        unless it has stepped twice with none of the first between."""
         if self._optimizer is None or self._optimizer() is None:
             if not self._has_parameters_of_ours(optimizer):
                 return False

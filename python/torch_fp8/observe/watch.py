@@ -78,7 +78,8 @@ def watch(
         may be 0 or negative. The default is what the paper speaks of. The others may jump in a healthy run, as an FFN
         learns to switch features on; then they raise an alarm too.
     tokens: of an optimizer step, over all micro-batches and ranks. None: counted in sampled steps where the model looks
-        them up in its embedding (the one with most look-ups in a step), on this rank; steps between have as many. ``note`` tells others.
+        them up in its embedding (the one with most look-ups in a step), on this rank; steps between have as many.
+        ``note`` tells others.
     points, tau, writer: as of :func:`activations`.
     action: "16bit": the FP8 layers and attentions of the decoder layer that raised the alarm compute in 16 bits for
         ``hold`` steps, at most ``at_most`` layers at once, those that are furthest out first; a layer that is out still
@@ -338,8 +339,10 @@ class Watch(Activations):
                 f"torch_fp8: the state is of a model with {others[0]}, which this one has not; load it into a watch of "
                 "a model that was built and converted alike"
             )
-        for layer in list(self._held):
-            self._release(layer)
+        for names in self._held.values():  # with the scales that they have: they may have been loaded just now
+            for module in self._modules(names):
+                module.fp8_enabled = True
+        self._held, self.in_16_bits = {}, {}
         self._end()
         left = self.step
         self.step, self.tokens, self._of_step = state["step"], state["tokens"], self._given or state["of_step"]
@@ -394,7 +397,8 @@ class Watch(Activations):
 
 def read_log(path: StrPath) -> list[dict[str, Any]]:
     """The lines of a watch's log, of one run: what a run wrote after the checkpoint from which it was resumed, or to
-    which it was rolled back, is left out, as are runs that began before the last one, and half a line that a kill left."""
+    which it was rolled back, is left out, as are runs that began before the last one, and half a line that a kill
+    left."""
     before: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     with open(path, encoding="utf-8") as file:
