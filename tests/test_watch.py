@@ -737,3 +737,53 @@ def test_loading_keeps_the_scales_of_what_was_held_since():
     assert not in_16_bits(model) and not watched.in_16_bits
     for name, state in fp8.state_dict(model).items():
         assert torch.equal(state, saved[0][name]), name
+
+
+def falling(rng, n):
+    """A loss: a power of the tokens, from 11 towards 1.5 to 3.5, with noise of 1 to 5 %."""
+    floor, power = rng.uniform(1.5, 3.5), rng.uniform(0.4, 0.8)
+    return with_noise(rng, lambda t: floor + (11 - floor) * t**-power, n, cooldown=False, noises=[0.01, 0.03, 0.05])
+
+
+def test_a_loss_that_falls_is_healthy_and_one_that_comes_back_is_not():
+    rng = random.Random(4)
+    false, missed = 0, 0
+    for _ in range(100):
+        n = rng.choice([60, 100, 300])
+        false += first_alarm(falling(rng, n), falls=True) is not None
+        at, back = rng.randrange(n // 2, n - 10), rng.uniform(7, 11)
+        series = [(t, value if t < at else max(value, back)) for t, value in falling(rng, n)]
+        found = first_alarm(series, falls=True)
+        missed += found is None or found < at
+    print(false, missed)
+    assert false <= 1 and missed <= 2
+
+
+def test_a_loss_that_diverges_is_an_alarm():
+    model = gpt()
+    watched = fp8.watch(model, every=2, metrics=["loss"], on_alarm=lambda alarm: None)
+
+    def change(model, step):
+        if step >= 100:
+            model.head.weight.zero_()  # to where it began
+
+    train(model, adamw(model), 120, change=change)
+    alarm = watched.alarms[0]
+    assert alarm.metric == "loss" and 100 < alarm.step < 110 and alarm.value > 1.35 * alarm.expected
+
+
+def test_what_is_watched_and_never_seen_is_said():
+    model = Positions()
+    model.tokens.requires_grad_(False)
+    model.forward = lambda ids: {"x": Positions.forward(model, ids)}
+    fp8.watch(model, every=1, metrics=["loss", "grad_norm/tokens.weight", "kurtosis"])
+    told = fp8.watch(model, every=1, metrics=["loss"])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.randint(8, (2, 9)))["x"].backward()
+            told.note(loss=1.0)
+            optimizer.step()
+    said = [str(w.message) for w in caught if "torch_fp8" in str(w.message)]
+    assert len(said) == 1 and "'loss', 'grad_norm/tokens.weight'" in said[0] and "note(loss=...)" in said[0]

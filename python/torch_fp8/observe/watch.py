@@ -69,9 +69,10 @@ def watch(
     when ``in_a_row`` samples are ``sigmas`` above that growth, continued from the lowest value / tokens that was seen,
     and above all that the series had until then; or are not finite. Sigma is the series' own noise in log(value), at
     least 0.15: with the default an alarm is a rise to 2.5 times what is healthy, at least. The first ten samples raise
-    none. By ``tests/test_watch.py`` 0 of 200 synthetic healthy series raise an alarm (logarithms, powers up to 0.6,
-    logarithms that begin late with up to twice the slope of the level before, noise of 1 to 30 %, cooldowns), and
-    9 of 300 diverging ones do not (exponential, a power of 2 to 4, a step to 4 to 100 times).
+    none. Of a loss, which falls, the trend is the lowest level so far, and sigma at least 0.05: an alarm is a rise to
+    1.35 times that, at least. By ``tests/test_watch.py`` 0 of 200 synthetic healthy series raise an alarm (logarithms,
+    powers up to 0.6, logarithms that begin late with up to twice the slope of the level before, noise of 1 to 30 %,
+    cooldowns), and 9 of 300 diverging ones do not (exponential, a power of 2 to 4, a step to 4 to 100 times).
 
     metrics: which series are watched, by name ("kurtosis", "kurtosis/qkv", "rms/block", "grad_norm", "loss") or by
         pattern of the whole tag ("kurtosis/*/layers.3*"); all that ``activations`` has but mean and outliers, which
@@ -127,6 +128,7 @@ class Watch(Activations):
                 "it first, or watch it with action=None"
             )
         self.in_a_row, self.sigmas, self.action, self.hold, self.at_most = in_a_row, sigmas, action, hold, at_most
+        self._unseen_is_said = False
         self.metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         self.alarms: list[Alarm] = []
         self.in_16_bits: dict[str, int] = {}
@@ -224,7 +226,21 @@ class Watch(Activations):
             self.readings[-1] = self._for_pictures(self.readings[-1])
         super()._new_reading(reading)
         self._write(step=reading.step, tokens=reading.tokens, **reading.values)
+        self._say_what_is_unseen(reading)
         self._judge(reading)
+
+    def _say_what_is_unseen(self, reading: Reading) -> None:
+        """A metric may be one that the model could have, but has not: a loss that its forward does not return, the
+        gradient of a parameter that is frozen."""
+        unseen = [metric for metric in self.metrics if not any(_matches(metric, tag) for tag in reading.values)]
+        if unseen and not self._unseen_is_said:
+            warnings.warn(
+                f"torch_fp8: the first sample has nothing of {', '.join(map(repr, unseen))}, which is watched: "
+                "a loss must be what the model returns, or be told by note(loss=...), and a gradient's parameter be "
+                "trained",
+                stacklevel=2,
+            )
+        self._unseen_is_said = True
 
     def _after_step(self) -> None:
         self.tokens += self._tokens_of_step()
@@ -242,7 +258,7 @@ class Watch(Activations):
                 continue
             if tag.partition("/")[0] not in (*_GROWING, "loss", "grad_norm", "sharpness"):
                 continue
-            trend = self._trends.setdefault(tag, Trend())
+            trend = self._trends.setdefault(tag, _trend_of(tag))
             trend.add(reading.tokens, value, self.sigmas)
             if trend.beyond == self.in_a_row:
                 layer = self._layer_of(tag)
@@ -348,7 +364,7 @@ class Watch(Activations):
         self.step, self.tokens, self._of_step = state["step"], state["tokens"], self._given or state["of_step"]
         self._trends = {}
         for tag, of_trend in state["trends"].items():
-            self._trends[tag] = Trend()
+            self._trends[tag] = _trend_of(tag)
             self._trends[tag].load_state_dict(of_trend)
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         self.readings = [Reading(step, tokens, dict(values)) for step, tokens, values in state["readings"]]
@@ -419,6 +435,10 @@ def read_log(path: StrPath) -> list[dict[str, Any]]:
 
 
 _GROWING = tuple(metric for metric in METRICS if metric not in ("mean", "outliers"))
+
+
+def _trend_of(tag: str) -> Trend:
+    return Trend(falls=tag == "loss")
 
 
 def _matches(metric: str, tag: str) -> bool:
