@@ -568,3 +568,22 @@ def test_transformers(family, way):
     values = watched.readings[0].values
     assert sum(tag.startswith("kurtosis/") for tag in values) == 6 and "not seen" not in watched.found
     assert {"loss", "sharpness", "grad_norm"} <= values.keys()
+
+
+def test_losses_that_are_shares_of_a_batch_are_summed():
+    """As transformers' Trainer has it with gradient accumulation: it tells the model ``num_items_in_batch``."""
+
+    class Shares(Net):
+        def forward(self, x, num_items_in_batch=None):
+            loss = super().forward(x)
+            return loss if num_items_in_batch is None else loss * len(x) / num_items_in_batch
+
+    model = Shares()
+    watched = fp8.activations(model, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for told in ({}, {"num_items_in_batch": 12}):
+        for micro in range(4):
+            model(inputs(micro), **told).backward()
+        optimizer.step()
+    losses = [reading.values["loss"] for reading in watched.readings]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -55,8 +55,9 @@ def activations(
       over sequences, which is the largest tau that has an outlier.
 
     And once a step ``grad_norm`` of each parameter that has a gradient, and of all together, as the optimizer is given
-    them, so after clipping; ``loss``, where the model returns it; ``sharpness`` of the last token's logits
-    (:func:`sharpness`, mean over sequences), where the model has a head and is given ``labels`` or ``targets``.
+    them, so after clipping; ``loss``, where the model returns it (mean over micro-batches, or their sum where the model
+    is given ``num_items_in_batch``); ``sharpness`` of the last token's logits (:func:`sharpness`, mean over sequences),
+    where the model has a head and is given ``labels`` or ``targets``.
 
     points: other places, or more kinds of them: {kind: pattern or patterns of modules' names}. The output of the
         modules is measured, or what they read where the pattern ends in ":input". Patterns in one list are parts of one
@@ -89,6 +90,7 @@ class Activations(Sampled):
         self._counts: dict[str, _Count] = {}  # of this step, still on the device
         self._gradients: tuple[list[str], Tensor | None] = [], None
         self._noted: dict[str, list[Tensor]] = {}  # loss and sharpness of the micro-batches
+        self._losses_are_shares = False  # of the step's
         self._sees_sharpness = _sees_sharpness(model)
         super().__init__(model, every)
 
@@ -128,6 +130,8 @@ class Activations(Sampled):
                 return
             if (loss := _loss_of(out)) is not None:
                 self._noted.setdefault("loss", []).append(loss.detach().to(torch.float32))
+                given = {**dict(zip(_parameters_of(model), args)), **kwargs}
+                self._losses_are_shares = given.get("num_items_in_batch") is not None
             of_last = _targets_of(model, args, kwargs)
             if logits and of_last is not None:
                 targets, shift = of_last
@@ -164,6 +168,8 @@ class Activations(Sampled):
             tag: torch.stack(values).nanmean() if tag == "sharpness" else torch.stack(values).mean()
             for tag, values in self._noted.items()
         }
+        if "loss" in noted and self._losses_are_shares:
+            noted["loss"] = torch.stack(self._noted["loss"]).sum()
         names, norms = self._gradients
         parts = [*begun.values(), *(value.reshape(1) for value in noted.values()), *([] if norms is None else [norms])]
         device = parts[0].device
