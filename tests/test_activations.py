@@ -587,3 +587,20 @@ def test_losses_that_are_shares_of_a_batch_are_summed():
         optimizer.step()
     losses = [reading.values["loss"] for reading in watched.readings]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_norms_are_without_the_scale_of_a_grad_scaler(fused):
+    """A fused optimizer is given gradients that are scaled, and the scale beside them."""
+    model = Net()
+    watched = fp8.activations(model, every=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=fused)
+    model(inputs(1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(inputs(1))).backward()
+    scaler.step(optimizer)
+    plain, scaled = (reading.values for reading in watched.readings)
+    for tag in ("grad_norm", "grad_norm/layers.0.q_proj.weight"):
+        assert scaled[tag] == pytest.approx(plain[tag], rel=1e-4)

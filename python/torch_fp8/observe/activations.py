@@ -67,8 +67,9 @@ def activations(
     Call it after ``convert`` and ``fuse``. Nothing of it is left on the model between samples, and the numbers of
     training are the same to the bit, but for what a compiler changes; from now on until the first step's end, and in
     every sampled step, compiled code runs eagerly. A fused MLP computes the input of its last layer once more then. A
-    forward that backward repeats counts once; ``eval()`` and ``no_grad`` are not seen, nor are CUDA graphs' replays. Of
-    a DTensor the local part is measured.
+    forward that backward repeats counts once; a step that a GradScaler skips is measured together with the next one,
+    but is a step of its own where the optimizer is fused; ``eval()`` and ``no_grad`` are not seen, nor are CUDA graphs'
+    replays. Of a DTensor the local part is measured.
 
     Raises ValueError where no point is found, a pattern matches nothing, every is not positive or tau is negative."""
     return Activations(model, every, points=points, tau=tau, writer=writer)
@@ -145,8 +146,12 @@ class Activations(Sampled):
 
         return hook
 
-    def _before_step(self, model: nn.Module) -> None:
-        self._gradients = _gradient_norms(model)
+    def _before_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        names, squares = _gradient_norms(model)
+        scale = getattr(optimizer, "grad_scale", None)  # that a GradScaler tells a fused optimizer
+        if squares is not None and scale is not None:
+            squares = squares / torch.as_tensor(scale, dtype=torch.float64, device=squares.device).square()
+        self._gradients = names, squares
 
     def _after_sample(self) -> None:
         if self._has_begun():

@@ -70,7 +70,7 @@ class Sampled:
         """The handles of the hooks that hang in a sampled step."""
         raise NotImplementedError
 
-    def _before_step(self, model: nn.Module) -> None:
+    def _before_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """At the end of a sampled step, the hooks gone, before the optimizer changes a parameter or a gradient."""
 
     def _after_sample(self) -> None:
@@ -116,45 +116,45 @@ class Sampled:
         if not (self._is_sampling and self._counts_steps(optimizer)):
             return None
         if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._seen_after(kwargs["closure"])}
+            return args, {**kwargs, "closure": self._seen_after(kwargs["closure"], optimizer)}
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-            return (args[0], self._seen_after(args[1]), *args[2:]), kwargs
-        self._see_gradients()
+            return (args[0], self._seen_after(args[1], optimizer), *args[2:]), kwargs
+        self._see_gradients(optimizer)
         return None
 
-    def _seen_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _seen_after(self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
         def seen() -> Any:
             result = closure()
-            self._see_gradients()
+            self._see_gradients(optimizer)
             return result
 
         return seen
 
-    def _see_gradients(self) -> None:
+    def _see_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Once a sample. What follows is no part of it: LBFGS calls its closure again."""
         if not self._has_seen_gradients and (model := self._model()) is not None:
             self._unhang()
-            self._before_step(model)
+            self._before_step(model, optimizer)
             self._has_seen_gradients = True
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._counts_steps(optimizer):
             self._others.clear()
-            self._count_step()
+            self._count_step(optimizer)
         elif optimizer in self._others:  # it steps again, and the first one did not
             self._optimizer = weakref.ref(optimizer)
             self._others.clear()
             self._end()  # what was sampled is of two steps
-            self._count_step()
+            self._count_step(optimizer)
             self._end()
-            self._count_step()
+            self._count_step(optimizer)
         elif self._has_parameters_of_ours(optimizer):
             self._others.add(optimizer)
 
-    def _count_step(self) -> None:
+    def _count_step(self, optimizer: torch.optim.Optimizer) -> None:
         sampled = self._is_sampling
         if sampled:
-            self._see_gradients()  # where a closure was given and not called
+            self._see_gradients(optimizer)  # where a closure was given and not called
         self._end()
         try:
             if sampled:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from ..checks import check, is_int
 from ..files import StrPath
@@ -80,7 +80,8 @@ def watch(
         learns to switch features on; then they raise an alarm too.
     tokens: of an optimizer step, over all micro-batches and ranks. None: counted in sampled steps where the model looks
         them up in its embedding (the one with most look-ups in a step), on this rank; steps between have as many.
-        ``note`` tells others.
+        ``note`` tells others. Give them where a GradScaler skips steps: tokens of skipped ones are counted with the
+        next sampled one's, and taken for those of each step after it.
     points, tau, writer: as of :func:`activations`.
     action: "16bit": the FP8 layers and attentions of the decoder layer that raised the alarm compute in 16 bits for
         ``hold`` steps, at most ``at_most`` layers at once, those that are furthest out first; a layer that is out still
@@ -199,8 +200,8 @@ class Watch(Activations):
 
         return see
 
-    def _before_step(self, model: nn.Module) -> None:
-        super()._before_step(model)
+    def _before_step(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
+        super()._before_step(model, optimizer)
         if self._given is None and self._seen:
             # Positions are looked up once for all sequences, and biases between positions are narrower.
             self._of_step = max(self._seen.values())[1]
