@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -604,3 +605,30 @@ def test_gradient_norms_are_without_the_scale_of_a_grad_scaler(fused):
     plain, scaled = (reading.values for reading in watched.readings)
     for tag in ("grad_norm", "grad_norm/layers.0.q_proj.weight"):
         assert scaled[tag] == pytest.approx(plain[tag], rel=1e-4)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_sharpness_is_of_the_logits_that_a_model_returns(as_dict):
+    """Not of what its head gives: Gemma 2 caps that, Granite divides it. A vocabulary may be masked with -inf."""
+
+    class Capped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.lm_head = nn.ModuleList([Block()]), nn.Linear(16, 12)
+
+        def forward(self, x, labels):
+            logits = 2 * torch.tanh(self.lm_head(self.layers[0](x)[0]) / 2)
+            logits = logits.masked_fill(torch.arange(12) > 9, -math.inf)
+            out = {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+            self.returned = out["logits"].detach()
+            return out if as_dict else SimpleNamespace(**out)
+
+    torch.manual_seed(0)
+    model = Capped()
+    watched = fp8.activations(model)
+    labels = torch.randint(9, (3, 5))
+    out = model(inputs(0), labels)
+    (out["loss"] if as_dict else out.loss).backward()
+    torch.optim.SGD(model.parameters(), 0.0).step()
+    wanted = fp8.sharpness(model.returned[:, -2, :10], labels[:, -1]).mean().item()  # without the masked ones
+    assert wanted > 0 and watched.readings[0].values["sharpness"] == pytest.approx(wanted, rel=1e-4)

@@ -134,6 +134,8 @@ class Activations(Sampled):
                 given = {**dict(zip(_parameters_of(model), args)), **kwargs}
                 self._losses_are_shares = given.get("num_items_in_batch") is not None
             of_last = _targets_of(model, args, kwargs)
+            if (returned := _logits_of(out)) is not None:
+                logits.append(_last_of(returned))
             if logits and of_last is not None:
                 targets, shift = of_last
                 last = logits[-1][:, -1 - shift] if logits[-1].shape[1] > shift else None
@@ -211,7 +213,8 @@ class Activations(Sampled):
             kinds.setdefault(kind, []).append(layer)
         lines = [f"{kind}: {len(layers)}, {layers[0]} to {layers[-1]}" for kind, layers in kinds.items()]
         lines += [f"{kind}: none found; name them by points=" for kind in ("qkv", "ffn", "block") if kind not in kinds]
-        lines += [] if self._sees_sharpness else [f"sharpness: not available; {_NO_SHARPNESS}"]
+        sharp = self._sees_sharpness or (self.readings and "sharpness" in self.readings[-1].values)
+        lines += [] if sharp else [f"sharpness: not available; {_NO_SHARPNESS}"]
         if self.readings:
             seen = {tag.partition("/")[2] for tag in self.readings[-1].values}
             unseen = [tag for tag in self._tags if tag not in seen]
@@ -379,10 +382,24 @@ def _keep_last(kept: list[Tensor]) -> Callable[..., None]:
     """Of each sequence the logits of the last two tokens: their targets may be shifted by one."""
 
     def hook(head: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if isinstance(out, Tensor) and not is_dtensor(out) and out.dim() == 3 and in_training_forward(head):
-            kept.append(out.detach()[:, -2:].to(torch.float32, copy=True))
+        if _is_logits(out) and in_training_forward(head):
+            kept.append(_last_of(out))
 
     return hook
+
+
+def _is_logits(out: Any) -> bool:
+    return isinstance(out, Tensor) and not is_dtensor(out) and out.dim() == 3
+
+
+def _last_of(logits: Tensor) -> Tensor:
+    return logits.detach()[:, -2:].to(torch.float32, copy=True)
+
+
+def _logits_of(out: Any) -> Tensor | None:
+    """What the model returns under that name: it may have capped or scaled what its head gave."""
+    logits = out.get("logits") if isinstance(out, dict) else getattr(out, "logits", None)
+    return logits if _is_logits(logits) else None
 
 
 # A forward's parameter, and by how much later than its token a target stands there: transformers shifts labels itself.
