@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pickle
+import warnings
 import weakref
 from types import SimpleNamespace
 
@@ -632,3 +633,30 @@ def test_sharpness_is_of_the_logits_that_a_model_returns(as_dict):
     torch.optim.SGD(model.parameters(), 0.0).step()
     wanted = fp8.sharpness(model.returned[:, -2, :10], labels[:, -1]).mean().item()  # without the masked ones
     assert wanted > 0 and watched.readings[0].values["sharpness"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_gets_no_reading_says_so():
+    model = Net().eval()
+    watched = fp8.activations(model, every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, torch.optim.SGD(model.parameters(), 0.0), steps=4)
+    said = [str(w.message) for w in caught if "torch_fp8" in str(w.message)]
+    assert not watched.readings and len(said) == 1 and "two sampled steps" in said[0] and "model.train()" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"points": "layers.0.q_proj"}, r"points must be \{kind: patterns\}"),
+        ({"points": {"x": [3]}}, r"points must be \{kind: patterns\}"),
+        ({"points": {"x": 3}}, r"points must be \{kind: patterns\}"),
+        ({"points": {"x": ["layers.0.*_proj", "layers.1.*_proj"]}}, r"points\['x'\] gives 6 activations .*x/layers.0"),
+        ({"writer": 3}, r"writer must be what has add_scalar"),
+    ],
+)
+def test_points_and_writers_that_are_none(options, match):
+    model = Net()
+    with pytest.raises(ValueError, match=match):
+        fp8.activations(model, **options)
+    assert not hooks_of(model)

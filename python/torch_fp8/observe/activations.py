@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ..layers.mlp import Look
 from ..layers.transforms import is_transformed
 from ..table import html, plain
 from .points import Point, Points, clean, find_points, named_points, unwrapped
-from .sampled import Hook, Sampled
+from .sampled import Hook, Sampled, check_writer
 from .sharpness import sharpness
 
 
@@ -84,6 +85,7 @@ class Activations(Sampled):
     ) -> None:
         if not (isinstance(tau, float | int) and tau >= 0):
             raise ValueError(f"torch_fp8: tau must be a number that is not negative, got {tau!r}")
+        check_writer(writer)
         self.tau, self.writer = float(tau), writer
         self.readings: list[Reading] = []
         self._points = points or {}
@@ -92,12 +94,13 @@ class Activations(Sampled):
         self._gradients: tuple[list[str], Tensor | None] = [], None
         self._noted: dict[str, list[Tensor]] = {}  # loss and sharpness of the micro-batches
         self._losses_are_shares = False  # of the step's
+        self._without = 0  # so many samples in a row had no reading
         self._sees_sharpness = _sees_sharpness(model)
         super().__init__(model, every)
 
     def _find(self, model: nn.Module) -> list[Point]:
-        found = [point for point in find_points(model) if point.kind not in self._points]
-        found += named_points(model, self._points)
+        named = named_points(model, self._points)
+        found = [*(point for point in find_points(model) if point.kind not in self._points), *named]
         if not found:
             raise ValueError(
                 f"torch_fp8: {type(model).__name__} has no point that is known: neither q, k and v, nor the second "
@@ -158,6 +161,13 @@ class Activations(Sampled):
     def _after_sample(self) -> None:
         if self._has_begun():
             self._new_reading(Reading(self.step, self._tokens_so_far(), self._values()))
+        self._without = 0 if self._has_begun() else self._without + 1
+        if self._without == 2:
+            warnings.warn(
+                "torch_fp8: nothing of the model was seen in two sampled steps: only forwards in training mode are "
+                "(model.train()), with gradients, and not replayed from a CUDA graph",
+                stacklevel=2,
+            )
         self._counts.clear()
         self._gradients = [], None
 

@@ -20,7 +20,7 @@ from ..layers.linear import SUPPORTED_DTYPES, Layer
 from ..layers.scaled import Scaled, scaled_modules
 from ..state import Role
 from ..table import html, plain
-from .sampled import Hook, Sampled
+from .sampled import Hook, Sampled, check_writer
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Monitor(Sampled):
             raise ValueError(
                 f"torch_fp8: {type(model).__name__} has no FP8 layer to monitor; torch_fp8.convert it first"
             )
+        check_writer(writer)
         self.writer = writer
         self._samples: list[Sample] = []
         self._pending: dict[tuple[int, str, str], _Count] = {}  # still on the device

@@ -103,11 +103,14 @@ def named_points(model: nn.Module, points: Points) -> list[Point]:
     kind match equally many modules, which are taken side by side, first with first. A pattern that ends in ":input"
     means the first argument of its modules, another one their outputs."""
     modules = {clean(name): module for name, module in model.named_modules()}
-    found = []
+    found: list[Point] = []
+    if not isinstance(points, Mapping):
+        raise _not_points(points)
     for kind, given in points.items():
-        patterns = [given] if isinstance(given, str) else list(given)
-        if not kind or "/" in kind or not patterns:
-            raise ValueError(f"torch_fp8: points must be {{kind: patterns}} with kinds without '/', got {points!r}")
+        patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+        names = [kind, *patterns]
+        if not patterns or not all(isinstance(name, str) for name in names) or not kind or "/" in kind:
+            raise _not_points(points)
         is_input = [pattern.endswith(":input") for pattern in patterns]
         matches = [_matching(modules, pattern.removesuffix(":input")) for pattern in patterns]
         if len(set(is_input)) > 1 or len({len(match) for match in matches}) > 1:
@@ -119,7 +122,17 @@ def named_points(model: nn.Module, points: Points) -> list[Point]:
         for together in zip(*matches, strict=True):
             layer = together[0] if len(together) == 1 else together[0].rpartition(".")[0]
             found.append(Point(kind, layer, tuple(modules[name] for name in together), is_input[0]))
+        of_layers = [point.tag for point in found if point.kind == kind]
+        if len(set(of_layers)) < len(of_layers):
+            raise ValueError(
+                f"torch_fp8: points[{kind!r}] gives {len(of_layers)} activations {len(set(of_layers))} names, such as "
+                f"{of_layers[0]!r}; give each pattern a kind of its own"
+            )
     return found
+
+
+def _not_points(points: object) -> ValueError:
+    return ValueError(f"torch_fp8: points must be {{kind: patterns}} with kinds without '/', got {points!r}")
 
 
 def _matching(modules: Mapping[str, nn.Module], pattern: str) -> list[str]:

@@ -180,6 +180,11 @@ class Sampled:
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
 
+def check_writer(writer: Any) -> None:
+    is_one = callable(getattr(writer, "add_scalar", None))
+    check(writer is None or is_one, "writer", "what has add_scalar(tag, value, step)", writer)
+
+
 class Hook:
     """A hook that hangs in a sampled step. A copy or pickle of the model, made meanwhile, has one that does nothing."""
 
