@@ -787,3 +787,50 @@ def test_what_is_watched_and_never_seen_is_said():
             optimizer.step()
     said = [str(w.message) for w in caught if "torch_fp8" in str(w.message)]
     assert len(said) == 1 and "'loss', 'grad_norm/tokens.weight'" in said[0] and "note(loss=...)" in said[0]
+
+
+def test_arguments_of_another_kind_are_refused():
+    model = gpt()
+    for options, match in (
+        ({"metrics": [1]}, "metrics must be names"), ({"metrics": None}, "metrics must be names"),
+        ({"writer": 3}, "writer must be what has add_scalar"), ({"on_alarm": 3}, "on_alarm must be a function"),
+        ({"points": "x"}, "points must be"), ({"log": 3}, "log must be a path"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            fp8.watch(model, **options)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    watched = fp8.watch(model)
+    for told in ({"loss": "a"}, {"grad_norm": [1.0]}, {"loss": torch.ones(2)}):
+        with pytest.raises(ValueError, match=f"{next(iter(told))} must be a number"):
+            watched.note(**told)
+    assert not watched._told
+
+
+@pytest.mark.parametrize("part", ["trends", "alarms", "readings", "held", "step"])
+def test_a_state_with_a_part_that_is_none_leaves_the_watch_as_it_was(part):
+    model, optimizers, watched = resumable()
+    train(model, optimizers, 40, change=three_steps(30), sequences=2)
+    good = copy.deepcopy(watched.state_dict())
+    layer = next(iter(good["held"]))
+    bad = {
+        "trends": {**good["trends"], next(iter(good["trends"])): {"values": []}},
+        "alarms": [*good["alarms"], {"step": 3}],
+        "readings": [*good["readings"], [1, 2]],
+        "held": {layer: {"modules": good["held"][layer]["modules"]}},
+        "step": "3",
+    }[part]
+    with pytest.raises(ValueError, match=f"torch_fp8: a watch's state .*{part}"):
+        watched.load_state_dict({**good, part: bad})
+    assert watched.state_dict() == good and in_16_bits(model) == set(good["held"])
+
+
+def test_what_is_converted_anew_while_its_layer_is_held_is_held():
+    model, optimizers, watched = resumable()
+    train(model, optimizers, 40, change=three_steps(30), sequences=2)
+    held = set(watched.in_16_bits)
+    assert held
+    fp8.convert(model, fp8.CurrentScaling(), tokens=None)
+    train(model, optimizers, 1, 40, sequences=2)
+    assert in_16_bits(model) == set(watched.in_16_bits) == held
+    watched.close()
+    assert not in_16_bits(model)

@@ -9,8 +9,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor, nn, optim
@@ -118,6 +119,10 @@ class Watch(Activations):
         check(action in (None, "16bit"), "action", 'None or "16bit"', action)
         for name, value in (("in_a_row", in_a_row), ("hold", hold), ("at_most", at_most)):
             check(is_int(value, 1, 2**62), name, "a positive number", value)
+        check(on_alarm is None or callable(on_alarm), "on_alarm", "a function of an Alarm", on_alarm)
+        check(log is None or isinstance(log, str | os.PathLike), "log", "a path", log)
+        named = isinstance(metrics, str) or (isinstance(metrics, Sequence) and all(isinstance(m, str) for m in metrics))
+        check(named, "metrics", "names of metrics", metrics)
         if tokens is None and not _embeddings_of(model):
             raise ValueError(
                 f"torch_fp8: the tokens of {type(model).__name__} cannot be counted, since it has no nn.Embedding that "
@@ -181,6 +186,9 @@ class Watch(Activations):
         """What the watch cannot see of the optimizer step that comes next: its loss, the norm of its gradients before
         clipping, its number of tokens. May be called in every step, or in any."""
         check(tokens is None or is_int(tokens, 0, 2**62), "tokens", "a number", tokens)
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            is_one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real | None)
+            check(is_one, name, "a number or a tensor of one", value)
         given = {"loss": loss, "grad_norm": grad_norm, "tokens": tokens}
         self._told |= {name: value for name, value in given.items() if value is not None}
 
@@ -248,6 +256,9 @@ class Watch(Activations):
         self._told.clear()
         for layer in [layer for layer, until in self.in_16_bits.items() if self.step + 1 >= until]:
             self._release(layer)
+        for layer, names in self._held.items():  # what was converted anew meanwhile is held too
+            new = self._fp8_of(layer)
+            self._keep_in_16_bits(layer, [*names, *(name for name in new if name not in names)], self.in_16_bits[layer])
 
     # ---- alarms ------------------------------------------------------------------------------------------------------
 
@@ -346,6 +357,11 @@ class Watch(Activations):
         if not isinstance(state, Mapping) or set(state) != wanted:
             got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"torch_fp8: a watch's state has {sorted(wanted)}, got {got}")
+        if (part := _part_that_is_none(state)) is not None:
+            raise ValueError(
+                f"torch_fp8: a watch's state has {part!r} as state_dict gave it, got {state[part]!r:.200}; the file is "
+                "damaged, or of another version"
+            )
         model = self._model()
         ours = set() if model is None else set(scaled_modules(model))
         points = {f"{metric}/{tag}" for metric in _GROWING for tag in self._tags}
@@ -436,6 +452,37 @@ def read_log(path: StrPath) -> list[dict[str, Any]]:
 
 
 _GROWING = tuple(metric for metric in METRICS if metric not in ("mean", "outliers"))
+
+
+def _part_that_is_none(state: Mapping[str, Any]) -> str | None:
+    """The key of a watch's state under which there is something else."""
+
+    def has(value: Any, keys: Iterable[str]) -> bool:
+        return isinstance(value, Mapping) and set(value) == set(keys)
+
+    def all_of(values: Any, kind: type, is_one: Callable[[Any], bool]) -> bool:
+        if not isinstance(values, kind):
+            return False
+        return all(is_one(value) for value in (values.values() if isinstance(values, Mapping) else values))
+
+    def is_held(value: Any) -> bool:
+        return (
+            has(value, ("modules", "until")) and isinstance(value["modules"], list) and is_int(value["until"], 0, 2**62)
+        )
+
+    def is_reading(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 3 and isinstance(value[2], Mapping)
+
+    is_good = {
+        "step": is_int(state["step"], 0, 2**62),
+        "tokens": is_int(state["tokens"], 0, 2**62),
+        "of_step": state["of_step"] is None or is_int(state["of_step"], 0, 2**62),
+        "trends": all_of(state["trends"], Mapping, lambda value: has(value, vars(Trend()))),
+        "alarms": all_of(state["alarms"], list, lambda value: has(value, Alarm.__dataclass_fields__)),
+        "held": all_of(state["held"], Mapping, is_held),
+        "readings": all_of(state["readings"], list, is_reading),
+    }
+    return next((part for part, good in is_good.items() if not good), None)
 
 
 def _trend_of(tag: str) -> Trend:
