@@ -77,8 +77,10 @@ def watch(
 
     metrics: which series are watched, by name ("kurtosis", "kurtosis/qkv", "rms/block", "grad_norm", "loss") or by
         pattern of the whole tag ("kurtosis/*/layers.3*"); all that ``activations`` has but mean and outliers, which
-        may be 0 or negative. The default is what the paper speaks of. The others may jump in a healthy run, as an FFN
-        learns to switch features on; then they raise an alarm too.
+        may be 0 or negative. The default is what the paper speaks of. It sees features that grow beyond the others, not
+        what grows as a whole, such as attention's logits or activations under a learning rate that is too high:
+        "rms/qkv" sees that. The others may jump in a healthy run, as an FFN learns to switch features on; then they
+        raise an alarm too.
     tokens: of an optimizer step, over all micro-batches and ranks. None: counted in sampled steps where the model looks
         them up in its embedding (the one with most look-ups in a step), on this rank; steps between have as many.
         ``note`` tells others. Give them where a GradScaler skips steps: tokens of skipped ones are counted with the
@@ -88,7 +90,8 @@ def watch(
         ``hold`` steps, at most ``at_most`` layers at once, those that are furthest out first; a layer that is out still
         when a place becomes free has its turn then. After that they are in FP8 again, scaled by their own amaxes at
         first, and raise an alarm again if they are out still. Closing the watch undoes it. A compiled model compiles
-        anew at either change, and a captured CUDA graph does not see it. Each rank acts by its own alarms.
+        anew at either change, and a captured CUDA graph does not see it. Each rank acts by its own alarms, so that ranks
+        may hold different layers.
     log: a file to which every sample, alarm and action is appended at once, as a JSON object a line; what is there
         stays. ``torch_fp8.observe.watch.read_log`` reads it. Where log or writer raise OSError in training (a full
         disk), a warning says so once, and training goes on without it.
@@ -461,9 +464,8 @@ def _part_that_is_none(state: Mapping[str, Any]) -> str | None:
         return isinstance(value, Mapping) and set(value) == set(keys)
 
     def all_of(values: Any, kind: type, is_one: Callable[[Any], bool]) -> bool:
-        if not isinstance(values, kind):
-            return False
-        return all(is_one(value) for value in (values.values() if isinstance(values, Mapping) else values))
+        each = values.values() if isinstance(values, Mapping) else values
+        return isinstance(values, kind) and all(is_one(value) for value in each)
 
     def is_held(value: Any) -> bool:
         return (
