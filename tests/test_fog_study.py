@@ -69,7 +69,7 @@ def records_of(out):
 # ---- whole studies ---------------------------------------------------------------------------------------------------
 
 
-def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
+def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, monkeypatch):
     study = ["provoke", *TINY, "--architectures", "fog-max", "--arms", "bf16", "fp8-attention", "--rates", "3"]
     whole = run(*study, "--jobs", "2", tokens=tokens, out=tmp_path / "whole")
     assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
@@ -93,9 +93,9 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
     assert "loss_fp8" in records[-1]["result"]
 
     for other in (["--lr", "1e-2"], ["--steps", "13"]):
-        refused = run(*study, *other, tokens=tokens, out=out)
-        assert refused.returncode == 2 and "holds another run: it differs in" in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", command(*study, *other, tokens=tokens, out=out)[1:])
+        with pytest.raises(UserError, match="holds another run: it differs in"):
+            fog.main()
     assert records_of(out) == records_of(tmp_path / "whole")
 
 
@@ -405,7 +405,7 @@ def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
         merged(path, [done])
 
 
-def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens):
+def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens, monkeypatch):
     for study in ("provoke", "parity", "kurtosis"):
         names = ["llama3", "fog-max"] if study == "kurtosis" else ["fog-max"]
         arms = ["bf16", "bf16-again", "fp8-attention"] if study == "parity" else ["bf16"]
@@ -422,9 +422,9 @@ def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tok
     assert "1 pairs" in text and "BF16 against itself" in text and "cannot be claimed here" in text
     for folder in folders[1:]:
         shutil.rmtree(folder)
-    again = subprocess.run([*FOG, "report", *map(str, to)], capture_output=True, text=True)
-    assert again.returncode == 0 and (tmp_path / "page" / "fog.md").read_text() == text
-    wrong = subprocess.run(
-        [*FOG, "report", "--runs", str(tmp_path / "data"), *map(str, to)], capture_output=True, text=True
-    )
+    monkeypatch.setattr(sys, "argv", ["fog.py", "report", *map(str, to)])
+    assert fog.main() == 0 and (tmp_path / "page" / "fog.md").read_text() == text
+    again = [*FOG, "report", "--runs", str(tmp_path / "data"), *map(str, to)]
+    wrong = subprocess.run(again, capture_output=True, text=True)
     assert wrong.returncode == 2 and "must be folders of runs of this study" in wrong.stderr
+    assert wrong.stderr.count("\n") == 1
