@@ -200,10 +200,11 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight, const c10
   return run(x, weight, bias, call);
 }
 
-at::Tensor new_slots(c10::Device device, int64_t bias, int64_t grad_bias) {
+at::Tensor new_slots(c10::Device device, int64_t bias, int64_t grad_bias, c10::optional<int64_t> weight_bias) {
+  const int64_t biases[kRoles] = {bias, weight_bias.value_or(bias), grad_bias};
   at::Tensor slots = at::zeros({kRoles, 4}, at::TensorOptions(at::kFloat).device(at::kCPU));
   for (int role = 0; role < kRoles; ++role) {
-    const int64_t b = role == kGradOutput ? grad_bias : bias;
+    const int64_t b = biases[role];
     slots[role][0] = std::ldexp(1.0, static_cast<int>(-b));
     slots[role][1] = std::ldexp(1.0, static_cast<int>(b));
   }

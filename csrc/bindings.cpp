@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("dtype", &Cast::dtype)
       .def_readonly("scaling", &Cast::scaling)
       .def_readonly("power_of_two", &Cast::power_of_two)
+      .def_property_readonly("rounding", &Cast::rounding)
       .def_readonly("margin", &Cast::margin)
       .def_property_readonly("target", &Cast::target)
       .def_property_readonly("packed", &Cast::packed);
@@ -210,7 +211,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(), py::arg("weight"), py::arg("activations"),
       py::arg("x_dtype"), py::arg("dtype"), py::arg("is_aligned") = true, py::arg("on_cuda") = true,
       py::arg("gradient") = false);
-  m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0);
+  m.def("new_slots", &new_slots, py::arg("device"), py::arg("bias") = 0, py::arg("grad_bias") = 0,
+        py::arg("weight_bias") = py::none());
 
   py::class_<GemmProblem>(m, "GemmProblem")
       .def(py::init([](int64_t m, int64_t n, int64_t k, at::ScalarType a, at::ScalarType b, at::ScalarType out,

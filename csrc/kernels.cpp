@@ -20,7 +20,7 @@ const Kernels& meta_kernels() {
   static const Kernels table = [] {
     Kernels none{};
     none.amax = [](const Matrix&, float*) {};
-    none.scale_from_amax = [](const float*, Slot*, float, bool) {};
+    none.scale_from_amax = [](const float*, Slot*, float, int) {};
     none.quantize = [](const QuantizeArgs&) {};
     none.activate = [](const ActivationArgs&) {};
     none.activate_rows = [](const ActivationRowsArgs&) {};

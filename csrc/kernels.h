@@ -55,7 +55,7 @@ struct QuantizeArgs {
 struct RecastArgs {
   QuantizeArgs cast;  // as it ran; cast.amax, not null, covers x by now
   float target;       // fp8_max / 2^margin
-  bool power_of_two;
+  int margin;         // as scale_for takes it
 };
 
 // One or two small casts in one launch, each with the amax that it needs: the same codes, scales and amaxes as amax,
@@ -64,8 +64,8 @@ enum class ScaleBy : uint8_t { kSlot, kSlotIfFit, kOwnAmax };  // quantize; quan
 struct SmallCast {
   QuantizeArgs cast;  // without column_sums; where scaled by the own amax, slot is not read
   ScaleBy scale_by;
-  float target;  // as in RecastArgs
-  bool power_of_two;
+  float target;  // these two as in RecastArgs
+  int margin;
 };
 struct SmallCasts {
   SmallCast casts[2];  // of one type and format
@@ -361,9 +361,9 @@ struct TimedAlgorithm {
 struct RoleState {
   Slot* slot;
   float* history;  // length: a ring of amaxes
-  int32_t length : 31;
-  uint32_t power_of_two : 1;
-  float target;  // fp8_max / 2^margin
+  int32_t length : 24;
+  int32_t margin : 8;  // these two as scale_for takes them
+  float target;
 };
 static_assert(sizeof(RoleState) == 24, "over a thousand of them fit a kernel's arguments");
 
@@ -415,7 +415,7 @@ struct RoleAmaxesArgs {
   uint32_t record, own;
   struct {
     float target;
-    bool power_of_two;
+    int margin = kExact;
   } casts[kAttentionRoles];
 };
 TORCH_FP8_HOST_DEVICE inline float amax_of_role(const RoleAmaxesArgs& args, int role) {
@@ -466,7 +466,7 @@ struct Kernels {
   // parts (kAmaxParts): their largest is max |x|.
   void (*amax)(const Matrix& x, float* parts);
   // The slot of what those parts belong to: scale 1 where the amax is 0, Inf or NaN.
-  void (*scale_from_amax)(const float* parts, Slot* slot, float target, bool power_of_two);
+  void (*scale_from_amax)(const float* parts, Slot* slot, float target, int margin);
   void (*quantize)(const QuantizeArgs& args);
   void (*recast)(const RecastArgs& args);
   void (*activate)(const ActivationArgs& args);

@@ -47,9 +47,13 @@ void LinearImpl::reset_parameters() {
     torch::nn::init::uniform_(bias, -bound, bound);
   }
   const torch_fp8::LinearOptions& recipe = options.recipe();
-  const int64_t c = options.constant_bias();
-  slots.copy_(recipe.scaling == Scaling::kConstant ? new_slots(at::kCPU, c - recipe.margin, c - recipe.grad_margin)
-                                                   : new_slots(at::kCPU));
+  if (recipe.scaling == Scaling::kConstant) {
+    const int64_t c = options.constant_bias();
+    slots.copy_(new_slots(at::kCPU, c - recipe.margin, options.constant_grad_bias().value_or(c) - recipe.grad_margin,
+                          options.constant_weight_bias().value_or(c) - recipe.margin));
+  } else {
+    slots.copy_(new_slots(at::kCPU));
+  }
   history.zero_();
   place = {};
   renew_memo();
@@ -184,8 +188,11 @@ void update_scales(const torch::nn::Module& module) {
     if (layer->options.recipe().scaling == Scaling::kConstant) continue;
     slots.push_back(layer->slots);
     histories.push_back(layer->history);
-    for (int role = 0; role < kRoles; ++role) targets.push_back(layer->options.recipe().cast(role).target());
-    power_of_two.push_back(layer->options.recipe().power_of_two);
+    for (int role = 0; role < kRoles; ++role) {
+      const Cast cast = layer->options.recipe().cast(role);
+      targets.push_back(cast.target());
+      power_of_two.push_back(cast.rounding());
+    }
   }
   std::vector<std::vector<LinearImpl*>> to_compare;
   for (const auto& [siblings, members] : groups) {

@@ -18,6 +18,8 @@ LinearOptions layer_options(const MLPOptions& options, int64_t in_features, int6
       .recipe(options.recipe())
       .amax_history_len(options.amax_history_len())
       .constant_bias(options.constant_bias())
+      .constant_weight_bias(options.constant_weight_bias())
+      .constant_grad_bias(options.constant_grad_bias())
       .recompute(options.recompute());
 }
 

@@ -50,7 +50,10 @@ void update_scales_(at::TensorList slots, at::TensorList histories, at::ArrayRef
       state.slot = slots_of(slots[i]) + role;
       state.history = history + role * length;
       state.length = length;
-      state.power_of_two = power_of_two[one_a_layer ? i : index] != 0;
+      const int64_t rounding = power_of_two[one_a_layer ? i : index];
+      TORCH_CHECK_VALUE(rounding >= 0 && rounding <= 32,
+                        "torch_fp8: a power_of_two must be 0, or 1 + a margin from 0 to 31, got ", rounding);
+      state.margin = static_cast<int32_t>(rounding) - 1;
       state.target = static_cast<float>(target);
       states.push_back(state);
     }

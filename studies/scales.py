@@ -3,88 +3,52 @@
     python studies/scales.py tokens --data FILE --tokenizer DIR --tokens TOKENS    # once: the text as token ids
     python studies/scales.py parity --tokens TOKENS --out DIR    # FP8 beside BF16, with paired seeds
     python studies/scales.py window --tokens TOKENS --out DIR    # which constants CSCALE works with, by model size
+    python studies/scales.py infer --checkpoint PATH --tokens TOKENS --out DIR    # the same, of a model that is there
+    python studies/scales.py finetune --checkpoint PATH --tokens TOKENS --out DIR    # FP8 beside BF16 and FP16
+    python studies/scales.py models    # every model by name: what FP8 saves of its memory, and how many FLOPs it takes
+    python studies/scales.py report --runs DIR [DIR ...]    # docs/scales.md and its pictures, from all runs so far
 
-Each writes a folder of runs, prints what is still missing, and goes on where it was interrupted when it is called again
-with the same arguments. Several runs share a GPU (--jobs), and all GPUs of the machine are used.
+parity, window, infer and finetune write a folder of runs, print what is still missing, and go on where they were
+interrupted when they are called again with the same arguments. Several runs share a GPU (--jobs), and all GPUs of the
+machine are used.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch_fp8 as fp8
+from lib.arms import ARMS, arm, inner_layers, make_model
 from lib.biases import Biases
+from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus
-from lib.emulation import by_amax, by_constant, by_histogram, emulated
-from lib.policies import E4M3, GRAPHCORE_E4M3
+from lib.costs import costs_table
+from lib.inference import infer, policies, sweep
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, claim
-from lib.training import Plan, Training, check_text, validate
-from torch import nn
+from lib.runs import Run, Spec, all_runs, claim
+from lib.scales_figures import draw
+from lib.scales_page import page
+from lib.scales_results import condensed, merged, sizes_of
+from lib.training import Plan, Training, check_text
+from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
-from examples.gpt.tokens import Corpus
-from models.names import named
+from examples.gpt.tokens import GPT2, Bytes, Codec, Corpus
+from models.names import Named, named
 
 ROOT = Path(__file__).parents[1]
-
-# The paper's constant c is one for all tensors, and gradients have a margin of 3 besides. On this hardware's E4M3,
-# whose exponent bias is lower by one, that is c + 1 for inputs and weights; E5M2 is the same: c - 3.
-_GRAD_MARGIN = 3
-_LOSS_SCALE = 2.0**16  # with constants: BF16's gradients are far below what a constant that suits weights can hold
-
-
-def constant(c: int) -> Spec:
-    """FP8-CSCALE with the paper's constant c."""
-    recipe = {"kind": "ConstantScaling", "bias": c + 1, "grad_margin": _GRAD_MARGIN + 1}
-    return {"recipe": recipe, "loss_scale": _LOSS_SCALE}
-
-
-ARMS: dict[str, Spec] = {
-    "bf16": {},
-    "bf16-again": {},  # the same seed twice: what the GPU's order of sums alone does
-    "fp16": {"dtype": "float16"},
-    "delayed": {"recipe": {"kind": "DelayedScaling"}},
-    "current": {"recipe": {"kind": "CurrentScaling"}},
-    "amax": {"recipe": {"kind": "CurrentScaling", "power_of_two": True, "grad_margin": _GRAD_MARGIN}},
-    "e4m3": {"recipe": {"kind": "DelayedScaling", "fp8_format": "E4M3"}},
-    "wgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "dgrad"]}},
-    "dgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "wgrad"]}},
-    "fprop16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["dgrad", "wgrad"]}},
-    "recent": {"recipe": {"kind": "DelayedScaling", "amax_compute_algo": "most_recent"}},
-    "history16": {"recipe": {"kind": "DelayedScaling", "amax_history_len": 16}},
-    "margin1": {"recipe": {"kind": "DelayedScaling", "margin": 1}},
-    "exact-sums": {"recipe": {"kind": "DelayedScaling", "fast_accum": []}},
-}
-
-
-def arm(name: str) -> Spec:
-    """What an arm changes of a training; ``cscale:C`` has the constant C."""
-    if name in ARMS:
-        return ARMS[name]
-    kind, _, value = name.partition(":")
-    if kind == "cscale" and value.lstrip("-").isdigit() and -16 <= int(value) <= 16:
-        return constant(int(value))
-    raise UserError(f"--arms takes {', '.join(ARMS)} and cscale:C with C from -16 to 16, got {name!r}")
-
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: int) -> Spec:
+def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: int, lr: float) -> Spec:
     """All that decides a training in 16 bits."""
-    try:
-        size = named(model)
-    except ValueError as error:
-        raise UserError(f"--models: {error}") from error
     tokens = args.batch * args.context
     steps = max(1, round(args.train_tokens / max(1, tokens))) if args.steps is None else args.steps
-    width = getattr(size.shape, "n_embd", None) or size.shape.hidden
     return {
         "model": model,
         "seed": seed,
@@ -92,7 +56,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: in
         "batch": args.batch,
         "micro_batch": min(args.micro_batch, args.batch),
         "context": args.context,
-        "lr": min(3e-3, 0.46 / width) if args.lr is None else args.lr,  # 6e-4 for GPT-2's width of 768
+        "lr": lr,
         "warm_up": steps // 20,
         "cooldown": steps // 5,
         "schedule": "wsd",
@@ -100,8 +64,15 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: in
         "dtype": "bfloat16",
         "loss_scale": 1.0,
         "data": corpus.fingerprint,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": _device(),
     }
+
+
+def learning_rate(args: argparse.Namespace, model: str) -> float:
+    """Of a training from scratch: by default by the model's width, 6e-4 for GPT-2's 768."""
+    shape = _known(model).shape
+    width = getattr(shape, "n_embd", None) or shape.hidden
+    return min(3e-3, 0.46 / width) if args.lr is None else args.lr
 
 
 def parity_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
@@ -109,23 +80,76 @@ def parity_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
     for seed in range(args.seeds):  # whole pairs first: an interrupted study can already be read
         for model in args.models:
             for name in args.arms:
-                spec = training_spec(args, corpus, model, seed) | arm(name)
+                spec = training_spec(args, corpus, model, seed, learning_rate(args, model)) | arm(name)
                 record = args.record if seed == 0 else 0
                 specs[_folder(model, name, seed)] = {"study": "parity", "arm": name, "record": record, **spec}
     return specs
 
 
 def window_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
-    constants = list(range(args.constants[0], args.constants[1] + 1))
-    if not constants:
-        raise UserError(f"the sweep is empty: --constants must rise, got {args.constants[0]} and {args.constants[1]}")
+    constants = _constants(args)
     specs = {}
     for seed in range(args.seeds):
         for model in args.models:
-            spec = training_spec(args, corpus, model, seed)
+            spec = training_spec(args, corpus, model, seed, learning_rate(args, model))
             more = {"study": "window", "arm": "bf16", "record": args.record, "sweep": constants}
             specs[_folder(model, "bf16", seed)] = more | {"sweep_tokens": args.sweep_tokens, **spec}
     return specs
+
+
+def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
+    constants = _constants(args)
+    given = Checkpoint(args.checkpoint) if args.checkpoint else None
+    models = [given.name] if given else [model for model in args.models if _known(model)]
+    every = {
+        "study": "infer",
+        "checkpoint": given and given.digest,
+        "arm": "bf16",
+        "seed": 0,
+        "steps": len(policies(constants)),
+        "batch": args.micro_batch,
+        "micro_batch": args.micro_batch,
+        "context": args.context,
+        **{"lr": 0.0, "warm_up": 0, "cooldown": 0},
+        "validated": args.sweep_tokens,
+        "sweep": constants,
+        "sweep_tokens": args.sweep_tokens,
+        "data": corpus.fingerprint,
+        "device": _device(),
+    }
+    return {f"{model}_infer": {"model": model, **every} for model in models}
+
+
+def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
+    checkpoint = Checkpoint(args.checkpoint)
+    specs = {}
+    for seed in range(args.seeds):
+        for name in args.arms:
+            spec = training_spec(args, corpus, checkpoint.name, seed, args.lr) | arm(name)
+            more = {"study": "finetune", "checkpoint": checkpoint.digest, "arm": name}
+            specs[_folder(checkpoint.name, name, seed)] = more | {"record": 0 if seed else args.record} | spec
+    return specs
+
+
+SPECS = {"parity": parity_specs, "window": window_specs, "infer": infer_specs, "finetune": finetune_specs}
+
+
+def _known(model: str) -> Named:
+    try:
+        return named(model)
+    except ValueError as error:
+        raise UserError(f"--models: {error}") from error
+
+
+def _constants(args: argparse.Namespace) -> list[int]:
+    low, high = args.constants
+    if low > high:
+        raise UserError(f"the sweep is empty: --constants must rise, got {low} and {high}")
+    return list(range(low, high + 1))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _folder(model: str, arm: str, seed: int) -> str:
@@ -135,54 +159,38 @@ def _folder(model: str, arm: str, seed: int) -> str:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
-def make_recipe(recipe: Spec) -> fp8.Recipe:
-    return getattr(fp8, recipe["kind"])(**{name: value for name, value in recipe.items() if name != "kind"})
-
-
-def make_model(spec: Spec, corpus: Corpus, device: torch.device) -> nn.Module:
-    """Random weights of the run's seed, with every linear layer but the head in FP8 where the arm has a recipe."""
-    with device:
-        model = named(spec["model"]).build(corpus.vocab, spec["context"])
-    return fp8.convert(model, make_recipe(spec["recipe"]), tokens=None) if "recipe" in spec else model
-
-
-def inner_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that FP8 takes: all but the head."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    return {name: layer for name, layer in layers.items() if name != "head"}
-
-
-def perform(run: Run, corpus: Corpus, device: torch.device, stop: Callable[[], bool]) -> bool:
+def perform(
+    run: Run, corpus: Corpus, device: torch.device, stop: Callable[[], bool], checkpoint: Path | None = None
+) -> bool:
     spec = run.spec
-    model = make_model(spec, corpus, device)
+    given = Checkpoint(checkpoint) if checkpoint else None
+    if spec["study"] == "infer":
+        return infer(run, make_model(spec, corpus, device, given, torch.bfloat16), corpus, device, stop)
+    model = make_model(spec, corpus, device, given)
     observer = Biases(inner_layers(model), spec["record"], spec["loss_scale"]) if spec["record"] else None
     training = Training(run, model, corpus, device, observer)
     finish = (lambda: sweep(model, spec, corpus, device)) if spec.get("sweep") else None
     return training.go_on(stop, finish)
 
 
-def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """Inference under every policy on the same tokens: loss and accuracy by the policy's name, and every tensor's bias
-    over one micro-batch. Names with ``gc-`` have Graphcore's formats; they and histograms are emulated."""
-    plan = Plan.of({**spec, "validated": spec["sweep_tokens"]})
-    layers = inner_layers(model)
-    found = {"bf16": validate(model, corpus, plan, device)}
-    biases = Biases(layers)
-    with biases.watch():
-        validate(model, corpus, Plan.of({**spec, "validated": spec["micro_batch"] * spec["context"]}), device)
-    recipes = {name: ARMS[name]["recipe"] for name in ("current", "amax")}
-    recipes |= {f"cscale:{c}": constant(c)["recipe"] for c in spec["sweep"]}
-    for name, recipe in recipes.items():
-        fp8.convert(model, make_recipe(recipe), tokens=None)
-        found[name] = validate(model, corpus, plan, device)
-        fp8.revert(model)
-    rules = {"histogram": (by_histogram, E4M3), "gc-amax": (by_amax, GRAPHCORE_E4M3)}
-    rules["gc-histogram"] = by_histogram, GRAPHCORE_E4M3
-    rules |= {f"gc-cscale:{c}": (by_constant(c), GRAPHCORE_E4M3) for c in spec["sweep"] if c % 4 == 0}
-    for name, (rule, to) in rules.items():
-        with emulated(layers, rule, to):
-            found[name] = validate(model, corpus, plan, device)
-    return {"inference": found, **biases.seen()}
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(runs: Sequence[Path], data: Path, to: Path) -> None:
+    """Add what these folders of runs have to ``data``/runs.jsonl, draw its pictures beside it and write the page."""
+    new = []
+    for folder in runs:
+        found = all_runs(folder)
+        if not found:
+            raise UserError(f"--runs must be folders of runs, {folder} has none")
+        new += [condensed(run) for run in found]
+    lines = merged(data / "runs.jsonl", new)
+    sizes = sizes_of(lines)
+    pictures = draw(data, lines, sizes)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(to) as temporary:
+        temporary.write_text(page(lines, pictures, sizes, os.path.relpath(data, to.parent)), encoding="utf-8")
+    print(f"{to}: {sum(line.result is not None for line in lines)} of {len(lines)} runs, {len(pictures)} pictures")
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -196,46 +204,91 @@ def parse_arguments() -> argparse.Namespace:
 
     add = commands.add_parser("tokens", allow_abbrev=False, help="tokenise a text, once").add_argument
     add("--data", type=Path, metavar="FILE_OR_FOLDER", help="default: the source of Python's standard library")
-    add("--tokenizer", type=Path, metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe; default: bytes")
+    which = commands.choices["tokens"].add_mutually_exclusive_group()
+    words = "folder with GPT-2's encoder.json and vocab.bpe; default: bytes"
+    which.add_argument("--tokenizer", type=Path, metavar="DIR", help=words)
+    which.add_argument("--checkpoint", type=Path, metavar="PATH", help="a model whose tokens they are to be")
     add("--tokens", type=Path, required=True, metavar="FILE", help="to write; .xz compresses it")
     add("--val-share", type=float, default=0.19, metavar="X", help="of the documents, for validation (default: 0.19)")
 
     parity = commands.add_parser("parity", allow_abbrev=False, help="FP8 beside BF16, with paired seeds")
-    _add_training(parity, seeds=5, models=["gpt-124M", "llama-127M"], train_tokens=100e6, record=0)
-    parity.add_argument(
-        "--arms",
-        nargs="+",
-        default=["bf16", "bf16-again", "delayed", "current", "amax", "cscale:2", "e4m3", "wgrad16"],
-        metavar="ARM",
-        help=f"{', '.join(ARMS)}, cscale:C",
-    )
+    _add_training(parity, seeds=5, train_tokens=100e6, record=0)
+    _add_models(parity, ["gpt-124M", "llama-127M"])
+    _add_arms(parity, "bf16", "bf16-again", "delayed", "current", "amax", "cscale:2", "e4m3", "wgrad16")
 
     window = commands.add_parser("window", allow_abbrev=False, help="which constants CSCALE works with")
-    sizes = ["gpt-31M", "gpt-73M", "cerebras-gpt-111M", "cerebras-gpt-256M"]
-    _add_training(window, seeds=1, models=sizes, train_tokens=20e6, record=100)
-    window.add_argument("--constants", type=int, nargs=2, default=(-16, 16), metavar=("LOW", "HIGH"))
-    window.add_argument("--sweep-tokens", type=int, default=1 << 19, metavar="N", help="of inference under each policy")
+    _add_training(window, seeds=1, train_tokens=20e6, record=100)
+    _add_models(window, ["gpt-31M", "gpt-73M", "cerebras-gpt-111M", "cerebras-gpt-256M"])
+    _add_sweep(window)
+
+    infer = commands.add_parser("infer", allow_abbrev=False, help="a checkpoint, or random weights, under every policy")
+    _add_runs(infer)
+    which = infer.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", type=Path, metavar="PATH", help="a .gguf file, or a folder of transformers'")
+    which.add_argument("--models", nargs="+", metavar="NAME", help="with random weights")
+    _add_sweep(infer)
+
+    finetune = commands.add_parser("finetune", allow_abbrev=False, help="a checkpoint, beside BF16 and FP16")
+    _add_training(finetune, seeds=3, train_tokens=4e6, record=20, batch=16, lr=1e-4, val_tokens=1 << 20)
+    finetune.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a .gguf file, or a folder")
+    _add_arms(finetune, "bf16", "bf16-again", "fp16", "delayed", "current", "amax", "cscale:-3", "e4m3")
+
+    commands.add_parser("models", allow_abbrev=False, help="what FP8 saves in every model by name")
+
+    add = commands.add_parser("report", allow_abbrev=False, help="write docs/scales.md and its pictures").add_argument
+    add("--runs", type=Path, nargs="+", default=[], metavar="DIR", help="folders of runs; default: none that are new")
+    add(
+        "--data", type=Path, default=ROOT / "studies" / "results" / "scales", metavar="DIR", help="what is kept of them"
+    )
+    add("--page", type=Path, default=ROOT / "docs" / "scales.md", metavar="FILE")
     return parser.parse_args()
 
 
-def _add_training(
-    parser: argparse.ArgumentParser, *, seeds: int, models: list[str], train_tokens: float, record: int
-) -> None:
+def _add_runs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokens", type=Path, required=True, metavar="FILE", help="what the command `tokens` wrote")
     add("--out", type=Path, required=True, metavar="DIR", help="a folder of runs; what is done there is not repeated")
-    add("--models", nargs="+", default=models, metavar="NAME", help=f"default: {' '.join(models)}")
-    add("--seeds", type=int, default=seeds, metavar="N")
-    add("--train-tokens", type=float, default=train_tokens, metavar="N", help="of each training; or --steps")
-    add("--steps", type=int, metavar="N")
-    add("--batch", type=int, default=64, metavar="N", help="sequences of an optimizer step (default: 64)")
-    add("--micro-batch", type=int, default=16, metavar="N", help="sequences of a pass (default: 16)")
     add("--context", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
-    add("--lr", type=float, metavar="X", help="peak learning rate; default: by the model's width")
-    add("--val-tokens", type=int, default=1 << 22, metavar="N", help="of validation at the end (default: 4,194,304)")
-    add("--record", type=int, default=record, metavar="N", help="record the biases of each so many steps; 0: never")
+    add("--micro-batch", type=int, default=16, metavar="N", help="sequences of a pass (default: 16)")
     add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU")
     add("--minutes", type=float, metavar="N", help="stop, and save what is on its way, after so many")
+
+
+def _add_training(
+    parser: argparse.ArgumentParser,
+    *,
+    seeds: int,
+    train_tokens: float,
+    record: int,
+    batch: int = 64,
+    lr: float | None = None,
+    val_tokens: int = 1 << 22,
+) -> None:
+    _add_runs(parser)
+    add = parser.add_argument
+    add("--seeds", type=int, default=seeds, metavar="N", help=f"default: {seeds}")
+    add("--train-tokens", type=float, default=train_tokens, metavar="N", help="of each training; or --steps")
+    add("--steps", type=int, metavar="N")
+    add("--batch", type=int, default=batch, metavar="N", help=f"sequences of an optimizer step (default: {batch})")
+    add("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate; default: {lr or 'by the width'}")
+    add("--val-tokens", type=int, default=val_tokens, metavar="N", help=f"at the end (default: {val_tokens:,})")
+    add("--record", type=int, default=record, metavar="N", help="record the biases of each so many steps; 0: never")
+
+
+def _add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    words = f"default: {' '.join(default)}"
+    parser.add_argument("--models", nargs="+", default=list(default), metavar="NAME", help=words)
+
+
+def _add_arms(parser: argparse.ArgumentParser, *default: str) -> None:
+    words = f"{', '.join(ARMS)}, cscale:C"
+    parser.add_argument("--arms", nargs="+", default=list(default), metavar="ARM", help=words)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--constants", type=int, nargs=2, default=(-16, 16), metavar=("LOW", "HIGH"))
+    add("--sweep-tokens", type=int, default=1 << 19, metavar="N", help="of inference under each policy")
 
 
 def main() -> int:
@@ -245,16 +298,34 @@ def main() -> int:
     if args.command == "tokens":
         if not 0 < args.val_share < 1:
             raise UserError(f"--val-share must be between 0 and 1, got {args.val_share}")
-        corpus = make_tokens(args.data, args.tokenizer, args.val_share)
+        corpus = tokenise(args)
         save_corpus(args.tokens, corpus)
         print(f"{args.tokens}: {corpus}")
         return 0
+    if args.command == "models":
+        print(costs_table())
+        return 0
+    if args.command == "report":
+        report(args.runs, args.data, args.page)
+        return 0
     corpus = read_corpus(args.tokens)
-    specs = {"parity": parity_specs, "window": window_specs}[args.command](args, corpus)
+    specs = SPECS[args.command](args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
     runs: Sequence[Run] = claim(args.out, specs)
-    return work(__file__, args.out, runs, args.tokens, jobs=args.jobs, minutes=args.minutes)
+    checkpoint = getattr(args, "checkpoint", None)
+    return work(__file__, args.out, runs, args.tokens, jobs=args.jobs, minutes=args.minutes, checkpoint=checkpoint)
+
+
+def tokenise(args: argparse.Namespace) -> Corpus:
+    codec: Codec = Bytes()
+    of = "bytes"
+    if args.checkpoint:
+        checkpoint = Checkpoint(args.checkpoint)
+        codec, of = checkpoint.codec(), f"tokens of {checkpoint.name}"
+    elif args.tokenizer:
+        codec, of = GPT2(args.tokenizer), "GPT-2 BPE"
+    return make_tokens(args.data, codec, of, args.val_share)
 
 
 def _complain(words: str) -> int:

@@ -34,11 +34,13 @@ def exact_scale(amax: float, dtype: torch.dtype, margin: int = 0) -> float:
 
 
 def power_of_two_scale(amax: float, dtype: torch.dtype, margin: int = 0) -> float:
-    """2^b with b = clip(floor(log2(fp8_max / amax)) - margin, -31, 31), as arXiv 2309.17224 has it."""
+    """2^b with b = clip(clip(floor(log2(fp8_max / amax)), -31, 31) - margin, -31, 31), as arXiv 2309.17224 has it."""
     if not 0 < amax < float("inf"):
         return 1.0
-    b = int(np.floor(np.log2(np.float64(MAX[dtype]) / np.float64(amax)))) - margin
-    return 2.0 ** max(-31, min(31, b))
+    mantissa, exponent = math.frexp(amax)  # of [0.5, 1); both formats' maxima are 0.875 * 2**e
+    b = math.frexp(MAX[dtype])[1] - exponent - (mantissa > 0.875)
+    clip = lambda bias: max(-31, min(31, bias))  # noqa: E731
+    return 2.0 ** clip(clip(b) - margin)
 
 
 def quantised(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch_fp8.picture import picture
 from torch_fp8.table import markdown
 
 from examples.gpt.errors import UserError
+from examples.gpt.tokens import Bytes
 from models.fog import LM
 from models.fog_config import SIZES, architecture
 from models.fog_fp8 import to_fp8
@@ -45,7 +46,7 @@ TINY = ["--size", "tiny", "--batch", "2", "--micro-batch", "1", "--context", "32
 def tokens(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text").write_text("\n<|endoftext|>\n".join(f"{i} plus {i} is {2 * i}. " * 8 for i in range(200)))
-    save_corpus(folder / "tokens", make_tokens(folder / "text", None, 0.2))
+    save_corpus(folder / "tokens", make_tokens(folder / "text", Bytes(), "bytes", 0.2))
     return folder / "tokens"
 
 

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch_fp8 as fp8
 from torch import nn
+from torch_fp8.scaling import scales
 
-from studies.lib.emulation import by_amax, by_constant, emulated
+from studies.lib.emulation import Emulation, by_amax, by_constant, by_histogram, emulate, emulated
 from studies.lib.policies import E4M3, E5M2, GRAPHCORE_E4M3, GRAPHCORE_E5M2, amax_bias, cast, histogram_bias
 
 FORMATS = {"E4M3": E4M3, "E5M2": E5M2, "Graphcore E4M3": GRAPHCORE_E4M3, "Graphcore E5M2": GRAPHCORE_E5M2}
@@ -135,3 +137,120 @@ def test_emulated_layers_cast_inputs_and_weights_and_leave_no_trace():
         w8, x8 = (cast(t, rule(t, GRAPHCORE_E4M3), GRAPHCORE_E4M3) for t in (before, x))
         assert torch.equal(y, nn.functional.linear(x8, w8, layer.bias))
         assert torch.equal(layer.weight, before) and torch.equal(layer(x), nn.functional.linear(x, before, layer.bias))
+
+
+@pytest.mark.parametrize("rule", [by_amax, by_histogram, by_constant(4)])
+@pytest.mark.parametrize("family", ["ocp", "graphcore"])
+def test_emulated_layers_train_by_the_papers_dataflow(rule, family):
+    torch.manual_seed(0)
+    layer, x, dy = nn.Linear(32, 16), torch.randn(2, 4, 32, requires_grad=True), torch.randn(2, 4, 16) * 2.0**-25
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    emulate({"": layer}, Emulation(rule, family, 3))
+    y = layer(x)
+    y.backward(dy)
+    e4m3, e5m2 = {"ocp": (E4M3, E5M2), "graphcore": (GRAPHCORE_E4M3, GRAPHCORE_E5M2)}[family]
+    w8, x8 = (cast(t, rule(t, e4m3), e4m3).detach() for t in (layer.weight, x))
+    bias = (torch.as_tensor(rule(dy, e5m2)) - 3).clamp(-31, 31)
+    g8 = cast(dy, bias, e5m2)
+    assert torch.equal(y, nn.functional.linear(x8, w8) + layer.bias) and torch.equal(x.grad, g8 @ w8)
+    assert torch.equal(layer.weight.grad, g8.flatten(0, 1).t() @ x8.flatten(0, 1))
+    assert torch.allclose(layer.bias.grad, dy.sum((0, 1)))  # of what was not cast
+    assert g8.unique().numel() < dy.unique().numel() or rule is not by_amax
+    layer.eval()
+    with torch.no_grad():
+        assert torch.equal(layer(x), nn.functional.linear(x, before["weight"], before["bias"]))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_emulated_and_real_layers_train_alike():
+    """FP8-AMAX on this hardware's formats, the one way and the other."""
+    torch.manual_seed(0)
+    plain = nn.Linear(32, 48)
+    x, dy = torch.randn(16, 32), torch.randn(16, 48)
+    real = fp8.convert(
+        nn.Sequential(nn.Linear(32, 48)), fp8.CurrentScaling(power_of_two=True, grad_margin=3), tokens=None
+    )
+    real[0].load_state_dict(plain.state_dict())
+    emulate({"": plain}, Emulation(by_amax, "ocp", 3))
+    for layer in (plain, real):
+        layer(x).backward(dy)
+    for one, other in zip(plain.parameters(), real.parameters()):
+        assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(plain(x), real(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- the same in the extension ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E5M2"])
+def test_the_extensions_scales_are_exact_for_every_bf16_and_margin(device, name):
+    """The scaling update's, over all amaxes at once: a role for each."""
+    exact = torch.tensor([exact_bias(bits, *MAXIMA[name], 0) for bits in range(1 << 15)])
+    usable = ALL.isfinite() & (ALL > 0)
+    for margin in range(32):
+        slots = torch.ones(len(ALL), 4, device=device)
+        slots[:, 2] = ALL.float()
+        target = FORMATS[name].max * 2.0**-margin
+        history = torch.zeros(len(ALL), 1, device=device)
+        torch.ops.torch_fp8.update_scales_([slots], [history], [target] * len(ALL), [1 + margin])
+        expected = torch.where(usable, torch.exp2((exact - margin).clamp(-31, 31).float()), 1.0)  # left as it was
+        assert torch.equal(slots[:, 1].cpu(), expected) and torch.equal(slots[:, 0].cpu(), 1 / expected), margin
+
+
+@pytest.mark.parametrize("name", ["E4M3", "E5M2"])
+@pytest.mark.parametrize("margin", [0, 3, 31])
+def test_a_tensors_own_scale_is_the_papers(device, name, margin):
+    """Of amaxes at every exponent, on both sides of the step in its middle; and so is a layer's gradient."""
+    to, slots = FORMATS[name], fp8._C.new_slots(device)
+    for bits in [*range(0x60, 0x7F80, 0x80), *range(0x61, 0x7F80, 0x80), 1, 0x7F, 0, 0x7F80, 0x7F81]:
+        x = ALL[bits].repeat(16, 16).to(device)
+        _, _, scale_inv, _ = torch.ops.torch_fp8.quantize(
+            x, slots, 0, to.dtype, own_amax=True, power_of_two=True, margin=margin
+        )
+        assert scale_inv.item() == 2.0 ** -exact_bias(bits, *MAXIMA[name], margin), hex(bits)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("grad_margin", [0, 3])
+@pytest.mark.parametrize("magnitude", [2.0**-36, 2.0**-14, 1.0])
+def test_layers_scale_gradients_as_the_paper_does(device, grad_margin, magnitude, compiled):
+    """Converted, eager and compiled, and as the scaling update leaves it, which summary and monitor read."""
+    torch.manual_seed(0)
+    recipe = fp8.CurrentScaling(power_of_two=True, grad_margin=grad_margin)
+    model = fp8.convert(nn.Sequential(nn.Linear(32, 48)).to(device), recipe, tokens=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(16, 32, device=device)
+    dy = torch.randn(16, 48, device=device) * magnitude
+    (torch.compile(model, backend="aot_eager") if compiled else model)(x).backward(dy)
+    bias = amax_bias(dy.abs().amax().cpu(), E5M2, grad_margin)
+    x8 = cast(x.cpu(), amax_bias(x.abs().amax().cpu(), E4M3), E4M3).double()
+    expected = cast(dy.cpu(), bias, E5M2).double().t() @ x8
+    apart = (model[0].weight.grad.cpu().double() - expected).abs().max()
+    assert apart <= 1e-5 * expected.abs().max() and expected.abs().max() > 0
+    optimizer.step()
+    assert scales(model[0])["grad_output"] == 2.0 ** int(bias)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-36, 1.0])
+def test_attention_scales_gradients_as_the_paper_does(device, magnitude):
+    """Every role by the amax that it had."""
+    torch.manual_seed(0)
+    recipe = fp8.CurrentScaling(power_of_two=True, grad_margin=3)
+    attention = fp8.ScaledDotProductAttention(recipe, mode="fp8").to(device)
+    q, k, v = torch.randn(3, 1, 2, 128, 128, device=device, dtype=torch.bfloat16).requires_grad_()
+    attention(q, k, v).backward(torch.randn_like(q) * magnitude)
+    state = attention.fp8_state
+    amaxes = state.slots[:, 2].cpu().clone()
+    fp8.update_scales(attention)
+    for role, amax, scale in zip(state.roles, amaxes, state.slots[:, 1].tolist()):
+        to = E5M2 if role.name.startswith("grad_") else E4M3
+        if not role.constant:
+            assert amax > 0 and scale == 2.0 ** int(amax_bias(amax, to, role.cast.margin)), role.name
+
+
+def test_frozen_weights_have_the_papers_scale(device):
+    for bits in (*range(0x3480, 0x4500, 0x35), 0x3F5F, 0x3F60, 0x3F61):  # on both sides of the step
+        layer = nn.Linear(32, 48, bias=False, device=device)
+        nn.init.constant_(layer.weight, ALL[bits].item())
+        frozen = fp8.freeze(nn.Sequential(layer), activations="none", weight="tensor")[0]
+        assert frozen.weight_scale.item() == 2.0 ** -exact_bias(bits, *MAXIMA["E4M3"], 0), hex(bits)

@@ -8,6 +8,7 @@ import torch
 import torch_fp8 as fp8
 from oracle import E4M3, E5M2, MAX, amax, exact_scale, power_of_two_scale, quantised
 from torch.utils.checkpoint import checkpoint
+from torch_fp8.scaling import scales
 
 INF, NAN = float("inf"), float("nan")
 FORMATS = (E4M3, E4M3, E5M2)
@@ -270,7 +271,8 @@ def test_current_scaling_uses_every_tensors_own_amax(device, power_of_two):
     recipe = fp8.CurrentScaling(power_of_two=power_of_two, grad_margin=3)
     layer = fp8.Linear(32, 48, bias=False, device=device, recipe=recipe)
     compute = power_of_two_scale if power_of_two else exact_scale
-    for magnitude in (1.0, 1e-3, 1e3):
+    # The last is so small that the margin is taken off a scale that was clipped.
+    for magnitude in (1.0, 1e-3, 1e3, 2.0**-30):
         x = torch.randn(16, 32) * magnitude
         dy = torch.randn(16, 48) * magnitude
         layer.weight.grad = None
@@ -299,6 +301,23 @@ def test_constant_scaling(device):
     assert layer.fp8_slots.tolist() == [[0.125, 8.0, 0, 0], [0.125, 8.0, 0, 0], [4.0, 0.25, 0, 0]]
 
 
+def test_constants_of_their_own():
+    recipe = fp8.ConstantScaling(bias=3, weight_bias=11, grad_bias=20, grad_margin=2)
+    layer = fp8.Linear(32, 48, recipe=recipe)
+    x, dy = torch.randn(16, 32) * 5, torch.randn(16, 48) * 2.0**-20
+    layer(x).backward(dy)
+    assert scales(layer) == {"input": 2.0**3, "weight": 2.0**11, "grad_output": 2.0**18}
+    expected = quantised(dy, 2.0**18, E5M2).t() @ quantised(x, 8.0, E4M3)
+    assert (layer.weight.grad - expected).abs().max() < 1e-3 * expected.abs().max()
+    qw = quantised(layer.weight.detach(), 2.0**11, E4M3)
+    assert (layer(x) - layer.bias - quantised(x, 8.0, E4M3) @ qw.t()).abs().max() < 1e-3
+    assert scales(fp8.Linear(32, 48, recipe=fp8.ConstantScaling(bias=3, weight_bias=0)))["weight"] == 1.0
+    for name in ("weight_bias", "grad_bias"):
+        for value in (32, -32, 1.5, True, "3"):
+            with pytest.raises(ValueError, match=f"{name} must be an integer from -31 to 31, or None"):
+                fp8.ConstantScaling(**{name: value})
+
+
 @dataclass
 class LayerOfRoles:
     """A layer's state for update_scales_, on a device, beside what the oracle has of it."""
@@ -323,7 +342,7 @@ def layer_of_roles(count: int, length: int, device: torch.device, power_of_two: 
         slots,
         torch.zeros(count, length, device=device),
         [MAX[role.dtype] * 2.0**-role.recipe.margin for role in roles],
-        [int(role.recipe.power_of_two) for role in roles],
+        [(1 + role.recipe.margin) * role.recipe.power_of_two for role in roles],
         roles,
     )
 
@@ -400,6 +419,8 @@ def test_power_of_two_for_each_layer_or_for_each_role(device, power_of_two):
         ({"histories": []}, "2 layers need as many histories, got 0"),
         ({"targets": [448.0] * 6}, "2 layers with 13 roles need a target for each role .* got 6 and 13"),
         ({"power_of_two": [0] * 3}, "a power_of_two for each role or layer, got 13 and 3"),
+        ({"power_of_two": [0] * 12 + [33]}, "a power_of_two must be 0, or 1 \\+ a margin from 0 to 31, got 33"),
+        ({"power_of_two": [-1] + [0] * 12}, "a power_of_two must be 0, or 1 \\+ a margin from 0 to 31, got -1"),
         ({"targets": [448.0] * 12 + [0.0]}, r"a target must be in \(0, 57344\], got 0"),
     ],
 )

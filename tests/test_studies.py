@@ -2,53 +2,43 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch_fp8 as fp8
+from studying import PLAN, ROOT, SCALES, run, write_tokens
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt.errors import UserError
-from examples.gpt.tokens import Corpus, fingerprint
+from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
+from studies.lib.arms import arm, inner_layers, make_model
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
+from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
+from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import Plan, Training, check_text, validate
 
-ROOT = Path(__file__).parents[1]
-SCALES = [sys.executable, str(ROOT / "studies" / "scales.py")]
-PLAN = {
-    **{"seed": 0, "steps": 10, "batch": 4, "micro_batch": 2, "context": 16, "lr": 1e-2, "warm_up": 2, "cooldown": 4},
-    **{"validated": 256, "schedule": "wsd"},
-}
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
         "--val-tokens", "512"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "then", "it", "sleeps"]
-    generator = torch.Generator().manual_seed(0)
-    lines = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(300)]
-    (folder / "text").write_text("\n<|endoftext|>\n".join(lines))
-    save_corpus(folder / "tokens.xz", make_tokens(folder / "text", None, 0.2))
-    return folder / "tokens.xz"
+    return write_tokens(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture
 def corpus(tokens):
     return read_corpus(tokens)
-
-
-def run(*arguments, tokens, out):
-    command = [*SCALES, *map(str, arguments), "--tokens", str(tokens), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def records_of(out):
@@ -65,7 +55,7 @@ def records_of(out):
 
 @pytest.mark.parametrize("name", ["tokens", "tokens.xz"])
 def test_tokens_are_read_as_they_were_written(tmp_path, tokens, name):
-    written = make_tokens(tokens.parent / "text", None, 0.2)
+    written = make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2)
     save_corpus(tmp_path / name, written)
     read = read_corpus(tmp_path / name)
     assert read.train.equal(written.train) and read.val.equal(written.val) and read.val.numel() > 0.15 * 5 * 300 * 40
@@ -80,7 +70,7 @@ def test_tokens_beyond_32767_are_read(tmp_path):
 
 def test_damaged_tokens_are_refused(tmp_path, tokens):
     path = tmp_path / "tokens"
-    save_corpus(path, make_tokens(tokens.parent / "text", None, 0.2))
+    save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
     content = bytearray(path.read_bytes())
     for damaged in (content[:-2], content + b"ab", b"nothing", content[:-3] + b"\x01" + content[-2:]):
         path.write_bytes(damaged)
@@ -208,6 +198,23 @@ def test_divergence_is_noted_by_the_rule():
     assert two.at == 60 and two.lost
 
 
+@pytest.mark.parametrize("name", ["histogram", "gc-amax", "gc-histogram", "gc-cscale:2", "cscale:2"])
+def test_arms_that_the_hardware_has_not_are_emulated(tmp_path, corpus, name):
+    """They train otherwise than BF16, nearly as well, and are validated in 16 bits like all others."""
+    results = {}
+    for each in ("bf16", name):
+        torch.manual_seed(0)
+        plan = {**PLAN, **arm(each), "model": "gpt-tiny", "lr": 1e-3}
+        (one,) = claim(tmp_path, {each.replace(":", ""): plan})
+        model = make_model(one.spec, corpus, torch.device("cpu"))
+        assert isinstance(model.blocks[0].mlp.up, EmulatedLinear) == (each == name != "cscale:2")
+        assert not isinstance(model.head, EmulatedLinear)
+        assert Training(one, model, corpus, torch.device("cpu")).go_on(lambda: False)
+        results[each] = one.result()
+    assert 0 < abs(results[name]["loss"] - results["bf16"]["loss"]) < 0.05
+    assert ("loss_fp8" in results[name]) == (name == "cscale:2")
+
+
 def test_a_lost_training_ends_and_says_so(tmp_path, corpus):
     one = training(tmp_path, corpus)
     with torch.no_grad():
@@ -276,6 +283,21 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert losses["gc-amax"] == pytest.approx(losses["amax"], abs=1e-5)
     assert set(result["biases"]["blocks.0.attn.qkv"]) == {"x", "w"}
 
+    # And the report on it, while another study is still to be done.
+    out, data = tmp_path / "other", tmp_path / "kept"
+    run("parity", *TINY, "--arms", "bf16", "amax", "--steps", "9", "--minutes", "0.0001", tokens=tokens, out=out)
+    command = [*SCALES, "report", "--runs", tmp_path, out, "--data", data, "--page", tmp_path / "page.md"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert said.returncode == 0 and "1 of 3 runs" in said.stdout, said.stderr
+    text = (tmp_path / "page.md").read_text()
+    assert "Still missing: gpt-tiny_amax_0 (0 of 9 steps), gpt-tiny_bf16_0 (0 of 9 steps)." in text
+    pictures = {"histograms", "depth", "time", "window", "amax"}
+    assert {path.stem for path in data.glob("*.png")} == pictures == set(re.findall(r"!\[(\w+)\]\(kept/", text))
+    empty = subprocess.run(
+        [*SCALES, "report", "--runs", data, "--page", tmp_path / "none"], capture_output=True, text=True
+    )
+    assert empty.returncode == 2 and "must be folders of runs" in empty.stderr and not (tmp_path / "none").exists()
+
 
 @pytest.mark.parametrize(
     "arguments, words",
@@ -341,3 +363,32 @@ def test_small_models_train_and_give_logits():
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         assert loss.item() == pytest.approx(math.log(128), abs=0.3)
         assert sum(p is model.head.weight for p in model.parameters()) == 1  # tied
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny"])
+def test_what_fp8_saves_is_what_a_frozen_model_and_a_count_of_flops_say(name):
+    size = named(name)._replace(context=48)
+    of, model = costs(size), size.build().bfloat16()
+
+    def bytes_of(model):
+        return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+
+    assert of.all == sum(p.numel() for p in model.parameters()) and of.bytes_16 == bytes_of(model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 48, dtype=torch.int64))
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = sum(flops for op, flops in counted.items() if "bmm" in op)
+    assert (of.linear + of.head) * 48 == sum(counted.values()) - attention
+    assert of.attention * 48 == attention / 2 * 49 / 48 > 0  # which counts what is masked
+    fp8.freeze(model, activations="token", weight="tensor")
+    assert of.bytes_fp8 <= bytes_of(model) <= of.bytes_fp8 + 64 * len(inner_layers(named(name).build()))
+    assert of.inputs == {"gpt-tiny": 2 * (3 + 4) * 64, "llama-tiny": 2 * (3 * 64 + 128)}[name]
+
+
+def test_what_fp8_saves_in_the_largest_models():
+    """By the shapes of the papers: attention out and qkv, gate and up and down; q, k and v read one tensor."""
+    llama, gpt = costs(named("llama-2-70B")), costs(named("cerebras-gpt-13B"))
+    assert llama.weights == 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) == llama.linear // 2
+    assert gpt.weights == 40 * 12 * 5120**2 and gpt.inputs == 40 * 7 * 5120
+    assert llama.inputs == 80 * (3 * 8192 + 28672) and llama.head == 2 * 8192 * 32_000
+    assert gpt.attention == 40 * 2 * 5120 * 2049 and llama.parameters == 68_976_648_192

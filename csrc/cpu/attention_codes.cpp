@@ -15,7 +15,7 @@ void role_amaxes(const RoleAmaxesArgs& args) {
     const auto order = [](float x) { return static_cast<int32_t>(bits_of(x)); };
     if (args.record >> role & 1 && order(amax) > order(seen)) seen = amax;
     const auto& cast = args.casts[role];
-    if (args.own >> role & 1) args.scales[role] = own_slot(amax, cast.target, cast.power_of_two);
+    if (args.own >> role & 1) args.scales[role] = own_slot(amax, cast.target, cast.margin);
   }
 }
 

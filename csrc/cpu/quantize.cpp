@@ -40,10 +40,10 @@ void amax(const Matrix& x, float* parts) {
   });
 }
 
-void scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two) {
+void scale_from_amax(const float* parts, Slot* slot, float target, int margin) {
   uint32_t seen = 0;
   for (int i = 0; i < kAmaxParts; ++i) seen = std::max(seen, bits_of(parts[i]));
-  *slot = own_slot(float_of(seen), target, power_of_two);
+  *slot = own_slot(float_of(seen), target, margin);
 }
 
 void quantize(const QuantizeArgs& args) {
@@ -84,7 +84,7 @@ void quantize(const QuantizeArgs& args) {
 void recast(const RecastArgs& args) {
   QuantizeArgs cast = args.cast;
   if (!is_unfit(cast.slot->scale, *cast.amax, cast.format, args.target)) return;
-  const Slot own = own_slot(*cast.amax, args.target, args.power_of_two);
+  const Slot own = own_slot(*cast.amax, args.target, args.margin);
   cast.slot = &own;
   cast.amax = cast.column_sums = nullptr;
   quantize(cast);
@@ -102,7 +102,7 @@ void quantize_rows(const QuantizeRowsArgs& args) {
         };
         uint32_t seen = 0;
         for (int64_t col = 0; col < x.cols; ++col) seen = std::max(seen, magnitude(value(col)));
-        const Slot slot = own_slot(float_of(seen), E4M3::kMax, /*power_of_two=*/false);
+        const Slot slot = own_slot(float_of(seen), E4M3::kMax, kExact);
         args.scale_inv[row] = slot.scale_inv;
         for (int64_t col = 0; col < cols; ++col) args.q[row * cols + col] = encode<E4M3>(value(col), slot.scale);
       }
@@ -119,7 +119,7 @@ void quantize_groups(const QuantizeGroupsArgs& args) {
         for (int64_t first = 0; first < x.cols; first += kScaleBlock) {
           uint32_t seen = 0;
           for (int64_t col = first; col < first + kScaleBlock; ++col) seen = std::max(seen, magnitude(value(col)));
-          const Slot slot = own_slot(float_of(seen), E4M3::kMax, /*power_of_two=*/false);
+          const Slot slot = own_slot(float_of(seen), E4M3::kMax, kExact);
           args.scale_inv[first / kScaleBlock * args.rows + row] = slot.scale_inv;
           for (int64_t col = first; col < first + kScaleBlock; ++col) {
             args.q[row * x.cols + col] = encode<E4M3>(value(col), slot.scale);

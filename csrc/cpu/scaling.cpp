@@ -13,7 +13,7 @@ void update_scales(const RoleState* roles, int64_t count) {
       role->history[index] = slot.amax;
       const float largest = *std::max_element(role->history, role->history + role->length);
       slot.cursor = static_cast<float>(index + 1);
-      slot.scale = scale_for(largest, role->target, role->power_of_two);
+      slot.scale = scale_for(largest, role->target, role->margin);
       slot.scale_inv = 1.0f / slot.scale;
     }
     slot.amax = 0.0f;

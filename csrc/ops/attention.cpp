@@ -47,7 +47,7 @@ void take_amaxes(const at::Tensor& amaxes, const at::Tensor& slots, const at::Te
   RoleAmaxesArgs args{kAttentionRoles, floats_of(amaxes), slots_of(slots), slots_of(scales), record, own, {}};
   for (int role = 0; role < kAttentionRoles; ++role) {
     const Cast cast = roles.cast(role);
-    args.casts[role].target = static_cast<float>(cast.target()), args.casts[role].power_of_two = cast.power_of_two;
+    args.casts[role] = {static_cast<float>(cast.target()), margin_of(cast.power_of_two, cast.margin)};
   }
   kernels_of(slots).role_amaxes(args);
 }

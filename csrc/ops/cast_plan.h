@@ -25,6 +25,9 @@ inline float target_of(Format format, const QuantizeOptions& options) {
   return std::ldexp(max_of(format), -static_cast<int>(options.margin));
 }
 
+// As scale_for takes it.
+inline int margin_of(bool power_of_two, int64_t margin) { return power_of_two ? static_cast<int>(margin) : kExact; }
+
 // x (M, K).
 inline CastPlan plan_cast(at::Tensor x, const at::Tensor& slots, int64_t role, Format format,
                           const QuantizeOptions& options) {
@@ -45,7 +48,7 @@ inline CastPlan plan_cast(at::Tensor x, const at::Tensor& slots, int64_t role, F
   if (options.record) args.amax = &slot->amax;
   if (options.dbias) args.column_sums = static_cast<float*>(plan.column_sums.data_ptr());
   const ScaleBy scale_by = options.own_amax ? ScaleBy::kOwnAmax : options.recast ? ScaleBy::kSlotIfFit : ScaleBy::kSlot;
-  plan.steps = {args, scale_by, target_of(format, options), options.power_of_two};
+  plan.steps = {args, scale_by, target_of(format, options), margin_of(options.power_of_two, options.margin)};
   plan.x = std::move(x);
   return plan;
 }
@@ -66,7 +69,7 @@ inline float* make_own(CastPlan& plan) {
 inline void scale_by_own(CastPlan& plan) {
   Slot* const slot = slots_of(plan.own);
   const float* const parts = static_cast<const float*>(plan.own.const_data_ptr()) + 4;
-  kernels_of(plan.own).scale_from_amax(parts, slot, plan.steps.target, plan.steps.power_of_two);
+  kernels_of(plan.own).scale_from_amax(parts, slot, plan.steps.target, plan.steps.margin);
   plan.steps.cast.slot = slot;
 }
 

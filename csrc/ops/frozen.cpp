@@ -247,7 +247,7 @@ QuantizedInput quantized_input(const Product& p, bool with_sums) {
   if (own_amax) {
     float* const parts = reinterpret_cast<float*>(base + parts_place);
     p.kernels.amax(matrix, parts);
-    p.kernels.scale_from_amax(parts, reinterpret_cast<Slot*>(scale), E4M3::kMax, /*power_of_two=*/false);
+    p.kernels.scale_from_amax(parts, reinterpret_cast<Slot*>(scale), E4M3::kMax, kExact);
   } else {
     slot = slots_of(*p.input_slot);
   }

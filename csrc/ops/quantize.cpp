@@ -51,7 +51,7 @@ bool is_small(const CastPlan& plan) {
 }  // namespace
 
 void run(CastPlan& plan) {
-  auto& [cast, scale_by, target, power_of_two] = plan.steps;
+  auto& [cast, scale_by, target, margin] = plan.steps;
   const Kernels& kernels = kernels_of(plan.x);
   if (scale_by != ScaleBy::kSlot && is_small(plan)) return kernels.cast_small({{plan.steps}, 1});
   if (scale_by == ScaleBy::kOwnAmax) scale_by_amax(plan);
@@ -61,7 +61,7 @@ void run(CastPlan& plan) {
     cast.amax = static_cast<float*>(amax.data_ptr());
   }
   kernels.quantize(cast);
-  if (scale_by == ScaleBy::kSlotIfFit) kernels.recast({cast, target, power_of_two});
+  if (scale_by == ScaleBy::kSlotIfFit) kernels.recast({cast, target, margin});
 }
 
 Quantized quantize_only(const at::Tensor& x, const at::Tensor& slots, int64_t role, at::ScalarType dtype,

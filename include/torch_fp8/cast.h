@@ -23,7 +23,8 @@ struct Cast {
   int64_t margin = 0;         // binades left free above an amax, 0 ... 31
 
   at::ScalarType dtype() const { return format == Format::kE5M2 ? at::kFloat8_e5m2 : at::kFloat8_e4m3fn; }
-  double target() const;  // fp8_max / 2^margin: what an amax is mapped to
+  double target() const;                                              // fp8_max / 2^margin: what an amax is mapped to
+  int64_t rounding() const { return power_of_two ? 1 + margin : 0; }  // the power_of_two of update_scales_
   // As an op takes it: margin << 4 | scaling << 2 | power_of_two << 1 | E5M2.
   int64_t packed() const;
   static Cast unpacked(int64_t packed);

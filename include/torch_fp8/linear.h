@@ -60,7 +60,9 @@ void end_step(LayerMemo& memo, const at::Tensor& weight);
 // The roles that took part in training since the last update, or may have, one bit each.
 int64_t used_roles(const LayerMemo& memo);
 
-// The slots of a new layer: (3, 4) float32 with scale 1, or 2^bias for constant scaling.
-at::Tensor new_slots(c10::Device device, int64_t bias = 0, int64_t grad_bias = 0);
+// The slots of a new layer: (3, 4) float32 with scale 1, or 2^bias for constant scaling; weight_bias: bias, if not
+// given.
+at::Tensor new_slots(c10::Device device, int64_t bias = 0, int64_t grad_bias = 0,
+                     c10::optional<int64_t> weight_bias = c10::nullopt);
 
 }  // namespace torch_fp8

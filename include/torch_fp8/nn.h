@@ -34,8 +34,12 @@ struct LinearOptions {
   TORCH_ARG(bool, bias) = true;
   TORCH_ARG(torch_fp8::LinearOptions, recipe) = {};
   TORCH_ARG(int64_t, amax_history_len) = 1024;  // 1 is the "most_recent" algorithm
-  TORCH_ARG(int64_t, constant_bias) = 0;        // of Scaling::kConstant: the scales are 2^constant_bias
-  TORCH_ARG(bool, recompute) = false;           // backward makes codes again instead of keeping them
+  // Of Scaling::kConstant: the scales are 2^constant_bias, or for weights and gradients of their own. The recipe's
+  // margins are taken off.
+  TORCH_ARG(int64_t, constant_bias) = 0;
+  TORCH_ARG(c10::optional<int64_t>, constant_weight_bias) = c10::nullopt;
+  TORCH_ARG(c10::optional<int64_t>, constant_grad_bias) = c10::nullopt;
+  TORCH_ARG(bool, recompute) = false;  // backward makes codes again instead of keeping them
 };
 
 class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
@@ -121,6 +125,8 @@ struct MLPOptions {
   TORCH_ARG(torch_fp8::LinearOptions, recipe) = {};
   TORCH_ARG(int64_t, amax_history_len) = 1024;
   TORCH_ARG(int64_t, constant_bias) = 0;
+  TORCH_ARG(c10::optional<int64_t>, constant_weight_bias) = c10::nullopt;
+  TORCH_ARG(c10::optional<int64_t>, constant_grad_bias) = c10::nullopt;
   // Backward makes the codes of weights, product and a norm in front again instead of keeping them.
   TORCH_ARG(bool, recompute) = false;
 };

@@ -133,7 +133,8 @@ void gemm_accumulate_(const at::Tensor& out, const at::Tensor& a, const at::Tens
                       const at::Tensor& b_scale_inv, bool fast_accum);
 
 // One scaling update of many layers: slots (R, 4), histories (R, length), a target for each of a layer's R roles, and a
-// power_of_two for each role or each layer. Layers may differ in R: a linear layer has 3.
+// power_of_two for each role or each layer: 0 of exact scales, else 1 + the margin that the target has. Layers may
+// differ in R: a linear layer has 3.
 void update_scales_(at::TensorList slots, at::TensorList histories, at::ArrayRef<double> targets,
                     at::IntArrayRef power_of_two);
 

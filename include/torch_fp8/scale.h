@@ -29,17 +29,23 @@ TORCH_FP8_HOST_DEVICE inline bool is_usable(float amax) {
   return bits_of(amax) - 1u < 0x7F800000u - 1u;  // positive and finite
 }
 
+TORCH_FP8_HOST_DEVICE inline int clipped_bias(int bias) {
+  return bias > kMaxBias ? kMaxBias : bias < -kMaxBias ? -kMaxBias : bias;
+}
+
 // The scale that maps amax to target = fp8_max / 2^margin. amax must be usable.
-// Exact: target / amax. Power of two: 2^b, b = clip(floor(log2(target / amax)), -31, 31) in integers: with
-// amax = m * 2^e and target = 1.75 * 2^t, b is t - e, less one where m > 1.75 (both formats' maxima are 1.75 * 2^t).
-TORCH_FP8_HOST_DEVICE inline float scale_for(float amax, float target, bool power_of_two) {
-  if (!power_of_two) {
+// kExact: target / amax. With the target's margin: 2^b, b = clip(clip(floor(log2(fp8_max / amax)), -31, 31) - margin),
+// as arXiv 2309.17224 has it, in integers: with amax = m * 2^e and fp8_max = 1.75 * 2^f, as both formats have it, the
+// floor is f - e, less one where m > 1.75.
+constexpr int kExact = -1;
+TORCH_FP8_HOST_DEVICE inline float scale_for(float amax, float target, int margin) {
+  if (margin == kExact) {
     const float scale = target / amax;
     return scale > kMaxScale ? kMaxScale : scale < kMinScale ? kMinScale : scale;
   }
   const int mantissa_above = (bits_of(amax) & 0x7FFFFF) > 0x600000;
-  int bias = static_cast<int>(bits_of(target) >> 23) - static_cast<int>(bits_of(amax) >> 23) - mantissa_above;
-  bias = bias > kMaxBias ? kMaxBias : bias < -kMaxBias ? -kMaxBias : bias;
+  const int apart = static_cast<int>(bits_of(target) >> 23) - static_cast<int>(bits_of(amax) >> 23);
+  const int bias = clipped_bias(clipped_bias(apart + margin - mantissa_above) - margin);
   return float_of(static_cast<uint32_t>(127 + bias) << 23);
 }
 
@@ -51,8 +57,8 @@ inline bool is_sound(const Slot& slot) {
 }
 
 // The slot of a tensor that is scaled by its own amax; scale 1 where that says nothing.
-TORCH_FP8_HOST_DEVICE inline Slot own_slot(float amax, float target, bool power_of_two) {
-  const float scale = is_usable(amax) ? scale_for(amax, target, power_of_two) : 1.0f;
+TORCH_FP8_HOST_DEVICE inline Slot own_slot(float amax, float target, int margin) {
+  const float scale = is_usable(amax) ? scale_for(amax, target, margin) : 1.0f;
   return {1.0f / scale, scale, amax, 0.0f};
 }
 

@@ -54,9 +54,9 @@ class Recipe(ABC):
         return 0, getattr(self, "grad_margin", 0)
 
     @property
-    def biases(self) -> tuple[int, int]:
-        """The logarithms of constant scales: of inputs and weights, and of output gradients."""
-        return 0, 0
+    def biases(self) -> tuple[int, int, int]:
+        """The logarithms of constant scales: of inputs, weights and output gradients."""
+        return 0, 0, 0
 
     def _options(self, scaling: Any, *, power_of_two: bool) -> _C.LinearOptions:
         margin, grad_margin = self.margins
@@ -87,7 +87,7 @@ class DelayedScaling(Recipe):
     amax_history_len: over how many updates (optimizer steps) the maximum is taken.
     amax_compute_algo: ``"max"`` of the history, or the ``"most_recent"`` amax (a history of length 1).
     margin: binades left free above the amax, 0 to 31.
-    power_of_two: round each scale down to a power of two, at most 2**31 and at least 2**-31.
+    power_of_two: round each scale down to a power of two within 2**-31 ... 2**31, before the margin and after it.
 
     A tensor without history (the first step, a new layer, a loaded checkpoint) is scaled by its own amax. An amax of 0,
     Inf or NaN leaves scale and history as they were.
@@ -134,7 +134,8 @@ class CurrentScaling(Recipe):
     The amax is of all tokens and samples of a call, so each output depends a little on all of them, later tokens too.
     Delayed and constant scales do not do that.
 
-    power_of_two: round each scale down to a power of two within 2**-31 ... 2**31, as the paper does.
+    power_of_two: round each scale down to a power of two within 2**-31 ... 2**31, before the margin and after it, as
+        the paper does.
     grad_margin: binades left free above the amax of output gradients, 0 to 31. The paper uses 3, because its GEMMs
         sum in FP16; with float32 sums 0 loses nothing.
     """
@@ -167,14 +168,23 @@ class ConstantScaling(Recipe):
     bias: from -31 to 31. The paper's E4M3 has exponent bias 8 where this hardware's has 7: its value c for inputs and
         weights is c + 1 here.
     grad_margin: output gradients are scaled by ``2**(bias - grad_margin)``; 3 in the paper.
+    weight_bias, grad_bias: constants of their own for weights and output gradients, from -31 to 31; None: bias. The
+        margin is taken off grad_bias too.
+
+    In attention q, k, v, softmax's numerators and the result are inputs.
     """
 
     bias: int = 0
     grad_margin: int = 0
+    weight_bias: int | None = None
+    grad_bias: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(is_int(self.bias, -31, 31), "bias", "an integer from -31 to 31", self.bias)
+        for name in ("weight_bias", "grad_bias"):
+            value = getattr(self, name)
+            check(value is None or is_int(value, -31, 31), name, "an integer from -31 to 31, or None", value)
         check(
             is_int(self.grad_margin, 0, _MAX_MARGIN),
             "grad_margin",
@@ -187,8 +197,10 @@ class ConstantScaling(Recipe):
         return 1
 
     @property
-    def biases(self) -> tuple[int, int]:
-        return self.bias, self.bias - self.grad_margin
+    def biases(self) -> tuple[int, int, int]:
+        weight = self.bias if self.weight_bias is None else self.weight_bias
+        gradient = self.bias if self.grad_bias is None else self.grad_bias
+        return self.bias, weight, gradient - self.grad_margin
 
     def options(self) -> _C.LinearOptions:
         return self._options(_C.Scaling.constant, power_of_two=True)

@@ -67,7 +67,7 @@ class State(ABC):
         self.roles = self._make_roles()
         self.casts = [role.cast.packed for role in self.roles]
         self.targets = [role.cast.target for role in self.roles]
-        self.powers_of_two = [int(role.cast.power_of_two) for role in self.roles]
+        self.powers_of_two = [role.cast.rounding for role in self.roles]
         self.constant_roles = sum((role.constant != 0) << i for i, role in enumerate(self.roles))
         self.is_constant = all(role.constant for role in self.roles)  # there is nothing to update
         self.memo = _C.LayerMemo([(role.name, role.constant) for role in self.roles])
@@ -171,8 +171,7 @@ class LayerState(State):
 
     def _make_roles(self) -> list[Role]:
         self.options = self.recipe.options()
-        bias, grad_bias = self.recipe.biases
-        biases = (bias, bias, grad_bias)
+        biases = self.recipe.biases
         return [role_of(name, self.options.cast(i), biases[i]) for i, name in enumerate(ROLES)]
 
     def _join(self) -> None:

@@ -1,7 +1,9 @@
 """What the studies share: ``corpus`` is the text, ``runs`` the folder that keeps what came out, ``training`` one
 training, ``pool`` several at once on the GPUs of a machine, ``intervals`` what may be said of their differences;
-``policies`` how scales are chosen, ``biases`` and ``kurtosis`` look on, ``divergence`` says when a loss leaves
-another's; ``fog_results``, ``fog_figures`` and ``fog_page`` are the report of ``fog.py``.
+``biases`` and ``kurtosis`` look on, ``divergence`` says when a loss leaves another's.
+
+``arms`` is what scales.py trains, ``checkpoints`` from where; ``policies`` how scales are chosen, ``emulation``
+layers by them, ``inference`` what they keep of 16 bits. ``scales_...`` and ``fog_...`` are the reports.
 """
 
 import sys

@@ -18,16 +18,16 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 from examples.gpt.text import read_documents
-from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint, make_corpus
+from examples.gpt.tokens import Codec, Corpus, fingerprint, make_corpus
 
 
-def make_tokens(data: Path | None, tokenizer: Path | None, val_share: float) -> Corpus:
-    """Tokenise ``data`` (by default the running Python's standard library), by GPT-2's BPE from the folder
-    ``tokenizer`` or by bytes, and keep the last ``val_share`` of the documents for validation."""
-    codec = GPT2(tokenizer) if tokenizer else Bytes()
+def make_tokens(data: Path | None, codec: Codec, of: str, val_share: float) -> Corpus:
+    """Tokenise ``data`` (by default the running Python's standard library) and keep the last ``val_share`` of the
+    documents for validation. of: what the tokens are, in words."""
     documents, source = read_documents(data)
-    source = f"{Path(source).name if data else source}, {'GPT-2 BPE' if tokenizer else 'bytes'}"
-    return make_corpus(documents, source, codec, context=1, val_share=val_share)
+    return make_corpus(
+        documents, f"{Path(source).name if data else source}, {of}", codec, context=1, val_share=val_share
+    )
 
 
 def save_corpus(path: Path, corpus: Corpus) -> None:

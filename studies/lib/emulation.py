@@ -1,17 +1,23 @@
 """Linear layers in FP8 by any policy and format, emulated: what is multiplied went through FP8, the product is in the
 precision that the model runs in. Codes of E4M3 and E5M2 times a power of two are BF16 numbers, so nothing else differs.
+
+``emulated`` is inference, ``emulate`` changes layers for training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .policies import Format, amax_bias, cast, histogram_bias
+from .policies import CLIP, E4M3, E5M2, GRAPHCORE_E4M3, GRAPHCORE_E5M2, Format, amax_bias, cast, histogram_bias
+
+FAMILIES = {"ocp": (E4M3, E5M2), "graphcore": (GRAPHCORE_E4M3, GRAPHCORE_E5M2)}  # of activations and weights; gradients
 
 Rule = Callable[[Tensor, Format], "Tensor | int"]  # the bias of a tensor
 
@@ -49,3 +55,57 @@ def emulated(layers: Mapping[str, nn.Linear], rule: Rule, to: Format) -> Iterato
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.weight.copy_(kept[name])
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """How a layer trains. margin: what is taken off the bias of gradients, clipped before and after."""
+
+    rule: Rule
+    family: str
+    margin: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        to, _ = FAMILIES[self.family]
+        return cast(x, self.rule(x, to), to)
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        _, to = FAMILIES[self.family]
+        bias = torch.as_tensor(self.rule(gradient, to)).clamp(-CLIP, CLIP) - self.margin
+        return cast(gradient, bias.clamp(-CLIP, CLIP), to)
+
+
+class EmulatedLinear(nn.Linear):
+    """In training all three products are of what went through FP8, in evaluation the layer is nn.Linear."""
+
+    emulation: Emulation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = _Product.apply(x, self.weight.to(x.dtype), self.emulation)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, emulation: Emulation) -> Tensor:
+        x, weight = emulation.forward(x), emulation.forward(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.emulation = emulation
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        gradient = ctx.emulation.backward(gradient)
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2), None
+
+
+def emulate(layers: Mapping[str, nn.Linear], emulation: Emulation) -> None:
+    """Of plain nn.Linear layers: they stay where they are, with their parameters."""
+    for layer in layers.values():
+        layer.__class__ = EmulatedLinear
+        layer.emulation = emulation

@@ -20,23 +20,35 @@ from torch_fp8.progress import bar
 
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
-from examples.gpt.tokens import Corpus
 
 from .corpus import read_corpus
 from .runs import Run, missing, open_run, say_missing
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
-Perform = Callable[[Run, Corpus, torch.device, Callable[[], bool]], bool]
+Perform = Callable[..., bool]  # (run, corpus, device, stop) and, where the study has one, the path of a checkpoint
 
 
-def work(script: str, out: Path, runs: Sequence[Run], tokens: Path, *, jobs: int, minutes: float | None) -> int:
-    """Do what is missing of ``runs``, in their order, as ``script run FOLDER``; the exit code. Says what is left."""
+def work(
+    script: str,
+    out: Path,
+    runs: Sequence[Run],
+    tokens: Path,
+    *,
+    jobs: int,
+    minutes: float | None,
+    checkpoint: Path | None = None,
+) -> int:
+    """Do what is missing of ``runs``, in their order, as ``script run FOLDER``; the exit code. Says what is left.
+    checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes must be positive, got {minutes}")
     until = time.time() + 60 * minutes if minutes else None
+    arguments = ["--tokens", str(tokens), "--share", str(1 / jobs)]
+    arguments += ["--until", str(until)] if until else []
+    arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
     with locked(out):
         left, failed, interrupted = missing(runs), [], False
         on_gpu = any(run.spec["device"] == "cuda" for run in left)
@@ -48,7 +60,7 @@ def work(script: str, out: Path, runs: Sequence[Run], tokens: Path, *, jobs: int
                 try:
                     while left and places and not interrupted and (until is None or time.time() < until):
                         run, place = left.pop(0), places.pop(0)
-                        running[_start(script, run, tokens, until, place, jobs)] = run, place
+                        running[_start(script, run, arguments, place)] = run, place
                     if not running:
                         break
                     time.sleep(0.2)
@@ -68,9 +80,8 @@ def work(script: str, out: Path, runs: Sequence[Run], tokens: Path, *, jobs: int
     return INTERRUPTED if interrupted else 1 if failed else 0
 
 
-def _start(script: str, run: Run, tokens: Path, until: float | None, place: int, jobs: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, script, "run", str(run.folder), "--tokens", str(tokens), "--share", str(1 / jobs)]
-    command += ["--until", str(until)] if until else []
+def _start(script: str, run: Run, arguments: Sequence[str], place: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, script, "run", str(run.folder), *arguments]
     # A process that is given one GPU of several sees it as the only one.
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": _visible(place)} if run.spec["device"] == "cuda" else {})}
     with open(run.output, "ab") as output:
@@ -97,6 +108,7 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--until", type=float)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--share", type=float, default=1.0, help="of the GPU's memory")
     args = parser.parse_args(arguments)
     parent, asked = os.getppid(), []
@@ -117,7 +129,7 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
             raise UserError(f"{run.folder} is of another text: its tokens are {run.spec['data']}, those of "
                             f"{args.tokens} are {corpus.fingerprint}")  # fmt: skip
         torch.manual_seed(run.spec["seed"])
-        done = perform(run, corpus, device, stop)
+        done = perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
     stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"
     print(f"{run.name}: {'done' if done else stopped}")
     return 0

@@ -83,8 +83,8 @@ void record_everywhere(bool on_gpu) {
     slots[role][2] = role == 0 ? 1.0f : role == 4 ? 0.75f : role == 7 ? -0.0f : 0.0f;
   const at::Tensor before = slots.clone();
   RoleAmaxesArgs args{9, nullptr, nullptr, nullptr, 0b1011111111, 0b0110001101, {}};
-  for (auto& cast : args.casts) cast = {448.0f, false};
-  args.casts[2].power_of_two = args.casts[7].power_of_two = true;
+  for (auto& cast : args.casts) cast = {448.0f, kExact};
+  args.casts[2].margin = args.casts[7].margin = 0;
   if (on_gpu) amaxes = amaxes.to(kGpu), slots = slots.to(kGpu), scales = scales.to(kGpu);
   args.amaxes = amaxes.const_data_ptr<float>();
   args.slots = static_cast<Slot*>(slots.data_ptr()), args.scales = static_cast<Slot*>(scales.data_ptr());

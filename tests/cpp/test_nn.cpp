@@ -158,6 +158,10 @@ TEST_F(Module, UpdatesEveryLayerOfAModel) {
     EXPECT_EQ(used_roles(*layer.memo), 0) << i;
   }
   EXPECT_TRUE(same_bits(model[4]->as<nn::Linear>()->slots, new_slots(at::kCPU, 1, -1)));
+  const auto own = nn::LinearOptions(kOut, kOut).recipe(constant).constant_bias(2).constant_weight_bias(7);
+  EXPECT_TRUE(same_bits(nn::Linear(own)->slots, new_slots(at::kCPU, 1, -1, /*weight_bias=*/6)));
+  const at::Tensor slots = nn::Linear(nn::LinearOptions(own).constant_grad_bias(20))->slots;
+  EXPECT_TRUE(same_bits(slots.select(1, 1), torch::tensor({2.0f, 64.0f, 131072.0f})));
   nn::update_scales(torch::nn::Sequential(torch::nn::Linear(kIn, kOut)).operator*());  // none: nothing to do
 }
 

@@ -12,6 +12,7 @@
 namespace {
 
 using torch_fp8::float_of;
+using torch_fp8::kExact;
 using torch_fp8::scale_for;
 
 constexpr float kMaxFloat = std::numeric_limits<float>::max();
@@ -46,39 +47,42 @@ TEST(Scale, MapsTheAmaxToTheTarget) {
       // Rounding a quotient of floats first to float64, then to float32, is the same as rounding it once.
       const double exact = static_cast<double>(target) / amax;
       const auto expected = static_cast<float>(std::clamp(exact, std::ldexp(1.0, -126), std::ldexp(1.0, 126)));
-      ASSERT_EQ(scale_for(amax, target, false), expected) << target << " / " << amax;
+      ASSERT_EQ(scale_for(amax, target, kExact), expected) << target << " / " << amax;
     }
   }
 }
 
 TEST(Scale, AndItsReciprocalAreNormalNumbers) {
-  for (const bool power_of_two : {false, true}) {
+  for (const int margin : {kExact, 0, 31}) {
     for (const float amax : amaxes()) {
-      const float scale = scale_for(amax, 448.0f, power_of_two);
+      const float scale = scale_for(amax, 448.0f, margin);
       ASSERT_TRUE(std::isnormal(scale) && std::isnormal(1 / scale)) << amax;
     }
   }
-  EXPECT_EQ(scale_for(kMinSubnormal, 448.0f, false), std::ldexp(1.0f, 126));
-  EXPECT_EQ(scale_for(kMaxFloat, std::ldexp(448.0f, -31), false), std::ldexp(1.0f, -126));
+  EXPECT_EQ(scale_for(kMinSubnormal, 448.0f, kExact), std::ldexp(1.0f, 126));
+  EXPECT_EQ(scale_for(kMaxFloat, std::ldexp(448.0f, -31), kExact), std::ldexp(1.0f, -126));
 }
 
-TEST(Scale, RoundsDownToAPowerOfTwo) {
-  for (const float target : targets()) {
-    for (const float amax : amaxes()) {
-      const double b = std::floor(std::log2(static_cast<double>(target) / amax));
-      const auto expected = static_cast<float>(std::exp2(std::clamp(b, -31.0, 31.0)));
-      ASSERT_EQ(scale_for(amax, target, true), expected) << target << " / " << amax;
+TEST(Scale, RoundsDownToAPowerOfTwoClippedBeforeTheMarginAndAfterIt) {
+  for (const double max : {448.0, 57344.0}) {
+    for (int margin = 0; margin < 32; ++margin) {
+      const auto target = static_cast<float>(std::ldexp(max, -margin));
+      for (const float amax : amaxes()) {
+        const double b = std::clamp(std::floor(std::log2(max / amax)), -31.0, 31.0) - margin;
+        const auto expected = static_cast<float>(std::exp2(std::clamp(b, -31.0, 31.0)));
+        ASSERT_EQ(scale_for(amax, target, margin), expected) << max << " / " << amax << ", " << margin;
+      }
     }
   }
 }
 
 TEST(Scale, PowerOfTwoAtItsBoundaries) {
-  EXPECT_EQ(scale_for(1.75f, 448.0f, true), 256.0f);  // 448 / 1.75, and no value is lost to saturation
-  EXPECT_EQ(scale_for(std::nextafter(1.75f, 2.0f), 448.0f, true), 128.0f);
-  EXPECT_EQ(scale_for(1.0f, 448.0f, true), 256.0f);
-  EXPECT_EQ(scale_for(2.0f, 57344.0f, true), 16384.0f);
-  EXPECT_EQ(scale_for(kMinSubnormal, 448.0f, true), std::ldexp(1.0f, 31));
-  EXPECT_EQ(scale_for(kMaxFloat, 448.0f, true), std::ldexp(1.0f, -31));
+  EXPECT_EQ(scale_for(1.75f, 448.0f, 0), 256.0f);  // 448 / 1.75, and no value is lost to saturation
+  EXPECT_EQ(scale_for(std::nextafter(1.75f, 2.0f), 448.0f, 0), 128.0f);
+  EXPECT_EQ(scale_for(1.0f, 448.0f, 0), 256.0f);
+  EXPECT_EQ(scale_for(2.0f, 57344.0f, 0), 16384.0f);
+  EXPECT_EQ(scale_for(kMinSubnormal, 448.0f, 0), std::ldexp(1.0f, 31));
+  EXPECT_EQ(scale_for(kMaxFloat, 448.0f, 0), std::ldexp(1.0f, -31));
 }
 
 TEST(Scale, IsUnfitBeyondItsBounds) {

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(32) role_amaxes_kernel(__grid_constant__ const
   const float amax = amax_of_role(args, role);
   if (args.record >> role & 1) raise_amax(&args.slots[role].amax, __float_as_uint(amax));
   const auto& cast = args.casts[role];
-  if (args.own >> role & 1) args.scales[role] = own_slot(amax, cast.target, cast.power_of_two);
+  if (args.own >> role & 1) args.scales[role] = own_slot(amax, cast.target, cast.margin);
 }
 
 void launch_role_amaxes(const RoleAmaxesArgs& args, cudaStream_t stream) {

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2) activate_rows_kernel(__grid_const
   stage_max(of_warp, seen);
   __syncthreads();
   seen = max_of_warps(of_warp);
-  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
+  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, kExact);
   if (threadIdx.x == 0) args.scale_inv[row] = slot.scale_inv;
 
   if constexpr (kHeld) {

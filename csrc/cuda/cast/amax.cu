@@ -49,12 +49,12 @@ __global__ void __launch_bounds__(kThreads) amax_kernel(Matrix x, float* parts) 
 static_assert(kThreads == kAmaxParts, "a thread reads a part");
 
 __global__ void __launch_bounds__(kThreads)
-    scale_from_amax_kernel(const float* parts, Slot* slot, float target, bool power_of_two) {
+    scale_from_amax_kernel(const float* parts, Slot* slot, float target, int margin) {
   __shared__ uint32_t of_warp[kWarps];
   begin_dependent();
   stage_max(of_warp, __float_as_uint(parts[threadIdx.x]));
   __syncthreads();
-  if (threadIdx.x == 0) *slot = own_slot(__uint_as_float(max_of_warps(of_warp)), target, power_of_two);
+  if (threadIdx.x == 0) *slot = own_slot(__uint_as_float(max_of_warps(of_warp)), target, margin);
 }
 
 void launch_amax(const Matrix& x, float* parts, cudaStream_t stream) {
@@ -69,8 +69,8 @@ void launch_amax(const Matrix& x, float* parts, cudaStream_t stream) {
   });
 }
 
-void launch_scale_from_amax(const float* parts, Slot* slot, float target, bool power_of_two, cudaStream_t stream) {
-  launch(scale_from_amax_kernel, 1, kThreads, stream, parts, slot, target, power_of_two);
+void launch_scale_from_amax(const float* parts, Slot* slot, float target, int margin, cudaStream_t stream) {
+  launch(scale_from_amax_kernel, 1, kThreads, stream, parts, slot, target, margin);
 }
 
 [[maybe_unused]] const bool amax_filled = fill<launch_amax>(cuda_kernels().amax);

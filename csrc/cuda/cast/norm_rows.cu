@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPacks > 2 ? 1024 : 512) norm_rows_kernel(__gr
     scale = args.slot->scale;
   } else {
     const float amax = __uint_as_float(magnitude(__uint_as_float(over_block<Largest>(seen, largest))));
-    const Slot slot = own_slot(amax, E4M3::kMax, /*power_of_two=*/false);
+    const Slot slot = own_slot(amax, E4M3::kMax, kExact);
     if (threadIdx.x == 0) args.scale_inv[row] = slot.scale_inv;
     scale = slot.scale;
   }

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   begin_dependent();
   const float amax = *cast.amax;
   if (!is_unfit(cast.slot->scale, amax, kFormat, args.target)) return;
-  const Slot own = own_slot(amax, args.target, args.power_of_two);
+  const Slot own = own_slot(amax, args.target, args.margin);
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Tile tile = tile_of(cast.x, index, tiles_across);
     if (cast.q_t) {

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(QuantizeRowsArg
   stage_max(of_warp, seen);
   __syncthreads();
   seen = max_of_warps(of_warp);
-  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
+  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, kExact);
   if (threadIdx.x == 0) args.scale_inv[row] = slot.scale_inv;
 
   if constexpr (kPacks > 0) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kGroupThreads)
     seen = max(seen, __shfl_xor_sync(0xFFFFFFFF, seen, distance));
   }
   if (col >= args.x.cols) return;
-  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, /*power_of_two=*/false);
+  const Slot slot = own_slot(__uint_as_float(seen), E4M3::kMax, kExact);
   if (threadIdx.x % kGroupLanes == 0) args.scale_inv[col / kScaleBlock * args.rows + row] = slot.scale_inv;
   uint8_t* const q = args.q + row * args.x.cols + col;
   store_codes<Format::kE4M3>(q, pack, slot.scale);

@@ -23,7 +23,7 @@ __device__ void update_role(const RoleState& role) {
     if (lane == 0) {
       history[index] = amax;
       slot.cursor = static_cast<float>(index + 1);
-      slot.scale = scale_for(largest, role.target, role.power_of_two);
+      slot.scale = scale_for(largest, role.target, role.margin);
       slot.scale_inv = 1.0f / slot.scale;
     }
   }

@@ -37,11 +37,11 @@ __device__ uint32_t max_of_cluster(uint32_t (&of_warp)[kWarps], uint32_t seen) {
 
 // The state that the tensor is scaled by. seen: its amax; before: the amax of its slot until now.
 __device__ Slot slot_of(const SmallCast& small, Format format, uint32_t seen, int before) {
-  if (small.scale_by == ScaleBy::kOwnAmax) return own_slot(__uint_as_float(seen), small.target, small.power_of_two);
+  if (small.scale_by == ScaleBy::kOwnAmax) return own_slot(__uint_as_float(seen), small.target, small.margin);
   const Slot slot = *small.cast.slot;
   if (small.scale_by == ScaleBy::kSlot) return slot;
   const float amax = __int_as_float(max(static_cast<int>(seen), before));
-  return is_unfit(slot.scale, amax, format, small.target) ? own_slot(amax, small.target, small.power_of_two) : slot;
+  return is_unfit(slot.scale, amax, format, small.target) ? own_slot(amax, small.target, small.margin) : slot;
 }
 
 struct Tiling {

@@ -50,7 +50,7 @@ class AttentionState(State):
 
     def _make_roles(self) -> list[Role]:
         self.one_scale = slice(3 if self.shared_scale else 0)
-        options, (bias, grad_bias) = self.recipe.options(), self.recipe.biases
+        options, (bias, _, grad_bias) = self.recipe.options(), self.recipe.biases
         forward, backward = options.cast(0), options.cast(2)
         of_scores = _C.Cast(dtype=forward.dtype, scaling=forward.scaling, power_of_two=True, margin=forward.margin)
         of_v = of_scores if self.shared_scale else forward

@@ -1,0 +1,110 @@
+"""The arms of a study, what each changes of a training, and the models that they train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_fp8 as fp8
+from torch import nn
+
+from examples.gpt.errors import UserError
+from examples.gpt.tokens import Corpus
+from models.names import named
+
+from .checkpoints import Checkpoint
+from .emulation import Emulation, by_amax, by_constant, by_histogram, emulate
+from .runs import Spec
+
+# The paper's constant c is one for all tensors, and gradients have a margin of 3 besides. On this hardware's E4M3,
+# whose exponent bias is lower by one, that is c + 1 for inputs and weights; E5M2 is the same: c - 3.
+_GRAD_MARGIN = 3
+_LOSS_SCALE = 2.0**16  # with constants: BF16's gradients are far below what a constant that suits weights can hold
+
+
+def constant(c: int) -> Spec:
+    """FP8-CSCALE with the paper's constant c."""
+    recipe = {"kind": "ConstantScaling", "bias": c + 1, "grad_margin": _GRAD_MARGIN + 1}
+    return {"recipe": recipe, "loss_scale": _LOSS_SCALE}
+
+
+def _emulation(rule: str, family: str, c: int = 0) -> Spec:
+    return {"emulation": {"rule": rule, "family": family, "constant": c, "margin": _GRAD_MARGIN}}
+
+
+ARMS: dict[str, Spec] = {
+    "bf16": {},
+    "bf16-again": {},  # the same seed twice: what the GPU's order of sums alone does
+    "fp16": {"dtype": "float16"},
+    "delayed": {"recipe": {"kind": "DelayedScaling"}},
+    "current": {"recipe": {"kind": "CurrentScaling"}},
+    "amax": {"recipe": {"kind": "CurrentScaling", "power_of_two": True, "grad_margin": _GRAD_MARGIN}},
+    "e4m3": {"recipe": {"kind": "DelayedScaling", "fp8_format": "E4M3"}},
+    "wgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "dgrad"]}},
+    "dgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "wgrad"]}},
+    "fprop16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["dgrad", "wgrad"]}},
+    "recent": {"recipe": {"kind": "DelayedScaling", "amax_compute_algo": "most_recent"}},
+    "history16": {"recipe": {"kind": "DelayedScaling", "amax_history_len": 16}},
+    "margin1": {"recipe": {"kind": "DelayedScaling", "margin": 1}},
+    "exact-sums": {"recipe": {"kind": "DelayedScaling", "fast_accum": []}},
+    "histogram": _emulation("histogram", "ocp"),
+    "gc-amax": _emulation("amax", "graphcore"),
+    "gc-histogram": _emulation("histogram", "graphcore"),
+}
+
+
+def arm(name: str) -> Spec:
+    """What an arm changes of a training: ``cscale:C`` has the constant C, ``gc-cscale:C`` on the paper's formats."""
+    if name in ARMS:
+        return ARMS[name]
+    kind, _, value = name.partition(":")
+    if kind in ("cscale", "gc-cscale") and value.lstrip("-").isdigit() and -16 <= int(value) <= 16:
+        graphcore = _emulation("constant", "graphcore", int(value)) | {"loss_scale": _LOSS_SCALE}
+        return constant(int(value)) if kind == "cscale" else graphcore
+    raise UserError(f"--arms takes {', '.join(ARMS)}, cscale:C and gc-cscale:C with C from -16 to 16, got {name!r}")
+
+
+def make_emulation(how: Spec) -> Emulation:
+    rules = {"amax": by_amax, "histogram": by_histogram, "constant": by_constant(how["constant"])}
+    return Emulation(rules[how["rule"]], how["family"], how["margin"])
+
+
+def make_recipe(recipe: Spec) -> fp8.Recipe:
+    return getattr(fp8, recipe["kind"])(**{name: value for name, value in recipe.items() if name != "kind"})
+
+
+def make_model(
+    spec: Spec,
+    corpus: Corpus,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The checkpoint's weights or random ones of the run's seed, with every linear layer but the head in FP8, or in
+    emulation, where the arm has it so."""
+    model: Any
+    if checkpoint:
+        model = checkpoint.model(dtype, device)
+        rows = model.get_input_embeddings().num_embeddings
+        if corpus.vocab > rows:
+            raise UserError(
+                f"the tokens are of {corpus.vocab:,} kinds and {checkpoint.name} knows {rows:,}: make them with the "
+                "command tokens --checkpoint"
+            )
+    else:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                model = named(spec["model"]).build(corpus.vocab, spec["context"])
+        finally:
+            torch.set_default_dtype(before)
+    if "emulation" in spec:
+        emulate(inner_layers(model), make_emulation(spec["emulation"]))
+    return fp8.convert(model, make_recipe(spec["recipe"]), tokens=None) if "recipe" in spec else model
+
+
+def inner_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that FP8 takes: all but the head."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in layers.items() if name not in ("head", "lm_head")}

@@ -1,0 +1,88 @@
+"""Inference under every policy: what it keeps of 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch_fp8 as fp8
+from torch import nn
+
+from examples.gpt.journal import Journal
+from examples.gpt.tokens import Corpus
+
+from .arms import ARMS, constant, inner_layers, make_recipe
+from .biases import Biases
+from .emulation import Rule, by_amax, by_constant, by_histogram, emulated
+from .policies import E4M3, GRAPHCORE_E4M3, Format
+from .runs import Run, Spec
+from .training import Plan, gpu_name, validate
+
+Policy = Callable[[nn.Module], AbstractContextManager[None]]  # a model as it is under this policy
+
+
+def policies(constants: Sequence[int]) -> dict[str, Policy]:
+    """By name; BF16 first. Names with ``gc-`` have Graphcore's formats; they and histograms are emulated."""
+    found: dict[str, Policy] = {"bf16": lambda model: nullcontext()}
+    found |= {name: _in_fp8(ARMS[name]["recipe"]) for name in ("current", "amax")}
+    found |= {f"cscale:{c}": _in_fp8(constant(c)["recipe"]) for c in constants}
+    found["histogram"] = _emulated(by_histogram, E4M3)
+    found["gc-amax"] = _emulated(by_amax, GRAPHCORE_E4M3)
+    found["gc-histogram"] = _emulated(by_histogram, GRAPHCORE_E4M3)
+    return found | {f"gc-cscale:{c}": _emulated(by_constant(c), GRAPHCORE_E4M3) for c in constants if c % 4 == 0}
+
+
+def _in_fp8(recipe: Spec) -> Policy:
+    @contextmanager
+    def within(model: nn.Module) -> Iterator[None]:
+        fp8.convert(model, make_recipe(recipe), tokens=None)
+        try:
+            yield
+        finally:
+            fp8.revert(model)
+
+    return within
+
+
+def _emulated(rule: Rule, to: Format) -> Policy:
+    return lambda model: emulated(inner_layers(model), rule, to)
+
+
+def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    """Inference under every policy on the same tokens: loss and accuracy by the policy's name, and every tensor's bias
+    over one micro-batch."""
+    found = {name: _measured(model, policy, spec, corpus, device) for name, policy in policies(spec["sweep"]).items()}
+    return {"inference": found, **inference_biases(model, spec, corpus, device)}
+
+
+def _measured(model: nn.Module, policy: Policy, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, float]:
+    with policy(model):
+        return validate(model, corpus, Plan.of({**spec, "validated": spec["sweep_tokens"]}), device)
+
+
+def inference_biases(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    biases = Biases(inner_layers(model))
+    with biases.watch():
+        validate(model, corpus, Plan.of({**spec, "validated": spec["micro_batch"] * spec["context"]}), device)
+    return biases.seen()
+
+
+def infer(run: Run, model: nn.Module, corpus: Corpus, device: torch.device, stop: Callable[[], bool]) -> bool:
+    """A sweep on its own: a step is a policy."""
+    records = [record for record in run.records() if "policy" in record]
+    found = {record["policy"]: {"loss": record["loss"], "accuracy": record["accuracy"]} for record in records}
+    journal = Journal(run.log, len(found))
+    for step, (name, policy) in enumerate(policies(run.spec["sweep"]).items(), start=1):
+        if name not in found:
+            if stop():
+                journal.close()
+                return False
+            found[name] = _measured(model, policy, run.spec, corpus, device)
+            journal.write(step=step, policy=name, **found[name])
+    result = {"inference": found, **inference_biases(model, run.spec, corpus, device)}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    journal.write(step=step, result={**result, "parameters": parameters, "gpu": gpu_name(device)})
+    journal.close()
+    return True

@@ -1,0 +1,311 @@
+"""The pictures of a study of scales."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
+
+from .intervals import interval
+from .scales_results import (
+    CRITERION,
+    LINEARS,
+    Line,
+    arms_of,
+    biases_of,
+    constants,
+    inference_ratios,
+    pairs,
+    place,
+    window,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROLES = {"x": ("inputs", FP8), "w": ("weights", SECOND), "dy": ("output gradients", THIRD)}
+COLORS = [FP8, SECOND, THIRD, FOURTH, INK, BF16, "#c2504d", "#6f8f2f"]
+FLOOR, CEILING = 0.95, 1.01  # ratios beyond are drawn there
+BIAS = "Bias b of FP8-AMAX, at most 31: a tensor is multiplied by 2^b before its cast (E4M3; gradients E5M2, no margin)"
+
+
+def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
+    """Every picture that there are data for; their names. sizes: parameters by model."""
+    by_size = sorted(lines, key=lambda line: (sizes.get(line.model, 0), line.run))
+    pictures: dict[str, Callable[[Path, Sequence[Line], Mapping[str, float]], bool]] = {
+        "histograms": histograms,
+        "depth": depth,
+        "time": over_time,
+        "window": windows,
+        "amax": policies,
+        "parity": lambda path, lines, sizes: paired(path, lines, "parity", "bf16"),
+        "finetune": lambda path, lines, sizes: paired(path, lines, "finetune", "bf16"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return [name for name, make in pictures.items() if make(folder / f"{name}.png", by_size, sizes)]
+
+
+def _counts(records: Sequence[dict[str, Any]], role: str) -> dict[int, float]:
+    """Share of tensors by bias."""
+    found = [roles[role] for record in records for roles in record["biases"].values() if roles.get(role) is not None]
+    return {bias: found.count(bias) / len(found) for bias in sorted(set(found))}
+
+
+def _recorded(lines: Sequence[Line], phase: str) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        if records := biases_of(line, phase):
+            found.setdefault(line.model, []).extend(records)
+    return found
+
+
+def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
+    phases = {phase: _recorded(lines, phase) for phase in ("training", "inference")}
+    models = list(dict.fromkeys(model for of in phases.values() for model in of))
+    if not models:
+        return False
+    with picture(path, "Which scales tensors want, by model size", (max(11, 3.0 * len(models) + 1.5), 6.4)) as figure:
+        grid = figure.subplots(2, len(models), sharex=True, sharey=True, squeeze=False)
+        for row, (phase, of) in zip(grid, phases.items()):
+            for axes, model in zip(row, models):
+                for role, (name, color) in ROLES.items():
+                    if counts := _counts(of.get(model, []), role):
+                        shares = [100 * share for share in counts.values()]
+                        axes.bar(list(counts), shares, 0.85, color=color, alpha=0.85, label=name)
+                axes.set_title(f"{model}\n{phase}")
+                if model not in of:
+                    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=FAINT)
+            row[0].set_ylabel("% of tensors")
+        for axes in grid[1]:
+            axes.set_xlabel("bias b")
+        handles = [axes.get_legend_handles_labels() for axes in grid.flat]
+        handles = max(handles, key=lambda pair: len(pair[0]))
+        figure.legend(*handles, loc="outside upper right", ncols=3)
+        caption(
+            figure, f"{BIAS}.\nA tensor: one linear layer's input, weight or output gradient, in one recorded step."
+        )
+    return True
+
+
+def _largest(lines: Sequence[Line], phase: str = "training") -> list[tuple[str, list[dict[str, Any]]]]:
+    """The largest model of each family that has records, with those of its first seed."""
+    found: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    for line in lines:  # the last one of a family is the largest
+        records = biases_of(line, phase)
+        family = line.model.split("-")[0].replace("cerebras", "gpt")
+        if records and not (family in found and found[family][0] == line.model):
+            found[family] = line.model, records
+    return list(found.values())
+
+
+def depth(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
+    rows = [(model, "training", records) for model, records in _largest(lines)]
+    rows += [(model, "inference", records) for model, records in _largest(lines, "inference")]
+    if not rows:
+        return False
+    with picture(path, "Scales by depth and kind of layer", (11, 3.1 * len(rows) + 0.8)) as figure:
+        grid = figure.subplots(len(rows), 3, sharey="col", squeeze=False)
+        for row, (model, phase, records) in zip(grid, rows):
+            for axes, (role, (name, _)) in zip(row, ROLES.items()):
+                _by_depth(axes, records, role)
+                axes.set_title(f"{name}, {phase}\n{model}")
+                axes.set_xlabel("layer, from the input to the output")
+                if phase == "inference" and role == "dy":
+                    axes.set_visible(False)
+            row[0].set_ylabel("bias b")
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        caption(figure, f"{BIAS}.\nMean over the recorded steps, and over layers of a kind; band: standard deviation.")
+    return True
+
+
+def _by_depth(axes: Axes, records: Sequence[dict[str, Any]], role: str) -> None:
+    found: dict[str, dict[int, list[int]]] = {}
+    for record in records:
+        for layer, roles in record["biases"].items():
+            at, kind = place(layer)
+            if roles.get(role) is not None:
+                found.setdefault(kind, {}).setdefault(at, []).append(roles[role])
+    for kind, color in zip([*LINEARS, "other"], COLORS):
+        if kind in found:
+            at = sorted(found[kind])
+            means = [statistics.fmean(found[kind][i]) for i in at]
+            spread = [statistics.pstdev(found[kind][i]) for i in at]
+            axes.plot(at, means, color=color, label=kind, marker="o", markersize=3)
+            low, high = ([m + sign * s for m, s in zip(means, spread)] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+
+
+def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
+    rows = _largest(lines)
+    if not rows:
+        return False
+    with picture(path, "Scales over a training", (11, 4.6 * len(rows) + 0.8)) as figure:
+        grid = figure.subplots(len(rows), 3, squeeze=False)
+        for row, (model, records) in zip(grid, rows):
+            steps = [record["step"] for record in records]
+            for axes, (role, (name, _)) in zip(row, ROLES.items()):
+                layers = [
+                    layer
+                    for kind in [*LINEARS, "other"]
+                    for layer in records[-1]["biases"]
+                    if place(layer)[1] == kind and role in records[-1]["biases"][layer]
+                ]
+                nan = float("nan")
+                values = [
+                    [nan if (b := record["biases"].get(layer, {}).get(role)) is None else b for record in records]
+                    for layer in layers
+                ]
+                if values:
+                    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
+                    bar = figure.colorbar(image, ax=axes, label="bias b" if role == "dy" else None)
+                    bar.locator.set_params(integer=True)
+                kinds = [place(layer)[1] for layer in layers]
+                starts = [i for i, kind in enumerate(kinds) if i == 0 or kinds[i - 1] != kind]
+                middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(kinds)])]
+                for start in starts[1:]:
+                    axes.axhline(start - 0.5, color="white", linewidth=2)
+                shown = [kinds[start] for start in starts] if role == "x" else []
+                axes.set_yticks(middles if role == "x" else [], shown)
+                marks = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
+                axes.set_xticks(marks, [str(steps[i]) for i in marks])
+                axes.grid(visible=False)
+                axes.set_title(f"{name}\n{model}")
+                axes.set_xlabel("step")
+        caption(
+            figure, f"{BIAS}.\nA row is a layer; within a kind of layer they go from the first (above) to the last."
+        )
+    return True
+
+
+def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
+    """The ratio against the constant, a line a model; and the width of the window against the size."""
+    ratios = {model: of for model, of in inference_ratios(lines).items() if constants(of)}
+    if not ratios:
+        return False
+    with picture(path, "FP8-CSCALE: which constants work, by model size", (11, 5.2)) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+        widths: dict[str, tuple[int, int]] = {}
+        for (model, of), color in zip(ratios.items(), COLORS * 9):
+            ours = constants(of)
+            left.plot(list(ours), [_clipped(r) for r in ours.values()], color=color, marker="o", markersize=3.5,
+                      label=model)  # fmt: skip
+            theirs = constants(of, "gc-cscale")
+            left.plot(list(theirs), [_clipped(r) for r in theirs.values()], "x", color=color, markersize=8)
+            if found := window(ours):
+                widths[model] = found
+                size, width = sizes.get(model, 0) / 1e6, found[1] - found[0] + 1
+                right.plot([size], [width], "o", color=color, markersize=7)
+                right.annotate(f"{found[0]}…{found[1]}", (size, width), xytext=(0, 8), textcoords="offset points",
+                               ha="center", fontsize=8.5)  # fmt: skip
+        left.axhline(CRITERION, color=INK, linewidth=1)
+        left.annotate(f"the paper's {CRITERION}", (0.01, CRITERION), xycoords=("axes fraction", "data"),
+                      xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
+        left.set(
+            xlabel="c, the paper's constant (this hardware's bias is c + 1)",
+            ylabel="next-token accuracy over that of BF16",
+            ylim=(FLOOR - 0.001, CEILING + 0.001),
+            title="Inference with one constant scale",
+        )
+        left.xaxis.get_major_locator().set_params(integer=True)
+        right.set(xlabel="million parameters", ylabel="constants in a row that work", title="Width of the window",
+                  xscale="log", ylim=(0, 2 + max([w[1] - w[0] + 1 for w in widths.values()], default=1)))  # fmt: skip
+        right.margins(x=0.2)
+        right.legend(*left.get_legend_handles_labels(), loc="lower left")
+        _plain_ticks(right, [sizes.get(model, 0) / 1e6 for model in widths])
+        caption(
+            figure,
+            f"At the edges: {FLOOR} or less, {CEILING} or more. ×: the paper's own formats, emulated. Right: first\n"
+            f"and last constant of the widest window with a ratio of at least {CRITERION}.",
+        )
+    return True
+
+
+def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
+    """The ratio of the policies that look at the tensor, a group of points a model."""
+    names = {
+        "current": "exact scale of the tensor's own amax",
+        "amax": "FP8-AMAX",
+        "gc-amax": "FP8-AMAX, the paper's formats",
+        "histogram": "histogram",
+        "gc-histogram": "histogram, the paper's formats",
+    }
+    ratios = {model: of for model, of in inference_ratios(lines).items() if "amax" in of}
+    if not ratios:
+        return False
+    with picture(path, "FP8-AMAX and its neighbours in inference", (11, 4.6)) as figure:
+        axes = figure.subplots()
+        for i, (policy, name) in enumerate(names.items()):
+            at = [place + 0.12 * (i - 2) for place in range(len(ratios))]
+            values = [of.get(policy, math.nan) for of in ratios.values()]
+            axes.plot(at, values, "o", color=COLORS[i], label=name, markersize=7)
+        axes.axhline(CRITERION, color=INK, linewidth=1)
+        axes.annotate(f"the paper's {CRITERION}", (0.005, CRITERION), xycoords=("axes fraction", "data"),
+                      xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
+        axes.axhline(1, color=FAINT, linewidth=1, linestyle=":")
+        axes.set_xticks(range(len(ratios)), [f"{m}\n{millions(sizes.get(m, 0))}" for m in ratios])
+        axes.set_xlim(-0.5, len(ratios) - 0.5)
+        axes.grid(axis="x", visible=False)
+        axes.set(ylabel="next-token accuracy over that of BF16")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        caption(
+            figure,
+            "The paper's formats are emulated, and so is the histogram: the scale of least estimated squared error.",
+        )
+    return True
+
+
+def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
+    """Differences of an arm from BF16 with the same seed: each pair, their mean, its interval."""
+    of_study = [line for line in lines if line.study == study]
+    arms = [arm for arm in arms_of(of_study) if arm != against]
+    found = {arm: pairs(of_study, arm, against, "loss") for arm in arms}
+    found = {arm: models for arm, models in found.items() if models}
+    models = list(dict.fromkeys(line.model for line in of_study if any(line.model in of for of in found.values())))
+    if not models:
+        return False
+    title = {"parity": "Training from scratch", "finetune": "Fine-tuning"}[study]
+    with picture(
+        path, f"{title}: validation loss against BF16 of the same seed", (11, 0.42 * len(found) + 2.6)
+    ) as figure:
+        row = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for axes, model in zip(row, models):
+            axes.axvspan(-0.25, 0.25, color=BF16, alpha=0.25, linewidth=0)
+            axes.axvline(0, color=INK, linewidth=1)
+            for i, of in enumerate(found.values()):
+                values = [value for value in of.get(model, []) if math.isfinite(value)]
+                if values:
+                    axes.plot(values, [i - 0.22] * len(values), "o", color=BF16, markersize=4)
+                    mean = interval(values)
+                    axes.plot([mean.mean], [i], "D", color=FP8, markersize=6)
+                    if math.isfinite(mean.low):
+                        axes.plot([mean.low, mean.high], [i, i], color=FP8, linewidth=2)
+            axes.set_title(model)
+            axes.set_xlabel("% of the loss; to the right is worse")
+        row[0].set_yticks(range(len(found)), list(found))
+        row[0].set_ylim(len(found) - 0.5, -0.5)
+        caption(
+            figure,
+            "Grey points: one pair of runs each. Diamond and line: their mean, and its 95 % interval by Student's t.\n"
+            "Grey band: the margin of 0.25 %, fixed before the runs.",
+        )
+    return True
+
+
+def _clipped(ratio: float) -> float:
+    return min(max(ratio, FLOOR), CEILING)
+
+
+def _plain_ticks(axes: Axes, at: Sequence[float]) -> None:
+    names = {f"{value:.0f}": value for value in sorted(at)}
+    axes.set_xticks(list(names.values()), list(names))
+    axes.set_xticks([], minor=True)
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:.0f}M"

@@ -1,0 +1,32 @@
+"""What tests of studies share: a text, a plan, and how a study is called."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from examples.gpt.tokens import Bytes
+from studies.lib.corpus import make_tokens, save_corpus
+
+ROOT = Path(__file__).parents[1]
+SCALES = [sys.executable, str(ROOT / "studies" / "scales.py")]
+PLAN = {
+    **{"seed": 0, "steps": 10, "batch": 4, "micro_batch": 2, "context": 16, "lr": 1e-2, "warm_up": 2, "cooldown": 4},
+    **{"validated": 256, "schedule": "wsd"},
+}
+
+
+def write_tokens(folder):
+    """The path of a few thousand tokens, which are bytes."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "then", "it", "sleeps"]
+    generator = torch.Generator().manual_seed(0)
+    lines = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(300)]
+    (folder / "text").write_text("\n<|endoftext|>\n".join(lines))
+    save_corpus(folder / "tokens.xz", make_tokens(folder / "text", Bytes(), "bytes", 0.2))
+    return folder / "tokens.xz"
+
+
+def run(*arguments, tokens, out):
+    command = [*SCALES, *map(str, arguments), "--tokens", str(tokens), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -1,0 +1,124 @@
+"""Studies that begin from a checkpoint: inference under every policy, and fine-tuning."""
+
+import json
+import math
+import shutil
+import subprocess
+
+import pytest
+import torch
+from studying import PLAN, ROOT, SCALES, run, write_tokens
+
+from examples.gpt.errors import UserError
+from examples.gpt.tokens import Corpus, fingerprint
+from studies.lib.checkpoints import Checkpoint
+from studies.lib.corpus import read_corpus, save_corpus
+from studies.lib.runs import all_runs
+from studies.lib.training import Plan, validate
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder of transformers' with a small Llama whose tokens are bytes."""
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "small_llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_inference_of_a_checkpoint_goes_on_from_the_last_whole_policy(tmp_path, tokens, checkpoint):
+    study = ["infer", "--checkpoint", checkpoint, "--constants", "0", "1", "--context", "32", "--sweep-tokens", "64"]
+    whole = run(*study, tokens=tokens, out=tmp_path / "whole")
+    assert whole.returncode == 0 and "all 1 runs are done" in whole.stdout, whole.stderr
+    log = tmp_path / "whole" / "small-llama_infer" / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    policies = [
+        "bf16",
+        "current",
+        "amax",
+        "cscale:0",
+        "cscale:1",
+        "histogram",
+        "gc-amax",
+        "gc-histogram",
+        "gc-cscale:0",
+    ]
+    assert [json.loads(line)["policy"] for line in lines[:-1]] == policies
+    result = json.loads(lines[-1])["result"]
+    assert list(result["inference"]) == policies and len({of["loss"] for of in result["inference"].values()}) >= 5
+    assert set(result["biases"]["model.layers.1.mlp.down_proj"]) == {"x", "w"} and result["parameters"] > 50_000
+    assert "lm_head" not in result["biases"]
+
+    # What is there is not measured again, and half a line is not there.
+    altered = [lines[0], lines[1].replace(f"{result['inference']['current']['loss']}", "9.0")]
+    log.write_text("".join(altered) + lines[2][:20])
+    again = run(*study, tokens=tokens, out=tmp_path / "whole")
+    assert again.returncode == 0, again.stderr
+    assert log.read_text().splitlines(keepends=True)[:-1] == [*altered, *lines[2:-1]]
+    assert all_runs(tmp_path / "whole")[0].result()["inference"]["current"]["loss"] == 9.0
+
+
+def test_random_weights_are_run_by_name(tmp_path, tokens):
+    study = ["infer", "--models", "llama-tiny", "--constants", "0", "0", "--context", "32", "--sweep-tokens", "64"]
+    made = run(*study, tokens=tokens, out=tmp_path)
+    assert made.returncode == 0 and "all 1 runs are done" in made.stdout, made.stderr
+    assert all_runs(tmp_path)[0].result()["inference"]["bf16"]["loss"] == pytest.approx(math.log(256), abs=0.3)
+
+
+def test_fine_tuning_begins_from_the_checkpoint(tmp_path, tokens, checkpoint):
+    options = ["--context", "32", "--batch", "4", "--micro-batch", "4", "--val-tokens", "512", "--lr", "1e-9"]
+    study = ["finetune", "--checkpoint", checkpoint, *options, "--seeds", "1", "--steps", "3", "--arms"]
+    made = run(*study, "bf16", "amax", "--record", "2", tokens=tokens, out=tmp_path / "runs")
+    assert made.returncode == 0 and "all 2 runs are done" in made.stdout, made.stderr
+    results = {one.name: one.result() for one in all_runs(tmp_path / "runs")}
+    # With a learning rate that changes nothing, both arms have the checkpoint's loss.
+    model = Checkpoint(checkpoint).model(torch.float32, torch.device("cpu"))
+    plan = Plan(**{**PLAN, "context": 32, "validated": 512})
+    expected = validate(model, read_corpus(tokens), plan, torch.device("cpu"))["loss"]
+    assert [result["loss"] for result in results.values()] == [pytest.approx(expected, rel=1e-3)] * 2
+    assert abs(expected - math.log(256)) > 0.5  # which random weights of another seed would not have
+    assert results["small-llama_amax_0"]["loss_fp8"] != results["small-llama_amax_0"]["loss"]
+
+    # Other weights are another run.
+    other = tmp_path / "small_llama"
+    shutil.copytree(checkpoint, other)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(other)
+    refused = run("finetune", "--checkpoint", other, *study[3:], "bf16", tokens=tokens, out=tmp_path / "runs")
+    assert refused.returncode == 2 and "differs in checkpoint" in refused.stderr
+
+
+def test_a_checkpoint_that_is_none_or_has_other_tokens_is_refused(tmp_path, tokens, checkpoint):
+    for path in (tmp_path, tmp_path / "none.gguf"):
+        with pytest.raises(UserError, match="must be a .gguf file or a folder with a config.json"):
+            Checkpoint(path)
+    train, val = torch.full((99,), 300, dtype=torch.int32), torch.zeros(99, dtype=torch.int32)
+    save_corpus(tmp_path / "tokens", Corpus(train, val, 301, "text", fingerprint(train, val)))
+    made = run("infer", "--checkpoint", checkpoint, "--context", "8", "--sweep-tokens", "8",
+               tokens=tmp_path / "tokens", out=tmp_path / "out")  # fmt: skip
+    assert made.returncode == 1 and "the tokens are of 301 kinds and small-llama knows 256" in made.stderr
+
+
+def test_texts_are_tokenised_as_the_checkpoint_has_it(tmp_path, checkpoint):
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 5, "b": 6, "<end>": 7, "?": 8}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
+    (tmp_path / "text").write_text("a b\n<|endoftext|>\nb c\n<|endoftext|>\nb b\n")
+    arguments = ["tokens", "--data", tmp_path / "text", "--checkpoint", folder, "--tokens", tmp_path / "tokens"]
+    made = subprocess.run([*SCALES, *arguments, "--val-share", "0.4"], capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0, made.stderr
+    corpus = read_corpus(tmp_path / "tokens")
+    assert corpus.train.tolist() == [5, 6, 7, 6, 8, 7] and corpus.val.tolist() == [6, 6, 7]
