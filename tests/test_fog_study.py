@@ -28,10 +28,11 @@ from models.fog_fp8 import to_fp8
 from studies.lib import fog_figures
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
-from studies.lib.fog_page import CONSISTENT, NOT, OPEN, OTHER, PAPER_ARM, _speed, claims
-from studies.lib.fog_results import Line, alarm, merged, outcomes, read_lines
+from studies.lib.fog_page import CONSISTENT, NOT, OPEN, OTHER, PAPER_ARM, _speed, claims, page
+from studies.lib.fog_results import Line, alarm, merged, outcomes
 from studies.lib.fog_seen import jump, seen
 from studies.lib.kurtosis import Kurtosis
+from studies.lib.lines import read_lines
 from studies.lib.runs import all_runs
 
 ROOT = Path(__file__).parents[1]
@@ -399,11 +400,20 @@ def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
     path = tmp_path / "data" / "runs.jsonl"
     done, other = line("llama3"), line("llama3", rate=3, steps=400)
     half = dataclasses.replace(done, step=100, result=None, losses=done.losses[:100])
-    assert merged(path, [half, other]) == merged(path, []) == read_lines(path) and len(read_lines(path)) == 2
+    assert (
+        merged(path, [half, other]) == merged(path, []) == read_lines(path, Line) and len(read_lines(path, Line)) == 2
+    )
     assert done in merged(path, [done]) and done in merged(path, [half])
     path.write_text(path.read_text() + "{")
     with pytest.raises(UserError, match="must hold a run a line"):
         merged(path, [done])
+
+
+def test_the_page_in_docs_is_the_one_of_the_data():
+    data = ROOT / "studies" / "results" / "fog"
+    lines, pictures = read_lines(data / "runs.jsonl", Line), sorted(path.stem for path in data.glob("*.png"))
+    shown = (ROOT / "docs" / "fog.md").read_text(encoding="utf-8")
+    assert page(lines, pictures, "../studies/results/fog") == shown, "run studies/fog.py report"
 
 
 def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens, monkeypatch):
