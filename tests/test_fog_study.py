@@ -28,10 +28,11 @@ from models.fog_fp8 import to_fp8
 from studies.lib import fog_figures
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
-from studies.lib.fog_page import CONSISTENT, NOT, OPEN, OTHER, PAPER_ARM, _speed, claims
-from studies.lib.fog_results import Line, alarm, merged, outcomes, read_lines
+from studies.lib.fog_page import CONSISTENT, NOT, OPEN, OTHER, PAPER_ARM, _speed, claims, page
+from studies.lib.fog_results import Line, alarm, merged, outcomes
 from studies.lib.fog_seen import jump, seen
 from studies.lib.kurtosis import Kurtosis
+from studies.lib.lines import read_lines
 from studies.lib.runs import all_runs
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def records_of(out):
 # ---- whole studies ---------------------------------------------------------------------------------------------------
 
 
-def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
+def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, monkeypatch):
     study = ["provoke", *TINY, "--architectures", "fog-max", "--arms", "bf16", "fp8-attention", "--rates", "3"]
     whole = run(*study, "--jobs", "2", tokens=tokens, out=tmp_path / "whole")
     assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
@@ -94,9 +95,9 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
     assert "loss_fp8" in records[-1]["result"]
 
     for other in (["--lr", "1e-2"], ["--steps", "13"]):
-        refused = run(*study, *other, tokens=tokens, out=out)
-        assert refused.returncode == 2 and "holds another run: it differs in" in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", command(*study, *other, tokens=tokens, out=out)[1:])
+        with pytest.raises(UserError, match="holds another run: it differs in"):
+            fog.main()
     assert records_of(out) == records_of(tmp_path / "whole")
 
 
@@ -399,14 +400,23 @@ def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
     path = tmp_path / "data" / "runs.jsonl"
     done, other = line("llama3"), line("llama3", rate=3, steps=400)
     half = dataclasses.replace(done, step=100, result=None, losses=done.losses[:100])
-    assert merged(path, [half, other]) == merged(path, []) == read_lines(path) and len(read_lines(path)) == 2
+    assert (
+        merged(path, [half, other]) == merged(path, []) == read_lines(path, Line) and len(read_lines(path, Line)) == 2
+    )
     assert done in merged(path, [done]) and done in merged(path, [half])
     path.write_text(path.read_text() + "{")
     with pytest.raises(UserError, match="must hold a run a line"):
         merged(path, [done])
 
 
-def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens):
+def test_the_page_in_docs_is_the_one_of_the_data():
+    data = ROOT / "studies" / "results" / "fog"
+    lines, pictures = read_lines(data / "runs.jsonl", Line), sorted(path.stem for path in data.glob("*.png"))
+    shown = (ROOT / "docs" / "fog.md").read_text(encoding="utf-8")
+    assert page(lines, pictures, "../studies/results/fog") == shown, "run studies/fog.py report"
+
+
+def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens, monkeypatch):
     for study in ("provoke", "parity", "kurtosis"):
         names = ["llama3", "fog-max"] if study == "kurtosis" else ["fog-max"]
         arms = ["bf16", "bf16-again", "fp8-attention"] if study == "parity" else ["bf16"]
@@ -423,9 +433,9 @@ def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tok
     assert "1 pairs" in text and "BF16 against itself" in text and "cannot be claimed here" in text
     for folder in folders[1:]:
         shutil.rmtree(folder)
-    again = subprocess.run([*FOG, "report", *map(str, to)], capture_output=True, text=True)
-    assert again.returncode == 0 and (tmp_path / "page" / "fog.md").read_text() == text
-    wrong = subprocess.run(
-        [*FOG, "report", "--runs", str(tmp_path / "data"), *map(str, to)], capture_output=True, text=True
-    )
+    monkeypatch.setattr(sys, "argv", ["fog.py", "report", *map(str, to)])
+    assert fog.main() == 0 and (tmp_path / "page" / "fog.md").read_text() == text
+    again = [*FOG, "report", "--runs", str(tmp_path / "data"), *map(str, to)]
+    wrong = subprocess.run(again, capture_output=True, text=True)
     assert wrong.returncode == 2 and "must be folders of runs of this study" in wrong.stderr
+    assert wrong.stderr.count("\n") == 1

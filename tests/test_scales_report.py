@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.gpt.errors import UserError
+from studies.lib.lines import read_lines
 from studies.lib.runs import claim
 from studies.lib.scales_page import claims, page
 from studies.lib.scales_results import (
@@ -20,7 +21,6 @@ from studies.lib.scales_results import (
     merged,
     pairs,
     place,
-    read_lines,
     sizes_of,
     trained_tokens,
     window,
@@ -186,8 +186,8 @@ def test_runs_are_condensed(tmp_path):
 def test_lines_replace_those_of_the_same_run_and_another_run_is_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
     merged(path, [line(), line(model="gpt-73M")])
-    assert merged(path, [line(result={"loss": 1.0}), line(step=3, model="gpt-73M")]) == read_lines(path)
-    assert [(one.model, one.step, one.result is None) for one in read_lines(path)] == [
+    assert merged(path, [line(result={"loss": 1.0}), line(step=3, model="gpt-73M")]) == read_lines(path, Line)
+    assert [(one.model, one.step, one.result is None) for one in read_lines(path, Line)] == [
         ("gpt-31M", 10, False),
         ("gpt-73M", 10, True),  # what is known is not lost to an older copy
     ]
@@ -199,7 +199,7 @@ def test_lines_replace_those_of_the_same_run_and_another_run_is_refused(tmp_path
     assert path.read_bytes() == before
     path.write_text("{}\n")
     with pytest.raises(UserError, match="must hold a run a line"):
-        read_lines(path)
+        read_lines(path, Line)
 
 
 def test_the_page_says_what_is_missing():
@@ -214,7 +214,7 @@ def test_the_page_says_what_is_missing():
 
 def test_the_page_in_docs_is_the_one_of_the_data():
     data = ROOT / "studies" / "results" / "scales"
-    lines, pictures = read_lines(data / "runs.jsonl"), [path.stem for path in data.glob("*.png")]
+    lines, pictures = read_lines(data / "runs.jsonl", Line), [path.stem for path in data.glob("*.png")]
     shown = (ROOT / "docs" / "scales.md").read_text(encoding="utf-8")
     assert page(lines, pictures, sizes_of(lines), "../studies/results/scales") == shown, "run studies/scales.py report"
 
@@ -223,7 +223,7 @@ def test_readme_says_what_the_data_say():
     """Of the models of the window study: the constants that all of them work with, and the least ratio of AMAX."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-").replace("\n", " ")
     low, high = map(int, re.search(r"with c from (-?\d+) to (-?\d+) all keep more than 99.5 %", readme).groups())
-    lines = read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl")
+    lines = read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line)
     ratios = inference_ratios([line for line in lines if line.study == "window"])
     windows = [window(constants(of)) for of in ratios.values()]
     assert (low, high) == (max(w[0] for w in windows), min(w[1] for w in windows)) and len(windows) == 4

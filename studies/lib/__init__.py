@@ -3,7 +3,8 @@ training, ``pool`` several at once on the GPUs of a machine, ``intervals`` what 
 ``biases`` and ``kurtosis`` look on, ``divergence`` says when a loss leaves another's.
 
 ``arms`` is what scales.py trains, ``checkpoints`` from where; ``policies`` how scales are chosen, ``emulation``
-layers by them, ``inference`` what they keep of 16 bits. ``scales_...`` and ``fog_...`` are the reports.
+layers by them, ``inference`` what they keep of 16 bits. ``lines`` is the file of what came out, ``scales_...`` and
+``fog_...`` are the reports.
 """
 
 import sys

@@ -12,16 +12,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch_fp8.files import replacing
 from torch_fp8.observe.trend import FIRST, Trend
 
-from examples.gpt.errors import UserError
-
 from .divergence import PATIENCE, Divergence, Loss, leaves
+from .lines import merge_lines
 from .runs import Run, Spec
 
 IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
@@ -101,32 +99,8 @@ def _digits(value: Loss, digits: int) -> Loss:
     return None if value is None else float(f"{value:.{digits}g}")
 
 
-def read_lines(path: Path) -> list[Line]:
-    if not path.exists():
-        return []
-    try:
-        return [Line(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
-
-
 def merged(path: Path, new: Iterable[Line]) -> list[Line]:
-    """The file with what is new, which replaces what it had of the same runs where it got as far; in the order of
-    specs."""
-    lines = {_key(line): line for line in read_lines(path)}
-    for line in new:
-        before = lines.get(_key(line))
-        if before is None or (line.result is not None, line.step) >= (before.result is not None, before.step):
-            lines[_key(line)] = line
-    kept = [lines[key] for key in sorted(lines)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(asdict(line), separators=(",", ":")) + "\n" for line in kept))
-    return kept
-
-
-def _key(line: Line) -> str:
-    return json.dumps(line.spec, sort_keys=True)
+    return merge_lines(path, Line, new, lambda line: json.dumps(line.spec, sort_keys=True))
 
 
 # ---- what is read off lines ------------------------------------------------------------------------------------------

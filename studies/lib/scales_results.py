@@ -7,19 +7,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_fp8.files import replacing
-
-from examples.gpt.errors import UserError
 from models.names import MODELS, parameter_count
 
+from .lines import merge_lines
 from .runs import Run, Spec
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
@@ -62,30 +59,8 @@ def _parts(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
     return [items[low:high] for low, high in itertools.pairwise(bounds)]
 
 
-def read_lines(path: Path) -> list[Line]:
-    if not path.exists():
-        return []
-    try:
-        return [Line(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
-
-
 def merged(path: Path, new: Iterable[Line]) -> list[Line]:
-    """The file with what is new in place of what it had of the same runs, in the order of names. UserError, with
-    nothing written, where a run of that name was another one."""
-    lines = {(line.study, line.run): line for line in read_lines(path)}
-    for line in new:
-        before = lines.get((line.study, line.run))
-        if before and before.spec != line.spec:
-            raise UserError(f"{path} has a run {line.run} of another spec; remove the file, or give another --data")
-        if not before or line.step >= before.step:
-            lines[line.study, line.run] = line
-    kept = [lines[key] for key in sorted(lines)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(asdict(line)) + "\n" for line in kept))
-    return kept
+    return merge_lines(path, Line, new, lambda line: (line.study, line.run))
 
 
 # ---- what is read off lines ------------------------------------------------------------------------------------------

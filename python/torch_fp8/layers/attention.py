@@ -384,6 +384,10 @@ def scaled_dot_product_attention(
 
     FP8 takes no mask, no dropout, no empty sequence, keys and values of one width, and a head_dim that is a multiple of
     16 up to 256; there mode "auto" runs in 16 bits, and another raises ValueError, which names the modes that can.
+
+    Scores, ``scale * query @ key.T``, should stay below some hundreds, as norms of q and k keep them: a tensor core
+    sums products in FP8 with 14 bits, and backward finds other probabilities than forward had. On an H100 the gradient
+    of value is off by 0.2 of its norm where scores are 300, and by more than its norm where they are 3,000.
     """
     if state is not None and not isinstance(state, ScaledDotProductAttention):
         raise TypeError(f"torch_fp8: state must be a ScaledDotProductAttention or None, got {type(state).__name__}")

@@ -1,0 +1,41 @@
+"""A file with a line of JSON for each run: what came out of it, small enough to be kept beside the code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch_fp8.files import replacing
+
+from examples.gpt.errors import UserError
+
+Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
+
+
+def read_lines(path: Path, kind: type[Line]) -> list[Line]:
+    if not path.exists():
+        return []
+    try:
+        return [kind(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
+
+
+def merge_lines(path: Path, kind: type[Line], new: Iterable[Line], key: Callable[[Line], Any]) -> list[Line]:
+    """The file with what is new, which replaces what it had of the same runs where it got as far; in the order of keys,
+    which tell runs apart. UserError, with nothing written, where a run of that key was another one."""
+    lines = {key(line): line for line in read_lines(path, kind)}
+    for line in new:
+        before = lines.get(key(line))
+        if before is not None and before.spec != line.spec:
+            raise UserError(f"{path} has a run {key(line)} of another spec; remove the file, or give another --data")
+        if before is None or (line.result is not None, line.step) >= (before.result is not None, before.step):
+            lines[key(line)] = line
+    kept = [lines[of] for of in sorted(lines)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(asdict(line), separators=(",", ":")) + "\n" for line in kept))
+    return kept
