@@ -90,8 +90,8 @@ def watch(
         ``hold`` steps, at most ``at_most`` layers at once, those that are furthest out first; a layer that is out still
         when a place becomes free has its turn then. After that they are in FP8 again, scaled by their own amaxes at
         first, and raise an alarm again if they are out still. Closing the watch undoes it. A compiled model compiles
-        anew at either change, and a captured CUDA graph does not see it. Each rank acts by its own alarms, so that ranks
-        may hold different layers.
+        anew at either change, and a captured CUDA graph does not see it. Each rank acts by its own alarms, so
+        that ranks may hold different layers.
     log: a file to which every sample, alarm and action is appended at once, as a JSON object a line; what is there
         stays. ``torch_fp8.observe.watch.read_log`` reads it. Where log or writer raise OSError in training (a full
         disk), a warning says so once, and training goes on without it.
