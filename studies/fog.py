@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
-from lib.corpus import read_corpus
+from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
 from lib.fog_results import condensed, merged
@@ -114,7 +114,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, seed: int) -> Spec:
         "schedule": "wsd",
         "validated": args.val_tokens,
         "every": args.every,
-        "data": corpus.fingerprint,
+        **text_of(corpus),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
 

@@ -25,7 +25,7 @@ import torch
 from lib.arms import ARMS, arm, inner_layers, make_model
 from lib.biases import Biases
 from lib.checkpoints import Checkpoint
-from lib.corpus import make_tokens, read_corpus, save_corpus
+from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
 from lib.inference import infer, policies, sweep
 from lib.pool import BAD_INPUT, serve, work
@@ -63,7 +63,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: in
         "validated": args.val_tokens,
         "dtype": "bfloat16",
         "loss_scale": 1.0,
-        "data": corpus.fingerprint,
+        **text_of(corpus),
         "device": _device(),
     }
 
@@ -114,7 +114,7 @@ def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
         "validated": args.sweep_tokens,
         "sweep": constants,
         "sweep_tokens": args.sweep_tokens,
-        "data": corpus.fingerprint,
+        **text_of(corpus),
         "device": _device(),
     }
     return {f"{model}_infer": {"model": model, **every} for model in models}

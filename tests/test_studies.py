@@ -1,5 +1,6 @@
 """The studies' machinery: what a kill leaves, what is refused, what is computed from runs."""
 
+import json
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
+from studies.lib import fog_results, scales_results
 from studies.lib.arms import arm, inner_layers, make_model
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.costs import costs
@@ -80,6 +82,24 @@ def test_damaged_tokens_are_refused(tmp_path, tokens):
         read_corpus(tmp_path / "none")
 
 
+def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, tokens):
+    """In a file without the check, as older ones are, it is as it stands there."""
+    path = tmp_path / "tokens"
+    save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
+    line, _, ids = path.read_bytes().partition(b"\n")
+    head = json.loads(line)
+    moved = {**head, "train": head["train"] - 16, "val": head["val"] + 16}
+    path.write_bytes(json.dumps(moved).encode() + b"\n" + ids)
+    with pytest.raises(UserError, match="damaged"):
+        read_corpus(path)
+    del head["check"]
+    path.write_bytes(json.dumps(head).encode() + b"\n" + ids)
+    assert read_corpus(path).train.numel() == head["train"]
+    path.write_bytes(b"[]\n" + ids)
+    with pytest.raises(UserError, match="damaged"):
+        read_corpus(path)
+
+
 def test_a_text_that_is_too_short_is_refused(corpus):
     check_text(corpus, Plan(**PLAN))
     with pytest.raises(UserError, match="training text must be longer than a sequence of 1000000 tokens"):
@@ -99,6 +119,35 @@ def test_a_folder_of_another_run_is_refused_and_nothing_is_written(tmp_path):
     assert claim(tmp_path, {"a": {"lr": 1.0, "steps": 5}})[0].result() is None
     with pytest.raises(UserError, match="the study is empty"):
         claim(tmp_path, {})
+
+
+def test_a_text_split_elsewhere_is_another_text(tmp_path, tokens):
+    study = ["parity", *TINY, "--arms", "bf16", "--steps", "2", "--minutes", "0.0001"]
+    assert run(*study, tokens=tokens, out=tmp_path / "out").returncode == 0
+    elsewhere = make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.5)
+    save_corpus(tmp_path / "tokens", elsewhere)
+    assert elsewhere.fingerprint == read_corpus(tokens).fingerprint
+    refused = run(*study, tokens=tmp_path / "tokens", out=tmp_path / "out")
+    assert refused.returncode == 2 and "it differs in split (was " in refused.stderr, refused.stderr
+    alone = [*SCALES, "run", tmp_path / "out" / "gpt-tiny_bf16_0", "--tokens", tmp_path / "tokens"]
+    refused = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and "of one split elsewhere: its split is " in refused.stderr, refused.stderr
+
+
+def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
+    for name, spec in {"known": {"data": "8e6e3b7e09571699"}, "unknown": {"data": "abc"}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spec.json").write_text(json.dumps(spec))
+    claim(tmp_path, {"known": {"data": "8e6e3b7e09571699", "split": 25_624_999}})
+    for name, data in {"known": "8e6e3b7e09571699", "unknown": "abc"}.items():
+        with pytest.raises(UserError, match="differs in split"):
+            claim(tmp_path, {name: {"data": data, "split": 9}})
+    for study, read_lines in {"scales": scales_results.read_lines, "fog": fog_results.read_lines}.items():
+        lines = read_lines(ROOT / "studies" / "results" / study / "runs.jsonl")
+        assert lines and {line.spec["split"] for line in lines} == {25_624_999}
+    (tmp_path / "known" / "spec.json").write_text("3")
+    with pytest.raises(UserError, match="a spec must be a JSON object, got 3"):
+        all_runs(tmp_path)
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch_fp8.observe.trend import FIRST, Trend
 from examples.gpt.errors import UserError
 
 from .divergence import PATIENCE, Divergence, Loss, leaves
-from .runs import Run, Spec
+from .runs import Run, Spec, with_split
 
 IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
 FEWEST = FIRST + IN_A_ROW - 1  # samples before which nothing can raise an alarm
@@ -105,7 +105,8 @@ def read_lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     try:
-        return [Line(**json.loads(line)) for line in path.read_text().splitlines()]
+        lines = [Line(**json.loads(line)) for line in path.read_text().splitlines()]
+        return [replace(line, spec=with_split(line.spec)) for line in lines]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
 

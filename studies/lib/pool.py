@@ -21,7 +21,7 @@ from torch_fp8.progress import bar
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 
-from .corpus import read_corpus
+from .corpus import read_corpus, text_of
 from .runs import Run, missing, open_run, say_missing
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -125,9 +125,10 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
         else:
             torch.set_num_threads(1)  # sums do not depend on how many run beside one another
         corpus = read_corpus(args.tokens)
-        if corpus.fingerprint != run.spec["data"]:
-            raise UserError(f"{run.folder} is of another text: its tokens are {run.spec['data']}, those of "
-                            f"{args.tokens} are {corpus.fingerprint}")  # fmt: skip
+        for name, value in text_of(corpus).items():
+            if run.spec.get(name) != value:
+                raise UserError(f"{run.folder} is of another text, or of one split elsewhere: its {name} is "
+                                f"{run.spec.get(name)}, that of {args.tokens} is {value}")  # fmt: skip
         torch.manual_seed(run.spec["seed"])
         done = perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
     stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"

@@ -22,6 +22,7 @@ from examples.gpt.journal import Record, read_journal
 Spec = dict[str, Any]
 
 _TAIL = 1 << 16  # bytes at the end of a log that hold a whole record
+_SPLITS = {"8e6e3b7e09571699": 25_624_999}  # of the texts of specs that have no ``split``, which were made before it
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,17 @@ class Run:
 def open_run(folder: Path) -> Run:
     """A run whose ``spec.json`` is there."""
     try:
-        return Run(folder, json.loads((folder / "spec.json").read_text()))
+        return Run(folder, with_split(json.loads((folder / "spec.json").read_text())))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} must be the folder of a run, with its spec.json: {error}") from error
+
+
+def with_split(spec: Spec) -> Spec:
+    """A spec that was read, with the ``split`` of its text, its number of training tokens, where that is known."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"a spec must be a JSON object, got {spec!r}")
+    split = _SPLITS.get(spec.get("data", ""))
+    return spec if "split" in spec or split is None else {**spec, "split": split}
 
 
 def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:

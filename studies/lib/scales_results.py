@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch_fp8.files import replacing
 from examples.gpt.errors import UserError
 from models.names import MODELS, parameter_count
 
-from .runs import Run, Spec
+from .runs import Run, Spec, with_split
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
 STRETCHES, LOOKS = 50, 60  # of a run's losses and of its records of biases, as many are kept
@@ -66,7 +66,8 @@ def read_lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     try:
-        return [Line(**json.loads(line)) for line in path.read_text().splitlines()]
+        lines = [Line(**json.loads(line)) for line in path.read_text().splitlines()]
+        return [replace(line, spec=with_split(line.spec)) for line in lines]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
 
