@@ -121,6 +121,15 @@ def test_a_folder_of_another_run_is_refused_and_nothing_is_written(tmp_path):
         claim(tmp_path, {})
 
 
+@pytest.mark.parametrize("left", ["log.jsonl", "state.ckpt"])
+def test_what_is_left_of_a_run_without_its_spec_is_nobodys(tmp_path, left):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / left).write_text("{}\n")
+    with pytest.raises(UserError, match=f"a/{left} is of a run whose spec.json is gone; delete "):
+        claim(tmp_path, {"new": {"lr": 1.0}, "a": {"lr": 1.0}})
+    assert not all_runs(tmp_path)
+
+
 def test_a_text_split_elsewhere_is_another_text(tmp_path, tokens):
     study = ["parity", *TINY, "--arms", "bf16", "--steps", "2", "--minutes", "0.0001"]
     assert run(*study, tokens=tokens, out=tmp_path / "out").returncode == 0
@@ -314,6 +323,14 @@ def test_a_training_that_was_stopped_goes_on_to_the_bit(tmp_path, corpus):
     assert again.step == 4 and again.go_on(lambda: False)
     assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
     assert whole.model.table.weight.equal(again.model.table.weight)
+
+
+def test_a_checkpoint_is_of_one_spec(tmp_path, corpus):
+    one = training(tmp_path, corpus, recipe={"kind": "DelayedScaling"})
+    assert not one.go_on(lambda: one.step == 4)
+    (one.run.folder / "spec.json").write_text(json.dumps({**one.run.spec, "lr": 3e-3}))
+    with pytest.raises(UserError, match=r"differs in lr \(was 0.01, is 0.003\)"):
+        training(tmp_path, corpus, recipe={"kind": "DelayedScaling"}, lr=3e-3)
 
 
 def test_a_window_study_has_every_policy(tmp_path, tokens):

@@ -85,8 +85,8 @@ def with_split(spec: Spec) -> Spec:
 
 
 def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
-    """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec, or
-    there is nothing to run."""
+    """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec or
+    what is left of one without its spec, or there is nothing to run."""
     if not specs:
         raise UserError("the study is empty: give at least one model, arm, seed and constant")
     runs = [Run(root / name, json.loads(json.dumps(spec))) for name, spec in specs.items()]
@@ -97,6 +97,9 @@ def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
                 f"{run.folder} holds another run: it differs in {', '.join(differing)}; give the same values, or "
                 "another --out"
             )
+    for run in new:
+        if left := next((path for path in (run.log, run.checkpoint) if path.exists()), None):
+            raise UserError(f"{left} is of a run whose spec.json is gone; delete {run.folder}, or give another --out")
     for run in new:
         run.folder.mkdir(parents=True, exist_ok=True)
         with replacing(run.folder / "spec.json") as temporary:

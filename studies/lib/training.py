@@ -124,7 +124,7 @@ class Training:
         self._scaler = _scaler(plan, device)
         self._generator = torch.Generator().manual_seed(plan.seed)
         self._pending: list[tuple[int, float, Tensor]] = []
-        if state := checkpoint.load(run.checkpoint, {"run": run.name}):
+        if state := checkpoint.load(run.checkpoint, {"run": run.name, **run.spec}):
             self._restore(state)
         self.journal = Journal(run.log, self.step)
         self._divergence = Divergence(record["loss"] for record in self.journal.records if "loss" in record)
@@ -209,7 +209,7 @@ class Training:
         checkpoint.save(
             self.run.checkpoint,
             {
-                "identity": {"run": self.run.name},
+                "identity": {"run": self.run.name, **self.run.spec},
                 "progress": progress,
                 "model": self.model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
