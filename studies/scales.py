@@ -27,7 +27,7 @@ from lib.biases import Biases
 from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
-from lib.inference import infer, policies, sweep
+from lib.inference import check_sweep, infer, policies, sweep
 from lib.pool import BAD_INPUT, serve, work
 from lib.runs import Run, Spec, all_runs, claim
 from lib.scales_figures import draw
@@ -311,6 +311,8 @@ def main() -> int:
     corpus = read_corpus(args.tokens)
     specs = SPECS[args.command](args, corpus)
     for spec in specs.values():
+        if "sweep" in spec:
+            check_sweep(corpus, spec)
         check_text(corpus, Plan.of(spec))
     runs: Sequence[Run] = claim(args.out, specs)
     checkpoint = getattr(args, "checkpoint", None)

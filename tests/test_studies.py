@@ -31,6 +31,7 @@ from studies.lib.training import Plan, Training, check_text, validate
 
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
         "--val-tokens", "512"]  # fmt: skip
+QUICK = [*TINY, "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +373,10 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, got 'cscale:17'"),
         (["parity", "--seeds", "0"], "the study is empty"),
         (["window", "--constants", "3", "-3"], "the sweep is empty: --constants must rise"),
+        (["window", "--constants", "-33", "3", *QUICK], "--constants: no scale has the constant -33"),
+        (["window", "--sweep-tokens", "0", *QUICK], "--sweep-tokens must be at least 1, got 0"),
+        (["window", "--sweep-tokens", "999999", *QUICK], "validation needs 999,999 tokens"),
+        (["infer", "--models", "gpt-tiny", "--sweep-tokens", "0"], "--sweep-tokens must be at least 1, got 0"),
         (["parity", "--val-tokens", "1000000"], "validation needs 1,000,000 tokens"),
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
         (["parity", "--steps", "0", *TINY], "steps must be at least 1"),
