@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -230,8 +231,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--every must be at least 1, got {args.every}")
     if not 0 <= args.cooldown <= 0.9:
         raise UserError(f"--cooldown is a share of the steps and must be from 0 to 0.9, got {args.cooldown}")
-    if not (args.lr > 0 and all(rate > 0 for rate in args.rates)):
-        raise UserError(f"--lr and --rates must be positive, got {args.lr} and {args.rates}")
+    if not all(0 < rate < math.inf for rate in (args.lr, *args.rates)):
+        raise UserError(f"--lr and --rates must be positive and finite, got {args.lr} and {args.rates}")
     if args.arms and args.arms[0] != "bf16":
         raise UserError(f"--arms must begin with bf16, which the others are held to, got {' '.join(args.arms)}")
 

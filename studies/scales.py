@@ -16,6 +16,7 @@ machine are used.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -291,6 +292,15 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add("--sweep-tokens", type=int, default=1 << 19, metavar="N", help="of inference under each policy")
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    for name in ("lr", "train_tokens"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+    if getattr(args, "record", 0) < 0:
+        raise UserError(f"--record must not be negative, got {args.record}")
+
+
 def main() -> int:
     if sys.argv[1:2] == ["run"]:
         return serve(sys.argv[2:], perform)
@@ -308,6 +318,7 @@ def main() -> int:
     if args.command == "report":
         report(args.runs, args.data, args.page)
         return 0
+    check_numbers(args)
     corpus = read_corpus(args.tokens)
     specs = SPECS[args.command](args, corpus)
     for spec in specs.values():

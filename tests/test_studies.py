@@ -170,6 +170,19 @@ def test_what_is_missing_is_said(tmp_path):
     assert runs[1].step() == 0
 
 
+@pytest.mark.parametrize("line", ["3", "{}", "[]", '{"step": "a"}', "null"])
+def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, line):
+    study = ["parity", *TINY, "--arms", "bf16", "--steps", "2"]
+    assert run(*study, "--minutes", "0.0001", tokens=tokens, out=tmp_path).returncode == 0
+    (one,) = all_runs(tmp_path)
+    one.log.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
+    assert one.step() == 1
+    report = [*SCALES, "report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
+    for made in (run(*study, tokens=tokens, out=tmp_path), subprocess.run(report, capture_output=True, text=True)):
+        assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
+        assert f"{one.log} must hold a JSON object with a step a line (it has {line})" in made.stderr
+
+
 # ---- a training ------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +201,8 @@ def test_learning_rates_rise_stay_and_fall_to_zero(schedule, cooldown):
     "field, value, words",
     [
         ("steps", 0, "steps must be at least 1"),
+        ("lr", math.inf, "lr must be a finite number"),
+        ("lr", math.nan, "lr must be a finite number"),
         ("micro_batch", 3, "batch must be a multiple of micro_batch = 3"),
         ("schedule", "linear", "schedule must be"),
         ("dtype", "float8", "dtype must be"),
@@ -377,6 +392,13 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["window", "--sweep-tokens", "0", *QUICK], "--sweep-tokens must be at least 1, got 0"),
         (["window", "--sweep-tokens", "999999", *QUICK], "validation needs 999,999 tokens"),
         (["infer", "--models", "gpt-tiny", "--sweep-tokens", "0"], "--sweep-tokens must be at least 1, got 0"),
+        (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, got 'cscale:--2'"),
+        (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, got 'cscale:²'"),
+        (["parity", "--train-tokens", "nan", *TINY], "--train-tokens must be positive and finite, got nan"),
+        (["parity", "--train-tokens", "-1", *TINY], "--train-tokens must be positive and finite, got -1"),
+        (["parity", "--lr", "-1", *QUICK], "--lr must be positive and finite, got -1"),
+        (["parity", "--lr", "nan", *QUICK], "--lr must be positive and finite, got nan"),
+        (["parity", "--record", "-1", *QUICK], "--record must not be negative, got -1"),
         (["parity", "--val-tokens", "1000000"], "validation needs 1,000,000 tokens"),
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
         (["parity", "--steps", "0", *TINY], "steps must be at least 1"),

@@ -63,7 +63,7 @@ class Run:
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])
-            except ValueError:
+            except (ValueError, TypeError, KeyError):  # half a line; or another thing, which ``records`` refuses
                 continue
         return 0
 

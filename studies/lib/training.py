@@ -66,6 +66,8 @@ class Plan:
         for name in ("steps", "batch", "micro_batch", "context", "validated"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lr < math.inf:
+            raise UserError(f"lr must be a finite number that is not negative, got {self.lr}")
         if self.batch % self.micro_batch:
             raise UserError(f"batch must be a multiple of micro_batch = {self.micro_batch}, got {self.batch}")
         if self.schedule not in ("cosine", "wsd"):
