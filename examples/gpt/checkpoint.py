@@ -15,7 +15,7 @@ from .errors import UserError
 State = dict[str, Any]
 
 _ENTRIES = {"identity", "progress", "model", "optimizer", "fp8", "rng"}
-_ANEW = "delete it, or start anew with --overwrite"
+_ANEW = "delete it to start anew"
 
 
 def save(path: Path, state: State) -> None:
@@ -52,7 +52,6 @@ def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
     ]
     if differing:
         raise UserError(
-            f"--resume must go on with the training of {path}, but differs in {', '.join(differing)}; give the same "
-            "values, or start anew with --overwrite"
+            f"{path} is of another training, which differs in {', '.join(differing)}; give the same values, or {_ANEW}"
         )
     return state
