@@ -28,7 +28,7 @@ from lib.fog_page import page
 from lib.fog_results import condensed, merged
 from lib.kurtosis import Kurtosis
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, all_runs, claim
+from lib.runs import Run, Spec, all_runs
 from lib.training import Plan, Training, check_text
 from torch import nn
 from torch_fp8.files import replacing
@@ -249,7 +249,7 @@ def main() -> int:
     specs = specs_of(args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
-    return work(__file__, args.out, claim(args.out, specs), args.tokens, jobs=args.jobs, minutes=args.minutes)
+    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes)
 
 
 def _complain(words: str) -> int:

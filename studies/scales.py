@@ -30,7 +30,7 @@ from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
 from lib.inference import check_sweep, infer, policies, sweep
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, all_runs, claim
+from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
 from lib.scales_results import condensed, merged, sizes_of
@@ -325,9 +325,8 @@ def main() -> int:
         if "sweep" in spec:
             check_sweep(corpus, spec)
         check_text(corpus, Plan.of(spec))
-    runs: Sequence[Run] = claim(args.out, specs)
     checkpoint = getattr(args, "checkpoint", None)
-    return work(__file__, args.out, runs, args.tokens, jobs=args.jobs, minutes=args.minutes, checkpoint=checkpoint)
+    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, checkpoint=checkpoint)
 
 
 def tokenise(args: argparse.Namespace) -> Corpus:

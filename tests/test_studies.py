@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt.errors import UserError
+from examples.gpt.lock import locked
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
@@ -118,8 +119,12 @@ def test_a_folder_of_another_run_is_refused_and_nothing_is_written(tmp_path):
         claim(tmp_path, {"new": {"lr": 2.0}, "a": {"lr": 2.0, "steps": 5}})
     assert [run.name for run in all_runs(tmp_path)] == ["a"]
     assert claim(tmp_path, {"a": {"lr": 1.0, "steps": 5}})[0].result() is None
-    with pytest.raises(UserError, match="the study is empty"):
-        claim(tmp_path, {})
+
+
+def test_a_folder_that_another_process_writes_to_gets_no_runs(tmp_path, tokens):
+    with locked(tmp_path):
+        refused = run("parity", *QUICK, tokens=tokens, out=tmp_path)
+    assert refused.returncode == 2 and "another run is writing to" in refused.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("left", ["log.jsonl", "state.ckpt"])

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 
 from .corpus import read_corpus, text_of
-from .runs import Run, missing, open_run, say_missing
+from .runs import Run, Spec, claim, missing, open_run, say_missing
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -32,14 +32,15 @@ Perform = Callable[..., bool]  # (run, corpus, device, stop) and, where the stud
 def work(
     script: str,
     out: Path,
-    runs: Sequence[Run],
+    specs: Mapping[str, Spec],
     tokens: Path,
     *,
     jobs: int,
     minutes: float | None,
     checkpoint: Path | None = None,
 ) -> int:
-    """Do what is missing of ``runs``, in their order, as ``script run FOLDER``; the exit code. Says what is left.
+    """Claim the runs of ``specs`` and do what is missing of them, in their order, as ``script run FOLDER``; the exit
+    code. Says what is left.
     checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
@@ -49,7 +50,10 @@ def work(
     arguments = ["--tokens", str(tokens), "--share", str(1 / jobs)]
     arguments += ["--until", str(until)] if until else []
     arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    if not specs:
+        raise UserError("the study is empty: give at least one model, arm, seed and constant")
     with locked(out):
+        runs = claim(out, specs)
         left, failed, interrupted = missing(runs), [], False
         on_gpu = any(run.spec["device"] == "cuda" for run in left)
         places = list(range(torch.cuda.device_count() if on_gpu else 1)) * jobs

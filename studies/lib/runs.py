@@ -86,9 +86,7 @@ def with_split(spec: Spec) -> Spec:
 
 def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
     """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec or
-    what is left of one without its spec, or there is nothing to run."""
-    if not specs:
-        raise UserError("the study is empty: give at least one model, arm, seed and constant")
+    what is left of one without its spec."""
     runs = [Run(root / name, json.loads(json.dumps(spec))) for name, spec in specs.items()]
     new = [run for run in runs if not (run.folder / "spec.json").exists()]
     for run in runs:
