@@ -27,6 +27,7 @@ from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
+from studies.lib.pool import _last_words
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import Plan, Training, check_text, validate
 
@@ -163,6 +164,12 @@ def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
     (tmp_path / "known" / "spec.json").write_text("3")
     with pytest.raises(UserError, match="a spec must be a JSON object, got 3"):
         all_runs(tmp_path)
+
+
+def test_a_run_that_could_say_nothing_is_told_with_the_room_on_its_disk(tmp_path):
+    (one,) = claim(tmp_path, {"a": {"steps": 5}})
+    one.output.touch()
+    assert re.match(r"it said nothing, with [\d,]+ bytes left on the disk", _last_words(one))
 
 
 def test_what_is_missing_is_said(tmp_path):

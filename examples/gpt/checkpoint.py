@@ -26,7 +26,7 @@ def save(path: Path, state: State) -> None:
         left = f"only a part of it, with {shutil.disk_usage(path.parent).free} bytes left on the disk"
         reason = error.strerror if isinstance(error, OSError) else left
         raise UserError(f"could not write {path}: {reason}; what was there before is unharmed, so make room and "
-                        "go on with --resume") from error  # fmt: skip
+                        "go on from there") from error  # fmt: skip
 
 
 def load(path: Path, identity: dict[str, str | int | float]) -> State | None:

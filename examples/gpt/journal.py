@@ -37,7 +37,7 @@ class Journal:
             self._file.write(_line(record))
         except OSError as error:
             what = f"could not write {self._file.name}: {error.strerror}"
-            raise UserError(f"{what}; make room and go on with --resume") from error
+            raise UserError(f"{what}; make room and go on from there") from error
 
     def close(self) -> None:
         self._file.close()

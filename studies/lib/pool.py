@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def _steps(runs: Sequence[Run]) -> int:
 
 def _last_words(run: Run) -> str:
     lines = run.output.read_text(errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'it said nothing'} ({run.output})"
+    free = shutil.disk_usage(run.folder).free
+    return f"{lines[-1] if lines else f'it said nothing, with {free:,} bytes left on the disk'} ({run.output})"
 
 
 def serve(arguments: Sequence[str], perform: Perform) -> int:
