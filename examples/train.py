@@ -94,6 +94,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     context = given.get("context", size.context)
     batch_tokens = given.get("batch_tokens", size.batch_tokens)
     steps = given.get("steps", size.steps)
+    warm_up = given.get("warm_up", max(1, steps // 20))
     return Settings(
         size=name,
         context=context,
@@ -101,7 +102,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         micro_batch=given.get("micro_batch", fitting_micro_batch(size, batch_tokens, context)),
         steps=steps,
         lr=given.get("lr", size.lr),
-        warm_up=given.get("warm_up", max(1, steps // 20)),
+        warm_up=warm_up,
         seed=args.seed,
         recipe=recipe,
         eval_every=given.get("eval_every", max(1, steps // 10)),
@@ -112,7 +113,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         num_threads=given.get("num_threads", size.num_threads or torch.get_num_threads()),
         out=args.out,
         model=args.model,
-        cooldown=given.get("cooldown", None if args.model == "gpt" else steps // 5),
+        cooldown=given.get("cooldown", None if args.model == "gpt" else max(0, min(steps // 5, steps - warm_up))),
         attention=args.attention,
         shared_scale=args.shared_scale,
     )
@@ -158,6 +159,9 @@ class Interruption:
 
 def run(args: argparse.Namespace) -> int:
     settings = make_settings(args)
+    if args.precision == "bf16" and (args.attention != "16bit" or args.recipe != "delayed"):
+        raise UserError("--attention and --recipe are of the FP8 arm, which --precision bf16 leaves out; give "
+                        "--precision fp8 or both")  # fmt: skip
     torch.set_num_threads(settings.num_threads)
     arms = ["bf16", "fp8"] if args.precision == "both" else [args.precision]
     corpus = load_corpus(args, settings.context)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,13 +22,13 @@ from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
-from lib.corpus import read_corpus
+from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
 from lib.fog_results import condensed, merged
 from lib.kurtosis import Kurtosis
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, all_runs, claim
+from lib.runs import Run, Spec, all_runs
 from lib.training import Plan, Training, check_text
 from torch import nn
 from torch_fp8.files import replacing
@@ -114,7 +115,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, seed: int) -> Spec:
         "schedule": "wsd",
         "validated": args.val_tokens,
         "every": args.every,
-        "data": corpus.fingerprint,
+        **text_of(corpus),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
 
@@ -230,8 +231,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--every must be at least 1, got {args.every}")
     if not 0 <= args.cooldown <= 0.9:
         raise UserError(f"--cooldown is a share of the steps and must be from 0 to 0.9, got {args.cooldown}")
-    if not (args.lr > 0 and all(rate > 0 for rate in args.rates)):
-        raise UserError(f"--lr and --rates must be positive, got {args.lr} and {args.rates}")
+    if not all(0 < rate < math.inf for rate in (args.lr, *args.rates)):
+        raise UserError(f"--lr and --rates must be positive and finite, got {args.lr} and {args.rates}")
     if args.arms and args.arms[0] != "bf16":
         raise UserError(f"--arms must begin with bf16, which the others are held to, got {' '.join(args.arms)}")
 
@@ -248,7 +249,7 @@ def main() -> int:
     specs = specs_of(args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
-    return work(__file__, args.out, claim(args.out, specs), args.tokens, jobs=args.jobs, minutes=args.minutes)
+    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes)
 
 
 def _complain(words: str) -> int:

@@ -16,6 +16,7 @@ machine are used.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,11 +26,11 @@ import torch
 from lib.arms import ARMS, arm, inner_layers, make_model
 from lib.biases import Biases
 from lib.checkpoints import Checkpoint
-from lib.corpus import make_tokens, read_corpus, save_corpus
+from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
-from lib.inference import infer, policies, sweep
+from lib.inference import check_sweep, infer, policies, sweep
 from lib.pool import BAD_INPUT, serve, work
-from lib.runs import Run, Spec, all_runs, claim
+from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
 from lib.scales_results import condensed, merged, sizes_of
@@ -63,7 +64,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: in
         "validated": args.val_tokens,
         "dtype": "bfloat16",
         "loss_scale": 1.0,
-        "data": corpus.fingerprint,
+        **text_of(corpus),
         "device": _device(),
     }
 
@@ -114,7 +115,7 @@ def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
         "validated": args.sweep_tokens,
         "sweep": constants,
         "sweep_tokens": args.sweep_tokens,
-        "data": corpus.fingerprint,
+        **text_of(corpus),
         "device": _device(),
     }
     return {f"{model}_infer": {"model": model, **every} for model in models}
@@ -291,6 +292,15 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add("--sweep-tokens", type=int, default=1 << 19, metavar="N", help="of inference under each policy")
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    for name in ("lr", "train_tokens"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+    if getattr(args, "record", 0) < 0:
+        raise UserError(f"--record must not be negative, got {args.record}")
+
+
 def main() -> int:
     if sys.argv[1:2] == ["run"]:
         return serve(sys.argv[2:], perform)
@@ -308,13 +318,15 @@ def main() -> int:
     if args.command == "report":
         report(args.runs, args.data, args.page)
         return 0
+    check_numbers(args)
     corpus = read_corpus(args.tokens)
     specs = SPECS[args.command](args, corpus)
     for spec in specs.values():
+        if "sweep" in spec:
+            check_sweep(corpus, spec)
         check_text(corpus, Plan.of(spec))
-    runs: Sequence[Run] = claim(args.out, specs)
     checkpoint = getattr(args, "checkpoint", None)
-    return work(__file__, args.out, runs, args.tokens, jobs=args.jobs, minutes=args.minutes, checkpoint=checkpoint)
+    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, checkpoint=checkpoint)
 
 
 def tokenise(args: argparse.Namespace) -> Corpus:

@@ -1,5 +1,6 @@
 """The studies' machinery: what a kill leaves, what is refused, what is computed from runs."""
 
+import json
 import math
 import os
 import re
@@ -16,19 +17,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt.errors import UserError
+from examples.gpt.lock import locked
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
+from studies.lib import fog_results, scales_results
 from studies.lib.arms import arm, inner_layers, make_model
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
+from studies.lib.lines import read_lines
+from studies.lib.pool import _last_words
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import Plan, Training, check_text, validate
 
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
         "--val-tokens", "512"]  # fmt: skip
+QUICK = [*TINY, "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,24 @@ def test_damaged_tokens_are_refused(tmp_path, tokens):
         read_corpus(tmp_path / "none")
 
 
+def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, tokens):
+    """In a file without the check, as older ones are, it is as it stands there."""
+    path = tmp_path / "tokens"
+    save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
+    line, _, ids = path.read_bytes().partition(b"\n")
+    head = json.loads(line)
+    moved = {**head, "train": head["train"] - 16, "val": head["val"] + 16}
+    path.write_bytes(json.dumps(moved).encode() + b"\n" + ids)
+    with pytest.raises(UserError, match="damaged"):
+        read_corpus(path)
+    del head["check"]
+    path.write_bytes(json.dumps(head).encode() + b"\n" + ids)
+    assert read_corpus(path).train.numel() == head["train"]
+    path.write_bytes(b"[]\n" + ids)
+    with pytest.raises(UserError, match="damaged"):
+        read_corpus(path)
+
+
 def test_a_text_that_is_too_short_is_refused(corpus):
     check_text(corpus, Plan(**PLAN))
     with pytest.raises(UserError, match="training text must be longer than a sequence of 1000000 tokens"):
@@ -97,8 +121,56 @@ def test_a_folder_of_another_run_is_refused_and_nothing_is_written(tmp_path):
         claim(tmp_path, {"new": {"lr": 2.0}, "a": {"lr": 2.0, "steps": 5}})
     assert [run.name for run in all_runs(tmp_path)] == ["a"]
     assert claim(tmp_path, {"a": {"lr": 1.0, "steps": 5}})[0].result() is None
-    with pytest.raises(UserError, match="the study is empty"):
-        claim(tmp_path, {})
+
+
+def test_a_folder_that_another_process_writes_to_gets_no_runs(tmp_path, tokens):
+    with locked(tmp_path):
+        refused = run("parity", *QUICK, tokens=tokens, out=tmp_path)
+    assert refused.returncode == 2 and "another run is writing to" in refused.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", ["log.jsonl", "state.ckpt"])
+def test_what_is_left_of_a_run_without_its_spec_is_nobodys(tmp_path, left):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / left).write_text("{}\n")
+    with pytest.raises(UserError, match=f"a/{left} is of a run whose spec.json is gone; delete "):
+        claim(tmp_path, {"new": {"lr": 1.0}, "a": {"lr": 1.0}})
+    assert not all_runs(tmp_path)
+
+
+def test_a_text_split_elsewhere_is_another_text(tmp_path, tokens):
+    study = ["parity", *TINY, "--arms", "bf16", "--steps", "2", "--minutes", "0.0001"]
+    assert run(*study, tokens=tokens, out=tmp_path / "out").returncode == 0
+    elsewhere = make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.5)
+    save_corpus(tmp_path / "tokens", elsewhere)
+    assert elsewhere.fingerprint == read_corpus(tokens).fingerprint
+    refused = run(*study, tokens=tmp_path / "tokens", out=tmp_path / "out")
+    assert refused.returncode == 2 and "it differs in split (was " in refused.stderr, refused.stderr
+    alone = [*SCALES, "run", tmp_path / "out" / "gpt-tiny_bf16_0", "--tokens", tmp_path / "tokens"]
+    refused = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and "of one split elsewhere: its split is " in refused.stderr, refused.stderr
+
+
+def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
+    for name, spec in {"known": {"data": "8e6e3b7e09571699"}, "unknown": {"data": "abc"}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "spec.json").write_text(json.dumps(spec))
+    claim(tmp_path, {"known": {"data": "8e6e3b7e09571699", "split": 25_624_999}})
+    for name, data in {"known": "8e6e3b7e09571699", "unknown": "abc"}.items():
+        with pytest.raises(UserError, match="differs in split"):
+            claim(tmp_path, {name: {"data": data, "split": 9}})
+    for study, kind in {"scales": scales_results.Line, "fog": fog_results.Line}.items():
+        lines = read_lines(ROOT / "studies" / "results" / study / "runs.jsonl", kind)
+        assert lines and {line.spec["split"] for line in lines} == {25_624_999}
+    (tmp_path / "known" / "spec.json").write_text("3")
+    with pytest.raises(UserError, match="a spec must be a JSON object, got 3"):
+        all_runs(tmp_path)
+
+
+def test_a_run_that_could_say_nothing_is_told_with_the_room_on_its_disk(tmp_path):
+    (one,) = claim(tmp_path, {"a": {"steps": 5}})
+    one.output.touch()
+    assert re.match(r"it said nothing, with [\d,]+ bytes left on the disk", _last_words(one))
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -109,6 +181,19 @@ def test_what_is_missing_is_said(tmp_path):
     assert say_missing(runs) == "1 of 3 runs are done; still missing: b (3 of 5 steps), c (0 of 5 steps)"
     runs[1].log.write_text('{"step": 3, "loss": 1}\n{"step": 3, "biases": {' + '"a": 1,' * 20_000 + "\n")
     assert runs[1].step() == 0
+
+
+@pytest.mark.parametrize("line", ["3", "{}", "[]", '{"step": "a"}', "null"])
+def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, line):
+    study = ["parity", *TINY, "--arms", "bf16", "--steps", "2"]
+    assert run(*study, "--minutes", "0.0001", tokens=tokens, out=tmp_path).returncode == 0
+    (one,) = all_runs(tmp_path)
+    one.log.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
+    assert one.step() == 1
+    report = [*SCALES, "report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
+    for made in (run(*study, tokens=tokens, out=tmp_path), subprocess.run(report, capture_output=True, text=True)):
+        assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
+        assert f"{one.log} must hold a JSON object with a step a line (it has {line})" in made.stderr
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------
@@ -129,6 +214,8 @@ def test_learning_rates_rise_stay_and_fall_to_zero(schedule, cooldown):
     "field, value, words",
     [
         ("steps", 0, "steps must be at least 1"),
+        ("lr", math.inf, "lr must be a finite number"),
+        ("lr", math.nan, "lr must be a finite number"),
         ("micro_batch", 3, "batch must be a multiple of micro_batch = 3"),
         ("schedule", "linear", "schedule must be"),
         ("dtype", "float8", "dtype must be"),
@@ -267,6 +354,14 @@ def test_a_training_that_was_stopped_goes_on_to_the_bit(tmp_path, corpus):
     assert whole.model.table.weight.equal(again.model.table.weight)
 
 
+def test_a_checkpoint_is_of_one_spec(tmp_path, corpus):
+    one = training(tmp_path, corpus, recipe={"kind": "DelayedScaling"})
+    assert not one.go_on(lambda: one.step == 4)
+    (one.run.folder / "spec.json").write_text(json.dumps({**one.run.spec, "lr": 3e-3}))
+    with pytest.raises(UserError, match=r"differs in lr \(was 0.01, is 0.003\)"):
+        training(tmp_path, corpus, recipe={"kind": "DelayedScaling"}, lr=3e-3)
+
+
 def test_a_window_study_has_every_policy(tmp_path, tokens):
     made = run("window", *TINY, "--steps", "4", "--constants", "-1", "1", "--sweep-tokens", "64", tokens=tokens,
                out=tmp_path)  # fmt: skip
@@ -306,6 +401,17 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, got 'cscale:17'"),
         (["parity", "--seeds", "0"], "the study is empty"),
         (["window", "--constants", "3", "-3"], "the sweep is empty: --constants must rise"),
+        (["window", "--constants", "-33", "3", *QUICK], "--constants: no scale has the constant -33"),
+        (["window", "--sweep-tokens", "0", *QUICK], "--sweep-tokens must be at least 1, got 0"),
+        (["window", "--sweep-tokens", "999999", *QUICK], "validation needs 999,999 tokens"),
+        (["infer", "--models", "gpt-tiny", "--sweep-tokens", "0"], "--sweep-tokens must be at least 1, got 0"),
+        (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, got 'cscale:--2'"),
+        (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, got 'cscale:²'"),
+        (["parity", "--train-tokens", "nan", *TINY], "--train-tokens must be positive and finite, got nan"),
+        (["parity", "--train-tokens", "-1", *TINY], "--train-tokens must be positive and finite, got -1"),
+        (["parity", "--lr", "-1", *QUICK], "--lr must be positive and finite, got -1"),
+        (["parity", "--lr", "nan", *QUICK], "--lr must be positive and finite, got nan"),
+        (["parity", "--record", "-1", *QUICK], "--record must not be negative, got -1"),
         (["parity", "--val-tokens", "1000000"], "validation needs 1,000,000 tokens"),
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
         (["parity", "--steps", "0", *TINY], "steps must be at least 1"),

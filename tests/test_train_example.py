@@ -339,6 +339,8 @@ def test_bad_text_is_refused(tmp_path, name, content, named):
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--recipe", "current", "--bias", "3"], "--bias belongs to --recipe constant"),
         (["--margin", "99"], "margin must be an integer from 0 to 31, got 99"),
+        (["--model", "fog-max", "--steps", "10", "--warm-up", "11"], "--warm-up must be at most --steps = 10, got 11"),
+        (["--model", "fog-max", "--attention", "fp8", "--precision", "bf16"], "which --precision bf16 leaves out"),
         (["--out", __file__], "--out must be a folder"),
     ],
 )

@@ -15,7 +15,7 @@ from .errors import UserError
 State = dict[str, Any]
 
 _ENTRIES = {"identity", "progress", "model", "optimizer", "fp8", "rng"}
-_ANEW = "delete it, or start anew with --overwrite"
+_ANEW = "delete it to start anew"
 
 
 def save(path: Path, state: State) -> None:
@@ -26,7 +26,7 @@ def save(path: Path, state: State) -> None:
         left = f"only a part of it, with {shutil.disk_usage(path.parent).free} bytes left on the disk"
         reason = error.strerror if isinstance(error, OSError) else left
         raise UserError(f"could not write {path}: {reason}; what was there before is unharmed, so make room and "
-                        "go on with --resume") from error  # fmt: skip
+                        "go on from there") from error  # fmt: skip
 
 
 def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
@@ -52,7 +52,6 @@ def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
     ]
     if differing:
         raise UserError(
-            f"--resume must go on with the training of {path}, but differs in {', '.join(differing)}; give the same "
-            "values, or start anew with --overwrite"
+            f"{path} is of another training, which differs in {', '.join(differing)}; give the same values, or {_ANEW}"
         )
     return state

@@ -37,7 +37,7 @@ class Journal:
             self._file.write(_line(record))
         except OSError as error:
             what = f"could not write {self._file.name}: {error.strerror}"
-            raise UserError(f"{what}; make room and go on with --resume") from error
+            raise UserError(f"{what}; make room and go on from there") from error
 
     def close(self) -> None:
         self._file.close()
@@ -49,9 +49,16 @@ def read_journal(path: Path) -> list[Record]:
         return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [_record(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
-        raise UserError(f"{path} must hold a JSON object a line, but does not: {error}; delete it to go on") from error
+        raise UserError(f"{path} must hold a JSON object with a step a line ({error}); delete it to go on") from error
+
+
+def _record(line: str) -> Record:
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"it has {line.rstrip()[:40]}")
+    return record
 
 
 def _line(record: Record) -> str:

@@ -91,6 +91,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{_flag(name)} must be positive and finite, got {value}")
+        if self.warm_up > self.steps:
+            raise UserError(f"--warm-up must be at most --steps = {self.steps}, got {self.warm_up}")
         if self.cooldown is not None and not 0 <= self.cooldown <= self.steps - self.warm_up:
             raise UserError(
                 f"--cooldown must be from 0 to --steps - --warm-up = {self.steps - self.warm_up}, got {self.cooldown}"

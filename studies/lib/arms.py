@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def arm(name: str) -> Spec:
     if name in ARMS:
         return ARMS[name]
     kind, _, value = name.partition(":")
-    if kind in ("cscale", "gc-cscale") and value.lstrip("-").isdigit() and -16 <= int(value) <= 16:
+    if kind in ("cscale", "gc-cscale") and re.fullmatch(r"-?\d+", value) and -16 <= int(value) <= 16:
         graphcore = _emulation("constant", "graphcore", int(value)) | {"loss_scale": _LOSS_SCALE}
         return constant(int(value)) if kind == "cscale" else graphcore
     raise UserError(f"--arms takes {', '.join(ARMS)}, cscale:C and gc-cscale:C with C from -16 to 16, got {name!r}")

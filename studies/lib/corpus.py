@@ -1,16 +1,19 @@
 """A text as token ids in one file, so that it is tokenised once for all trainings, on any machine.
 
-    {"vocab": 50257, "source": "...", "train": N, "val": M, "fingerprint": "..."}    one line of JSON
+    {"vocab": 50257, "source": "...", "train": N, "val": M, "fingerprint": "...", "check": "..."}    one line of JSON
     N + M token ids, two bytes each, little-endian
 
-A name that ends in ``.xz`` is compressed.
+The fingerprint is of the ids, wherever they are split; ``check`` is of what else is in the line, and older files have
+none. A name that ends in ``.xz`` is compressed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +33,11 @@ def make_tokens(data: Path | None, codec: Codec, of: str, val_share: float) -> C
     )
 
 
+def text_of(corpus: Corpus) -> dict[str, str | int]:
+    """What a spec has of its text: the digest of all tokens, and how many of them are for training."""
+    return {"data": corpus.fingerprint, "split": corpus.train.numel()}
+
+
 def save_corpus(path: Path, corpus: Corpus) -> None:
     head = {
         "vocab": corpus.vocab,
@@ -39,7 +47,7 @@ def save_corpus(path: Path, corpus: Corpus) -> None:
         "fingerprint": corpus.fingerprint,
     }
     ids = torch.cat([corpus.train, corpus.val])
-    content = json.dumps(head).encode() + b"\n" + ids.numpy().astype("<u2").tobytes()
+    content = json.dumps({**head, "check": _check(head)}).encode() + b"\n" + ids.numpy().astype("<u2").tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(lzma.compress(content, preset=2) if path.suffix == ".xz" else content)
@@ -53,15 +61,21 @@ def read_corpus(path: Path) -> Corpus:
         content = lzma.decompress(content) if path.suffix == ".xz" else content
         line, _, ids = content.partition(b"\n")
         head = json.loads(line)
+        if head.pop("check", None) not in (None, _check(head)):
+            raise ValueError("its first line is not the one that was written")
         train, val = _ids(ids).split([head["train"], head["val"]])
         corpus = Corpus(train, val, head["vocab"], head["source"], head["fingerprint"])
     except OSError as error:
         raise UserError(f"{expected}, {path}: {error.strerror}") from error
-    except (lzma.LZMAError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (lzma.LZMAError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{expected}, {path} is none, or damaged ({error}); write it anew") from error
     if fingerprint(train, val) != corpus.fingerprint:
         raise UserError(f"{path} is damaged: its tokens are not those that were written; write it anew")
     return corpus
+
+
+def _check(head: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(head).encode(), digest_size=8).hexdigest()
 
 
 def _ids(content: bytes) -> Tensor:

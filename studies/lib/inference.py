@@ -10,6 +10,7 @@ import torch
 import torch_fp8 as fp8
 from torch import nn
 
+from examples.gpt.errors import UserError
 from examples.gpt.journal import Journal
 from examples.gpt.tokens import Corpus
 
@@ -18,7 +19,7 @@ from .biases import Biases
 from .emulation import Rule, by_amax, by_constant, by_histogram, emulated
 from .policies import E4M3, GRAPHCORE_E4M3, Format
 from .runs import Run, Spec
-from .training import Plan, gpu_name, validate
+from .training import Plan, check_text, gpu_name, validate
 
 Policy = Callable[[nn.Module], AbstractContextManager[None]]  # a model as it is under this policy
 
@@ -55,6 +56,18 @@ def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) ->
     over one micro-batch."""
     found = {name: _measured(model, policy, spec, corpus, device) for name, policy in policies(spec["sweep"]).items()}
     return {"inference": found, **inference_biases(model, spec, corpus, device)}
+
+
+def check_sweep(corpus: Corpus, spec: Spec) -> None:
+    """UserError where a sweep of this spec would not come to its end."""
+    if spec["sweep_tokens"] < 1:
+        raise UserError(f"--sweep-tokens must be at least 1, got {spec['sweep_tokens']}")
+    try:
+        for c in spec["sweep"]:
+            make_recipe(constant(c)["recipe"])
+    except ValueError as error:
+        raise UserError(f"--constants: no scale has the constant {c}; {error}") from error
+    check_text(corpus, Plan.of({**spec, "validated": spec["sweep_tokens"]}))
 
 
 def _measured(model: nn.Module, policy: Policy, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, float]:

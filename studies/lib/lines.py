@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
+
+from .runs import with_split
 
 Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
 
@@ -19,7 +21,8 @@ def read_lines(path: Path, kind: type[Line]) -> list[Line]:
     if not path.exists():
         return []
     try:
-        return [kind(**json.loads(line)) for line in path.read_text().splitlines()]
+        lines = [kind(**json.loads(line)) for line in path.read_text().splitlines()]
+        return [replace(line, spec=with_split(line.spec)) for line in lines]
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
 

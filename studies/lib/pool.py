@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from torch_fp8.progress import bar
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 
-from .corpus import read_corpus
-from .runs import Run, missing, open_run, say_missing
+from .corpus import read_corpus, text_of
+from .runs import Run, Spec, claim, missing, open_run, say_missing
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -32,14 +33,15 @@ Perform = Callable[..., bool]  # (run, corpus, device, stop) and, where the stud
 def work(
     script: str,
     out: Path,
-    runs: Sequence[Run],
+    specs: Mapping[str, Spec],
     tokens: Path,
     *,
     jobs: int,
     minutes: float | None,
     checkpoint: Path | None = None,
 ) -> int:
-    """Do what is missing of ``runs``, in their order, as ``script run FOLDER``; the exit code. Says what is left.
+    """Claim the runs of ``specs`` and do what is missing of them, in their order, as ``script run FOLDER``; the exit
+    code. Says what is left.
     checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
@@ -49,7 +51,10 @@ def work(
     arguments = ["--tokens", str(tokens), "--share", str(1 / jobs)]
     arguments += ["--until", str(until)] if until else []
     arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    if not specs:
+        raise UserError("the study is empty: give at least one model, arm, seed and constant")
     with locked(out):
+        runs = claim(out, specs)
         left, failed, interrupted = missing(runs), [], False
         on_gpu = any(run.spec["device"] == "cuda" for run in left)
         places = list(range(torch.cuda.device_count() if on_gpu else 1)) * jobs
@@ -99,7 +104,8 @@ def _steps(runs: Sequence[Run]) -> int:
 
 def _last_words(run: Run) -> str:
     lines = run.output.read_text(errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'it said nothing'} ({run.output})"
+    free = shutil.disk_usage(run.folder).free
+    return f"{lines[-1] if lines else f'it said nothing, with {free:,} bytes left on the disk'} ({run.output})"
 
 
 def serve(arguments: Sequence[str], perform: Perform) -> int:
@@ -125,9 +131,10 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
         else:
             torch.set_num_threads(1)  # sums do not depend on how many run beside one another
         corpus = read_corpus(args.tokens)
-        if corpus.fingerprint != run.spec["data"]:
-            raise UserError(f"{run.folder} is of another text: its tokens are {run.spec['data']}, those of "
-                            f"{args.tokens} are {corpus.fingerprint}")  # fmt: skip
+        for name, value in text_of(corpus).items():
+            if run.spec.get(name) != value:
+                raise UserError(f"{run.folder} is of another text, or of one split elsewhere: its {name} is "
+                                f"{run.spec.get(name)}, that of {args.tokens} is {value}")  # fmt: skip
         torch.manual_seed(run.spec["seed"])
         done = perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
     stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"

@@ -22,6 +22,7 @@ from examples.gpt.journal import Record, read_journal
 Spec = dict[str, Any]
 
 _TAIL = 1 << 16  # bytes at the end of a log that hold a whole record
+_SPLITS = {"8e6e3b7e09571699": 25_624_999}  # of the texts of specs that have no ``split``, which were made before it
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Run:
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])
-            except ValueError:
+            except (ValueError, TypeError, KeyError):  # half a line; or another thing, which ``records`` refuses
                 continue
         return 0
 
@@ -70,16 +71,22 @@ class Run:
 def open_run(folder: Path) -> Run:
     """A run whose ``spec.json`` is there."""
     try:
-        return Run(folder, json.loads((folder / "spec.json").read_text()))
+        return Run(folder, with_split(json.loads((folder / "spec.json").read_text())))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} must be the folder of a run, with its spec.json: {error}") from error
 
 
+def with_split(spec: Spec) -> Spec:
+    """A spec that was read, with the ``split`` of its text, its number of training tokens, where that is known."""
+    if not isinstance(spec, dict):
+        raise ValueError(f"a spec must be a JSON object, got {spec!r}")
+    split = _SPLITS.get(spec.get("data", ""))
+    return spec if "split" in spec or split is None else {**spec, "split": split}
+
+
 def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
-    """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec, or
-    there is nothing to run."""
-    if not specs:
-        raise UserError("the study is empty: give at least one model, arm, seed and constant")
+    """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec or
+    what is left of one without its spec."""
     runs = [Run(root / name, json.loads(json.dumps(spec))) for name, spec in specs.items()]
     new = [run for run in runs if not (run.folder / "spec.json").exists()]
     for run in runs:
@@ -88,6 +95,9 @@ def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
                 f"{run.folder} holds another run: it differs in {', '.join(differing)}; give the same values, or "
                 "another --out"
             )
+    for run in new:
+        if left := next((path for path in (run.log, run.checkpoint) if path.exists()), None):
+            raise UserError(f"{left} is of a run whose spec.json is gone; delete {run.folder}, or give another --out")
     for run in new:
         run.folder.mkdir(parents=True, exist_ok=True)
         with replacing(run.folder / "spec.json") as temporary:

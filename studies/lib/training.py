@@ -66,6 +66,8 @@ class Plan:
         for name in ("steps", "batch", "micro_batch", "context", "validated"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lr < math.inf:
+            raise UserError(f"lr must be a finite number that is not negative, got {self.lr}")
         if self.batch % self.micro_batch:
             raise UserError(f"batch must be a multiple of micro_batch = {self.micro_batch}, got {self.batch}")
         if self.schedule not in ("cosine", "wsd"):
@@ -124,7 +126,7 @@ class Training:
         self._scaler = _scaler(plan, device)
         self._generator = torch.Generator().manual_seed(plan.seed)
         self._pending: list[tuple[int, float, Tensor]] = []
-        if state := checkpoint.load(run.checkpoint, {"run": run.name}):
+        if state := checkpoint.load(run.checkpoint, {"run": run.name, **run.spec}):
             self._restore(state)
         self.journal = Journal(run.log, self.step)
         self._divergence = Divergence(record["loss"] for record in self.journal.records if "loss" in record)
@@ -209,7 +211,7 @@ class Training:
         checkpoint.save(
             self.run.checkpoint,
             {
-                "identity": {"run": self.run.name},
+                "identity": {"run": self.run.name, **self.run.spec},
                 "progress": progress,
                 "model": self.model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
