@@ -27,7 +27,7 @@ from lib.fog_figures import draw
 from lib.fog_page import page
 from lib.fog_results import condensed, merged
 from lib.kurtosis import Kurtosis
-from lib.pool import BAD_INPUT, serve, work
+from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.training import Plan, Training, check_text
 from torch import nn
@@ -252,18 +252,5 @@ def main() -> int:
     return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes)
 
 
-def _complain(words: str) -> int:
-    print(f"{Path(__file__).name}: {words}", file=sys.stderr)
-    return BAD_INPUT
-
-
 if __name__ == "__main__":
-    try:
-        code = main()
-    except UserError as error:
-        code = _complain(str(error))
-    except OSError as error:
-        code = _complain(f"could not read or write {error.filename}: {error.strerror}")
-    except torch.OutOfMemoryError:
-        code = _complain("the GPU's memory does not suffice; give a smaller --micro-batch, or fewer --jobs")
-    sys.exit(code)
+    sys.exit(exit_code(main))

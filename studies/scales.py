@@ -29,7 +29,7 @@ from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
 from lib.inference import check_sweep, infer, policies, sweep
-from lib.pool import BAD_INPUT, serve, work
+from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
@@ -340,18 +340,5 @@ def tokenise(args: argparse.Namespace) -> Corpus:
     return make_tokens(args.data, codec, of, args.val_share)
 
 
-def _complain(words: str) -> int:
-    print(f"{Path(__file__).name}: {words}", file=sys.stderr)
-    return BAD_INPUT
-
-
 if __name__ == "__main__":
-    try:
-        code = main()
-    except UserError as error:
-        code = _complain(str(error))
-    except OSError as error:
-        code = _complain(f"could not read or write {error.filename}: {error.strerror}")
-    except torch.OutOfMemoryError:
-        code = _complain("the GPU's memory does not suffice; give a smaller --micro-batch, or fewer --jobs")
-    sys.exit(code)
+    sys.exit(exit_code(main))

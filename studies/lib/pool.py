@@ -25,7 +25,7 @@ from examples.gpt.lock import locked
 from .corpus import read_corpus, text_of
 from .runs import Run, Spec, claim, missing, open_run, say_missing
 
-BAD_INPUT, INTERRUPTED = 2, 130
+_BAD_INPUT, _INTERRUPTED = 2, 130
 
 Perform = Callable[..., bool]  # (run, corpus, device, stop) and, where the study has one, the path of a checkpoint
 
@@ -82,7 +82,7 @@ def work(
     print(say_missing(runs), flush=True)
     for run, code in failed:
         print(f"{run.name} failed with {code}: {_last_words(run)}", file=sys.stderr)
-    return INTERRUPTED if interrupted else 1 if failed else 0
+    return _INTERRUPTED if interrupted else 1 if failed else 0
 
 
 def _start(script: str, run: Run, arguments: Sequence[str], place: int) -> subprocess.Popen[bytes]:
@@ -140,3 +140,17 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
     stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"
     print(f"{run.name}: {'done' if done else stopped}")
     return 0
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """What ``main`` of a study returns; what the user can mend is said in a line, without a traceback."""
+    try:
+        return main()
+    except UserError as error:
+        complaint = str(error)
+    except OSError as error:
+        complaint = f"could not read or write {error.filename}: {error.strerror}"
+    except torch.OutOfMemoryError:
+        complaint = "the GPU's memory does not suffice; give a smaller --micro-batch, or fewer --jobs"
+    print(f"{Path(sys.argv[0]).name}: {complaint}", file=sys.stderr)
+    return _BAD_INPUT
