@@ -132,7 +132,8 @@ def main() -> None:
         arms={"nargs": "+", "choices": list(ARMS), "default": list(ARMS), "metavar": "ARM", "help": "default: all"},
     )
     names = [BASE, *(name for name in args.arms if name != BASE)]
-    rows, kinds = [], []
+    rows: list[list] = []
+    kinds: list[list] = []
     for size in args.widths:
         for context in args.contexts:
             measured = measure(size, context, names)
@@ -143,11 +144,15 @@ def main() -> None:
                 print(" | ".join(map(str, rows[-1])), flush=True)
                 cells = [f"{count}, {us / 1e3:.1f}" for count, us in profile.values()]
                 kinds.append([size, context, name, *cells])
+            report(rows, kinds)  # after each: what was measured is kept where the next one is cut off
             gc.collect()
             if not options.dry:
                 torch.cuda.empty_cache()
+
+
+def report(rows: list[list], kinds: list[list]) -> None:
     note, of_kinds = __doc__.split("\n\n")[1:]
-    layers = ", ".join(f"{LAYERS[size]} layers of {size} width" for size in args.widths)
+    layers = ", ".join(f"{LAYERS[size]} layers of {size} width" for size in dict.fromkeys(row[0] for row in rows))
     head = ["width", "context", "arm", "attention ran in", "tokens/s", "ms, GPU / loop", OVER]
     by_kind = table(["width", "context", "arm", *(f"{kind}: launches, ms" for kind in KINDS)], kinds)
     title = header("Layers of Llama 3 and FOG")

@@ -226,7 +226,8 @@ def test_layers_scale_gradients_as_the_paper_does(device, grad_margin, magnitude
     x8 = cast(x.cpu(), amax_bias(x.abs().amax().cpu(), E4M3), E4M3).double()
     expected = cast(dy.cpu(), bias, E5M2).double().t() @ x8
     apart = (model[0].weight.grad.cpu().double() - expected).abs().max()
-    assert apart <= 1e-5 * expected.abs().max() and expected.abs().max() > 0
+    precision = 1e-5 if device.type == "cpu" else 5e-4  # a tensor core sums products of FP8 in 14 bits
+    assert apart <= precision * expected.abs().max() and expected.abs().max() > 0
     optimizer.step()
     assert scales(model[0])["grad_output"] == 2.0 ** int(bias)
 
