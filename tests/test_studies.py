@@ -375,7 +375,7 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     # A constant of Graphcore's is the same grid as ours, where nothing is as large as its last code; and powers of two
     # change nothing, where nothing is so small. A tensor core sums products of FP8 in fewer bits than those of an
     # emulation.
-    apart = 1e-4 if torch.cuda.is_available() else 1e-5
+    apart = 1e-3 if torch.cuda.is_available() else 1e-5
     assert losses["gc-cscale:0"] == pytest.approx(losses["cscale:0"], abs=apart)
     assert losses["gc-amax"] == pytest.approx(losses["amax"], abs=apart)
     assert set(result["biases"]["blocks.0.attn.qkv"]) == {"x", "w"}
