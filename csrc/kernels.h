@@ -437,28 +437,46 @@ struct DequantizeHeadsArgs {
   HeadsOfCodes tensors[4];
 };
 
-// Keys without what is common to all tokens of a batch and head, in codes of twice their scale_inv, and the
-// log-sum-exps of softmax(scale * Q K^T) with them: apart = (K - common) / 2, in codes; shifted = lse - scale * Q
-// common. A key near to the common part loses nothing by the difference, since that has twice the room.
+// Keys without what is common to all tokens of a batch and head, and the log-sum-exps of softmax(scale * Q K^T) with
+// them: apart = (K - common) / 2, in codes of twice their scale_inv; shifted = lse - scale * Q common. A key near to
+// the common part loses nothing by the difference, since that has twice the room.
 struct CentreArgs {
   AttentionSize size;
   const uint8_t *q, *k;  // E4M3 (batch, tokens, heads, dims), contiguous, 16-byte aligned
   const float* lse;      // (batch, heads, tokens)
   const Slot* scales;    // kAttentionRoles
-  uint8_t* apart;        // as k
+  float rounding;        // standard deviation of the relative error of what K - common becomes
+  uint8_t* apart;        // as k; or null, where the caller subtracts common
+  float* common;         // (batch, kv_heads, dims), what K's codes stand for
   float* shifted;        // as lse
   Slot* apart_scales;    // a copy of scales: that of kK is doubled
-  int64_t* sums;  // (batch, kv_heads, 2, dims), zeros: of a channel's codes and of their magnitudes, in kCodeUnits
+  // (batch, kv_heads, 2 dims + 1), zeros: sums of a channel's codes and of their squares, in kCodeUnits, and the
+  // float32 bits of the largest squared length of a query that sees these keys.
+  int64_t* sums;
 };
 constexpr float kCodeUnits = 512;  // E4M3's numbers are multiples of its smallest, so that whole numbers add exactly
-// Behind a NaN, more than all magnitudes of as many tokens as fit a GPU, four times.
-constexpr int64_t kNoMagnitudes = int64_t{1} << 46;
+constexpr float kRoundingOfCodes = 0.026f, kRoundingOf16Bits = 0.0011f;  // of E4M3 and BF16, over all significands
+// Rows of backward's probabilities sum to 1 but for what rounding moves the scores. Where it moves them by more than
+// this, keys keep their common part: gradients of queries are less precise then, but nothing grows with e^score.
+constexpr float kMostMoved = 0.1f;
 
-// What a channel's keys have in common, before it becomes a code. To subtract little would cost a rounding and gain
-// nothing. A channel with NaN stays as it is.
-TORCH_FP8_HOST_DEVICE inline float common_part(int64_t sum, int64_t magnitudes, int64_t tokens) {
-  const bool is_common = 4 * (sum < 0 ? -sum : sum) > magnitudes;
-  return is_common ? static_cast<float>(sum) / (kCodeUnits * static_cast<float>(tokens)) : 0.0f;
+// What a channel's keys have in common, before it becomes a code; NaN counts as 0. To subtract little would cost a
+// rounding and gain nothing.
+TORCH_FP8_HOST_DEVICE inline float common_part(int64_t sum, int64_t squares, int64_t tokens) {
+  const double total = static_cast<double>(sum), count = static_cast<double>(tokens);
+  const bool is_common = 16 * total * total > count * static_cast<double>(squares);
+  return is_common ? static_cast<float>(total / (kCodeUnits * count)) : 0.0f;
+}
+// The variance of such a channel's codes.
+TORCH_FP8_HOST_DEVICE inline float spread_of(int64_t sum, int64_t squares, int64_t tokens) {
+  const double count = static_cast<double>(tokens), mean = static_cast<double>(sum) / count;
+  return static_cast<float>((static_cast<double>(squares) / count - mean * mean) / (kCodeUnits * kCodeUnits));
+}
+// Whether scores stay where they are when K - common is rounded. spread: the mean over channels of spread_of where
+// something is common; longest: the largest squared length of a query.
+TORCH_FP8_HOST_DEVICE inline bool keeps_scores(const CentreArgs& args, float spread, float longest) {
+  const float moved = args.rounding * args.size.scale * args.scales[kQ].scale_inv * args.scales[kK].scale_inv;
+  return moved * std::sqrt(spread * longest) < kMostMoved;
 }
 
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.

@@ -1,5 +1,5 @@
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <vector>
 
 #include "cpu/types.h"
@@ -32,38 +32,61 @@ void dequantize_heads(const DequantizeHeadsArgs& args) {
 }
 
 // What the keys of a batch and head have in common, each channel's a number that is a code; step is from token to
-// token.
-std::vector<float> common_of(const uint8_t* keys, int64_t step, const AttentionSize& size) {
+// token. Nothing, where keys would not keep their scores without it.
+std::vector<float> common_of(const CentreArgs& args, const uint8_t* keys, int64_t step, float longest) {
+  const AttentionSize& size = args.size;
   std::vector<float> common(static_cast<size_t>(size.dims));
+  float spread = 0;
   for (int64_t i = 0; i < size.dims; ++i) {
-    int64_t sum = 0, magnitudes = 0;
+    int64_t sum = 0, squares = 0;
     for (int64_t t = 0; t < size.kv_tokens; ++t) {
       const float key = decode<E4M3>(keys[t * step + i]);
       const auto units = std::isnan(key) ? 0 : static_cast<int64_t>(key * kCodeUnits);
-      sum += units, magnitudes += std::isnan(key) ? kNoMagnitudes : std::abs(units);
+      sum += units, squares += units * units;
     }
-    common[static_cast<size_t>(i)] = decode<E4M3>(encode<E4M3>(common_part(sum, magnitudes, size.kv_tokens)));
+    const float mean = common_part(sum, squares, size.kv_tokens);
+    common[static_cast<size_t>(i)] = decode<E4M3>(encode<E4M3>(mean));
+    spread += mean == 0 ? 0 : spread_of(sum, squares, size.kv_tokens);
   }
+  if (!keeps_scores(args, spread / static_cast<float>(size.dims), longest)) std::fill(common.begin(), common.end(), 0);
   return common;
+}
+
+float squared_length(const uint8_t* codes, int64_t dims) {
+  float sum = 0;
+  for (int64_t i = 0; i < dims; ++i) sum += decode<E4M3>(codes[i]) * decode<E4M3>(codes[i]);
+  return sum;
 }
 
 void centre_keys(const CentreArgs& args) {
   const AttentionSize& size = args.size;
   const int64_t q_step = size.heads * size.dims, k_step = size.kv_heads * size.dims, group = size.heads / size.kv_heads;
   const float q_scale_inv = args.scales[kQ].scale_inv, k_scale_inv = args.scales[kK].scale_inv;
+  const auto query_of = [&](int64_t batch, int64_t head, int64_t t) {
+    return args.q + (batch * size.tokens + t) * q_step + head * size.dims;
+  };
   for (int64_t batch = 0; batch < size.batch; ++batch) {
     for (int64_t kv_head = 0; kv_head < size.kv_heads; ++kv_head) {
+      float longest = 0;
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (int64_t t = 0; t < size.tokens; ++t) {
+          const float length = squared_length(query_of(batch, head, t), size.dims);
+          if (length > longest || std::isnan(length)) longest = length;  // NaN stays
+        }
+      }
       const int64_t first = batch * size.kv_tokens * k_step + kv_head * size.dims;
-      const std::vector<float> common = common_of(args.k + first, k_step, size);
-      for (int64_t t = 0; t < size.kv_tokens; ++t) {
-        for (int64_t i = 0; i < size.dims; ++i) {
+      const std::vector<float> common = common_of(args, args.k + first, k_step, longest);
+      for (int64_t i = 0; i < size.dims; ++i) {
+        const float part = common[static_cast<size_t>(i)];
+        args.common[(batch * size.kv_heads + kv_head) * size.dims + i] = part * k_scale_inv;
+        for (int64_t t = 0; args.apart && t < size.kv_tokens; ++t) {
           const int64_t at = first + t * k_step + i;
-          args.apart[at] = encode<E4M3>(decode<E4M3>(args.k[at]) - common[static_cast<size_t>(i)], 0.5f);
+          args.apart[at] = encode<E4M3>(decode<E4M3>(args.k[at]) - part, 0.5f);
         }
       }
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (int64_t t = 0; t < size.tokens; ++t) {
-          const uint8_t* query = args.q + (batch * size.tokens + t) * q_step + head * size.dims;
+          const uint8_t* const query = query_of(batch, head, t);
           float score = 0;
           for (int64_t i = 0; i < size.dims; ++i) score += decode<E4M3>(query[i]) * common[static_cast<size_t>(i)];
           const int64_t row = (batch * size.heads + head) * size.tokens + t;

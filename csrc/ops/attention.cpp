@@ -217,21 +217,24 @@ AttentionGradients gradients_16bit(const at::Tensor& dy, const at::Tensor& q, co
 
 // Softmax does not see what is common to all keys, which are taken apart from it before the gradient. Rows of dS sum to
 // 0, but for the rounding of O, of which cuDNN knows no more than the codes; what they sum to would multiply the common
-// part, and that is often large, and dQ wrong.
+// part, and that is often large, and dQ wrong. What the keys become is rounded, which moves scores against the
+// log-sum-exps; where that would be by too much they stay (keeps_scores).
 struct Centred {
-  at::Tensor k_codes, lse, scales;
+  at::Tensor k_codes, common, lse, scales;  // k_codes and their scale where they were asked for
 };
 Centred centred(const at::Tensor& q_codes, const at::Tensor& k_codes, const at::Tensor& lse, const at::Tensor& scales,
-                double scale) {
+                double scale, bool as_codes) {
   RECORD_FUNCTION("torch_fp8::centre_keys", std::vector<c10::IValue>());
-  Centred result{at::empty_like(k_codes), at::empty_like(lse), scales.clone()};
-  const at::Tensor sums =
-      at::zeros({k_codes.size(0), k_codes.size(2), 2, k_codes.size(3)}, lse.options().dtype(at::kLong));
+  const int64_t batch = k_codes.size(0), heads = k_codes.size(2), dims = k_codes.size(3);
+  Centred result{as_codes ? at::empty_like(k_codes) : at::Tensor(), at::empty({batch, heads, dims}, lse.options()),
+                 at::empty_like(lse), scales.clone()};
+  const at::Tensor sums = at::zeros({batch, heads, 2 * dims + 1}, lse.options().dtype(at::kLong));
   kernels_of(k_codes).centre_keys(
       {size_of(q_codes, k_codes, /*causal=*/false, scale), static_cast<const uint8_t*>(q_codes.const_data_ptr()),
        static_cast<const uint8_t*>(k_codes.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()),
-       slots_of(scales), static_cast<uint8_t*>(result.k_codes.data_ptr()), floats_of(result.lse),
-       slots_of(result.scales), static_cast<int64_t*>(sums.data_ptr())});
+       slots_of(scales), as_codes ? kRoundingOfCodes : kRoundingOf16Bits,
+       as_codes ? static_cast<uint8_t*>(result.k_codes.data_ptr()) : nullptr, floats_of(result.common),
+       floats_of(result.lse), slots_of(result.scales), static_cast<int64_t*>(sums.data_ptr())});
   return result;
 }
 
@@ -360,13 +363,13 @@ AttentionGradients attention_backward(const at::Tensor& dy, const at::Tensor& q_
     const auto empty = [&](const at::Tensor& codes) { return at::empty(codes.sizes(), dy.options()).transpose(1, 2); };
     return {empty(q_codes), empty(k_codes), empty(v_codes)};
   }
-  const Centred c = centred(q_codes, k_codes, lse, scales, scale);
+  const Centred c = centred(q_codes, k_codes, lse, scales, scale, /*as_codes=*/fp8);
   if (fp8) {
     return gradients_fp8(dy, q_codes, c.k_codes, v_codes, o_codes, c.scales, c.lse, slots,
                          {casts, history, training, record}, causal, scale, expand);
   }
-  const auto t =
-      dequantized({{q_codes, kQ}, {c.k_codes, kK}, {v_codes, kV}, {o_codes, kO}}, c.scales, dy.scalar_type());
+  const auto t = dequantized({{q_codes, kQ}, {k_codes, kK}, {v_codes, kV}, {o_codes, kO}}, scales, dy.scalar_type());
+  t[1].sub_(c.common.unsqueeze(2));  // in 16 bits, which nearly all of these differences are
   RECORD_FUNCTION("torch_fp8::attention_backward_16bit", std::vector<c10::IValue>());
   // All in memory as the fakes say, which the results are already where PyTorch's op made them. That op is given a
   // gradient that lies as the result does, since of one that lies otherwise it makes other numbers.

@@ -131,41 +131,67 @@ void centre_everywhere(bool on_gpu) {
                                          {1, 6, 2, 300, 37, 48},
                                          {3, 2, 1, 1000, 1000, 256},
                                          {1, 3, 3, 257, 256, 80}}) {
-    SCOPED_TRACE(std::to_string(s.tokens) + " on " + std::to_string(s.kv_tokens) + ", " + std::to_string(s.dims));
-    const auto device = on_gpu ? kGpu : at::kCPU;
-    const at::Tensor k = keys_with_common({s.batch, s.kv_tokens, s.kv_heads, s.dims});
-    const at::Tensor q = (at::randn({s.batch, s.tokens, s.heads, s.dims}) * 50).clamp(-448, 448).to(kE4M3Type);
-    const at::Tensor lse = at::randn({s.batch, s.heads, s.tokens}) * 5;
-    at::Tensor scales = at::zeros({kAttentionRoles, 4});
-    scales[kQ][0] = 0.02f, scales[kK][0] = 0.03f;
-    const at::Tensor q_there = q.to(device), k_there = k.to(device), lse_there = lse.to(device),
-                     scales_there = scales.to(device);
-    const at::Tensor apart = at::empty_like(k_there), shifted = at::empty_like(lse_there), after = scales_there.clone(),
-                     sums = at::zeros({s.batch, s.kv_heads, 2, s.dims}, lse_there.options().dtype(at::kLong));
-    kernels(on_gpu).centre_keys({{s.batch, s.heads, s.kv_heads, s.tokens, s.kv_tokens, s.dims, false, 0.1f},
-                                 static_cast<const uint8_t*>(q_there.const_data_ptr()),
-                                 static_cast<const uint8_t*>(k_there.const_data_ptr()),
-                                 lse_there.const_data_ptr<float>(),
-                                 static_cast<const Slot*>(scales_there.const_data_ptr()),
-                                 static_cast<uint8_t*>(apart.data_ptr()),
-                                 shifted.data_ptr<float>(),
-                                 static_cast<Slot*>(after.data_ptr()),
-                                 sums.data_ptr<int64_t>()});
+    for (const bool as_codes : {true, false}) {
+      SCOPED_TRACE(std::to_string(s.tokens) + " on " + std::to_string(s.kv_tokens) + ", " + std::to_string(s.dims));
+      const auto device = on_gpu ? kGpu : at::kCPU;
+      const at::Tensor k = keys_with_common({s.batch, s.kv_tokens, s.kv_heads, s.dims});
+      at::Tensor queries = at::randn({s.batch, s.tokens, s.heads, s.dims}) * 50;
+      // The last head of the last batch has one long query, whose scores would be moved by too much as codes, and by
+      // nothing in 16 bits; in the first head of another there is a NaN.
+      queries[s.batch - 1][s.tokens - 1][s.heads - 1].fill_(440);
+      if (s.batch > 1) queries[0][0][0][0] = kNaN;
+      const at::Tensor q = queries.clamp(-448, 448).to(kE4M3Type);
+      const at::Tensor lse = at::randn({s.batch, s.heads, s.tokens}) * 5;
+      at::Tensor scales = at::zeros({kAttentionRoles, 4});
+      const float q_scale_inv = 0.4f / std::sqrt(static_cast<float>(s.dims)), k_scale_inv = 0.03f, scale = 0.1f;
+      scales[kQ][0] = q_scale_inv, scales[kK][0] = k_scale_inv;
+      const at::Tensor q_there = q.to(device), k_there = k.to(device), lse_there = lse.to(device),
+                       scales_there = scales.to(device);
+      const at::Tensor apart = at::zeros_like(k_there), shifted = at::empty_like(lse_there),
+                       common_there = at::empty({s.batch, s.kv_heads, s.dims}, lse_there.options()),
+                       after = scales_there.clone(),
+                       sums = at::zeros({s.batch, s.kv_heads, 2 * s.dims + 1}, lse_there.options().dtype(at::kLong));
+      const CentreArgs args{{s.batch, s.heads, s.kv_heads, s.tokens, s.kv_tokens, s.dims, false, scale},
+                            static_cast<const uint8_t*>(q_there.const_data_ptr()),
+                            static_cast<const uint8_t*>(k_there.const_data_ptr()),
+                            lse_there.const_data_ptr<float>(),
+                            static_cast<const Slot*>(scales_there.const_data_ptr()),
+                            as_codes ? kRoundingOfCodes : kRoundingOf16Bits,
+                            as_codes ? static_cast<uint8_t*>(apart.data_ptr()) : nullptr,
+                            common_there.data_ptr<float>(),
+                            shifted.data_ptr<float>(),
+                            static_cast<Slot*>(after.data_ptr()),
+                            sums.data_ptr<int64_t>()};
+      kernels(on_gpu).centre_keys(args);
 
-    const at::Tensor keys = k.to(at::kDouble), mean = keys.mean(1, /*keepdim=*/true);
-    const at::Tensor is_common = mean.abs() > 0.25 * keys.abs().mean(1, /*keepdim=*/true);  // false of NaN
-    const at::Tensor common = at::where(is_common, mean, 0.0).to(at::kFloat).to(kE4M3Type).to(at::kFloat);
-    if (s.kv_tokens > 1) {
-      EXPECT_TRUE(is_common.any().item<bool>() && !is_common.all().item<bool>());
+      const at::Tensor keys = k.to(at::kDouble).nan_to_num(0), mean = keys.mean(1, /*keepdim=*/true);
+      const at::Tensor is_common = mean.square() * 16 > keys.square().mean(1, /*keepdim=*/true);
+      const at::Tensor spread = at::where(is_common, keys.var(1, false, true), 0.0).mean(-1, true);
+      const at::Tensor of_heads = q.to(at::kDouble).square().sum(-1).amax(1).view({s.batch, 1, s.kv_heads, -1});
+      const at::Tensor moved =
+          args.rounding * scale * q_scale_inv * k_scale_inv *
+          (spread * at::where(of_heads.isnan().any(-1, true), kNaN, of_heads.amax(-1, true))).sqrt();
+      const at::Tensor leaves = (moved < kMostMoved).logical_and(is_common);
+      if (s.kv_tokens > 1) {
+        EXPECT_TRUE(is_common.any().item<bool>() && !is_common.all().item<bool>());
+        const at::Tensor whole = (moved < kMostMoved).flatten();
+        EXPECT_EQ(whole[-1].item<bool>(), !as_codes);
+        EXPECT_TRUE(whole.numel() == 1 || whole.any().item<bool>());
+        EXPECT_TRUE(s.batch == 1 || !whole[0].item<bool>());
+      }
+      const at::Tensor common = at::where(leaves, mean, 0.0).to(at::kFloat).to(kE4M3Type).to(at::kFloat);
+      EXPECT_TRUE(at::equal(common_there.cpu(), (common * k_scale_inv).squeeze(1)));
+      const at::Tensor expected = ((k.to(at::kFloat) - common) * 0.5).clamp(-448, 448).to(kE4M3Type);
+      const at::Tensor made = as_codes ? expected : at::zeros_like(expected);
+      EXPECT_TRUE(at::equal(apart.cpu().to(at::kFloat).nan_to_num(777), made.to(at::kFloat).nan_to_num(777)));
+      EXPECT_TRUE(expected.to(at::kFloat).isnan().any().item<bool>());
+      const at::Tensor of_query = common.to(at::kDouble).repeat_interleave(s.heads / s.kv_heads, 2);
+      const at::Tensor scores =
+          (q.to(at::kDouble) * of_query).sum(-1).transpose(1, 2) * (scale * q_scale_inv * k_scale_inv);
+      EXPECT_TRUE(at::allclose(shifted.cpu().to(at::kDouble), lse.to(at::kDouble) - scores, 1e-5, 1e-4, true));
+      scales[kK][0] = 2 * k_scale_inv;
+      EXPECT_TRUE(same_bits(after.cpu(), scales));
     }
-    const at::Tensor expected = ((k.to(at::kFloat) - common) * 0.5).clamp(-448, 448).to(kE4M3Type);
-    EXPECT_TRUE(at::equal(apart.cpu().to(at::kFloat).nan_to_num(777), expected.to(at::kFloat).nan_to_num(777)));
-    EXPECT_TRUE(expected.to(at::kFloat).isnan().any().item<bool>());
-    const at::Tensor of_query = common.to(at::kDouble).repeat_interleave(s.heads / s.kv_heads, 2);
-    const at::Tensor scores = (q.to(at::kDouble) * of_query).sum(-1).transpose(1, 2) * (0.02 * 0.03 * 0.1);
-    EXPECT_TRUE(at::allclose(shifted.cpu().to(at::kDouble), lse.to(at::kDouble) - scores, 1e-5, 1e-4));
-    scales[kK][0] = 0.06f;
-    EXPECT_TRUE(same_bits(after.cpu(), scales));
   }
 }
 
