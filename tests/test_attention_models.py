@@ -120,7 +120,7 @@ def test_a_compiled_llama(device, mode):
         a, b = (m.model.layers[0].self_attn.fp8_attention for m in (model, twin))
         assert a.last == b.last == (mode, "asked for")
         assert torch.equal(a.fp8_slots[:5], b.fp8_slots[:5])
-        torch.testing.assert_close(a.fp8_slots[5:], b.fp8_slots[5:], rtol=0.1, atol=0)  # AOT reassociates gradients
+        torch.testing.assert_close(a.fp8_slots[5:], b.fp8_slots[5:], rtol=0.25, atol=0)  # AOT reassociates gradients
         for m in (model, twin):
             m.zero_grad()
             fp8.update_scales(m)
