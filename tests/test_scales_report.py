@@ -11,7 +11,8 @@ import pytest
 from examples.gpt.errors import UserError
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
-from studies.lib.scales_page import claims, page
+from studies.lib.scales_claims import claims, findings
+from studies.lib.scales_page import page
 from studies.lib.scales_results import (
     Line,
     biases_of,
@@ -135,26 +136,50 @@ def test_windows_are_ordered_by_size():
     assert same == "cannot be claimed (in inference no trend)"
 
 
+BOTH = "cannot be claimed (by the paper's 0.5 % of accuracy: {}; by 0.25 % of the loss: {})"
+
+
 @pytest.mark.parametrize(
-    "apart, verdict",
+    "accuracy, own, loss, verdict",
     [
-        ([0.0, 0.001, -0.001], "consistent"),
-        ([-0.02, -0.021, -0.019], "not"),
-        ([-0.02, 0.02, 0.0], "cannot be claimed"),
-        ([None, 0.0, 0.0], "not"),
-        ([0.0], "cannot be claimed"),  # one seed says nothing
+        ([0.0, 0.001, -0.001], [0.0, 0.0, 0.001], [0.0, 0.001, -0.001], "consistent"),
+        ([-0.02, -0.021, -0.019], [-0.02, -0.021, -0.019], [0.02, 0.021, 0.019], "not"),
+        ([-0.02, 0.02, 0.0], [0.0, 0.0, 0.0], [-0.02, 0.02, 0.0], "cannot be claimed"),
+        ([None, 0.0, 0.0], [None, 0.0, 0.0], [None, 0.0, 0.0], "not"),
+        ([0.0], [0.0], [0.0], "cannot be claimed"),  # one seed says nothing
+        ([0.0, 0.001, -0.001], [0.0, 0.0, 0.001], [0.005, 0.006, 0.007], BOTH.format("consistent", "not")),
+        ([0.0, 0.001, -0.001], [-0.02, -0.02, -0.021], [0.0, 0.001, -0.001], BOTH.format("not", "consistent")),
     ],
 )
-def test_fine_tuning_is_judged_by_its_interval(apart, verdict):
+def test_fine_tuning_is_judged_by_its_accuracies_and_its_loss(accuracy, own, loss, verdict):
     lines = []
-    for seed, a in enumerate(apart):
-        lines.append(line("finetune", arm="fp16", seed=seed, result={"accuracy": 0.5}))
-        lines.append(line("finetune", arm="amax", seed=seed, result={"accuracy": None if a is None else 0.5 * (1 + a)}))
+    for seed, (a, b, c) in enumerate(zip(accuracy, own, loss)):
+        lines.append(line("finetune", arm="fp16", seed=seed, result={"accuracy": 0.5, "loss": 2.0}))
+        apart = {"accuracy": (0.5, a), "accuracy_fp8": (0.5, b), "loss": (2.0, c)}
+        result = {key: None if by is None else of * (1 + by) for key, (of, by) in apart.items()}
+        lines.append(line("finetune", arm="amax", seed=seed, result=result))
     assert verdicts(*lines)[1] == verdict
 
 
+def test_windows_of_two_families_are_not_put_in_a_row():
+    lines = [swept("gpt-31M", range(-4, 5)), swept("cerebras-gpt-256M", range(-1, 3))]
+    wide = [swept("llama-49M", range(-8, 9)), swept("llama-127M", range(-7, 9))]
+    found = claims([*lines, *wide], sizes_of([*lines, *wide]))[3]
+    assert found.found.endswith(": gpt 9, 4; llama 17, 16") and found.verdict.endswith("(in inference consistent)")
+    assert verdicts(lines[0], wide[0])[3] == "cannot be claimed"
+    checkpoint = swept("gpt-9M", range(-1, 1))
+    checkpoint.spec.update(study="infer", checkpoint="abc")
+    assert claims([*lines, checkpoint], sizes_of([*lines, checkpoint]))[3].found.endswith(": 9, 4")
+
+
 @pytest.mark.parametrize(
-    "apart, word", [([0.1, 0.12, 0.11], "yes"), ([0.4, 0.42, 0.41], "no"), ([0.0, 0.3, 0.6], "open"), ([0.1], "open")]
+    "apart, word",
+    [
+        ([0.1, 0.12, 0.11], "yes"),
+        ([0.4, 0.42, 0.41], "no"),
+        ([0.0, 0.3, 0.6], "open"),
+        ([0.1], "one pair shows nothing"),
+    ],
 )
 def test_parity_is_judged_by_the_margin(apart, word):
     lines = []
@@ -162,11 +187,53 @@ def test_parity_is_judged_by_the_margin(apart, word):
         losses = [[step, 3.0] for step in range(1, 11)]
         above = [[step, 3.0 * (1.5 if step == 1 else 1.01)] for step in range(1, 11)]
         lines.append(line("parity", seed=seed, result={"loss": 2.0, "accuracy": 0.4}, losses=losses))
-        result = {"loss": 2.0 * (1 + a / 100), "accuracy": 0.4}
+        result = {"loss": 2.0 * (1 + a / 100), "accuracy": 0.4, "loss_fp8": 2.2}
         lines.append(line("parity", arm="delayed", seed=seed, result=result, losses=above))
     text = page(lines, [], {"gpt-31M": 31e6}, "data")
     (row,) = [row for row in text.splitlines() if row.startswith("| gpt-31M | delayed")]
     assert row.endswith(f"| +1.00 % | 0 | {word} |") and f"| {len(apart)} |" in row  # the first tenth does not count
+    assert "| +10.00 %" in row  # in its own FP8
+    assert "* Not run: gpt-124M, llama-127M with five pairs" in text
+    assert ("of one pair each, which shows nothing" in text) == (len(apart) == 1)
+
+
+def unfinished(policies, model="Other-135M-Q4"):
+    spec = {**SPEC, "study": "infer", "model": model, "arm": "bf16", "checkpoint": "abc", "sweep": list(range(-4, 5))}
+    return Line(f"{model}_infer", spec, len(policies), None, [], [], policies)
+
+
+def test_a_sweep_that_is_not_finished_says_what_it_can():
+    """Of constants nothing, unless all of them are done; and a finished one does not keep what it was on its way."""
+    done = {name: {"loss": 2.0, "accuracy": 0.4} for name in ["bf16", "current", "amax", "cscale:-4", "cscale:-3"]}
+    assert inference_ratios([unfinished(done)]) == {"Other-135M-Q4": {"current": 1.0, "amax": 1.0}}
+    done |= {f"cscale:{c}": {"loss": 2.0, "accuracy": 0.4 if c in (0, 1) else 0.2} for c in range(-4, 5)}
+    lines = [unfinished(done), line("finetune", "Other-135M-Q4", result={"loss": 1.5, "accuracy": 0.5})]
+    lines.append(line("finetune", "Other-135M-Q4", "amax", result={"loss": 1.53, "accuracy": 0.5, "loss_fp8": 1.6}))
+    lines[-1].spec["recipe"] = {}
+    text = page(lines, [], sizes_of(lines), "data")
+    assert "| Other-135M-Q4 | 135M | 0 … 1 |" in text and "Nothing of Other-135M-Q4 in 16 bits" in text
+    assert (
+        "Other-135M-Q4: unfinished, histogram, gc-amax, gc-histogram, gc-cscale:-4, gc-cscale:0, gc-cscale:4 missing\n"
+        in text
+    )
+    assert "from 2.0000 to 1.5000 nats a token; no arm in FP8 is within 0.25 % of it" in "".join(findings(lines, {}))
+    assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text
+
+
+def test_a_sweep_is_condensed_with_its_policies(tmp_path):
+    (run,) = claim(tmp_path, {"a": unfinished({}).spec})
+    run.log.write_text('{"step": 1, "policy": "bf16", "loss": 2.0, "accuracy": 0.4}\n')
+    assert condensed(run).inference == {"bf16": {"loss": 2.0, "accuracy": 0.4}}
+    with open(run.log, "a") as file:
+        file.write('{"step": 2, "result": {"inference": {"bf16": {"loss": 2.0, "accuracy": 0.4}}}}\n')
+    found = condensed(run)
+    assert found.policies == {} and found.inference["bf16"]["accuracy"] == 0.4
+
+
+def test_gradients_with_a_loss_scale_that_moves_are_not_shown():
+    records = [{"step": 1, "biases": {"blocks.0.mlp.up": {"dy": 12}}}]
+    both = [Line("a", {**SPEC, "dtype": dtype}, 1, None, [], records) for dtype in ("bfloat16", "float16")]
+    assert [biases_of(one, "training") for one in both] == [records, []]
 
 
 # ---- the file, the page, the pictures --------------------------------------------------------------------------------
@@ -204,7 +271,7 @@ def test_lines_replace_those_of_the_same_run_and_another_run_is_refused(tmp_path
 
 def test_the_page_says_what_is_missing():
     text = page([line("parity", step=4), line("parity", seed=1, result={"loss": 1.0})], [], {"gpt-31M": 31e6}, "data")
-    assert "Still missing: gpt-31M_bf16_0 (4 of 10 steps)." in text and "| 1 of 2 |" in text
+    assert "gpt-31M: bf16, seed 0 (4 of 10 steps)\n" in text and "| 1 of 2 |" in text
     assert (
         "Not run yet: `python studies/scales.py window`" in text
         and "Not run yet: `python studies/scales.py finetune`" in text
@@ -229,3 +296,6 @@ def test_readme_says_what_the_data_say():
     assert (low, high) == (max(w[0] for w in windows), min(w[1] for w in windows)) and len(windows) == 4
     assert f"FP8-AMAX keeps {100 * min(of['amax'] for of in ratios.values()):.2f} % or more" in readme
     assert {round(trained_tokens(line) / 1e6) for line in lines if line.study == "window"} == {20}
+    (other,) = inference_ratios([line for line in lines if line.study == "infer"]).values()
+    best, amax = 100 * max(constants(other).values()), 100 * other["amax"]
+    assert f"keeps {best:.2f} % with its best constant and {amax:.2f} % with FP8-AMAX" in readme

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
@@ -18,6 +19,7 @@ from .scales_results import (
     arms_of,
     biases_of,
     constants,
+    family,
     inference_ratios,
     pairs,
     place,
@@ -75,8 +77,8 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
                 for role, (name, color) in ROLES.items():
                     if counts := _counts(of.get(model, []), role):
                         shares = [100 * share for share in counts.values()]
-                        axes.bar(list(counts), shares, 0.85, color=color, alpha=0.85, label=name)
-                axes.set_title(f"{model}\n{phase}")
+                        axes.bar(list(counts), shares, 0.85, color=color, alpha=0.6, edgecolor=color, label=name)
+                axes.set_title(f"{model}\n{_phase(model, phase, lines)}")
                 if model not in of:
                     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=FAINT)
             row[0].set_ylabel("% of tensors")
@@ -96,10 +98,16 @@ def _largest(lines: Sequence[Line], phase: str = "training") -> list[tuple[str, 
     found: dict[str, tuple[str, list[dict[str, Any]]]] = {}
     for line in lines:  # the last one of a family is the largest
         records = biases_of(line, phase)
-        family = line.model.split("-")[0].replace("cerebras", "gpt")
-        if records and not (family in found and found[family][0] == line.model):
-            found[family] = line.model, records
+        name = family(line.model)
+        if records and not (name in found and found[name][0] == line.model):
+            found[name] = line.model, records
     return list(found.values())
+
+
+def _phase(model: str, phase: str, lines: Sequence[Line]) -> str:
+    """A training by its name: of a checkpoint it is fine-tuning."""
+    studies = {line.study for line in lines if line.model == model and biases_of(line, phase)}
+    return "fine-tuning" if phase == "training" and studies == {"finetune"} else phase
 
 
 def depth(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
@@ -112,7 +120,7 @@ def depth(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool
         for row, (model, phase, records) in zip(grid, rows):
             for axes, (role, (name, _)) in zip(row, ROLES.items()):
                 _by_depth(axes, records, role)
-                axes.set_title(f"{name}, {phase}\n{model}")
+                axes.set_title(f"{name}, {_phase(model, phase, lines)}\n{model}")
                 axes.set_xlabel("layer, from the input to the output")
                 if phase == "inference" and role == "dy":
                     axes.set_visible(False)
@@ -175,7 +183,7 @@ def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> 
                 marks = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
                 axes.set_xticks(marks, [str(steps[i]) for i in marks])
                 axes.grid(visible=False)
-                axes.set_title(f"{name}\n{model}")
+                axes.set_title(f"{name}, {_phase(model, 'training', lines)}\n{model}")
                 axes.set_xlabel("step")
         caption(
             figure, f"{BIAS}.\nA row is a layer; within a kind of layer they go from the first (above) to the last."
@@ -188,21 +196,23 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
     ratios = {model: of for model, of in inference_ratios(lines).items() if constants(of)}
     if not ratios:
         return False
-    with picture(path, "FP8-CSCALE: which constants work, by model size", (11, 5.2)) as figure:
+    with picture(path, "FP8-CSCALE: which constants work", (11, 5.6)) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-        widths: dict[str, tuple[int, int]] = {}
+        trained = {line.model for line in lines if line.study == "window"}
+        widths: dict[str, int] = {}
         for (model, of), color in zip(ratios.items(), COLORS * 9):
             ours = constants(of)
+            face = color if model in trained else "white"
             left.plot(list(ours), [_clipped(r) for r in ours.values()], color=color, marker="o", markersize=3.5,
-                      label=model)  # fmt: skip
+                      markerfacecolor=face, label=model)  # fmt: skip
             theirs = constants(of, "gc-cscale")
             left.plot(list(theirs), [_clipped(r) for r in theirs.values()], "x", color=color, markersize=8)
-            if found := window(ours):
-                widths[model] = found
-                size, width = sizes.get(model, 0) / 1e6, found[1] - found[0] + 1
-                right.plot([size], [width], "o", color=color, markersize=7)
-                right.annotate(f"{found[0]}…{found[1]}", (size, width), xytext=(0, 8), textcoords="offset points",
-                               ha="center", fontsize=8.5)  # fmt: skip
+            found = window(ours)
+            widths[model] = found[1] - found[0] + 1 if found else 0
+            at = sizes.get(model, 0) / 1e6, widths[model]
+            right.plot(*at, "o", color=color, markersize=7, markerfacecolor=face)
+            right.annotate(f"{found[0]}…{found[1]}" if found else "none", at, xytext=(0, 8),
+                           textcoords="offset points", ha="center", fontsize=8.5)  # fmt: skip
         left.axhline(CRITERION, color=INK, linewidth=1)
         left.annotate(f"the paper's {CRITERION}", (0.01, CRITERION), xycoords=("axes fraction", "data"),
                       xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
@@ -214,14 +224,15 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
         )
         left.xaxis.get_major_locator().set_params(integer=True)
         right.set(xlabel="million parameters", ylabel="constants in a row that work", title="Width of the window",
-                  xscale="log", ylim=(0, 2 + max([w[1] - w[0] + 1 for w in widths.values()], default=1)))  # fmt: skip
+                  xscale="log", ylim=(-0.7, 2 + max(widths.values())))  # fmt: skip
         right.margins(x=0.2)
-        right.legend(*left.get_legend_handles_labels(), loc="lower left")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=3)
         _plain_ticks(right, [sizes.get(model, 0) / 1e6 for model in widths])
         caption(
             figure,
             f"At the edges: {FLOOR} or less, {CEILING} or more. ×: the paper's own formats, emulated. Right: first\n"
-            f"and last constant of the widest window with a ratio of at least {CRITERION}.",
+            f"and last constant of the widest window with a ratio of at least {CRITERION}. Hollow: a checkpoint,\n"
+            "trained elsewhere, which says nothing of how the others' windows go with size.",
         )
     return True
 
@@ -248,7 +259,7 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
         axes.annotate(f"the paper's {CRITERION}", (0.005, CRITERION), xycoords=("axes fraction", "data"),
                       xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
         axes.axhline(1, color=FAINT, linewidth=1, linestyle=":")
-        axes.set_xticks(range(len(ratios)), [f"{m}\n{millions(sizes.get(m, 0))}" for m in ratios])
+        axes.set_xticks(range(len(ratios)), [f"{fill(m, 18)}\n{millions(sizes.get(m, 0))}" for m in ratios])
         axes.set_xlim(-0.5, len(ratios) - 0.5)
         axes.grid(axis="x", visible=False)
         axes.set(ylabel="next-token accuracy over that of BF16")
@@ -269,30 +280,34 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
     models = list(dict.fromkeys(line.model for line in of_study if any(line.model in of for of in found.values())))
     if not models:
         return False
+    own = {arm: pairs(of_study, arm, against, "loss_fp8") for arm in found}
     title = {"parity": "Training from scratch", "finetune": "Fine-tuning"}[study]
     with picture(
-        path, f"{title}: validation loss against BF16 of the same seed", (11, 0.42 * len(found) + 2.6)
+        path, f"{title}: validation loss against BF16 of the same seed", (11, 0.55 * len(found) + 2.6)
     ) as figure:
         row = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(row, models):
             axes.axvspan(-0.25, 0.25, color=BF16, alpha=0.25, linewidth=0)
             axes.axvline(0, color=INK, linewidth=1)
-            for i, of in enumerate(found.values()):
-                values = [value for value in of.get(model, []) if math.isfinite(value)]
-                if values:
-                    axes.plot(values, [i - 0.22] * len(values), "o", color=BF16, markersize=4)
-                    mean = interval(values)
-                    axes.plot([mean.mean], [i], "D", color=FP8, markersize=6)
-                    if math.isfinite(mean.low):
-                        axes.plot([mean.low, mean.high], [i, i], color=FP8, linewidth=2)
-            axes.set_title(model)
+            for i, arm in enumerate(found):
+                for of, color, marker, at in ((found, FP8, "D", i - 0.08), (own, SECOND, "s", i + 0.22)):
+                    values = [value for value in of[arm].get(model, []) if math.isfinite(value)]
+                    if values:
+                        mean = interval(values)
+                        axes.plot([mean.mean], [at], marker, color=color, markersize=6)
+                        if math.isfinite(mean.low):
+                            axes.plot(values, [at - 0.16] * len(values), "o", color=BF16, markersize=4)
+                            axes.plot([mean.low, mean.high], [at, at], color=color, linewidth=2)
+            alone = all(len(of.get(model, [])) < 2 for of in found.values())
+            axes.set_title(f"{model}: one pair each, which shows nothing" if alone else model)
             axes.set_xlabel("% of the loss; to the right is worse")
         row[0].set_yticks(range(len(found)), list(found))
         row[0].set_ylim(len(found) - 0.5, -0.5)
         caption(
             figure,
-            "Grey points: one pair of runs each. Diamond and line: their mean, and its 95 % interval by Student's t.\n"
-            "Grey band: the margin of 0.25 %, fixed before the runs.",
+            "Diamonds: validated in BF16; squares: in the FP8 of the training, against BF16 in BF16. Each is the mean\n"
+            "of pairs of runs (grey points), with its 95 % interval by Student's t where there are several.\n"
+            "Grey band: the margin of 0.25 % for the diamonds, fixed before the runs.",
         )
     return True
 
@@ -302,8 +317,13 @@ def _clipped(ratio: float) -> float:
 
 
 def _plain_ticks(axes: Axes, at: Sequence[float]) -> None:
-    names = {f"{value:.0f}": value for value in sorted(at)}
-    axes.set_xticks(list(names.values()), list(names))
+    """A tick at each of these, with a label where there is room beside the one before, on an axis of logarithms."""
+    ticks, labels, before = sorted(at), [], 0.0
+    for value in ticks:
+        has_room = value > 1.3 * before
+        labels.append(f"{value:.0f}" if has_room else "")
+        before = value if has_room else before
+    axes.set_xticks(ticks, labels)
     axes.set_xticks([], minor=True)
 
 

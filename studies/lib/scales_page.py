@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from torch_fp8.table import markdown
 
 from .costs import costs_table
 from .divergence import FACTOR, MEDIAN, PATIENCE
-from .intervals import interval
+from .scales_claims import MARGIN, claims, findings, loss_before, percent, window_of, within
 from .scales_figures import millions
-from .scales_results import CRITERION, Line, arms_of, constants, done, inference_ratios, pairs, trained_tokens, window
+from .scales_results import (
+    CRITERION,
+    Line,
+    arms_of,
+    constants,
+    done,
+    inference_ratios,
+    lacking_policies,
+    pairs,
+    trained_tokens,
+    wanted,
+    window,
+)
 
-Ratios = Mapping[str, Mapping[str, float]]
-
-MARGIN = 0.25  # per cent of the loss, fixed before the runs
+PLANNED = {"gpt-124M": 5, "llama-127M": 5}  # models of training from scratch, and how many pairs of each
 
 STUDIES = {
     "window": "training in BF16, then inference under every policy",
@@ -31,34 +39,27 @@ _HEAD = """# Scales: FP8-AMAX and FP8-CSCALE
 
 A study of the policies of [arXiv 2309.17224](https://arxiv.org/abs/2309.17224) with the recipes of this project. This
 page is written by `python studies/scales.py report` from what came out of every run:
-[runs.jsonl]({data}/runs.jsonl).
+[runs.jsonl]({data}/runs.jsonl)."""
 
-The paper's tables are not known here number by number; its claims are. A claim is called *consistent* or *not* where
-all models that were run agree, and else it *cannot be claimed*. What is measured is the share of next tokens that are
-the model's first choice, on held-out text; the paper measures tasks. *Ratio* is that accuracy over the one in BF16, *c*
-the paper's constant: on this hardware, whose E4M3 has an exponent bias of 7 and not 8, inputs and weights are scaled by
-2^(c + 1), E5M2 gradients by 2^(c − 3). Policies with *gc-* have the paper's own formats, and are emulated, as the
-histogram is. In all of it the head, embeddings, norms and attention are in 16 bits."""
-
-
-class Claim(NamedTuple):
-    words: str
-    run: str
-    found: str
-    verdict: str
-
-
-CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed"
+_WORDS = """The paper's tables are not known here number by number; its claims are. A claim is called *consistent* or
+*not* where all models that were run, and all measures of it, agree; else it *cannot be claimed*. What is measured is
+the share of next tokens that are the model's first choice, on held-out text; the paper measures tasks. *Ratio* is that
+accuracy over the one in BF16, and the paper's criterion is a ratio of 0.995. *c* is the paper's constant: on this
+hardware, whose E4M3 has an exponent bias of 7 and not 8, inputs and weights are scaled by 2^(c + 1), E5M2 gradients by
+2^(c − 3). Policies with *gc-* have the paper's own formats, and are emulated, as the histogram is. In all of it the
+head, embeddings, norms and attention are in 16 bits."""
 
 
 def page(lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, float], data: str) -> str:
     """data: the folder of runs.jsonl and the pictures, as the page links to it."""
+    again = "To be read as the table of fine-tuning."
     parts = [
         _HEAD.format(data=data),
-        "## Claims\n\n"
+        _found(lines, sizes),
+        f"## Claims\n\n{_WORDS}\n\n"
         + markdown(["claim of the paper", "what was run", "what came out", "verdict"], claims(lines, sizes)),
-        _parity(lines, "parity", "Training with paired seeds"),
-        _parity(lines, "finetune", "Fine-tuning"),
+        _parity(lines, "finetune", "Fine-tuning", _ABOUT_PAIRS),
+        _parity(lines, "parity", "Training with paired seeds", again if done(lines, "finetune") else _ABOUT_PAIRS),
         _windows(lines, sizes),
         _policies(lines, sizes),
         _figures(pictures, data),
@@ -69,114 +70,87 @@ def page(lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, flo
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# ---- the claims ------------------------------------------------------------------------------------------------------
-
-
-def claims(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[Claim]:
-    ratios = inference_ratios(done(lines, "window", "infer"))
-    return [_amax_inference(ratios), _amax_fine_tuning(lines), _has_window(ratios), _smaller(ratios, lines, sizes)]
-
-
-def _amax_inference(ratios: Ratios) -> Claim:
-    words = "FP8-AMAX, and FP8-CSCALE inside its window, keep more than 99.5 % of 16 bits in inference"
-    amax = {model: of["amax"] for model, of in ratios.items() if "amax" in of}
-    if not amax:
-        return Claim(words, "nothing yet", "–", OPEN)
-    best = {model: max(c.values()) for model, of in ratios.items() if (c := constants(of))}
-    found = f"AMAX: {_range(amax.values())}; the best constant: {_range(best.values())}"
-    good = [value > CRITERION for value in [*amax.values(), *best.values()]]
-    return Claim(words, _models(amax), found, CONSISTENT if all(good) else NOT if not any(good) else OPEN)
-
-
-def _amax_fine_tuning(lines: Sequence[Line]) -> Claim:
-    words = "FP8-AMAX fine-tuning is basically equal to FP16"
-    found = pairs(done(lines, "finetune"), "amax", "fp16", "accuracy")
-    if not found:
-        return Claim(words, "nothing yet", "–", OPEN)
-    said = "; ".join(f"{model}: accuracy {_percent(values)}, {len(values)} seeds" for model, values in found.items())
-    limit = 100 * (CRITERION - 1)
-    lost = any(not math.isfinite(value) for values in found.values() for value in values)
-    good = not lost and all(interval(values).low > limit for values in found.values())
-    bad = lost or any(interval(values).high < limit for values in found.values())
-    return Claim(words, f"fine-tuning of {_models(found)}", said, CONSISTENT if good else NOT if bad else OPEN)
-
-
-def _has_window(ratios: Ratios) -> Claim:
-    words = "FP8-CSCALE works for the constants of a window alone, which depends on the model (inference)"
-    swept = {model: constants(of) for model, of in ratios.items() if constants(of)}
-    if not swept:
-        return Claim(words, "nothing yet", "–", OPEN)
-    found = {model: window(of) for model, of in swept.items()}
-    said = "; ".join(f"{model}: {_window(w, swept[model])}" for model, w in found.items())
-    inside = [w is not None and w[1] - w[0] + 1 < len(swept[model]) for model, w in found.items()]
-    whole = [_is_whole(swept[model]) for model in found]
-    differ = len(set(found.values())) > 1 or len(found) == 1
-    low, high = min(min(of) for of in swept.values()), max(max(of) for of in swept.values())
-    verdict = CONSISTENT if all(inside) and all(whole) and differ else NOT if not any(inside) else OPEN
-    return Claim(words, f"c from {low} to {high}, {_models(swept)}", said, verdict)
-
-
-def _smaller(ratios: Ratios, lines: Sequence[Line], sizes: Mapping[str, float]) -> Claim:
-    words = "The larger the model, the smaller the window (stated of fine-tuning)"
-    swept = {model: w for model, of in ratios.items() if (w := window(constants(of)))}
-    trained = [model for model in swept if any(line.model == model and line.study == "window" for line in lines)]
-    if len(trained) < 2:
-        return Claim(words, "fewer than two sizes", "–", OPEN)
-    order = sorted(trained, key=lambda model: sizes[model])
-    widths = [swept[model][1] - swept[model][0] + 1 for model in order]
-    said = "widths in inference, from the smallest model to the largest: " + ", ".join(map(str, widths))
-    falls = all(a >= b for a, b in itertools.pairwise(widths)) and widths[0] > widths[-1]
-    rises = widths[-1] > widths[0]
-    note = "in inference consistent" if falls else "in inference not" if rises else "in inference no trend"
-    return Claim(words, f"inference of {_models(order)}; no window was fine-tuned", said, f"{OPEN} ({note})")
-
-
-def _is_whole(ratios: Mapping[int, float]) -> bool:
-    """All constants that work are neighbours."""
-    found = window(ratios)
-    return found is not None and sum(r >= CRITERION for r in ratios.values()) == found[1] - found[0] + 1
-
-
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
+def _found(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
+    said = findings(lines, sizes)
+    return "## What came out\n\n" + "\n".join(f"* {sentence}" for sentence in said) if said else ""
+
+
 _ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and batches; means over pairs with their
-95 % interval by Student's t. The margin of {MARGIN} % of the loss was fixed before the runs: *yes* where the whole
-interval is below it, *no* where it is above or a run was lost, else *open*. All runs are validated in BF16. The largest
-gap is that of the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth.
-A run diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
+95 % interval by Student's t. *In BF16*: the weights that came out, validated in BF16; *in its own FP8*: validated as
+they were trained, and held against BF16 in BF16. The margin of {MARGIN} % of the loss in BF16 was fixed before the
+runs: *yes* where the whole interval is below it, *no* where it is above or a run was lost, else *open*. The largest gap
+is that of the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth. A
+run diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
 {PATIENCE} steps."""
 
 
-def _parity(lines: Sequence[Line], study: str, title: str) -> str:
+def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
     finished = done(lines, study)
+    models = list(dict.fromkeys(line.model for line in finished))
     rows = []
-    for model in dict.fromkeys(line.model for line in finished):
+    for model in models:
         mine = [line for line in finished if line.model == model]
         rows += [_pair_row(model, arm, mine) for arm in arms_of(mine) if arm != "bf16"]
     if not rows:
         return f"## {title}\n\nNot run yet: `python studies/scales.py {study}` makes the runs."
-    head = ["model", "arm", "pairs", "loss against BF16 [95 %]", "accuracy against BF16 [95 %]"]
-    head += ["largest gap on the way", "diverged", f"within {MARGIN} %"]
-    noise = [_noise(model, finished) for model in dict.fromkeys(line.model for line in finished)]
-    return "\n\n".join([f"## {title}", _ABOUT_PAIRS, markdown(head, rows), "\n".join(filter(None, noise))]).rstrip()
+    head = ["model", "arm", "pairs", "loss in BF16 [95 %]", "loss in its own FP8", "accuracy in BF16"]
+    head += ["accuracy in its own FP8", "largest gap on the way", "diverged", f"within {MARGIN} %"]
+    notes = [_noise(model, finished) for model in models] + [_gain(model, lines) for model in models]
+    notes.append(_not_planned(finished) if study == "parity" else "")
+    return "\n\n".join([f"## {title}", about, markdown(head, rows), "\n".join(filter(None, notes))]).rstrip()
 
 
 def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
-    losses = pairs(lines, arm, "bf16", "loss").get(model, [])
-    accuracies = pairs(lines, arm, "bf16", "accuracy").get(model, [])
+    apart = {
+        key: pairs(lines, arm, "bf16", key).get(model, []) for key in ("loss", "loss_fp8", "accuracy", "accuracy_fp8")
+    }
     diverged = sum(bool(line.result["diverged"]) for line in lines if line.spec["arm"] == arm)
     gap = _largest_gap(lines, arm)
     return [
         model,
         arm,
-        str(len(losses)),
-        _percent(losses),
-        _percent(accuracies),
+        str(len(apart["loss"])),
+        *map(percent, apart.values()),
         "–" if gap is None else f"{gap:+.2f} %",
         str(diverged),
-        _within(losses),
+        within(apart["loss"]),
     ]
+
+
+def _gain(model: str, lines: Sequence[Line]) -> str:
+    """Of fine-tuning, and what share of it each arm in FP8 leaves out."""
+    before = loss_before(model, lines)
+    finished = [line for line in done(lines, "finetune") if line.model == model and line.result["loss"] is not None]
+    losses = {arm: [line.result["loss"] for line in finished if line.spec["arm"] == arm] for arm in arms_of(finished)}
+    after = {arm: statistics.fmean(of) for arm, of in losses.items()}
+    if before is None or "bf16" not in after:
+        return ""
+    gain = before - after["bf16"]
+    lost = ", ".join(
+        f"{arm} {100 * (loss - after['bf16']) / gain:+.1f} %" for arm, loss in after.items() if arm != "bf16"
+    )
+    return (
+        f"* {model} has {before:.4f} nats a token before it is fine-tuned, as the sweep of inference measured it, on "
+        f"fewer tokens of the same text. Of the gain of {gain:.4f} in BF16 the other arms lose: {lost}"
+    )
+
+
+def _not_planned(finished: Sequence[Line]) -> str:
+    """What the study asks for by default, and is not there."""
+    left = [
+        model
+        for model, count in PLANNED.items()
+        if len(pairs(finished, "delayed", "bf16", "loss").get(model, [])) < count
+    ]
+    return (
+        f"* Not run: {', '.join(left)} with five pairs and 100M tokens each, which `python studies/scales.py parity` "
+        "asks for by default"
+        if left
+        else ""
+    )
 
 
 def _noise(model: str, lines: Sequence[Line]) -> str:
@@ -206,32 +180,33 @@ def _largest_gap(lines: Sequence[Line], arm: str) -> float | None:
     return max(gaps, key=abs) if gaps else None
 
 
-def _within(differences: Sequence[float]) -> str:
-    if not differences or not all(map(math.isfinite, differences)):
-        return "no" if differences else "–"
-    of = interval(differences)
-    return "yes" if of.high < MARGIN else "no" if of.low > MARGIN else "open"
-
-
 def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
-    ratios = {m: of for m, of in inference_ratios(done(lines, "window", "infer")).items() if constants(of)}
+    ratios = {m: of for m, of in inference_ratios(lines).items() if constants(of)}
     title = "## The window of FP8-CSCALE in inference"
     if not ratios:
         return f"{title}\n\nNot run yet: `python studies/scales.py window` makes the runs."
     rows = []
+    want = {role: wanted(lines, role) for role in ("x", "w")}
     for model in sorted(ratios, key=lambda model: sizes.get(model, 0)):
         ours = constants(ratios[model])
         found = window(ours)
         best = max(ours, key=lambda c: ours[c])
-        rows.append([model, millions(sizes.get(model, 0)), _window(found, ours),
+        wants = [f"{of[model][0]} … {of[model][1]}" if model in of else "–" for of in want.values()]
+        rows.append([model, millions(sizes.get(model, 0)), window_of(found, ours),
                      f"{found[0] + 1} … {found[1] + 1}" if found else "–", str(found[1] - found[0] + 1 if found else 0),
-                     f"{best} ({ours[best]:.4f})"])  # fmt: skip
+                     f"{best} ({ours[best]:.4f})", *wants])  # fmt: skip
     head = ["model", "parameters", "window, c", "as biases of this hardware", "width", "best c (ratio)"]
-    return f"{title}\n\nConstants in a row with a ratio of at least {CRITERION}.\n\n" + markdown(head, rows)
+    head += ["biases that inputs want", "that weights want"]
+    return f"{title}\n\n{_ABOUT_WINDOWS}\n\n" + markdown(head, rows)
+
+
+_ABOUT_WINDOWS = f"""Constants in a row with a ratio of at least {CRITERION}. A tensor *wants* the bias that FP8-AMAX
+has for it: with more its largest values saturate, with less its smallest ones lose bits. Shown are the least and the
+greatest of all layers in inference or, where that was not recorded, in the first step of fine-tuning."""
 
 
 def _policies(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
-    ratios = {m: of for m, of in inference_ratios(done(lines, "window", "infer")).items() if "amax" in of}
+    ratios = {m: of for m, of in inference_ratios(lines).items() if "amax" in of}
     if not ratios:
         return ""
     names = ["current", "amax", "gc-amax", "histogram", "gc-histogram"]
@@ -268,18 +243,36 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
         for model in dict.fromkeys(line.model for line in sorted(of_study, key=lambda line: sizes.get(line.model, 0))):
             mine = [line for line in of_study if line.model == model]
             finished = [line for line in mine if line.result is not None]
-            spec = mine[0].spec
             tokens = trained_tokens(mine[0])
             gpus = sorted({line.result["gpu"] for line in finished if line.result})
             rows.append([what, model, millions(sizes.get(model, 0)), millions(tokens) if tokens else "–",
                          f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–",
-                         f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–", spec["data"]])  # fmt: skip
-            missing += [f"{line.run} ({line.step} of {spec['steps']} steps)" for line in mine if line.result is None]
+                         f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–", mine[0].spec["data"]])  # fmt: skip
+            missing += [f"* {what}, {model}: {left}" for left in _missing(mine)]
     if not rows:
         return "## Runs\n\nNone yet."
     head = ["study", "model", "parameters", "tokens of a training", "per parameter", "runs done", "on", "text"]
-    left = "\n\nStill missing: " + ", ".join(missing) + "." if missing else ""
-    return f"## Runs\n\n{markdown(head, rows)}\n\n*Text* is a digest of the tokens.{left}"
+    parts = [f"## Runs\n\n{markdown(head, rows)}", "*Text* is a digest of the tokens."]
+    return "\n\n".join([*parts, *([_STILL + "\n".join(missing)] if missing else [])])
+
+
+_STILL = """Still missing; a run that was begun goes on, where its folder is there, when its command is given again with
+the same `--out`:
+
+"""
+
+
+def _missing(lines: Sequence[Line]) -> list[str]:
+    """Of one study and model: by arm, or the policies of a sweep."""
+    left = [line for line in lines if line.result is None]
+    swept = [line for line in left if line.study == "infer"]
+    found = [f"unfinished, {', '.join(lacking_policies(line))} missing" for line in swept]
+    for arm in arms_of(line for line in left if line not in swept):
+        of_arm = sorted((line for line in left if line.spec["arm"] == arm), key=lambda line: line.spec["seed"])
+        seeds = [f"{line.spec['seed']}{f' ({line.step} of ' + str(line.spec['steps']) + ' steps)' if line.step else ''}"
+                 for line in of_arm]  # fmt: skip
+        found.append(f"{arm}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}")
+    return found if swept else ["; ".join(found)] if found else []
 
 
 _COSTS = """## Models by name
@@ -294,6 +287,13 @@ many.
 def _not_claimed(lines: Sequence[Line]) -> str:
     longest = max(map(trained_tokens, lines), default=0)
     most = f" The longest\n  training here is of {millions(longest)} tokens." if longest else ""
+    few = [model for model in dict.fromkeys(line.model for line in lines) if re.search(r"\bQ\d", model)]
+    begun = (
+        f"\n* Nothing of {', '.join(few)} in 16 bits from the start:\n"
+        "  the file's weights have fewer, and BF16 and every other arm begin with these."
+        if few
+        else ""
+    )
     return f"""## What this does not say
 
 * Nothing of models that were not run, and nothing of 1B parameters and more: activations of large models have outliers
@@ -301,36 +301,4 @@ def _not_claimed(lines: Sequence[Line]) -> str:
 * Nothing of long trainings: published divergences in FP8 come after 0.7 to 200 billion tokens.{most}
 * Nothing of the paper's tasks, GLUE or MMLU: next-token accuracy on one text is not those.
 * Nothing of size alone: where models of several sizes were trained on as many tokens, the larger ones are trained less.
-* Nothing of how a ratio or a window scatters over trainings, but where several seeds were run."""
-
-
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-def _models(names: Mapping[str, object] | Sequence[str]) -> str:
-    return ", ".join(names)
-
-
-def _range(values: object) -> str:
-    found = list(values)
-    if not found:
-        return "–"
-    low, high = min(found), max(found)
-    return f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"
-
-
-def _percent(differences: Sequence[float]) -> str:
-    """Of those that are finite."""
-    kept = [value for value in differences if math.isfinite(value)]
-    if not kept:
-        return "–"
-    of = interval(kept)
-    return f"{of.mean:+.2f} % [{of.low:+.2f}, {of.high:+.2f}]" if of.count > 1 else f"{of.mean:+.2f} %"
-
-
-def _window(found: tuple[int, int] | None, swept: Mapping[int, float]) -> str:
-    """An end that is the sweep's is marked: the window may go on beyond."""
-    if found is None:
-        return "none"
-    low, high = ("" if found[i] != end else " (the sweep's end)" for i, end in enumerate((min(swept), max(swept))))
-    return f"{found[0]}{low} … {found[1]}{high}"
+* Nothing of how a ratio or a window scatters over trainings, but where several seeds were run.{begun}"""

@@ -1,7 +1,8 @@
 """What came out of runs, small enough to be kept beside the code: a file with a line of JSON for each run.
 
 {"run": name, "spec": {...}, "step": how far it is, "result": {...} or null,
- "losses": [[step, mean of the steps up to it], ...], "biases": [{"step": ..., "biases": {layer: {role: bias}}}, ...]}
+ "losses": [[step, mean of the steps up to it], ...], "biases": [{"step": ..., "biases": {layer: {role: bias}}}, ...],
+ "policies": {policy: {"loss": ..., "accuracy": ...}} of a sweep that is not finished}
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import itertools
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from models.names import MODELS, parameter_count
 
+from .inference import policies
 from .lines import merge_lines
 from .runs import Run, Spec
 
@@ -31,10 +33,16 @@ class Line:
     result: dict[str, Any] | None
     losses: list[list[float]]
     biases: list[dict[str, Any]]
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def study(self) -> str:
         return self.spec["study"]
+
+    @property
+    def inference(self) -> dict[str, dict[str, Any]]:
+        """What inference under each policy gave, as far as the sweep is."""
+        return self.policies if self.result is None else self.result.get("inference", {})
 
     @property
     def model(self) -> str:
@@ -50,7 +58,13 @@ def condensed(run: Run) -> Line:
         [part[-1][0], statistics.fmean(loss for _, loss in part)] for part in _parts(losses, STRETCHES) if part
     ]
     looks = [part[-1] for part in _parts(biases, LOOKS) if part]
-    return Line(run.name, run.spec, step, run.result(), stretches, looks)
+    result = run.result()
+    partly = {
+        record["policy"]: {"loss": record["loss"], "accuracy": record["accuracy"]}
+        for record in records
+        if result is None and "policy" in record
+    }
+    return Line(run.name, run.spec, step, result, stretches, looks, partly)
 
 
 def _parts(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
@@ -71,18 +85,27 @@ def done(lines: Iterable[Line], *studies: str) -> list[Line]:
 
 
 def inference_ratios(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
-    """{model: {policy: next-token accuracy over that of 16 bits}}, the mean over seeds. Random weights have none."""
+    """{model: {policy: next-token accuracy over that of 16 bits}}, the mean over seeds. Random weights have none, and a
+    sweep that is not finished has those of the policies that are done; of constants only where all of them are."""
     found: dict[str, dict[str, list[float]]] = {}
     for line in lines:
-        if line.study == "infer" and not line.spec["checkpoint"]:
+        if line.study not in ("window", "infer") or (line.study == "infer" and not line.spec["checkpoint"]):
             continue
-        inference = (line.result or {}).get("inference", {})
-        whole = inference.get("bf16", {}).get("accuracy")
-        for policy, entry in inference.items():
+        whole = line.inference.get("bf16", {}).get("accuracy")
+        lacking = {name.partition(":")[0] for name in lacking_policies(line)}
+        for policy, entry in line.inference.items():
+            if policy.partition(":")[0] in lacking:
+                continue
             if whole and policy != "bf16":
                 ratio = (entry["accuracy"] or 0.0) / whole
                 found.setdefault(line.model, {}).setdefault(policy, []).append(ratio)
     return {model: {name: statistics.fmean(r) for name, r in of.items()} for model, of in found.items()}
+
+
+def lacking_policies(line: Line) -> list[str]:
+    """Those that an unfinished sweep has still to do."""
+    asked = policies(line.spec["sweep"]) if line.result is None and line.spec.get("sweep") else ()
+    return [name for name in asked if name not in line.policies]
 
 
 def constants(ratios: Mapping[str, float], family: str = "cscale") -> dict[int, float]:
@@ -105,26 +128,34 @@ def window(ratios: Mapping[int, float]) -> tuple[int, int] | None:
 
 
 def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, list[float]]:
-    """{model: relative differences of ``result[key]``, one for each seed that both arms have done}, in per cent. A run
-    that was lost has no such figure; its pair is infinite."""
-    by_seed: dict[tuple[str, int], dict[str, float | None]] = {}
+    """{model: relative differences of ``result[key]``, one for each seed that both arms have done, in per cent}. A run
+    that was lost has no such figure; its pair is infinite. What an arm has in its own FP8, ``loss_fp8``, is held
+    against ``loss``."""
+    by_seed: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
-            by_seed.setdefault((line.model, line.spec["seed"]), {})[line.spec["arm"]] = line.result.get(key)
+            by_seed.setdefault((line.model, line.spec["seed"]), {})[line.spec["arm"]] = line.result
     found: dict[str, list[float]] = {}
     for (model, _), arms in sorted(by_seed.items()):
-        if arm in arms and against in arms:
-            mine, theirs = arms[arm], arms[against]
+        if against in arms and key in arms.get(arm, {}):
+            mine, theirs = arms[arm][key], arms[against][key.removesuffix("_fp8")]
             lost = mine is None or theirs is None
             found.setdefault(model, []).append(float("inf") if lost else 100 * (mine / theirs - 1))
     return found
 
 
 def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
-    """Parameters by model: as published, or as the run of a checkpoint counted them."""
-    told = {line.model: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
-    models = {line.model for line in lines}
-    return told | {model: parameter_count(MODELS[model]) for model in models if model in MODELS}
+    """Parameters by model: as published, or as the run of a checkpoint counted them, or as its name has it (135M)."""
+    lines = list(lines)
+    named = {line.model: re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([MB])(?![a-zA-Z])", line.model) for line in lines}
+    sizes = {model: float(of[1]) * {"M": 1e6, "B": 1e9}[of[2]] for model, of in named.items() if of}
+    sizes |= {line.model: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
+    return sizes | {model: parameter_count(MODELS[model]) for model in named if model in MODELS}
+
+
+def family(model: str) -> str:
+    """Models of one family are of one architecture, and can be put in a row by size."""
+    return model.split("-")[0].replace("cerebras", "gpt")
 
 
 def trained_tokens(line: Line) -> int:
@@ -153,8 +184,24 @@ def place(layer: str) -> tuple[int, str]:
 
 
 def biases_of(line: Line, phase: str) -> list[dict[str, Any]]:
-    """Records of a run's biases: all of ``"training"``, or the one of ``"inference"``."""
+    """Records of a run's biases: all of ``"training"``, or the one of ``"inference"``. Those of a training in FP16 are
+    left out: its gradients were recorded with the loss scale, which moves."""
     if phase == "training":
-        return line.biases
+        return [] if line.spec.get("dtype") == "float16" else line.biases
     seen = (line.result or {}).get("biases")
     return [{"step": line.step, "biases": seen}] if seen else []
+
+
+def wanted(lines: Iterable[Line], role: str) -> dict[str, tuple[int, int]]:
+    """{model: the least and the greatest bias that a tensor of this role has in inference}; where none was recorded, of
+    fine-tuning's first step, whose weights are the checkpoint's."""
+    found: dict[str, list[int]] = {}
+    of_training: dict[str, list[int]] = {}
+    for line in lines:
+        first = [record for record in biases_of(line, "training") if record["step"] == 1 and line.study == "finetune"]
+        for to, records in ((found, biases_of(line, "inference")), (of_training, first)):
+            biases = [roles[role] for record in records for roles in record["biases"].values()
+                      if roles.get(role) is not None]  # fmt: skip
+            to.setdefault(line.model, []).extend(biases)
+    told = {model: found[model] or of_training[model] for model in found}
+    return {model: (min(of), max(of)) for model, of in told.items() if of}

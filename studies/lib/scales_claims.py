@@ -1,0 +1,286 @@
+"""What may be said of a study of scales, by rule and from the data alone: findings, and each claim of the paper."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from .intervals import interval
+from .scales_results import CRITERION, Line, arms_of, constants, done, family, inference_ratios, pairs, window
+
+Ratios = Mapping[str, Mapping[str, float]]
+
+MARGIN = 0.25  # per cent of the loss, fixed before the runs
+
+CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed"
+
+
+class Claim(NamedTuple):
+    words: str
+    run: str
+    found: str
+    verdict: str
+
+
+# ---- findings --------------------------------------------------------------------------------------------------------
+
+
+def findings(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
+    """A sentence or more each, the ones that there are data for."""
+    ratios = _by_size(inference_ratios(lines), sizes)
+    found = [_amax_keeps(ratios), _constants_keep(ratios), *_fine_tuned(lines), *_trained(lines)]
+    return [sentence for sentence in found if sentence]
+
+
+def _by_size(ratios: Ratios, sizes: Mapping[str, float]) -> Ratios:
+    return {model: ratios[model] for model in sorted(ratios, key=lambda model: sizes.get(model, 0))}
+
+
+def _amax_keeps(ratios: Ratios) -> str:
+    amax = {model: of["amax"] for model, of in ratios.items() if "amax" in of}
+    parts = [
+        f"{_per_cent(values)} in {models_of(group)}"
+        for holds in (True, False)
+        if (group := [model for model, ratio in amax.items() if (ratio > CRITERION) == holds])
+        for values in [[amax[model] for model in group]]
+    ]
+    return f"FP8-AMAX keeps of BF16's accuracy in inference {', but '.join(parts)}." if parts else ""
+
+
+def _constants_keep(ratios: Ratios) -> str:
+    swept = {model: ours for model, of in ratios.items() if (ours := constants(of))}
+    have = {model: found for model, ours in swept.items() if (found := window(ours))}
+    said = []
+    if have:
+        low, high = max(w[0] for w in have.values()), min(w[1] for w in have.values())
+        which = f"each c from {low} to {high}" if low <= high else "no c that is the same for all,"
+        said.append(f"{which} keeps {100 * CRITERION} % and more of it in {models_of(have)}")
+    for model, ours in swept.items():
+        if model not in have:
+            best = max(ours, key=lambda c: ours[c])
+            said.append(f"none does in {model}, whose best, c = {best}, keeps {_per_cent([ours[best]])}")
+    return f"One constant scale for all tensors, FP8-CSCALE: {'; '.join(said)}." if said else ""
+
+
+def _fine_tuned(lines: Sequence[Line]) -> list[str]:
+    """Of each model: what fine-tuning gained, and how near which arm comes."""
+    found = []
+    finished = done(lines, "finetune")
+    for model in dict.fromkeys(line.model for line in finished):
+        mine = [line for line in finished if line.model == model]
+        apart = {arm: values for arm in arms_of(mine) if (values := pairs(mine, arm, "bf16", "loss").get(model))}
+        fp8 = sorted((arm for arm in apart if _in_fp8(arm, mine)), key=lambda arm: statistics.fmean(apart[arm]))
+        if not fp8:
+            continue
+        near = [arm for arm in fp8 if within(apart[arm]) == "yes"]
+        words = ", ".join(f"{arm} {percent(apart[arm])}" for arm in [*fp8, *(["fp16"] if "fp16" in apart else [])])
+        verdict = (
+            f"within {MARGIN} % of BF16: {', '.join(near)}" if near else f"no arm in FP8 is within {MARGIN} % of it"
+        )
+        found.append(f"{_gained(model, lines)}{verdict}. The loss against BF16's: {words}.")
+    return found
+
+
+def _gained(model: str, lines: Sequence[Line]) -> str:
+    losses = [line.result["loss"] for line in done(lines, "finetune") if _is(line, model, "bf16")]
+    after = statistics.fmean(losses) if losses and None not in losses else None
+    before = loss_before(model, lines)
+    if before is None or after is None:
+        return f"Fine-tuning {model}: "
+    return f"Fine-tuning in BF16 takes the loss of {model} from {before:.4f} to {after:.4f} nats a token; "
+
+
+def _trained(lines: Sequence[Line]) -> list[str]:
+    """Of each model that was trained from scratch: which arms came near, or that too few pairs say nothing."""
+    found = []
+    finished = done(lines, "parity")
+    for model in dict.fromkeys(line.model for line in finished):
+        mine = [line for line in finished if line.model == model]
+        apart = {arm: values for arm in arms_of(mine) if (values := pairs(mine, arm, "bf16", "loss").get(model))}
+        if not apart:
+            continue
+        again = apart.get("bf16-again")
+        floor = statistics.fmean(map(abs, again)) if again and all(map(math.isfinite, again)) else None
+        noise = "" if floor is None else f"; the same seed again moves BF16 by {floor:.2f} %"
+        if max(map(len, apart.values())) == 1:
+            found.append(f"Training {model} from scratch: of one pair each, which shows nothing{noise}.")
+            continue
+        words = {word: [arm for arm, values in apart.items() if within(values) == word] for word in ("yes", "no")}
+        said = [
+            f"{'' if word == 'yes' else 'not '}within {MARGIN} % of BF16: {', '.join(arms)}"
+            for word, arms in words.items()
+            if arms
+        ]
+        found.append(f"Training {model} from scratch: {'; '.join(said) or 'nothing is decided yet'}{noise}.")
+    return found
+
+
+def loss_before(model: str, lines: Iterable[Line]) -> float | None:
+    """Of a checkpoint, in BF16, before it is fine-tuned: the first record of its sweep."""
+    told = [line.inference["bf16"]["loss"] for line in lines if line.study == "infer" and "bf16" in line.inference
+            and line.model == model and line.spec["checkpoint"]]  # fmt: skip
+    return told[0] if told else None
+
+
+def _is(line: Line, model: str, arm: str) -> bool:
+    return line.model == model and line.spec["arm"] == arm
+
+
+def _in_fp8(arm: str, lines: Iterable[Line]) -> bool:
+    return any(line.spec["arm"] == arm and ("recipe" in line.spec or "emulation" in line.spec) for line in lines)
+
+
+# ---- the claims ------------------------------------------------------------------------------------------------------
+
+
+def claims(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[Claim]:
+    ratios = _by_size(inference_ratios(lines), sizes)
+    return [_amax_inference(ratios), _amax_fine_tuning(lines), _has_window(ratios), _smaller(ratios, lines, sizes)]
+
+
+def _amax_inference(ratios: Ratios) -> Claim:
+    words = "FP8-AMAX, and FP8-CSCALE inside its window, keep more than 99.5 % of 16 bits in inference"
+    amax = {model: of["amax"] for model, of in ratios.items() if "amax" in of}
+    if not amax:
+        return Claim(words, "nothing yet", "–", OPEN)
+    best = {model: max(c.values()) for model, of in ratios.items() if (c := constants(of))}
+    good = {m for m in amax if amax[m] > CRITERION and best.get(m, amax[m]) > CRITERION}
+    groups = [group for group in ([m for m in amax if m in good], [m for m in amax if m not in good]) if group]
+    said = [
+        f"{models_of(group)}: AMAX {_range(amax[m] for m in group)}, the best constant "
+        f"{_range(best[m] for m in group if m in best)}"
+        for group in groups
+    ]
+    values = [value > CRITERION for value in [*amax.values(), *best.values()]]
+    verdict = CONSISTENT if all(values) else NOT if not any(values) else OPEN
+    return Claim(words, models_of(amax), "; ".join(said), verdict)
+
+
+def _amax_fine_tuning(lines: Sequence[Line]) -> Claim:
+    """By the paper's criterion, of accuracy; and by the margin of the loss that is this study's own."""
+    words = "FP8-AMAX fine-tuning is basically equal to FP16"
+    keys = ("accuracy", "accuracy_fp8", "loss")
+    found = {key: pairs(done(lines, "finetune"), "amax", "fp16", key) for key in keys}
+    if not found["accuracy"]:
+        return Claim(words, "nothing yet", "–", OPEN)
+    said = []
+    for model, values in found["accuracy"].items():
+        own = found["accuracy_fp8"].get(model)
+        in_fp8 = f", in its own FP8 {percent(own)}" if own else ""
+        losses = percent(found["loss"].get(model, []))
+        said.append(f"{model}, against FP16: accuracy {percent(values)}{in_fp8}; loss {losses}; {len(values)} seeds")
+    accuracies = [*found["accuracy"].values(), *found["accuracy_fp8"].values()]
+    by_accuracy = _verdict([[-v if math.isfinite(v) else v for v in of] for of in accuracies], 100 * (1 - CRITERION))
+    by_loss = _verdict(list(found["loss"].values()), MARGIN)
+    apart = f"{OPEN} (by the paper's 0.5 % of accuracy: {by_accuracy}; by {MARGIN} % of the loss: {by_loss})"
+    verdict = by_accuracy if by_accuracy == by_loss else apart
+    return Claim(words, f"fine-tuning of {models_of(found['accuracy'])}", "; ".join(said), verdict)
+
+
+def _verdict(worse: Sequence[Sequence[float]], limit: float) -> str:
+    """Of each model's differences, positive where it is worse, infinite where a run was lost: whether all are below."""
+    if any(not math.isfinite(value) for values in worse for value in values):
+        return NOT
+    intervals = [interval(values) for values in worse]
+    if any(of.low > limit for of in intervals):
+        return NOT
+    return CONSISTENT if intervals and all(of.high < limit for of in intervals) else OPEN
+
+
+def _has_window(ratios: Ratios) -> Claim:
+    words = "FP8-CSCALE works for the constants of a window alone, which depends on the model (inference)"
+    swept = {model: constants(of) for model, of in ratios.items() if constants(of)}
+    if not swept:
+        return Claim(words, "nothing yet", "–", OPEN)
+    found = {model: window(of) for model, of in swept.items()}
+    said = "; ".join(f"{model}: {window_of(w, swept[model])}" for model, w in found.items())
+    inside = [w is not None and w[1] - w[0] + 1 < len(swept[model]) for model, w in found.items()]
+    whole = [_is_whole(swept[model]) for model in found]
+    differ = len(set(found.values())) > 1 or len(found) == 1
+    low, high = min(min(of) for of in swept.values()), max(max(of) for of in swept.values())
+    verdict = CONSISTENT if all(inside) and all(whole) and differ else NOT if not any(inside) else OPEN
+    return Claim(words, f"c from {low} to {high}, {models_of(swept)}", said, verdict)
+
+
+def _smaller(ratios: Ratios, lines: Sequence[Line], sizes: Mapping[str, float]) -> Claim:
+    """Within families: of models that were trained here, alike. A checkpoint's training differs from that of others."""
+    words = "The larger the model, the smaller the window (stated of fine-tuning)"
+    swept = {model: window(ours) for model, of in ratios.items() if (ours := constants(of))}
+    trained = [model for model in swept if any(line.model == model and line.study == "window" for line in lines)]
+    families = {
+        name: widths
+        for name in dict.fromkeys(map(family, trained))
+        if len(widths := {m: _width(swept[m]) for m in sorted(trained, key=lambda m: sizes[m]) if family(m) == name})
+        > 1
+    }
+    if not families:
+        return Claim(words, "fewer than two sizes of a family", "–", OPEN)
+    said = "widths in inference, from the smallest model to the largest: " + "; ".join(
+        (f"{name} " if len(families) > 1 else "") + ", ".join(map(str, of.values())) for name, of in families.items()
+    )
+    rows = [list(of.values()) for of in families.values()]
+    falls = all(row[0] > row[-1] and all(a >= b for a, b in itertools.pairwise(row)) for row in rows)
+    rises = all(row[-1] > row[0] for row in rows)
+    note = "in inference consistent" if falls else "in inference not" if rises else "in inference no trend"
+    models = models_of(model for of in families.values() for model in of)
+    return Claim(words, f"inference of {models}; no window was fine-tuned", said, f"{OPEN} ({note})")
+
+
+def _width(found: tuple[int, int] | None) -> int:
+    return found[1] - found[0] + 1 if found else 0
+
+
+def _is_whole(ratios: Mapping[int, float]) -> bool:
+    """All constants that work are neighbours."""
+    found = window(ratios)
+    return found is not None and sum(r >= CRITERION for r in ratios.values()) == found[1] - found[0] + 1
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def models_of(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _range(values: Iterable[float]) -> str:
+    found = list(values)
+    if not found:
+        return "–"
+    low, high = min(found), max(found)
+    return f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"
+
+
+def _per_cent(ratios: Sequence[float]) -> str:
+    low, high = (f"{100 * of(ratios):.2f}" for of in (min, max))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def percent(differences: Sequence[float]) -> str:
+    """Of those that are finite."""
+    kept = [value for value in differences if math.isfinite(value)]
+    if not kept:
+        return "–"
+    of = interval(kept)
+    return f"{of.mean:+.2f} % [{of.low:+.2f}, {of.high:+.2f}]" if of.count > 1 else f"{of.mean:+.2f} %"
+
+
+def within(differences: Sequence[float]) -> str:
+    """Whether losses are within MARGIN of BF16's, in a word."""
+    if not differences or not all(map(math.isfinite, differences)):
+        return "no" if differences else "–"
+    if len(differences) == 1:
+        return "one pair shows nothing"
+    of = interval(differences)
+    return "yes" if of.high < MARGIN else "no" if of.low > MARGIN else "open"
+
+
+def window_of(found: tuple[int, int] | None, swept: Mapping[int, float]) -> str:
+    """An end that is the sweep's is marked: the window may go on beyond."""
+    if found is None:
+        return "none"
+    low, high = ("" if found[i] != end else " (the sweep's end)" for i, end in enumerate((min(swept), max(swept))))
+    return f"{found[0]}{low} … {found[1]}{high}"
