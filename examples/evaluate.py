@@ -40,6 +40,7 @@ from torch_fp8.picture import FP8, INK, caption, picture
 from torch_fp8.table import markdown, read_markdown
 
 ALLOWANCE = 1.1  # times the twin's mean KLD
+CALIBRATION_TOKENS = 16_384
 ITEMS_AT_ONCE = 8  # multiple-choice items: 32 sequences
 BASELINE, NOISE, FULL = "BF16", "BF16, batch of 2 (noise floor)", "FP32"
 TWIN = ", twin"
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text; .xz files are read too")
     add("--calibration", type=Path, metavar="FILE", help="other text, for the static scales; without it no static arm")
-    add("--calibration-tokens", type=int, default=16_384, metavar="N")
+    add("--calibration-tokens", type=int, metavar="N", help=f"of it (default: {CALIBRATION_TOKENS})")
     add("--tokens", type=int, default=50_000, metavar="N", help="of each text (default: 50000)")
     add("--window", type=int, default=1024, metavar="N", help="tokens of a window (default: 1024)")
     add("--items", type=int, default=200, metavar="N", help="multiple-choice items of each text (default: 200)")
@@ -152,13 +153,16 @@ def draw(report: Path) -> None:
 def main(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     device = find_device(args.device)
+    if args.calibration_tokens is not None and not args.calibration:
+        raise UserError("--calibration-tokens is of the text of --calibration; give that too")
     if args.calibration and args.calibration.resolve() in {path.resolve() for path in args.text}:
         raise UserError("--calibration must be another text than --text: the scales would know what is measured")
     source = sources.load(args, device)
     held_out = [text.load(path, source.encode, args.tokens, args.window) for path in args.text]
     batches = []
     if args.calibration:
-        calibration = text.load(args.calibration, source.encode, args.calibration_tokens, args.window)
+        count = CALIBRATION_TOKENS if args.calibration_tokens is None else args.calibration_tokens
+        calibration = text.load(args.calibration, source.encode, count, args.window)
         batches = [ids.to(device)[None] for _, ids in calibration.windows]
 
     bf16, head = source.model, source.model.get_output_embeddings().weight.detach().float()

@@ -149,6 +149,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("start it with torchrun --nproc-per-node N examples/fsdp.py")
     if args.steps <= WARM_UP or args.batch < 1 or args.length < 1:
         parser.error(f"--steps must be more than {WARM_UP}, --batch and --length at least 1")
+    if args.reduce_amaxes and args.precision == "bf16":
+        parser.error(
+            "--reduce-amaxes is of the FP8 arm, which --precision bf16 leaves out; give --precision fp8 or both"
+        )
     if args.write and not on_gpu:
         parser.error("--write is for figures of GPUs, and there is none")
     return args

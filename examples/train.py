@@ -34,6 +34,7 @@ from gpt.tokens import GPT2, Bytes, Corpus, make_corpus
 from torch_fp8.layers.modes import MODES
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
+_OF_FP8 = ("recipe", "amax_history_len", "margin", "bias", "attention", "shared_scale")  # options of the FP8 arm alone
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,11 +47,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", type=Path, metavar="FILE_OR_FOLDER", help="text; .xz files are read too")
     add("--tokenizer", type=Path, metavar="DIR", help="folder with GPT-2's encoder.json and vocab.bpe; default: bytes")
     add("--precision", choices=("bf16", "fp8", "both"), default="both")
-    add("--recipe", choices=("delayed", "current", "constant"), default="delayed", help="how FP8 scales are chosen")
+    add("--recipe", choices=("delayed", "current", "constant"), help="how FP8 scales are chosen (default: delayed)")
     add("--amax-history-len", type=int, metavar="N", help="of --recipe delayed: steps whose maximum sets the scale")
     add("--margin", type=int, metavar="N", help="binades left free above the amax; of gradients alone unless delayed")
     add("--bias", type=int, metavar="N", help="of --recipe constant: the scale is 2**N")
-    add("--attention", choices=MODES, default="16bit", help="products of the FP8 arm's attention; not of gpt's")
+    add("--attention", choices=MODES, help="products of the FP8 arm's attention, not of gpt's (default: 16bit)")
     add("--shared-scale", action="store_true", help="of --attention: one scale for q, k and v")
     add("--steps", type=int, metavar="N", help="optimizer steps; this and the next four default to what suits --size")
     add("--lr", type=float, metavar="X", help="peak learning rate")
@@ -81,6 +82,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_arms(args: argparse.Namespace) -> None:
+    """UserError where an option is given that no arm of this run reads."""
+    values = {name: getattr(args, name) for name in _OF_FP8}
+    given = [f"--{n.replace('_', '-')}" for n, value in values.items() if value is not None and value is not False]
+    if args.precision == "bf16" and given:
+        raise UserError(f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} of the FP8 arm, which --precision "
+                        "bf16 leaves out; give --precision fp8 or both")  # fmt: skip
+
+
 def make_settings(args: argparse.Namespace) -> Settings:
     device = find_device(args.device)
     sizes, of_gpu = sizes_of(args.model), "124M" if args.model == "gpt" else "100M"
@@ -88,7 +98,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
     if name not in sizes:
         raise UserError(f"--size of --model {args.model} must be one of {', '.join(sizes)}, got {name!r}")
     size = sizes[name]
-    recipe = make_recipe(args.recipe, amax_history_len=args.amax_history_len, margin=args.margin, bias=args.bias)
+    recipe = make_recipe(
+        args.recipe or "delayed", amax_history_len=args.amax_history_len, margin=args.margin, bias=args.bias
+    )
 
     given = {option: value for option, value in vars(args).items() if value is not None}
     context = given.get("context", size.context)
@@ -114,7 +126,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         out=args.out,
         model=args.model,
         cooldown=given.get("cooldown", None if args.model == "gpt" else max(0, min(steps // 5, steps - warm_up))),
-        attention=args.attention,
+        attention=args.attention or "16bit",
         shared_scale=args.shared_scale,
     )
 
@@ -158,10 +170,8 @@ class Interruption:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_arms(args)
     settings = make_settings(args)
-    if args.precision == "bf16" and (args.attention != "16bit" or args.recipe != "delayed"):
-        raise UserError("--attention and --recipe are of the FP8 arm, which --precision bf16 leaves out; give "
-                        "--precision fp8 or both")  # fmt: skip
     torch.set_num_threads(settings.num_threads)
     arms = ["bf16", "fp8"] if args.precision == "both" else [args.precision]
     corpus = load_corpus(args, settings.context)

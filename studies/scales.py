@@ -268,8 +268,10 @@ def _add_training(
     _add_runs(parser)
     add = parser.add_argument
     add("--seeds", type=int, default=seeds, metavar="N", help=f"default: {seeds}")
-    add("--train-tokens", type=float, default=train_tokens, metavar="N", help="of each training; or --steps")
-    add("--steps", type=int, metavar="N")
+    length = parser.add_mutually_exclusive_group()
+    words = f"of each training (default: {train_tokens:,.0f})"
+    length.add_argument("--train-tokens", type=float, default=train_tokens, metavar="N", help=words)
+    length.add_argument("--steps", type=int, metavar="N", help="of each training, in place of --train-tokens")
     add("--batch", type=int, default=batch, metavar="N", help=f"sequences of an optimizer step (default: {batch})")
     add("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate; default: {lr or 'by the width'}")
     add("--val-tokens", type=int, default=val_tokens, metavar="N", help=f"at the end (default: {val_tokens:,})")
@@ -297,6 +299,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
+    if args.micro_batch < 1:
+        raise UserError(f"--micro-batch must be at least 1, got {args.micro_batch}")
     if getattr(args, "record", 0) < 0:
         raise UserError(f"--record must not be negative, got {args.record}")
 

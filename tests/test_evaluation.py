@@ -217,6 +217,8 @@ def test_evaluate_refuses_to_calibrate_on_what_it_measures(tiny, tmp_path):
     text = tiny / "held-out.txt"
     code, _, stderr = run("evaluate.py", "--model", tiny / "model", "--text", text, "--calibration", text)
     assert code == 2 and stderr.startswith("evaluate.py: --calibration must be another text")
+    code, _, stderr = run("evaluate.py", "--model", tiny / "model", "--text", text, "--calibration-tokens", 99)
+    assert code == 2 and stderr.startswith("evaluate.py: --calibration-tokens is of the text of --calibration")
 
 
 def test_inference_generates_in_both(tiny):

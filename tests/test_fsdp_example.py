@@ -16,9 +16,9 @@ ENVIRONMENT = {
 }
 
 
-def run(*command):
+def run(*command, **more):
     return subprocess.run(
-        [sys.executable, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        [sys.executable, *map(str, command)], env={**ENVIRONMENT, **more}, capture_output=True, text=True, timeout=240
     )
 
 
@@ -35,6 +35,9 @@ def test_both_arms_learn_alike():
 
 
 def test_bad_starts_are_refused_in_words():
-    for arguments, complaint in (((), "start it with torchrun"), (("--write",), "torchrun")):
-        ended = run(SCRIPT, *arguments)
+    alone = ("--precision", "bf16", "--reduce-amaxes")
+    refused = "--reduce-amaxes is of the FP8 arm, which --precision bf16 leaves out"
+    starts = [((), "start it with torchrun", {}), (("--write",), "torchrun", {}), (alone, refused, {"RANK": "0"})]
+    for arguments, complaint, more in starts:
+        ended = run(SCRIPT, *arguments, **more)
         assert ended.returncode == 2 and complaint in ended.stderr

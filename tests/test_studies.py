@@ -213,10 +213,11 @@ def test_learning_rates_rise_stay_and_fall_to_zero(schedule, cooldown):
 @pytest.mark.parametrize(
     "field, value, words",
     [
-        ("steps", 0, "steps must be at least 1"),
-        ("lr", math.inf, "lr must be a finite number"),
-        ("lr", math.nan, "lr must be a finite number"),
-        ("micro_batch", 3, "batch must be a multiple of micro_batch = 3"),
+        ("steps", 0, "--steps must be at least 1"),
+        ("validated", 0, "--val-tokens must be at least 1"),
+        ("lr", math.inf, "--lr must be a finite number"),
+        ("lr", math.nan, "--lr must be a finite number"),
+        ("micro_batch", 3, "--batch must be a multiple of --micro-batch = 3"),
         ("schedule", "linear", "schedule must be"),
         ("dtype", "float8", "dtype must be"),
         ("warm_up", 9, "must fit into the 10 steps"),
@@ -405,7 +406,7 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["window", "--constants", "3", "-3"], "the sweep is empty: --constants must rise"),
         (["window", "--constants", "-33", "3", *QUICK], "--constants: no scale has the constant -33"),
         (["window", "--sweep-tokens", "0", *QUICK], "--sweep-tokens must be at least 1, got 0"),
-        (["window", "--sweep-tokens", "999999", *QUICK], "validation needs 999,999 tokens"),
+        (["window", "--sweep-tokens", "999999", *QUICK], "give a smaller --sweep-tokens"),
         (["infer", "--models", "gpt-tiny", "--sweep-tokens", "0"], "--sweep-tokens must be at least 1, got 0"),
         (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, got 'cscale:--2'"),
         (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, got 'cscale:²'"),
@@ -414,14 +415,24 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["parity", "--lr", "-1", *QUICK], "--lr must be positive and finite, got -1"),
         (["parity", "--lr", "nan", *QUICK], "--lr must be positive and finite, got nan"),
         (["parity", "--record", "-1", *QUICK], "--record must not be negative, got -1"),
-        (["parity", "--val-tokens", "1000000"], "validation needs 1,000,000 tokens"),
+        (["parity", "--val-tokens", "1000000"], "give a smaller --val-tokens"),
+        (["parity", "--val-tokens", "0", "--steps", "1"], "--val-tokens must be at least 1, got 0"),
+        (["parity", "--context", "20000", "--val-tokens", "9"], "give a smaller --context"),
+        (["infer", "--models", "gpt-tiny", "--micro-batch", "0"], "--micro-batch must be at least 1, got 0"),
+        (["parity", *TINY, "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["parity", *TINY, "--batch", "3"], "--batch must be a multiple of --micro-batch = 2, got 3"),
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
-        (["parity", "--steps", "0", *TINY], "steps must be at least 1"),
+        (["parity", "--steps", "0", *TINY], "--steps must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, tokens, arguments, words):
     made = run(*arguments, tokens=tokens, out=tmp_path / "out")
     assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+
+
+def test_the_length_of_a_training_is_said_once(tmp_path, tokens):
+    made = run("parity", *QUICK, "--train-tokens", "1000", tokens=tokens, out=tmp_path / "out")
+    assert made.returncode == 2 and "argument --train-tokens: not allowed with argument --steps" in made.stderr
 
 
 # ---- statistics and models -------------------------------------------------------------------------------------------

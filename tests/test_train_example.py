@@ -341,6 +341,14 @@ def test_bad_text_is_refused(tmp_path, name, content, named):
         (["--margin", "99"], "margin must be an integer from 0 to 31, got 99"),
         (["--model", "fog-max", "--steps", "10", "--warm-up", "11"], "--warm-up must be at most --steps = 10, got 11"),
         (["--model", "fog-max", "--attention", "fp8", "--precision", "bf16"], "which --precision bf16 leaves out"),
+        (
+            ["--precision", "bf16", "--recipe", "delayed"],
+            "--recipe is of the FP8 arm, which --precision bf16 leaves out",
+        ),
+        (["--precision", "bf16", "--margin", "0"], "--margin is of the FP8 arm"),
+        (["--precision", "bf16", "--amax-history-len", "16"], "--amax-history-len is of the FP8 arm"),
+        (["--precision", "bf16", "--bias", "0", "--shared-scale"], "--bias, --shared-scale are of the FP8 arm"),
+        (["--precision", "bf16", "--attention", "16bit"], "give --precision fp8 or both"),
         (["--out", __file__], "--out must be a folder"),
     ],
 )

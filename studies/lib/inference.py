@@ -67,7 +67,7 @@ def check_sweep(corpus: Corpus, spec: Spec) -> None:
             make_recipe(constant(c)["recipe"])
     except ValueError as error:
         raise UserError(f"--constants: no scale has the constant {c}; {error}") from error
-    check_text(corpus, Plan.of({**spec, "validated": spec["sweep_tokens"]}))
+    check_text(corpus, Plan.of({**spec, "validated": spec["sweep_tokens"]}), "--sweep-tokens")
 
 
 def _measured(model: nn.Module, policy: Policy, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, float]:

@@ -32,6 +32,10 @@ Result = dict[str, Any]
 
 _FETCH = 20  # steps whose losses are fetched together on a GPU, which waits for it
 _SAVE = 60  # seconds between checkpoints
+_OPTIONS = {  # of the studies, which users know
+    **{"steps": "--steps", "batch": "--batch", "micro_batch": "--micro-batch", "context": "--context"},
+    "validated": "--val-tokens",
+}
 _LONG_AGO = 1 << 30  # steps after which a constant loss scale would grow
 
 
@@ -65,11 +69,11 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch", "context", "validated"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{_OPTIONS[name]} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.lr < math.inf:
-            raise UserError(f"lr must be a finite number that is not negative, got {self.lr}")
+            raise UserError(f"--lr must be a finite number that is not negative, got {self.lr}")
         if self.batch % self.micro_batch:
-            raise UserError(f"batch must be a multiple of micro_batch = {self.micro_batch}, got {self.batch}")
+            raise UserError(f"--batch must be a multiple of --micro-batch = {self.micro_batch}, got {self.batch}")
         if self.schedule not in ("cosine", "wsd"):
             raise UserError(f"schedule must be 'cosine' or 'wsd', got {self.schedule!r}")
         if self.dtype not in ("bfloat16", "float16"):
@@ -242,17 +246,19 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def check_text(corpus: Corpus, plan: Plan) -> None:
-    """UserError where the text is too short for the plan."""
+def check_text(corpus: Corpus, plan: Plan, option: str = _OPTIONS["validated"]) -> None:
+    """UserError where the text is too short for the plan. option: what said how many tokens are validated on."""
     if corpus.train.numel() <= plan.context:
         raise UserError(
             f"the training text must be longer than a sequence of {plan.context} tokens, has {corpus.train.numel()}; "
             "give more text or a smaller --context"
         )
-    if corpus.val.numel() < max(plan.validated, plan.context + 1):
+    needed = max(plan.validated, plan.context + 1)
+    if corpus.val.numel() < needed:
+        smaller = option if plan.validated == needed else "--context"
         raise UserError(
-            f"validation needs {max(plan.validated, plan.context + 1):,} tokens that were held out, the text has "
-            f"{corpus.val.numel():,}; make the tokens again with a larger --val-share, or validate on fewer"
+            f"validation needs {needed:,} tokens that were held out, the text has {corpus.val.numel():,}; make the "
+            f"tokens again with a larger --val-share, or give a smaller {smaller}"
         )
 
 
