@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from lib.arms import ARMS, arm, inner_layers, make_model
+from lib.arms import ARMS, arm, inner_layers, make_model, words
 from lib.biases import Biases
 from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
@@ -284,8 +284,9 @@ def _add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None
 
 
 def _add_arms(parser: argparse.ArgumentParser, *default: str) -> None:
-    words = f"{', '.join(ARMS)}, cscale:C"
-    parser.add_argument("--arms", nargs="+", default=list(default), metavar="ARM", help=words)
+    each = "; ".join(f"{name}: {words(spec).strip('`')}" for name, spec in ARMS.items())
+    help = f"{each}; cscale:C, gc-cscale:C: a constant (default: {' '.join(default)})"
+    parser.add_argument("--arms", nargs="+", default=list(default), metavar="ARM", help=help)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:

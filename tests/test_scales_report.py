@@ -209,7 +209,7 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
     done |= {f"cscale:{c}": {"loss": 2.0, "accuracy": 0.4 if c in (0, 1) else 0.2} for c in range(-4, 5)}
     lines = [unfinished(done), line("finetune", "Other-135M-Q4", result={"loss": 1.5, "accuracy": 0.5})]
     lines.append(line("finetune", "Other-135M-Q4", "amax", result={"loss": 1.53, "accuracy": 0.5, "loss_fp8": 1.6}))
-    lines[-1].spec["recipe"] = {}
+    lines[-1].spec["recipe"] = {"kind": "CurrentScaling"}
     text = page(lines, [], sizes_of(lines), "data")
     assert "| Other-135M-Q4 | 135M | 0 … 1 |" in text and "Nothing of Other-135M-Q4 in 16 bits" in text
     assert (

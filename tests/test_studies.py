@@ -21,7 +21,7 @@ from examples.gpt.lock import locked
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
-from studies.lib.arms import arm, inner_layers, make_model
+from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
 from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
@@ -301,6 +301,26 @@ def test_arms_that_the_hardware_has_not_are_emulated(tmp_path, corpus, name):
         results[each] = one.result()
     assert 0 < abs(results[name]["loss"] - results["bf16"]["loss"]) < 0.05
     assert ("loss_fp8" in results[name]) == (name == "cscale:2")
+
+
+def test_amax_is_parted_from_current_by_two_arms():
+    """Which have the power of two and the gradients' margin of 3, each alone."""
+    found = {}
+    for name in ("current", "power-of-two", "grad-margin3", "amax"):
+        x, _, dy = (make_recipe(ARMS[name]["recipe"]).options().cast(role) for role in range(3))
+        found[name] = x.power_of_two, dy.power_of_two, x.target, dy.target
+    assert found == {
+        "current": (False, False, 448, 57344),
+        "power-of-two": (True, True, 448, 57344),
+        "grad-margin3": (False, False, 448, 7168),
+        "amax": (True, True, 448, 7168),
+    }
+
+
+def test_arms_are_told_by_their_recipes():
+    told = {name: words(spec) for name, spec in ARMS.items()}
+    assert told["power-of-two"] == "`CurrentScaling(power_of_two=True)`" and told["delayed"] == "`DelayedScaling()`"
+    assert (told["bf16"], told["fp16"]) == ("BF16", "FP16") and "the paper's formats" in told["gc-amax"]
 
 
 def test_a_lost_training_ends_and_says_so(tmp_path, corpus):

@@ -40,6 +40,8 @@ ARMS: dict[str, Spec] = {
     "delayed": {"recipe": {"kind": "DelayedScaling"}},
     "current": {"recipe": {"kind": "CurrentScaling"}},
     "amax": {"recipe": {"kind": "CurrentScaling", "power_of_two": True, "grad_margin": _GRAD_MARGIN}},
+    "power-of-two": {"recipe": {"kind": "CurrentScaling", "power_of_two": True}},  # these two part amax from current
+    f"grad-margin{_GRAD_MARGIN}": {"recipe": {"kind": "CurrentScaling", "grad_margin": _GRAD_MARGIN}},
     "e4m3": {"recipe": {"kind": "DelayedScaling", "fp8_format": "E4M3"}},
     "wgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "dgrad"]}},
     "dgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "wgrad"]}},
@@ -63,6 +65,16 @@ def arm(name: str) -> Spec:
         graphcore = _emulation("constant", "graphcore", int(value)) | {"loss_scale": _LOSS_SCALE}
         return constant(int(value)) if kind == "cscale" else graphcore
     raise UserError(f"--arms takes {', '.join(ARMS)}, cscale:C and gc-cscale:C with C from -16 to 16, got {name!r}")
+
+
+def words(spec: Spec) -> str:
+    """What an arm is, for readers: its recipe, where it has one."""
+    if "recipe" in spec:
+        return f"`{make_recipe(spec['recipe'])!r}`"
+    if "emulation" in spec:
+        formats = "the paper's formats" if spec["emulation"]["family"] == "graphcore" else "this hardware's formats"
+        return f"{spec['emulation']['rule']} in emulation, {formats}"
+    return "FP16" if spec.get("dtype") == "float16" else "BF16"
 
 
 def make_emulation(how: Spec) -> Emulation:

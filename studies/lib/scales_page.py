@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch_fp8.table import markdown
 
+from .arms import words
 from .costs import costs_table
 from .divergence import FACTOR, MEDIAN, PATIENCE
 from .scales_claims import MARGIN, claims, findings, loss_before, percent, window_of, within
@@ -98,7 +99,11 @@ def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
         return f"## {title}\n\nNot run yet: `python studies/scales.py {study}` makes the runs."
     head = ["model", "arm", "pairs", "loss in BF16 [95 %]", "loss in its own FP8", "accuracy in BF16"]
     head += ["accuracy in its own FP8", "largest gap on the way", "diverged", f"within {MARGIN} %"]
-    notes = [_noise(model, finished) for model in models] + [_gain(model, lines) for model in models]
+    notes = [
+        _arms(finished),
+        *(_noise(model, finished) for model in models),
+        *(_gain(model, lines) for model in models),
+    ]
     notes.append(_not_planned(finished) if study == "parity" else "")
     return "\n\n".join([f"## {title}", about, markdown(head, rows), "\n".join(filter(None, notes))]).rstrip()
 
@@ -151,6 +156,12 @@ def _not_planned(finished: Sequence[Line]) -> str:
         if left
         else ""
     )
+
+
+def _arms(finished: Sequence[Line]) -> str:
+    """What is in FP8, by name."""
+    told = {line.spec["arm"]: words(line.spec) for line in finished if {"recipe", "emulation"} & line.spec.keys()}
+    return f"* Arms in FP8: {', '.join(f'{arm} is {told[arm]}' for arm in sorted(told))}" if told else ""
 
 
 def _noise(model: str, lines: Sequence[Line]) -> str:
