@@ -18,6 +18,7 @@ from studies.lib.scales_results import (
     biases_of,
     condensed,
     constants,
+    gaps,
     inference_ratios,
     merged,
     pairs,
@@ -234,6 +235,14 @@ def test_gradients_with_a_loss_scale_that_moves_are_not_shown():
     records = [{"step": 1, "biases": {"blocks.0.mlp.up": {"dy": 12}}}]
     both = [Line("a", {**SPEC, "dtype": dtype}, 1, None, [], records) for dtype in ("bfloat16", "float16")]
     assert [biases_of(one, "training") for one in both] == [records, []]
+
+
+def test_gaps_are_of_the_seeds_that_both_arms_have():
+    lines = [line("finetune", seed=seed, losses=[[i, 2.0] for i in range(1, 21)]) for seed in range(2)]
+    lines += [line("finetune", arm="amax", seed=s, losses=[[i, 2.0 + i * s] for i in range(1, 21)]) for s in (1, 2)]
+    found = gaps(lines, "amax")
+    assert found[0] == (3, pytest.approx(150.0)) and found[-1] == (20, pytest.approx(1000.0)) and len(found) == 18
+    assert gaps(lines, "fp16") == []
 
 
 # ---- the file, the page, the pictures --------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from .scales_results import (
     arms_of,
     biases_of,
     constants,
+    done,
     family,
+    gaps,
     inference_ratios,
     pairs,
     place,
@@ -44,6 +46,7 @@ def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> lis
         "time": over_time,
         "window": windows,
         "amax": policies,
+        "gaps": on_the_way,
         "parity": lambda path, lines, sizes: paired(path, lines, "parity", "bf16"),
         "finetune": lambda path, lines, sizes: paired(path, lines, "finetune", "bf16"),
     }
@@ -271,6 +274,41 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
     return True
 
 
+def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
+    """The training loss against that of BF16 over the steps, an axis a study and model."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in [*done(lines, "finetune"), *done(lines, "parity")]:
+        groups.setdefault((line.study, line.model), []).append(line)
+    groups = {key: of for key, of in groups.items() if any(gaps(of, arm) for arm in arms_of(of) if arm != "bf16")}
+    if not groups:
+        return False
+    arms = [arm for arm in arms_of(line for of in groups.values() for line in of) if arm != "bf16"]
+    colors = dict(zip(arms, COLORS * 9))
+    with picture(path, "Training loss on the way, against BF16", (11, 4.8)) as figure:
+        row = figure.subplots(1, len(groups), squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        for axes, ((study, model), of) in zip(row, groups.items()):
+            for arm in arms_of(of):
+                if found := gaps(of, arm) if arm != "bf16" else []:
+                    (handles[arm],) = axes.plot(*zip(*found), color=colors[arm], label=arm)
+            axes.axhline(0, color=INK, linewidth=1)
+            pairs_of = max(len({line.spec["seed"] for line in of if line.spec["arm"] == arm}) for arm in arms_of(of))
+            seeds = "one pair each, which shows nothing" if pairs_of == 1 else f"mean of {pairs_of} seeds"
+            axes.set_title(f"{TITLES[study]}, {model}\n{seeds}")
+            axes.set_xlabel("step")
+        row[0].set_ylabel("% of the loss; above is worse")
+        figure.legend(handles.values(), list(handles), loc="outside upper right", ncols=4)
+        caption(
+            figure,
+            "Of the same seeds. A loss is of the arm's own forward pass, in FP8 where it trains so.\n"
+            "The first tenth is left out.",
+        )
+    return True
+
+
+TITLES = {"parity": "Training from scratch", "finetune": "Fine-tuning"}
+
+
 def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
     """Differences of an arm from BF16 with the same seed: each pair, their mean, its interval."""
     of_study = [line for line in lines if line.study == study]
@@ -281,7 +319,7 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
     if not models:
         return False
     own = {arm: pairs(of_study, arm, against, "loss_fp8") for arm in found}
-    title = {"parity": "Training from scratch", "finetune": "Fine-tuning"}[study]
+    title = TITLES[study]
     with picture(
         path, f"{title}: validation loss against BF16 of the same seed", (11, 0.55 * len(found) + 2.6)
     ) as figure:

@@ -19,6 +19,7 @@ from .scales_results import (
     arms_of,
     constants,
     done,
+    gaps,
     inference_ratios,
     lacking_policies,
     pairs,
@@ -113,7 +114,7 @@ def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
         key: pairs(lines, arm, "bf16", key).get(model, []) for key in ("loss", "loss_fp8", "accuracy", "accuracy_fp8")
     }
     diverged = sum(bool(line.result["diverged"]) for line in lines if line.spec["arm"] == arm)
-    gap = _largest_gap(lines, arm)
+    gap = max((apart for _, apart in gaps(lines, arm)), key=abs, default=None)
     return [
         model,
         arm,
@@ -179,18 +180,6 @@ def _noise(model: str, lines: Sequence[Line]) -> str:
     )
 
 
-def _largest_gap(lines: Sequence[Line], arm: str) -> float | None:
-    """In per cent, of the means over seeds that both arms have."""
-    of = {(line.spec["arm"], line.spec["seed"]): line.losses for line in lines}
-    seeds = [seed for name, seed in of if name == arm and ("bf16", seed) in of]
-    together = [
-        [(a[1], b[1]) for a, b in zip(of[arm, seed], of["bf16", seed]) if a[0] == b[0]][len(of[arm, seed]) // 10 :]
-        for seed in seeds
-    ]
-    gaps = [100 * (sum(a for a, _ in at) / sum(b for _, b in at) - 1) for at in zip(*together)]
-    return max(gaps, key=abs) if gaps else None
-
-
 def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     ratios = {m: of for m, of in inference_ratios(lines).items() if constants(of)}
     title = "## The window of FP8-CSCALE in inference"
@@ -234,6 +223,7 @@ _SHOWS = {
     "time": "The same over a training.",
     "window": "Which constants work in inference, and how many.",
     "amax": "What the policies that look at the tensor keep of 16 bits.",
+    "gaps": "The training loss on the way, against BF16 of the same seeds.",
     "parity": "Training from scratch: pairs, their means and intervals.",
     "finetune": "Fine-tuning: pairs, their means and intervals.",
 }

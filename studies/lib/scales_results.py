@@ -144,6 +144,20 @@ def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, 
     return found
 
 
+def gaps(lines: Iterable[Line], arm: str) -> list[tuple[int, float]]:
+    """[(step, by how many per cent the training loss up to it is above BF16's)] of one study and model, after the first
+    tenth: of means over the seeds that both arms have."""
+    of = {(line.spec["arm"], line.spec["seed"]): line.losses for line in lines}
+    seeds = [seed for name, seed in of if name == arm and ("bf16", seed) in of]
+    together = [
+        [(a[0], a[1], b[1]) for a, b in zip(of[arm, seed], of["bf16", seed]) if a[0] == b[0]][
+            len(of[arm, seed]) // 10 :
+        ]
+        for seed in seeds
+    ]
+    return [(at[0][0], 100 * (sum(a for _, a, _ in at) / sum(b for _, _, b in at) - 1)) for at in zip(*together)]
+
+
 def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
     """Parameters by model: as published, or as the run of a checkpoint counted them, or as its name has it (135M)."""
     lines = list(lines)
