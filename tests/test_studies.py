@@ -320,6 +320,7 @@ def test_amax_is_parted_from_current_by_two_arms():
 def test_arms_are_told_by_their_recipes():
     told = {name: words(spec) for name, spec in ARMS.items()}
     assert told["power-of-two"] == "`CurrentScaling(power_of_two=True)`" and told["delayed"] == "`DelayedScaling()`"
+    assert told["delayed-power-of-two"] == "`DelayedScaling(power_of_two=True)`"
     assert (told["bf16"], told["fp16"]) == ("BF16", "FP16") and "the paper's formats" in told["gc-amax"]
 
 

@@ -42,6 +42,7 @@ ARMS: dict[str, Spec] = {
     "amax": {"recipe": {"kind": "CurrentScaling", "power_of_two": True, "grad_margin": _GRAD_MARGIN}},
     "power-of-two": {"recipe": {"kind": "CurrentScaling", "power_of_two": True}},  # these two part amax from current
     f"grad-margin{_GRAD_MARGIN}": {"recipe": {"kind": "CurrentScaling", "grad_margin": _GRAD_MARGIN}},
+    "delayed-power-of-two": {"recipe": {"kind": "DelayedScaling", "power_of_two": True}},
     "e4m3": {"recipe": {"kind": "DelayedScaling", "fp8_format": "E4M3"}},
     "wgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "dgrad"]}},
     "dgrad16": {"recipe": {"kind": "DelayedScaling", "fp8_gemms": ["fprop", "wgrad"]}},
