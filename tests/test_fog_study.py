@@ -27,13 +27,17 @@ from models.fog_config import SIZES, architecture
 from models.fog_fp8 import to_fp8
 from studies.lib import fog_figures
 from studies.lib.corpus import make_tokens, save_corpus
-from studies.lib.divergence import FIRST, PATIENCE, leaves, step_noise
-from studies.lib.fog_page import CONSISTENT, NOT, OPEN, OTHER, PAPER_ARM, _speed, claims, page
-from studies.lib.fog_results import Line, alarm, merged, outcomes
-from studies.lib.fog_seen import jump, seen
+from studies.lib.divergence import FACTOR, FIRST, PATIENCE, above_start, jump, leaves, step_noise
+from studies.lib.fog_claims import CONSISTENT, NOT, OPEN, OTHER, _speed, claims
+from studies.lib.fog_findings import findings
+from studies.lib.fog_page import _by_arm, _every_run, _parity, page
+from studies.lib.fog_results import FEWEST, Line, alarm, condensed, differences, merged, outcomes
+from studies.lib.fog_seen import seen, watch_words
+from studies.lib.fog_words import PAPER_ARM, told_apart
+from studies.lib.intervals import pairs_needed, scatter_allowed
 from studies.lib.kurtosis import Kurtosis
 from studies.lib.lines import read_lines
-from studies.lib.runs import all_runs
+from studies.lib.runs import Run, all_runs
 
 ROOT = Path(__file__).parents[1]
 fog = script("studies/fog.py")
@@ -219,23 +223,27 @@ def test_two_noises_of_one_level_do_not_leave():
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def line(name, arm="bf16", *, study="provoke", rate=1, seed=0, away=0, grows=0, loss=3.0, lost=0, steps=300, to=300):
+def line(
+    name, arm="bf16", *, study="provoke", rate=1, seed=0, away=0, grows=0, loss=3.0, lost=0, steps=300, to=300, every=5
+):
     """A run whose loss is the same for all arms of a seed, but higher from the step ``away`` on, and not finite from
     ``lost`` on; and whose kurtosis is level, but doubles with each sample from the step ``grows`` on. It is as far as
     ``to``."""
     spec = {"study": study, "architecture": name, "arm": arm, "rate": rate, "lr": 1e-3 * rate, "fp8": fog.ARMS[arm]}
-    spec |= {"size": "tiny", "seed": seed, "steps": steps, "batch": 2, "context": 64, "warm_up": 15}
+    spec |= {"size": "tiny", "seed": seed, "steps": steps, "batch": 2, "context": 64, "warm_up": 15, "every": every}
     losses = [x + (1.0 if away and step >= away else 0.0) for step, x in enumerate(wavering(steps, seed=seed), start=1)]
     losses = [None if lost and step >= lost else loss for step, loss in enumerate(losses[:to], start=1)]
-    samples = list(range(5, to + 1, 5))
-    level = [4.0 * 2 ** max(0, (step - grows) // 5) if grows and step > grows else 4.0 for step in samples]
+    samples = list(range(every, to + 1, every))
+    level = [4.0 * 2 ** max(0, (step - grows) // every) if grows and step > grows else 4.0 for step in samples]
     kurtosis = {kind: [[3.0, value] for value in level] for kind in ("qkv", "ffn", "block")}
     result = {"loss": loss, "diverged": lost, "seconds": 1.0, "gpu": "CPU", "parameters": 1000} if to == steps else None
     return Line(spec, to, result, losses, [1.0] * to, samples, kurtosis)
 
 
 def verdicts(*lines):
-    return {claim.words.split(",")[0]: claim.verdict for claim in claims(lines)}
+    """Without the reasons why nothing can be claimed."""
+    return {claim.words.split(",")[0]: OPEN if claim.verdict.startswith(OPEN) else claim.verdict
+            for claim in claims(lines)}  # fmt: skip
 
 
 def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
@@ -322,40 +330,125 @@ def test_kurtosis_foretells_where_every_run_that_left_was_announced():
     assert verdicts(*untold, *early)[words] == NOT and verdicts(*early)[words] == OPEN
     assert verdicts(*told, *early)[words] == CONSISTENT and verdicts(*told, *late)[words] == OPEN
     (claim,) = (claim for claim in claims([*calm, *early]) if claim.words.startswith(words))
-    assert claim.found.startswith("no run left BF16 late enough; 0 of 1 others") and "1 left or ended" in claim.found
+    assert claim.found.startswith(f"no run left BF16 late enough; 1 left before {FEWEST} samples") and (
+        claim.found.endswith("0 of 1 others had an alarm")
+    )
     (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
     assert claim.found == "1 of 1 runs that left BF16 were announced, by 30 to 30 steps; 0 of 1 others had an alarm"
+
+
+def test_a_divergence_of_the_start_says_nothing_of_what_kurtosis_foretells():
+    words = "The kurtosis of q"
+    at_start = [line("op", every=2), line("op", "fp8", away=30, every=2)]
+    assert outcomes(at_start, "provoke")[0].watched and verdicts(*at_start)[words] == OPEN
+    later = [line("olmo2"), line("olmo2", "fp8", away=200)]
+    assert verdicts(*later)[words] == verdicts(*later, *at_start)[words] == NOT
+    later[1].grad_norms[28] = 11.0  # what came of it later began there
+    assert verdicts(*later)[words] == OPEN
+    later[1].grad_norms[28:31] = [1.0, 1.0, 11.0]
+    assert verdicts(*later)[words] == NOT
+
+
+def test_each_run_that_left_is_told_what_the_watch_said_or_why_it_could_not():
+    def said(**how):
+        return watch_words(outcomes([line("llama3"), line("llama3", "fp8", **how)], "provoke")[0])
+
+    assert said(away=200, grows=150) == "alarm 30 steps before, at 170 (layer 2)"
+    assert said(away=56) == "could not: 11 samples before it, an alarm takes 12"
+    assert said(away=56, grows=150) == "could not: 11 samples before it, an alarm takes 12; alarm at 170"
+    assert said(away=200) == "no alarm in 39 samples before it: 0 in a row left their trend, an alarm takes 3"
+    assert said(away=161, grows=150).startswith("no alarm in 32 samples before it: 1 in a row left")
+    assert said() == "no alarm in 60 samples" and said(grows=150) == "alarm at 170"
+
+
+def part(lines, which):
+    """The start, what it needs, and the rows of the first architecture that left: its cells by arm."""
+    _, start, why, table = seen(outcomes(lines, "provoke"))[:4]
+    rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in table.splitlines()[2:]]
+    return {"start": start, "why": why, "rows": {(row[0], row[1]): row[2:] for row in rows}}[which]
 
 
 def test_what_was_seen_is_said_in_words_of_the_data():
     lost = line("llama3", "fp8-attention", away=60, lost=70, to=72)
     lost.grad_norms[54] = 11.0
     runs = [line("llama3"), line("llama3", "bf16-again", to=150), lost, line("llama3", "default", away=50, to=170)]
-    title, start, arms, why, table = seen(outcomes([*runs, line("fog-max"), line("fog-max", "fp8")], "provoke"))
-    assert title == "### What was seen: Llama 3, tiny, learning rate 0.001, seed 0"
-    assert "1 times the usual one, the warm-up 15 steps" in start and "BF16 itself, 300 steps, ends at" in start
-    again, paper, default = arms.splitlines()
-    assert again == "* **BF16, the same again** does not leave BF16 by step 150, where it is so far."
+    title, start, why, _ = seen(outcomes([*runs, line("fog-max"), line("fog-max", "fp8")], "provoke"))
+    assert title == "### Llama 3, tiny, 300 × 128 tokens, learning rate 0.001"
+    assert start.startswith("Learning rate 0.001; the warm-up is 15 steps long") and "(seed 0)" in start
+    rows = part(runs, "rows")
+    assert rows["BF16, the same again", "0"][:2] == ["not by 150, unfinished", "–"]
+    paper = rows["FP8 linears and attention, as the paper", "0"]
+    assert paper[:4] == ["**60**", "55", "4 (step 55)", "4"] and paper[5:] == ["not finite from 70 on", "–"]
+    default = rows["… own scales for q, k, v, no cold start", "0"]
+    assert default[:2] == ["**50**", "–"] and default[5].endswith("(step 170)")
+    assert why.startswith("BF16, run again with each seed, does not leave itself by step 79")
+    assert "a cold start (1 of 1 runs without it leave too), one scale for q, k and v (1 of 1 runs" in why
     assert (
-        "leaves BF16 at step 60, after 7.68k tokens; its gradient norm, before clipping, has jumped at step 55" in paper
+        "attention's backward in FP8, attention in FP8, q and k without norms." in why and "does not happen" not in why
     )
-    assert "its kurtosis of q, k and v is 4 at step 55, BF16's 4; its loss is not finite from step 70 on." in paper
-    assert "leaves BF16 at step 50" in default and "at step 170 its loss is 4." in default and "jumped" not in default
-    assert "BF16 does not leave itself" in why
-    assert "Not needed for it: a cold start, one scale for q, k and v; a run without leaves too." in why
-    assert "attention's backward in FP8, attention in FP8." in why and "It does not happen with" not in why
-    rows = table.splitlines()[4:]
-    assert [row.split("|")[1].strip() for row in rows] == [str(step) for step in range(40, 80, 5)]
-    assert rows[-1].split("|")[4].strip() == "lost" and "(11)" in rows[3]
 
     runs[1] = line("llama3", "bf16-again", to=78)  # it may yet leave where the paper's arm did
-    assert "BF16 was not run again so far" in seen(outcomes(runs, "provoke"))[3]
+    assert "BF16 was not run again so far" in part(runs, "why")
     runs[1] = line("llama3", "bf16-again", away=100)
-    assert "BF16 leaves itself" in seen(outcomes(runs, "provoke"))[3]
+    assert "BF16, run again, leaves itself" in part(runs, "why")
     runs[3] = line("llama3", "default", to=170)
-    why = seen(outcomes(runs, "provoke"))[3]
-    assert "It does not happen with: … own scales for q, k, v, no cold start." in why and "Not needed" not in why
+    why = part(runs, "why")
+    assert "does not happen with … own scales for q, k, v, no cold start (0 of 1 leave by step 170)" in why
+    assert "Not needed" not in why
     assert seen(outcomes([line("op"), line("op", "bf16-again", away=50)], "provoke")) == []
+
+
+def test_all_seeds_and_samplings_of_a_training_are_one_part_and_each_has_its_own_bf16():
+    runs = [line("llama3", arm, seed=seed, every=every, away=away) for seed, every, arm, away in (
+        (0, 5, "bf16", 0), (0, 5, "warm", 60), (0, 1, "bf16", 0), (0, 1, PAPER_ARM, 50), (0, 1, "bf16-again", 0),
+        (1, 5, "bf16", 0), (1, 5, "warm", 0), (1, 5, "fp8", 40))]  # fmt: skip
+    found = outcomes(runs, "provoke")
+    assert [one.reference for one in found] == [runs[0], runs[2], runs[2], runs[5], runs[5]]
+    assert len([text for text in seen(found) if text.startswith("###")]) == 1
+    rows = part(runs, "rows")
+    assert [row[1] for row in rows] == [
+        "0, sampled every step",
+        "1",
+        "0, sampled every step",
+        "0, sampled every 5 steps",
+        "1",
+    ]
+    assert "a cold start (1 of 2 runs without it leave too)" in part(runs, "why")
+    for table in (_by_arm(found), _every_run(found)):
+        assert table.count("| 0, sampled every step |") >= 1 and "| 0, sampled every 5 steps |" in table
+    assert [words[-1] for words in told_apart(runs).values()] == [
+        "0, sampled every step",
+        "0, sampled every 5 steps",
+        "1",
+    ]
+    other = dataclasses.replace(runs[5], spec={**runs[5].spec, "data": "b"})
+    assert [words[-1] for words in told_apart([runs[5], other]).values()] == ["1, data b", "1, data None"]
+
+
+def test_norms_of_q_and_k_are_named_where_they_alone_make_it_hold():
+    words = "Norms of q and k"
+    plain = [line("llama3", rate=10), line("llama3", "bf16-again", rate=10), line("llama3", "fp8", rate=10)]
+    plain.append(line("llama3", PAPER_ARM, rate=10, away=200))
+    normed = [line("llama3:qk-norm", arm, rate=10) for arm in ("bf16", PAPER_ARM)]
+    why = part([*plain, *normed], "why")
+    held = "norms of q and k and nothing else changed (Llama 3 with QK-norm, FP8 attention: 0 of 1 leave by step 300)"
+    assert held in why and "q and k without norms" not in why
+    assert "q and k without norms." in part(
+        [*plain, *(line("llama3:qk-norm", arm) for arm in ("bf16", PAPER_ARM))], "why"
+    )
+    assert "q and k without norms." in part(
+        [*plain, *(line("olmo2", arm, rate=10) for arm in ("bf16", PAPER_ARM))], "why"
+    )
+    short = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, to=210)]
+    assert held not in part([*plain, *short], "why") and verdicts(*plain, *short)[words] == NOT
+    left = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, away=250)]
+    assert "q and k without norms (Llama 3 with QK-norm: 1 of 1 runs" in part([*plain, *left], "why")
+
+    assert verdicts(*plain)[words] == verdicts(*normed)[words] == OPEN
+    assert verdicts(*plain, *normed)[words] == CONSISTENT and verdicts(*plain, *left)[words] == NOT
+    assert verdicts(plain[0], *plain[2:], *normed)[words] == OPEN  # BF16 was not run again
+    early = [*plain[:3], line("llama3", PAPER_ARM, rate=10, away=25)]
+    assert verdicts(*early, *normed)[words] == f"{CONSISTENT}, but of another divergence than the paper's"
 
 
 def test_a_gradient_norm_jumps_against_its_own_median():
@@ -363,29 +456,177 @@ def test_a_gradient_norm_jumps_against_its_own_median():
     assert jump([99.0, *[1.0] * (FIRST - 1)]) is None and jump([9.0] * 40 + [80.0]) is None
 
 
-def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
-    figures = []
+# ---- BF16 that is not sound itself -----------------------------------------------------------------------------------
+
+
+def spiked(one, at=40, to=1e8, steps=5):
+    """Its loss is far above its start for some steps, and comes back."""
+    one.losses[at - 1 : at - 1 + steps] = [to] * steps
+    return one
+
+
+def test_a_loss_that_rose_above_its_start_is_told_though_it_came_back():
+    losses = wavering(100)
+    most = FACTOR * losses[0]
+    assert above_start(losses) == 0 and above_start([*losses[:50], most + 0.1, *losses[50:]]) == 51
+    assert above_start([*losses[:50], most - 0.1, *losses[50:]]) == 0 and above_start([*losses[:50], None]) == 51
+    assert above_start([losses[0], *[99.0] * (FIRST - 1), *losses[FIRST:]]) == 0  # among the first anything may come
+    assert above_start([None, *losses]) == FIRST + 1 and above_start([]) == 0
+    assert spiked(line("op")).diverged == 0 and spiked(line("op")).unsound == 40
+    assert line("op", lost=30).unsound == 30
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_what_is_held_to_a_bf16_that_is_not_sound_counts_for_nothing(spoilt):
+    """Neither where BF16 itself spikes, nor where the same again does."""
+
+    def runs(name, away=0, to=300):
+        made = [line(name), line(name, "bf16-again"), line(name, "fp8"), line(name, PAPER_ARM, away=away, to=to)]
+        spiked(made[spoilt], at=250)  # after all that the short runs have
+        return made
+
+    left = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+    held = "FOG-max does not diverge with FP8 attention"
+    for to in (300, 240):
+        said = verdicts(*runs("llama3", away=200, to=to), *runs("fog-max", to=to))
+        assert said[left] == said[held] == said["The kurtosis of q"] == OPEN
+    (claim,) = (claim for claim in claims(runs("fog-max")) if claim.words == held)
+    assert claim.run == "only 1 beside a BF16 that is not sound itself" and claim.found == "–"
+    assert findings(runs("llama3", away=200), "") == []
+    if not spoilt:
+        found = outcomes(runs("llama3", away=200), "provoke")
+        assert "| (200) |" in _by_arm(found) and "**200**" not in _by_arm(found)
+        assert "not sound from 250 on" in _every_run(found)
+        parts = seen(found)
+        assert len(parts) == 3 and "BF16 itself is not sound: it rises above its start" in parts[1]
+
+
+def test_a_run_in_fp8_that_rises_above_its_start_does_not_hold_though_it_comes_back():
+    held = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), line("fog-max", PAPER_ARM)]
+    assert verdicts(*runs)[held].startswith(CONSISTENT)
+    spiked(runs[2])
+    (claim,) = (claim for claim in claims(runs) if claim.words == held)
+    assert claim.verdict.startswith(OPEN) and claim.found.endswith("1 more rose above their start on the way")
+    assert "not by 300, but above its start at 40" in _by_arm(outcomes(runs, "provoke"))
+
+
+def test_pairs_whose_bf16_is_not_sound_are_no_pairs():
+    runs = [line("fog-opt", arm, study="parity", seed=seed, loss=3.0 + 0.001 * seed)
+            for seed in range(4) for arm in ("bf16", PAPER_ARM)]  # fmt: skip
+    runs[0].result["loss"] = None  # lost in BF16, which is no fault of FP8's
+    spiked(runs[2])
+    (pairs,) = differences(runs, PAPER_ARM).values()
+    assert pairs.values == [0.0, 0.0] and pairs.unsound == 2
+    assert verdicts(*runs)["FOG-opt with FP8 attention is as good as in BF16"] == CONSISTENT
+    assert "2 pairs, and 2 whose BF16 is not sound itself" in _parity(runs)
+    other = [line("fog-opt", arm, study="parity", rate=3, loss=loss) for arm, loss in (("bf16", 3.0), (PAPER_ARM, 6.0))]
+    found = differences([*runs, *other], PAPER_ARM)
+    assert [pairs.values for pairs in found.values()] == [[0.0, 0.0], [100.0]]  # another rate, another row
+    assert _parity([*runs, *other]).count("| FOG-opt |") == 2
+
+
+def test_kurtosis_of_lost_runs_is_not_compared():
+    words = "FOG-max has as low a loss as Llama 3 in BF16"
+    llama, fog_max = line("llama3", study="kurtosis", grows=250), line("fog-max", study="kurtosis")
+    assert verdicts(llama, fog_max)[words] == CONSISTENT
+    assert (
+        verdicts(dataclasses.replace(fog_max, spec=llama.spec), dataclasses.replace(llama, spec=fog_max.spec))[words]
+        == OPEN
+    )  # as good a loss, and more
+    (claim,) = (claim for claim in claims([llama, fog_max]) if claim.words.startswith(words))
+    assert "lower for q, k and v (4 against 1024), input of the FFN" in claim.found and "not lower" not in claim.found
+    fog_max.result["loss"] = None
+    assert verdicts(llama, fog_max)[words] == OPEN
+
+
+# ---- findings and pictures -------------------------------------------------------------------------------------------
+
+
+def test_findings_are_sentences_of_the_data():
+    assert findings([], "") == []
+    runs = [line("llama3", arm, rate=10, away=away) for arm, away in
+            (("bf16", 0), ("bf16-again", 0), ("fp8", 0), (PAPER_ARM, 25), ("warm", 200))]  # fmt: skip
+    runs += [line("llama3:qk-norm", arm, rate=10) for arm in ("bf16", PAPER_ARM)]
+    runs += [line("fog-max", arm) for arm in ("bf16", PAPER_ARM)]
+    first, second = findings(runs, "")[:2]
+    assert first.startswith(
+        "**Llama 3 of tiny at learning rate 0.01, 10 × the usual one: 2 of 2 runs with FP8 attention"
+    )
+    assert (
+        "in 2 variants, leave BF16's loss**, at steps 25 to 200" in first and "0 of 1 with FP8 linears alone" in first
+    )
+    assert "0 of 1 of BF16 run again do; 1 of 2 leave within 2 times the warm-up of 15 steps" in first
+    assert second.startswith(
+        "**With norms or a tanh of q and k 0 of 2 runs with FP8 attention leave**, over 300 to 300"
+    )
+    assert "Llama 3 with QK-norm and FOG-max. Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
+    assert "At the usual rate 0 of 1 runs with FP8 attention leave, of 1 architectures" in second
+    pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss) for seed, arm, loss in
+             ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
+    (parity,) = findings(pairs, "")
+    assert parity.endswith("FOG-max not shown, +0.00 ± 12.71 % in 2 pairs; it takes 126 at this scatter.")
+
+
+def drawn(lines, folder, monkeypatch):
+    """{name: figure} of the pictures."""
+    figures = {}
 
     @contextmanager
     def kept(path, title, size):
         with picture(path, title, size) as figure:
-            figures.append(figure)
+            figures[path.stem] = figure
             yield figure
 
     monkeypatch.setattr(fog_figures, "picture", kept)
-    runs = [line(name, arm, rate=rate, to=to) for name, rate, to in (("llama3", 1, 300), ("fog-max", 10, 200))
+    assert fog_figures.draw(folder, lines) == list(figures)
+    return figures
+
+
+def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
+    runs = [line(name, arm, rate=rate, to=to) for name, rate, to in (("llama3", 1, 300), ("fog-max", 1, 200))
             for arm in ("bf16", "fp8")]  # fmt: skip
     runs += [line("llama3", "fp8-attention", away=40, lost=60, to=80), line("llama3", "default", to=0)]
-    names = fog_figures.draw(tmp_path, runs)
-    assert names == ["provoke-tiny-300x128", "provoke-kurtosis-tiny-300x128"]
-    for figure in figures:
-        panels = [axes for axes in figure.axes if axes.lines]
-        markers = {axes.get_title("left"): {one.get_marker() for one in axes.lines} - {"None"} for axes in panels}
+    runs += [line("olmo2", rate=10)]  # of another learning rate, and of another picture
+    figures = drawn(runs, tmp_path, monkeypatch)
+    name = "tiny-300x128-lr0.001"
+    assert list(figures) == [f"losses-{name}", f"kurtosis-{name}", f"arms-{name}-llama3",
+                             "losses-tiny-300x128-lr0.01", "kurtosis-tiny-300x128-lr0.01"]  # fmt: skip
+    for kind in ("losses", "kurtosis"):
+        panels = [axes for axes in figures[f"{kind}-{name}"].axes if axes.lines]
+        markers = {
+            axes.get_title("left").strip(): {one.get_marker() for one in axes.lines} - {"None"} for axes in panels
+        }
         assert markers == {"Llama 3": {"v", "X"}, "FOG-max": {"o"}}
         for axes in panels:
             low, high = axes.get_ylim()
-            values = [y for one in axes.lines for y in one.get_ydata() if y == y]
+            values = [y for one in axes.lines for y in one.get_ydata()[1:-1] if y == y]
             assert low < min(values) and max(values) < high
+    arms = [axes.get_title("left").strip() for axes in figures[f"arms-{name}-llama3"].axes if axes.lines]
+    assert arms == ["FP8 linears", "FP8 linears and attention, as the\npaper"]
+
+
+def test_what_is_above_a_panel_is_marked_at_its_edge(tmp_path, monkeypatch):
+    runs = [
+        spiked(line("op"), at=100, to=1e22, steps=40),
+        line("op", PAPER_ARM),
+        line("olmo2"),
+        line("olmo2", PAPER_ARM),
+    ]
+    (op, olmo2) = (
+        axes for axes in drawn(runs, tmp_path, monkeypatch)["losses-tiny-300x128-lr0.001"].axes if axes.lines
+    )
+    if op.get_title("left").strip() != "OP":
+        op, olmo2 = olmo2, op
+    top = FACTOR * runs[0].losses[0]
+    assert op.get_ylim()[1] == top and olmo2.get_ylim()[1] < top
+    (edge,) = (one for one in op.lines if one.get_marker() == "^")
+    assert edge.get_ydata()[0] == top and 100 <= edge.get_xdata()[0] <= 110
+    assert max(y for one in op.lines if one.get_marker() == "None" for y in one.get_ydata() if y == y) == top
+    texts = {text.get_text() for text in op.texts}
+    assert "to 1e+22" in texts and "BF16 itself rises above its start" in texts
+    assert "FP8 attention: 0 of 1 leave" in {text.get_text() for text in olmo2.texts}
+    assert not any(one.get_marker() == "^" for one in olmo2.lines)
 
 
 def test_a_speed_is_that_of_the_layers_step():
@@ -393,10 +634,25 @@ def test_a_speed_is_that_of_the_layers_step():
     layers = f"{CONSISTENT}, for the layers alone"
     for times, mode, verdict in ((1.45, "fp8", layers), (1.2, "fp8", OPEN), (1.45, "16bit", OPEN)):
         rows = [["1.5B", 4096, "FOG-flash, FP8, attention", "fp8", "9 / 9"],
+                ["8B", 16384, "FOG-flash, FP8, attention", "fp8", "9 / 1.9"],
                 ["8B", 4096, "FOG-flash, FP8, attention", mode, f"**2.00 / {times}**"]]  # fmt: skip
         found = _speed(markdown(head, rows) + "\n\n" + markdown(head[:3], rows[:1]))
-        assert found.verdict == verdict and f"{times:g} times" in found.found and mode in found.found
+        assert found.verdict.split(":")[0] == verdict and f"{times:g} times" in found.found
+        assert f"attention ran in {'FP8' if mode == 'fp8' else '16 bits'}" in found.found.partition(";")[2]
+        assert (
+            "at context 16384 1.9 times" in found.found and "at context 16384" in findings([], markdown(head, rows))[0]
+        )
     assert _speed("").verdict == OPEN
+
+
+def test_pairs_are_counted_by_students_t():
+    assert pairs_needed([-1.0, 1.0], 0.25) == 126 and pairs_needed([1.0], 0.25) is None
+    for count in (3, 31, 32, 200):  # at the standard deviation that so many allow, one more is enough, one less is not
+        one = scatter_allowed(count, 0.25) / 2**0.5  # of [-one, one]
+        assert pairs_needed([-one * 0.999, one * 0.999], 0.25) == count
+        assert pairs_needed([-one * 1.001, one * 1.001], 0.25) == count + 1
+    for degrees, exact in ((31, 2.0395), (60, 2.0003), (120, 1.9799), (1000, 1.9623)):
+        assert 0.25 * (degrees + 1) ** 0.5 / scatter_allowed(degrees + 1, 0.25) == pytest.approx(exact, abs=1e-4)
 
 
 def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
@@ -410,6 +666,16 @@ def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
     path.write_text(path.read_text() + "{")
     with pytest.raises(UserError, match="must hold a run a line"):
         merged(path, [done])
+
+
+def test_a_log_with_a_loss_and_no_gradient_norm_is_refused_in_words(tmp_path):
+    run = Run(tmp_path / "a", line("llama3").spec)
+    run.folder.mkdir()
+    run.log.write_text('{"step": 1, "loss": 3.0, "grad_norm": null}\n{"step": 2, "kurtosis": {}}\n')
+    assert condensed(run).grad_norms == [None]
+    run.log.write_text(run.log.read_text() + '{"step": 2, "loss": 2.5}\n')
+    with pytest.raises(UserError, match=r"a.log.jsonl must have a grad_norm beside each loss, but has none in step 2"):
+        condensed(run)
 
 
 def test_the_page_in_docs_is_the_one_of_the_data():
@@ -433,7 +699,7 @@ def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tok
     text = (tmp_path / "page" / "fog.md").read_text()
     for drawn in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (tmp_path / "page" / drawn).stat().st_size > 10_000
-    assert "1 pairs" in text and "BF16 against itself" in text and "cannot be claimed here" in text
+    assert "1 pair |" in text and "BF16 against itself" in text and "cannot be claimed here" in text
     for folder in folders[1:]:
         shutil.rmtree(folder)
     monkeypatch.setattr(sys, "argv", ["fog.py", "report", *map(str, to)])

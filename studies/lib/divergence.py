@@ -16,6 +16,8 @@ SIGMAS, PATIENCE, FIRST, WINDOW = 3.0, 20, 20, 100
 # before for PATIENCE steps on end.
 MEDIAN, FACTOR = 200, 1.25
 
+JUMP = 10.0  # times the median of its last WINDOW steps: a gradient norm that is larger has jumped
+
 Loss = float | None  # None: not finite
 
 
@@ -62,4 +64,24 @@ def leaves(losses: Sequence[Loss], reference: Sequence[Loss]) -> int | None:
         above = above + 1 if i >= FIRST and loss - other > SIGMAS * noise else 0
         if above == PATIENCE:
             return i + 2 - PATIENCE
+    return None
+
+
+def above_start(losses: Sequence[Loss]) -> int:
+    """The step, from 1 and after the first FIRST, at which a loss is not finite or above FACTOR times that of the first
+    step, so that the model predicts worse than its random weights did; or 0. It may come back from there."""
+    for i in range(FIRST, len(losses)):
+        loss, start = losses[i], losses[0]
+        if loss is None or start is None or not loss <= FACTOR * start:
+            return i + 1
+    return 0
+
+
+def jump(grad_norms: Sequence[Loss]) -> int | None:
+    """The step, from 1, at which a gradient norm is not finite, or JUMP times as large as its median before; not among
+    the FIRST."""
+    for i in range(FIRST, len(grad_norms)):
+        norm, before = grad_norms[i], [n for n in grad_norms[max(0, i - WINDOW) : i] if n is not None]
+        if norm is None or (before and norm > JUMP * statistics.median(before)):
+            return i + 1
     return None

@@ -3,78 +3,92 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
+from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, caption, picture
 
+from .divergence import FACTOR
+from .fog_claims import needed_words, tally
 from .fog_results import KINDS, Line, Outcome, differences, outcomes, smoothed
+from .fog_words import (
+    ARMS,
+    MARGIN,
+    PAPER_ARM,
+    architecture_name,
+    architecture_order,
+    arm_order,
+    millions,
+    rate_words,
+    told_apart,
+)  # fmt: skip
 from .intervals import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_COLUMNS = 3  # of a legend
+_COLUMNS = 3, 4  # of panels, whichever leaves fewer places empty
 SMOOTH = 10  # steps whose median a picture of losses shows
-MARGIN = 0.25  # per cent of the loss, fixed before the runs
-NAMES = {
-    "llama3": "Llama 3", "olmo2": "OLMo 2", "op": "OP", "op-frozen-qk": "OP + frozen QK", "fog-max": "FOG-max",
-    "fog-opt": "FOG-opt", "fog-flash": "FOG-flash", "fog-swiglu": "FOG-SwiGLU",
-}  # fmt: skip
-ARMS = {
-    "bf16": "BF16",
-    "bf16-again": "BF16, the same again",
-    "fp8": "FP8 linears",
-    "fp8-attention": "FP8 linears and attention, as the paper",
-    "default": "… own scales for q, k, v, no cold start",
-    "separate": "… own scales for q, k, v",
-    "warm": "… no cold start",
-    "history16": "… amaxes of 16 steps",
-    "e4m3": "… attention's gradients in E4M3",
-    "forward": "… attention's backward in 16 bits",
-}
-_COLORS = {
-    "bf16": BF16, "bf16-again": INK, "fp8": FOURTH, "fp8-attention": FP8, "default": SECOND, "separate": THIRD,
-    "warm": "#c2504d", "history16": "#6f8f2f", "e4m3": "#7a5c3e", "forward": "#d48fb0",
-}  # fmt: skip
+_COLORS = {"bf16": BF16, "bf16-again": INK, "fp8": FOURTH, PAPER_ARM: FP8}
+_OTHERS = SECOND  # of arms that are the paper's with something changed
+_LEGEND = {"bf16": ARMS["bf16"], "bf16-again": ARMS["bf16-again"], "fp8": ARMS["fp8"], PAPER_ARM: ARMS[PAPER_ARM],
+           "": "FP8 linears and attention, something changed"}  # fmt: skip
+_STYLES = ("-", (0, (4, 1.4)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # of seeds
 _KURTOSIS = (
     "Kurtosis is mean(x^4) / mean(x^2)^2 over tokens and features: 3 where numbers are normal, larger the more a few "
     "outweigh the rest."
 )
-
 _MARKS = (
     "▼: the loss leaves BF16's by 3 σ of its step noise. ✕: the loss is not finite from there on. ○: the run is not "
-    "finished.\n●: the watch over the kurtosis of q, k and v raises its alarm. Each panel has its own y axis."
+    "finished. ●: the watch raises its alarm.\nDotted, upright: the end of the warm-up. Each panel has its own y axis."
 )
-
-
-def architecture_name(name: str) -> str:
-    plain, _, change = name.partition(":")
-    return NAMES.get(plain, plain) + {"qk-norm": ",\nwith QK-norm", "no-qk-norm": ",\nno QK-norm", "": ""}[change]
+_CUT = (
+    f"▲ at the upper edge: the loss goes on above {FACTOR:g} times that of the first step, where a panel ends; beside "
+    "it, the most that it comes to."
+)
 
 
 def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
     """Every picture that there are data for; their names."""
     folder.mkdir(parents=True, exist_ok=True)
     begun = [line for line in lines if line.losses]
-    made = []
-    kinds: dict[str, tuple[str, Callable[[Path, Sequence[Line]], None]]] = {
-        "provoke": ("provoke", losses),
-        "provoke-kurtosis": ("provoke", kurtosis_of_arms),
-        "kurtosis": ("kurtosis", kurtosis_by_layer),
-    }
-    for name, (study, make) in kinds.items():
-        settings = dict.fromkeys(line.setting for line in begun if line.study == study)
-        for size, steps, tokens in settings:
-            of_setting = [line for line in begun if line.study == study and line.setting == (size, steps, tokens)]
-            full = f"{name}-{size}-{steps}x{tokens}"
-            make(folder / f"{full}.png", of_setting)
-            made.append(full)
-    if differences(begun, "fp8-attention"):
-        parity(folder / "parity.png", begun)
-        made.append("parity")
+    made: list[str] = []
+
+    def add(name: str, make: Callable[[Path, Sequence[Line]], None], of: Sequence[Line]) -> None:
+        make(folder / f"{name}.png", of)
+        made.append(name)
+
+    for of in _alike(begun, "provoke", "lr"):
+        name = f"{_name(of[0])}-lr{of[0].spec['lr']:g}"
+        add(f"losses-{name}", losses, of)
+        add(f"kurtosis-{name}", kurtosis_of_arms, of)
+        for architecture in sorted({line.architecture for line in of}, key=architecture_order):
+            of_one = [line for line in of if line.architecture == architecture]
+            if any(one.left and one.steady and one.attention for one in outcomes(of_one, "provoke")):
+                add(f"arms-{name}-{architecture.replace(':', '+')}", losses_by_arm, of_one)
+    if any(pairs.values for pairs in differences(begun, PAPER_ARM).values()):
+        add("parity", parity, begun)
+    for of in _alike(begun, "kurtosis"):
+        add(f"layers-{_name(of[0])}", kurtosis_by_layer, of)
     return made
+
+
+def _alike(lines: Sequence[Line], study: str, *keys: str) -> list[list[Line]]:
+    """The lines of a study by their setting, and by these keys of their specs."""
+    found: dict[tuple[object, ...], list[Line]] = {}
+    for line in lines:
+        if line.study == study:
+            found.setdefault((line.setting, *(line.spec[key] for key in keys)), []).append(line)
+    return [found[key] for key in sorted(found)]
+
+
+def _name(line: Line) -> str:
+    size, steps, tokens = line.setting
+    return f"{size}-{steps}x{tokens}"
 
 
 def _title(line: Line) -> str:
@@ -82,43 +96,75 @@ def _title(line: Line) -> str:
     return f"size {size}, {millions(tokens)} tokens a step"
 
 
-def millions(count: float) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.3g}{name}"
-    return f"{count:.0f}"
-
-
 # ---- (a) -------------------------------------------------------------------------------------------------------------
 
 
-def _grid(path: Path, lines: Sequence[Line], title: str, foot: str, plot: Callable[[Axes, Line], None]) -> None:
-    """A panel with its own y axis for each architecture and learning rate, a colour an arm; seeds lie over one another.
-    Steps are on a logarithmic axis, since runs may part in the first of them."""
+def _color(arm: str) -> str:
+    return _COLORS.get(arm, _OTHERS)
+
+
+def _style(line: Line, styles: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """styles: of seeds; none where arms alone are told apart."""
+    wide = line.arm == "bf16"
+    style = "-" if wide else styles.get(line.pair, "-")
+    return {"color": _color(line.arm), "linewidth": 3 if wide else 1.2, "linestyle": style}
+
+
+def _seeds(lines: Sequence[Line]) -> dict[tuple[str, ...], tuple[str, Any]]:
+    """{pair: seed, style of its lines}; the seed of most runs first."""
+    words = {pair: what[-1] for pair, what in told_apart(lines).items()}
+    many = Counter(words[line.pair] for line in lines)
+    styles = dict(zip(sorted(many, key=lambda seed: (-many[seed], seed)), _STYLES * len(many)))
+    return {pair: (seed, styles[seed]) for pair, seed in words.items()}
+
+
+def _grid(
+    path: Path, title: str, foot: str, panels: Mapping[str, Sequence[Line]], legend: Callable[[Figure, float], None],
+    plot: Callable[[Axes, str, Sequence[Line]], None], ylabel: str,
+) -> None:  # fmt: skip
+    """A panel with its own y axis for each name. Steps are on a logarithmic axis, since runs may part in the first of
+    them. legend: draws one under the title of a figure so high."""
+    columns = min(_COLUMNS, key=lambda count: (-len(panels) % count, -count))
+    rows = -(-len(panels) // columns)
+    width, height = max(9.5, 3.2 * columns + 0.5), 2.75 * rows + 2.1
+    line = next(of[0] for of in panels.values())
+    with picture(path, f"{title}\n({_title(line)})" + "\n" * 2, (width, height)) as figure:
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (name, of) in zip(grid.flat, panels.items()):
+            plot(axes, name, of)
+            axes.axvline(of[0].spec["warm_up"], color=FAINT, linewidth=0.9, linestyle=":", zorder=0)
+            _log_steps(axes)
+        for row in grid:
+            row[0].set_ylabel(ylabel)
+        for i, axes in enumerate(grid.flat[: len(panels)]):
+            if i + columns >= len(panels):
+                axes.set_xlabel("step")
+                axes.xaxis.set_tick_params(labelbottom=True)
+        legend(figure, height)
+        caption(figure, foot)
+
+
+def _legend_of_arms(lines: Sequence[Line]) -> Callable[[Figure, float], None]:
     from matplotlib.lines import Line2D
 
-    names = sorted({line.architecture for line in lines}, key=_order)
-    rates = sorted({line.spec["rate"] for line in lines})
-    arms = [arm for arm in ARMS if any(line.arm == arm for line in lines)]
-    height = -(-len(arms) // _COLUMNS)  # of the legend, which stands where the title leaves lines free
-    size = max(9.5, 3.1 * len(names) + 0.5), 2.6 * len(rates) + 1.8 + 0.25 * height
-    with picture(path, f"{title} ({_title(lines[0])})" + "\n" * height, size) as figure:
-        grid = figure.subplots(len(rates), len(names), sharex=True, squeeze=False)
-        for rate, row in zip(rates, grid):
-            for name, axes in zip(names, row):
-                here = [line for line in lines if (line.architecture, line.spec["rate"]) == (name, rate)]
-                for line in sorted(here, key=lambda line: list(ARMS).index(line.arm)):
-                    plot(axes, line)
-                axes.set_title(f"{architecture_name(name)}", fontsize=10)
-                _log_steps(axes)
-            lr = next(line.spec["lr"] for line in lines if line.spec["rate"] == rate)
-            row[0].set_ylabel(f"learning rate {lr:g}")
-        for axes in grid[-1]:
-            axes.set_xlabel("step")
-        handles = [Line2D([], [], color=_COLORS[arm], linewidth=3 if arm == "bf16" else 1.8) for arm in arms]
-        figure.legend(handles, [ARMS[arm] for arm in arms], loc="upper left", ncols=_COLUMNS,
-                      bbox_to_anchor=(0.005, 1 - 0.33 / size[1]))  # fmt: skip
-        caption(figure, foot)
+    arms = [arm for arm in _LEGEND if any((line.arm if line.arm in _COLORS else "") == arm for line in lines)]
+    handles = [Line2D([], [], color=_color(arm), linewidth=3 if arm == "bf16" else 1.8) for arm in arms]
+    return lambda figure, height: _legend(figure, height, handles, [_LEGEND[arm] for arm in arms])
+
+
+def _legend_of_seeds(lines: Sequence[Line]) -> Callable[[Figure, float], None]:
+    from matplotlib.lines import Line2D
+
+    styles = dict(sorted(_seeds(lines).values(), key=lambda of: _STYLES.index(of[1])))
+    handles = [Line2D([], [], color=BF16, linewidth=3)]
+    handles += [Line2D([], [], color=INK, linewidth=1.5, linestyle=style) for style in styles.values()]
+    return lambda figure, height: _legend(figure, height, handles, [ARMS["bf16"], *(f"seed {seed}" for seed in styles)])
+
+
+def _legend(figure: Figure, height: float, handles: Sequence[Any], words: Sequence[str]) -> None:
+    figure.legend(handles, words, loc="upper left", ncols=3, bbox_to_anchor=(0.005, 1 - 0.62 / height))
 
 
 def _log_steps(axes: Axes) -> None:
@@ -131,38 +177,102 @@ def _log_steps(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _order(name: str) -> tuple[int, str]:
-    plain = name.partition(":")[0]
-    return (list(NAMES).index(plain) if plain in NAMES else len(NAMES), name)
+def _head(axes: Axes, name: str, below: Sequence[str]) -> None:
+    """The panel's name, and under it in small type what it says."""
+    title = textwrap.fill(name, 34)
+    axes.set_title("\n".join([title, *[""] * len(below)]), fontsize=10)
+    axes.annotate("\n".join(below), (0, 1), xytext=(0, 4), textcoords="offset points", xycoords="axes fraction",
+                  fontsize=8.5, color=FAINT, va="bottom")  # fmt: skip
 
 
 def losses(path: Path, lines: Sequence[Line]) -> None:
-    found = {id(one.line): one for one in outcomes(lines, "provoke")}
+    """A panel an architecture, a colour a kind of arm."""
+    found = outcomes(lines, "provoke")
 
-    def plot(axes: Axes, line: Line) -> None:
+    def plot(axes: Axes, name: str, of: Sequence[Line]) -> None:
+        here = [one for one in found if architecture_name(one.line.architecture) == name]
+        sound = all(one.steady for one in here)
+        _head(axes, name, tally(here) if sound else ["BF16 itself rises above its start"])
+        _plot_losses(axes, of, here, {})
+
+    title = f"Losses in FP8 beside BF16, {rate_words(lines[0])}"
+    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
+    _grid(path, title, foot, _panels(lines), _legend_of_arms(lines), plot, "loss")
+
+
+def _panels(lines: Sequence[Line]) -> dict[str, Sequence[Line]]:
+    names = sorted({line.architecture for line in lines}, key=architecture_order)
+    return {architecture_name(name): [line for line in lines if line.architecture == name] for name in names}
+
+
+def losses_by_arm(path: Path, lines: Sequence[Line]) -> None:
+    """Of one architecture: a panel an arm, a style a seed."""
+    found, seeds = outcomes(lines, "provoke"), _seeds(lines)
+    styles = {pair: style for pair, (_, style) in seeds.items()}
+    arms = sorted({one.line.arm for one in found}, key=arm_order)
+
+    def plot(axes: Axes, name: str, of: Sequence[Line]) -> None:
+        here = [one for one in found if ARMS[one.line.arm] == name]
+        left = [f"{one.left} (seed {seeds[one.line.pair][0]})" for one in here if one.left]
+        words = f"leaves at {', '.join(left)}" if left else f"0 of {len(here)} leave"
+        _head(axes, name, textwrap.wrap(words, 42))
+        _plot_losses(axes, of, here, styles)
+
+    panels = {ARMS[arm]: [line for line in lines if line.arm in ("bf16", arm)] for arm in arms}
+    title = f"{architecture_name(lines[0].architecture)}, arm by arm, {rate_words(lines[0])}"
+    foot = (
+        "… : FP8 linears and attention, as the paper, but with this changed. Training loss in nats a token, the median "
+        f"of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
+    )
+    _grid(path, title, foot, panels, _legend_of_seeds(lines), plot, "loss")
+
+
+def _plot_losses(axes: Axes, of: Sequence[Line], found: Sequence[Outcome], styles: dict[tuple[str, ...], Any]) -> None:
+    by_line = {id(one.line): one for one in found}
+    starts = [line.losses[0] for line in of if line.arm == "bf16" and line.losses[0] is not None]
+    top = FACTOR * max(starts) if starts else math.inf
+    most = -math.inf
+    for line in sorted(of, key=lambda line: arm_order(line.arm)):
         shown = smoothed(line.losses, SMOOTH)
         steps = range(SMOOTH, len(shown) + 1)
-        axes.plot(steps, shown[SMOOTH - 1 :], color=_COLORS[line.arm], linewidth=3 if line.arm == "bf16" else 1.2)
-        _mark(axes, found.get(id(line)), line, range(1, len(shown) + 1), shown)
+        axes.plot(steps, _up_to(top, shown[SMOOTH - 1 :]), **_style(line, styles))
+        _mark(
+            axes, by_line.get(id(line)), line, range(1, len(shown) + 1), [min(top, y) if y == y else y for y in shown]
+        )
+        if above := [(step, y) for step, y in zip(steps, shown[SMOOTH - 1 :]) if y > top]:
+            most = max(most, *(y for _, y in above))
+            axes.plot([above[0][0]], [top], "^", color=_color(line.arm), markersize=8, zorder=6, clip_on=False)
+    if most > top:
+        axes.set_ylim(top=top)
+        axes.annotate(f"to {most:.2g}", (1, 1), xytext=(0, -3), textcoords="offset points", xycoords="axes fraction",
+                      ha="right", va="top", fontsize=8.5, color=FAINT)  # fmt: skip
 
-    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}"
-    _grid(path, lines, "Losses in FP8 beside BF16", foot, plot)
+
+def _up_to(top: float, values: Sequence[float]) -> list[float]:
+    """What is above the top is cut off, where the line goes through it."""
+    cut = []
+    for i, value in enumerate(values):
+        near = values[max(0, i - 1) : i + 2]
+        cut.append(value if not value > top else top if any(other <= top for other in near) else math.nan)
+    return cut
 
 
 def _mark(axes: Axes, outcome: Outcome | None, line: Line, steps: Sequence[int], shown: Sequence[float]) -> None:
     """The points of a run's line that are told of: shown at steps."""
 
-    def mark(step: int, marker: str, size: int, **how: str) -> None:
+    def mark(step: int, marker: str, size: int, **how: Any) -> None:
         values = [value for at, value in zip(steps, shown) if at <= step and math.isfinite(value)]
         if values:
-            axes.plot([step], values[-1:], marker, color=_COLORS[line.arm], markersize=size, zorder=5, **how)
+            axes.plot(
+                [step], values[-1:], marker, color=_color(line.arm), markersize=size, zorder=5, clip_on=False, **how
+            )
 
-    if outcome and outcome.left:
-        mark(outcome.left, "v", 8)
+    if outcome and outcome.left and outcome.steady:
+        mark(outcome.left, "v", 7)
     if outcome and outcome.alarm:
         mark(outcome.alarm.step, "o", 6)
     if line.lost:
-        mark(line.losses.index(None) + 1, "X", 8)
+        mark(line.losses.index(None) + 1, "X", 7)
     elif not line.result:
         mark(line.step, "o", 6, markerfacecolor="white")
 
@@ -170,16 +280,19 @@ def _mark(axes: Axes, outcome: Outcome | None, line: Line, steps: Sequence[int],
 def kurtosis_of_arms(path: Path, lines: Sequence[Line]) -> None:
     found = {id(one.line): one for one in outcomes(lines, "provoke")}
 
-    def plot(axes: Axes, line: Line) -> None:
-        largest = [
-            max((v for v in layers if v is not None), default=math.nan) for layers in line.kurtosis.get("qkv", [])
-        ]
-        axes.plot(line.samples, largest, color=_COLORS[line.arm], linewidth=3 if line.arm == "bf16" else 1.2)
+    def plot(axes: Axes, name: str, of: Sequence[Line]) -> None:
+        _head(axes, name, [])
+        for line in sorted(of, key=lambda line: arm_order(line.arm)):
+            largest = [
+                max((v for v in layers if v is not None), default=math.nan) for layers in line.kurtosis.get("qkv", [])
+            ]
+            axes.plot(line.samples, largest, **_style(line, {}))
+            _mark(axes, found.get(id(line)), line, line.samples, largest)
         _log(axes)
-        _mark(axes, found.get(id(line)), line, line.samples, largest)
 
+    title = f"Kurtosis of q, k and v, {rate_words(lines[0])}"
     foot = f"{_KURTOSIS}\nOf q, k and v before any norm of theirs, in the layer where it is largest.\n{_MARKS}"
-    _grid(path, lines, "Kurtosis of q, k and v", foot, plot)
+    _grid(path, title, foot, _panels(lines), _legend_of_arms(lines), plot, "kurtosis")
 
 
 def _log(axes: Any) -> None:
@@ -198,7 +311,7 @@ def kurtosis_by_layer(path: Path, lines: Sequence[Line]) -> None:
     """Of the first seed and BF16."""
     from matplotlib.colors import to_rgb
 
-    names = sorted({line.architecture for line in lines}, key=_order)
+    names = sorted({line.architecture for line in lines}, key=architecture_order)
     first = {line.architecture: line for line in sorted(lines, key=lambda line: -line.spec["seed"])
              if line.arm == "bf16"}  # fmt: skip
     names = [name for name in names if name in first]
@@ -230,29 +343,37 @@ def kurtosis_by_layer(path: Path, lines: Sequence[Line]) -> None:
 
 
 def parity(path: Path, lines: Sequence[Line]) -> None:
-    found = {arm: differences(lines, arm) for arm in ("fp8-attention", "bf16-again")}
-    keys = sorted({key for of in found.values() for key in of}, key=lambda key: (key[1], _order(key[0])))
+    found = {arm: differences(lines, arm) for arm in (PAPER_ARM, "bf16-again")}
+    of = {shared: pairs for shared, pairs in found[PAPER_ARM].items() if pairs.values}
+    words = told_apart([pairs.line for pairs in of.values()], "seed")
     with picture(path, "FOG with FP8 attention beside itself in BF16, at the end of training", (10, 4.8)) as figure:
         axes = figure.subplots()
         axes.axhspan(-MARGIN, MARGIN, color=BF16, alpha=0.25, linewidth=0)
         axes.axhline(0, color=INK, linewidth=1)
-        for i, of in enumerate(found.values()):
+        for i, by_key in enumerate(found.values()):
             color, name = ((FP8, "FP8 against BF16"), (FAINT, "BF16 against itself: the floor"))[i]
-            for place, key in enumerate(keys):
-                at, values = place + 0.2 * (2 * i - 1), [value for value in of.get(key, []) if math.isfinite(value)]
+            for place, key in enumerate(words):
+                values = [value for value in by_key[key].values if math.isfinite(value)] if key in by_key else []
+                at = place + 0.2 * (2 * i - 1)
                 axes.plot([at - 0.06] * len(values), values, "o", color=color, alpha=0.45, markersize=4)
                 if values:
                     mean = interval(values)
                     axes.plot([at], [mean.mean], "D", color=color, markersize=7, label=name if place == 0 else None)
                     if math.isfinite(mean.low):
                         axes.plot([at, at], [mean.low, mean.high], color=color, linewidth=2)
-        axes.set_xticks(range(len(keys)), [f"{architecture_name(name)}\n{size}" for name, (size, *_) in keys])
-        axes.set_xlim(-0.5, len(keys) - 0.5)
+        axes.set_xticks(range(len(words)), [_tick(words[key], of[key].values) for key in words])
+        axes.set_xlim(-0.5, len(words) - 0.5)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("% of the validation loss\nup is worse")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         foot = (
             "Points: pairs of runs with one seed. Diamond and line: their mean and its 95 % interval by Student's t.\n"
-            f"Grey band: the margin of {MARGIN} %, fixed before the runs. Validated in BF16."
+            f"Grey band: the margin of {MARGIN} %, fixed before the runs. Needed: pairs at this scatter, for an "
+            "interval that ends below the margin. Validated in BF16."
         )
         caption(figure, foot)
+
+
+def _tick(words: tuple[str, ...], values: Sequence[float]) -> str:
+    name, length, rate = words
+    return f"{name}\n{length.partition(',')[0]}, rate {rate}\n{len(values)} pairs, {needed_words(values)} needed"

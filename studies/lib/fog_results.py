@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch_fp8.observe.trend import FIRST, Trend
 
-from .divergence import PATIENCE, Divergence, Loss, leaves
+from examples.gpt.errors import UserError
+
+from .divergence import PATIENCE, Divergence, Loss, above_start, jump, leaves
 from .lines import merge_lines
 from .runs import Run, Spec
 
@@ -50,10 +52,15 @@ class Line:
     def arm(self) -> str:
         return self.spec["arm"]
 
+    def but_for(self, *keys: str) -> tuple[str, ...]:
+        """What its spec says but for its arm and these: runs that share it differ in nothing else."""
+        left_out = ("arm", "fp8", *keys)
+        return tuple(f"{key} {json.dumps(value)}" for key, value in sorted(self.spec.items()) if key not in left_out)
+
     @property
-    def pair(self) -> tuple[Any, ...]:
+    def pair(self) -> tuple[str, ...]:
         """What this run shares with those of other arms that it is held to."""
-        return tuple(json.dumps(value) for key, value in sorted(self.spec.items()) if key not in ("arm", "fp8"))
+        return self.but_for()
 
     @property
     def setting(self) -> tuple[str, int, int]:
@@ -66,6 +73,16 @@ class Line:
         return Divergence(self.losses).at
 
     @property
+    def unsound(self) -> int:
+        """The step at which it first diverged by itself or rose above its start, or 0: even if it came back, what its
+        loss is held to says nothing."""
+        return min((step for step in (self.diverged, above_start(self.losses)) if step), default=0)
+
+    @property
+    def jumped(self) -> int | None:
+        return jump(self.grad_norms)
+
+    @property
     def lost(self) -> bool:
         return Divergence(self.losses).lost
 
@@ -76,9 +93,15 @@ class Line:
 
 
 def condensed(run: Run) -> Line:
-    """A training's record has a loss, a sample's a kurtosis."""
+    """A training's record has a loss and a gradient norm, a sample's a kurtosis. UserError where one has the first
+    alone: null would call the norm not finite, and to leave it out would move all that follow."""
     records = run.records()
     steps = [record for record in records if "loss" in record]
+    if (half := next((record for record in steps if "grad_norm" not in record), None)) is not None:
+        raise UserError(
+            f"{run.log} must have a grad_norm beside each loss, but has none in step {half['step']}; this study writes "
+            f"both: bring the log back whole, or delete {run.folder} and run it again"
+        )
     samples = [record for record in records if "kurtosis" in record]
     kinds = samples[0]["kurtosis"] if samples else {}
     return Line(
@@ -111,17 +134,26 @@ class Alarm(NamedTuple):
     layer: int
 
 
-def alarm(line: Line, kind: str = "qkv") -> Alarm | None:
-    """The first alarm that ``torch_fp8.watch`` would have raised of this kurtosis, had it run beside the training."""
+def _watched(line: Line, kind: str) -> Iterator[tuple[int, int, int]]:
+    """Of each sample and layer, as ``torch_fp8.watch`` would have seen this kurtosis beside the training: step, layer,
+    how many samples in a row are out of healthy growth."""
     tokens = line.spec["batch"] * line.spec["context"]
     trends: dict[int, Trend] = {}
     for step, layers in zip(line.samples, line.kurtosis.get(kind, [])):
         for layer, value in enumerate(layers):
             trend = trends.setdefault(layer, Trend())
             trend.add(step * tokens, math.inf if value is None else value, SIGMAS)
-            if trend.beyond == IN_A_ROW:
-                return Alarm(step, layer)
-    return None
+            yield step, layer, trend.beyond
+
+
+def alarm(line: Line, kind: str = "qkv") -> Alarm | None:
+    """The first alarm that ``torch_fp8.watch`` would have raised."""
+    return next((Alarm(step, layer) for step, layer, beyond in _watched(line, kind) if beyond == IN_A_ROW), None)
+
+
+def most_in_a_row(line: Line, before: int, kind: str = "qkv") -> int:
+    """The most samples in a row before that step which were out of healthy growth, in any layer."""
+    return max((beyond for step, _, beyond in _watched(line, kind) if step < before), default=0)
 
 
 class Outcome(NamedTuple):
@@ -129,7 +161,8 @@ class Outcome(NamedTuple):
 
     seen: the steps that both have. left: the one at which its loss left the other's. alarm: of the kurtosis of q, k and
     v, at any step. further: how much higher its mean loss over the last steps that both have is, in nats; None where
-    that is not finite.
+    that is not finite. steady: whether BF16 itself, as far as it was run, has neither diverged nor risen above its
+    start.
     """
 
     line: Line
@@ -138,6 +171,12 @@ class Outcome(NamedTuple):
     left: int | None
     alarm: Alarm | None
     further: float | None
+    steady: bool
+
+    @property
+    def attention(self) -> bool:
+        """Whether attention is in FP8 too."""
+        return "attention" in self.line.spec["fp8"]
 
     @property
     def lead(self) -> int | None:
@@ -149,14 +188,19 @@ class Outcome(NamedTuple):
         return self.line.result is not None and self.reference.result is not None
 
     @property
-    def watched(self) -> bool:
-        """Whether there were samples enough for an alarm: before it left, where it did."""
-        return sum(self.left is None or step < self.left for step in self.line.samples) >= FEWEST
+    def samples(self) -> int:
+        """Before it left, where it did."""
+        return sum(self.left is None or step < self.left for step in self.line.samples)
 
     @property
-    def steady(self) -> bool:
-        """Whether BF16 has not diverged in the steps that both have."""
-        return not Divergence(self.reference.losses[: self.seen]).at
+    def watched(self) -> bool:
+        """Whether there were samples enough for an alarm."""
+        return self.samples >= FEWEST
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has neither left nor been above its own start on the way, as far as both went."""
+        return self.left is None and not self.line.unsound
 
     def holds_to(self, step: int) -> bool:
         """Whether it surely has not left at that step."""
@@ -167,12 +211,14 @@ def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
     """Of each run that has a BF16 twin, as far as both went; neither need be finished."""
     of_study = [line for line in lines if line.study == study and line.losses]
     references = {line.pair: line for line in of_study if line.arm == "bf16"}
+    steady = {pair: not line.unsound for pair, line in references.items()}
     found = []
     for line in of_study:
         reference = references.get(line.pair)
         if line.arm != "bf16" and reference is not None:
             left, seen = leaves(line.losses, reference.losses), min(len(line.losses), len(reference.losses))
-            found.append(Outcome(line, reference, seen, left, alarm(line), _further(line, reference)))
+            further = _further(line, reference)
+            found.append(Outcome(line, reference, seen, left, alarm(line), further, steady[line.pair]))
     return found
 
 
@@ -182,15 +228,29 @@ def _further(line: Line, reference: Line) -> float | None:
     return statistics.fmean(gaps) if gaps and len(gaps) == len(last) else None
 
 
-def differences(lines: Iterable[Line], arm: str, key: str = "loss") -> dict[tuple[Any, ...], list[float]]:
-    """{(architecture, setting): by how many per cent a validation loss is above that of BF16 with the same seed, one
-    for each pair of finished runs}. A run that was lost is infinitely worse."""
-    found: dict[tuple[Any, ...], list[float]] = {}
+class Pairs(NamedTuple):
+    """Of one architecture and arm, trained alike but for the seed: by how many per cent each validation loss is above
+    that of BF16 with the same seed. A run that was lost is infinitely worse. unsound: pairs that say nothing, since
+    BF16 itself was lost, has diverged or has risen above its start."""
+
+    line: Line  # one of them
+    values: list[float]
+    unsound: int
+
+
+def differences(lines: Iterable[Line], arm: str, key: str = "loss") -> dict[tuple[str, ...], Pairs]:
+    """Of pairs of finished runs, by what they share."""
+    found: dict[tuple[str, ...], Pairs] = {}
     for one in outcomes(lines, "parity"):
         if one.line.arm == arm and one.line.result and one.reference.result:
             mine, theirs = one.line.result.get(key), one.reference.result["loss"]
-            value = math.inf if mine is None or theirs is None else 100 * (mine / theirs - 1)
-            found.setdefault((one.line.architecture, one.line.setting), []).append(value)
+            shared = one.line.but_for("seed")
+            line, values, unsound = found.get(shared, Pairs(one.line, [], 0))
+            if theirs is None or not one.steady:
+                unsound += 1
+            else:
+                values = [*values, math.inf if mine is None else 100 * (mine / theirs - 1)]
+            found[shared] = Pairs(line, values, unsound)
     return found
 
 

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 
 from torch_fp8.table import markdown
 
-from .divergence import FIRST, WINDOW, Loss
-from .fog_figures import ARMS, architecture_name, millions
-from .fog_results import LAST, Line, Outcome
-
-JUMP = 10.0  # times the median of its last WINDOW steps: a gradient norm that is larger has jumped
-BEFORE, AFTER, EVERY, ROWS = 10, 15, 5, 12  # steps of a table around those that left; about so many rows
+from .divergence import PATIENCE
+from .fog_results import FEWEST, IN_A_ROW, LAST, Line, Outcome, most_in_a_row
+from .fog_words import (
+    ARMS,
+    architecture_name,
+    arm_order,
+    bounds_qk,
+    listed,
+    millions,
+    number,
+    rate_words,
+    told_apart,
+)  # fmt: skip
 
 # What the paper's arm has, and the arms that do without it.
 SUSPECTS = {
@@ -23,29 +30,49 @@ SUSPECTS = {
     "attention's backward in FP8": ("forward", "fp8"),
     "attention in FP8": ("fp8",),
 }
+NORMS = "q and k without norms"
+_HEAD = ["arm", "seed", "leaves BF16 at", "its gradient norm jumps at", "kurtosis of q, k, v in the last sample before",
+         "BF16's", "the watch", "its loss in the end", "BF16's then"]  # fmt: skip
 
 
 def seen(found: Sequence[Outcome]) -> list[str]:
-    """Markdown, a part for each pair in which some run in FP8 left BF16."""
-    pairs = dict.fromkeys(one.line.pair for one in found if one.left and one.line.arm != "bf16-again")
+    """Markdown, a part for each architecture and way of training in which some run in FP8 left BF16; of all seeds."""
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for one in found:
+        groups.setdefault(one.line.but_for("seed", "every"), []).append(one)
+    names = told_apart([one.line for one in found], "seed", "every")
     parts = []
-    for pair in pairs:
-        of = sorted((one for one in found if one.line.pair == pair), key=lambda one: list(ARMS).index(one.line.arm))
-        line, reference = of[0].line, of[0].reference
-        size, _, tokens = line.setting
-        name = architecture_name(line.architecture).replace("\n", " ")
-        title = f"### What was seen: {name}, {size}, learning rate {line.spec['lr']:g}, seed {line.spec['seed']}"
-        start = (
-            f"The learning rate is {line.spec['rate']:g} times the usual one, the warm-up {line.spec['warm_up']} steps "
-            f"long, a step has {millions(tokens)} tokens. BF16 itself, {_so_far(reference)}, ends at {_end(reference)}"
-            f"{_usual(reference, found)} (mean of its last {LAST} steps)."
+    for key, (name, length, rate) in names.items():
+        of = groups[key]
+        if not any(one.left for one in of if one.line.arm != "bf16-again"):
+            continue
+        title = f"### {name}, {length}, learning rate {rate}"
+        parts += [title, _start(of, found), " ".join(_suspects(of, found)), _table(of)]
+    return [part for part in parts if part]
+
+
+def _start(of: Sequence[Outcome], found: Sequence[Outcome]) -> str:
+    line, seeds = of[0].line, told_apart([one.line for one in of])
+    references = {one.line.pair: one.reference for one in of}
+    ends = [f"{_end(references[pair])} (seed {words[-1]}{_short(references[pair])})"
+            for pair, words in seeds.items()]  # fmt: skip
+    said = (
+        f"{rate_words(line).capitalize()}; the warm-up is {line.spec['warm_up']} steps long, a step has "
+        f"{millions(line.setting[2])} tokens. The mean of BF16's last {LAST} losses is {', '.join(ends)}"
+        f"{_usual(references[next(iter(seeds))], found)}."
+    )
+    unsound = [f"{reference.unsound} (seed {seeds[pair][-1]})" for pair, reference in references.items()
+               if reference.unsound]  # fmt: skip
+    if unsound:
+        said += (
+            f" BF16 itself is not sound: it rises above its start, or diverges, at step {', '.join(unsound)}. What "
+            "leaves it says nothing of FP8."
         )
-        parts += [title, start, "\n".join(f"* {_of_arm(one)}" for one in of), " ".join(_suspects(of)), _table(of)]
-    return parts
+    return said
 
 
-def _so_far(line: Line) -> str:
-    return f"{line.step} steps" if line.result else f"{line.step} of {line.spec['steps']} steps so far"
+def _short(line: Line) -> str:
+    return "" if line.result else f", {line.step} of {line.spec['steps']} steps so far"
 
 
 def _end(line: Line) -> str:
@@ -59,43 +86,119 @@ def _usual(reference: Line, found: Sequence[Outcome]) -> str:
     for one in found:
         other = one.reference
         if {**other.spec, "lr": None} == wanted and reference.spec["rate"] != 1:
-            return f"; at the usual rate, {_so_far(other)}, at {_end(other)}"
+            return f"; at the usual rate it is {_end(other)}{_short(other)}"
     return ""
 
 
-def jump(grad_norms: Sequence[Loss]) -> int | None:
-    """The step, from 1, at which a gradient norm is not finite, or JUMP times as large as its median before; not among
-    the FIRST."""
-    for i in range(FIRST, len(grad_norms)):
-        norm, before = grad_norms[i], [n for n in grad_norms[max(0, i - WINDOW) : i] if n is not None]
-        if norm is None or (before and norm > JUMP * statistics.median(before)):
-            return i + 1
-    return None
+# ---- what it needs ---------------------------------------------------------------------------------------------------
 
 
-def _of_arm(one: Outcome) -> str:
-    name, line, tokens = ARMS[one.line.arm], one.line, one.line.setting[2]
+def _suspects(of: Sequence[Outcome], found: Sequence[Outcome]) -> list[str]:
+    """What it needs and what not, as far as arms tell, of the runs beside a sound BF16."""
+    of = [one for one in of if one.steady]
+    in_fp8 = [one for one in of if one.line.arm != "bf16-again"]
+    if not any(one.left for one in in_fp8):
+        return []
+    last = max(one.left for one in in_fp8 if one.left)
+    said = [_again(of, last)]
+    innocent, open_ = [], []
+    for what, arms in SUSPECTS.items():
+        without = [one for one in in_fp8 if one.line.arm in arms]
+        leaving_arms = {one.line.arm for one in without if one.left}
+        if leaving_arms:
+            runs = [one for one in without if one.line.arm in leaving_arms]
+            innocent.append(f"{what} ({sum(bool(one.left) for one in runs)} of {len(runs)} runs without it leave too)")
+        elif not any(one.holds_to(last) for one in without):
+            open_.append(what)
+    held = [f"{ARMS[arm]} ({_none(runs)})" for arm, runs in _by_arm(in_fp8) if _hold(runs, last)]
+    if not bounds_qk(of[0].line.architecture):
+        normed = [one for one in _with_norms(of[0].line, found) if one.attention and one.steady]
+        name = architecture_name(normed[0].line.architecture) if normed else ""
+        if left := sum(bool(one.left) for one in normed):
+            innocent.append(f"{NORMS} ({name}: {left} of {len(normed)} runs with FP8 attention leave too)")
+        elif normed and _hold(normed, last):
+            held.append(f"norms of q and k and nothing else changed ({name}, FP8 attention: {_none(normed)})")
+        else:
+            open_.append(NORMS)
+    if innocent:
+        said.append(f"Not needed for it: {', '.join(innocent)}.")
+    if held:
+        said.append(f"**It does not happen with {listed(held)}.**")
+    if open_:
+        said.append(f"No run has tried yet to do without: {', '.join(open_)}.")
+    return said
+
+
+def _none(runs: Sequence[Outcome]) -> str:
+    return f"0 of {len(runs)} leave by step {min(one.seen for one in runs)}"
+
+
+def _hold(runs: Sequence[Outcome], step: int) -> bool:
+    return all(one.holds_to(step) and one.holds for one in runs)
+
+
+def _by_arm(of: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
+    arms = sorted({one.line.arm for one in of}, key=arm_order)
+    return [(arm, [one for one in of if one.line.arm == arm]) for arm in arms]
+
+
+def _with_norms(line: Line, found: Sequence[Outcome]) -> list[Outcome]:
+    """Runs of the same architecture with norms of q and k, trained alike, of any seed."""
+    plain, keys = line.architecture.partition(":")[0], ("architecture", "seed", "every")
+    return [one for one in found if one.line.architecture.partition(":")[0] == plain
+            and bounds_qk(one.line.architecture) and one.line.but_for(*keys) == line.but_for(*keys)
+            and one.line.arm != "bf16-again"]  # fmt: skip
+
+
+def _again(of: Sequence[Outcome], last: int) -> str:
+    again = {one.line.pair: one for one in of if one.line.arm == "bf16-again"}
+    pairs = {one.line.pair for one in of if one.left and one.line.arm != "bf16-again"}
+    if any(one.left for one in again.values()):
+        return "The order of sums alone does this too: BF16, run again, leaves itself."
+    if all(pair in again and again[pair].holds_to(last) for pair in pairs):
+        return f"BF16, run again with each seed, does not leave itself by step {last + PATIENCE - 1}: the order of " \
+               "sums alone does not do this."  # fmt: skip
+    return "BF16 was not run again so far with each seed: the order of sums alone may do this."
+
+
+# ---- a row a run -----------------------------------------------------------------------------------------------------
+
+
+def _table(of: Sequence[Outcome]) -> str:
+    seeds = told_apart([one.line for one in of])
+    ordered = sorted(of, key=lambda one: (arm_order(one.line.arm), list(seeds).index(one.line.pair)))
+    rows = [[ARMS[one.line.arm], seeds[one.line.pair][-1], leaving(one), one.line.jumped or "–", *_before(one),
+             watch_words(one), *_in_the_end(one)] for one in ordered]  # fmt: skip
+    return markdown(_HEAD, rows)
+
+
+def leaving(one: Outcome) -> str:
+    """In brackets where BF16 itself is not sound."""
+    said = f"**{one.left}**" if one.left else f"not by {one.seen}{'' if one.finished else ', unfinished'}"
+    if not one.left and not one.holds:
+        said += f", but above its start at {one.line.unsound}"
+    return said if one.steady else f"({said.replace('**', '')})"
+
+
+def watch_words(one: Outcome) -> str:
+    """How many steps before it left the watch said so, or why it did not."""
+    if one.lead is not None and one.alarm and one.lead > 0:
+        return f"alarm {one.lead} steps before, at {one.alarm.step} (layer {one.alarm.layer + 1})"
+    later = f"; alarm at {one.alarm.step}" if one.alarm else ""
     if not one.left:
-        return f"**{name}** does not leave BF16 by step {one.seen}{'' if line.result else ', where it is so far'}."
-    said = f"**{name}** leaves BF16 at step {one.left}, after {millions(one.left * tokens)} tokens"
-    jumped = jump(line.grad_norms)
-    if jumped and jumped <= one.left:
-        said += f"; its gradient norm, before clipping, has jumped at step {jumped}"
-    sampled = [i for i, step in enumerate(line.samples) if step < one.left]
-    if sampled and (step := line.samples[sampled[-1]]) in one.reference.samples:
-        mine, theirs = (_largest(of, step) for of in (line, one.reference))
-        said += f"; its kurtosis of q, k and v is {mine} at step {step}, BF16's {theirs}"
-    if line.lost:
-        said += f"; its loss is not finite from step {line.losses.index(None) + 1} on"
-    else:
-        theirs_then = one.reference.losses[one.seen - 1]
-        said += f"; at step {one.seen} its loss is {_number(line.losses[one.seen - 1])}, BF16's {_number(theirs_then)}"
-        said += "" if line.result else ", as far as it is"
-    return said + "."
+        return f"no alarm in {one.samples} samples" if not one.alarm else later[2:]
+    if not one.watched:
+        return f"could not: {one.samples} samples before it, an alarm takes {FEWEST}{later}"
+    out = f"{most_in_a_row(one.line, one.left)} in a row left their trend, an alarm takes {IN_A_ROW}"
+    return f"no alarm in {one.samples} samples before it: {out}{later}"
 
 
-def _number(loss: Loss) -> str:
-    return "lost" if loss is None else f"{loss:.2f}"
+def _before(one: Outcome) -> tuple[str, str]:
+    """Of its kurtosis and BF16's, in the last sample that both have before it left."""
+    both = [step for step in one.line.samples if step in one.reference.samples and one.left and step < one.left]
+    if not both:
+        return "–", "–"
+    return f"{_largest(one.line, both[-1])} (step {both[-1]})", _largest(one.reference, both[-1])
 
 
 def _largest(line: Line, step: int) -> str:
@@ -103,46 +206,7 @@ def _largest(line: Line, step: int) -> str:
     return f"{max(values):.3g}" if values else "not finite"
 
 
-def _suspects(of: Sequence[Outcome]) -> list[str]:
-    """What it needs and what not, as far as arms tell; of one pair."""
-    first = max(one.left for one in of if one.left and one.line.arm != "bf16-again")
-    by_arm = {one.line.arm: one for one in of}
-    again = by_arm.get("bf16-again")
-    said = [
-        "BF16 was not run again so far: the order of sums alone may do this."
-        if again is None or not (again.left or again.holds_to(first))
-        else "The order of sums alone does this too: BF16 leaves itself."
-        if again.left
-        else "BF16 does not leave itself: the order of sums alone does not do this."
-    ]
-    left = {arm for arm, one in by_arm.items() if one.left}
-    held = [arm for arm, one in by_arm.items() if arm not in ("bf16", "bf16-again") and one.holds_to(first)]
-    innocent = [what for what, arms in SUSPECTS.items() if left & set(arms)]
-    open_ = [what for what, arms in SUSPECTS.items() if what not in innocent and not set(held) & set(arms)]
-    if innocent:
-        said.append(f"Not needed for it: {', '.join(innocent)}; a run without leaves too.")
-    if held:
-        said.append(f"It does not happen with: {', '.join(ARMS[arm] for arm in held)}.")
-    if open_:
-        said.append(f"No run has tried yet to do without: {', '.join(open_)}.")
-    return said
-
-
-def _table(of: Sequence[Outcome]) -> str:
-    """Losses, and gradient norms in brackets, around the steps at which runs left."""
-    left = [one.left for one in of if one.left]
-    low, high = max(1, min(left) - BEFORE), max(left) + AFTER
-    every = EVERY * max(1, round((high - low) / EVERY / ROWS))
-    steps = [step for step in range(every, high + every, every) if low <= step <= high]
-    columns = {ARMS["bf16"]: of[0].reference, **{ARMS[one.line.arm]: one.line for one in of}}
-    rows = [[step, *(_cell(line, step) for line in columns.values())] for step in steps]
-    return f"Loss, and in brackets gradient norm:\n\n{markdown(['step', *columns], rows)}"
-
-
-def _cell(line: Line, step: int) -> str:
-    if step > len(line.losses):
-        return "lost" if line.lost else ""
-    if line.losses[step - 1] is None:
-        return "lost"
-    norm = line.grad_norms[step - 1]
-    return f"{line.losses[step - 1]:.2f} ({'not finite' if norm is None else f'{norm:.2g}'})"
+def _in_the_end(one: Outcome) -> tuple[str, str]:
+    if one.line.lost:
+        return f"not finite from {one.line.losses.index(None) + 1} on", "–"
+    return f"{number(one.line.losses[one.seen - 1])} (step {one.seen})", number(one.reference.losses[one.seen - 1])

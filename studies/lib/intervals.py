@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, the last one is a little too wide.
+# The 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom.
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -26,5 +26,30 @@ def interval(differences: Sequence[float]) -> Interval:
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
         return Interval(count, mean, -math.inf, math.inf)
-    half = _T[min(count - 1, len(_T)) - 1] * statistics.stdev(differences) / math.sqrt(count)
+    half = _quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
     return Interval(count, mean, mean - half, mean + half)
+
+
+def pairs_needed(differences: Sequence[float], margin: float) -> int | None:
+    """The fewest differences of this scatter whose 95 % interval would end below ``margin``, were their mean 0; None of
+    fewer than two, which have no scatter."""
+    if len(differences) < 2:
+        return None
+    deviation, count = statistics.stdev(differences), 2
+    while _quantile(count - 1) * deviation / math.sqrt(count) >= margin:
+        count += 1
+    return count
+
+
+def scatter_allowed(count: int, margin: float) -> float:
+    """The standard deviation of so many differences at which their 95 % interval would end at ``margin``, were their
+    mean 0."""
+    return margin * math.sqrt(count) / _quantile(count - 1)
+
+
+def _quantile(degrees: int) -> float:
+    """Beyond the table by the first terms of its expansion about the normal one, right to four digits."""
+    if degrees <= len(_T):
+        return _T[degrees - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)

@@ -1,0 +1,436 @@
+"""Each claim of the paper: what was run, what came out, what may be said of it. By rules, from the data alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch_fp8.table import read_markdown
+
+from .fog_results import FEWEST, KINDS, Line, Outcome, Pairs, differences, outcomes
+from .fog_words import MARGIN, PAPER_ARM, architecture_name, bounds_qk, listed, millions
+from .intervals import interval, pairs_needed
+
+PARITY = {"yes": "shown", "no": "not so", "open": "not shown"}
+CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed here"
+OTHER = "diverges, but in another way than the paper's"
+EARLY = 2  # times the warm-up: a divergence before is one of the start
+FOGS = ("fog-max", "fog-opt", "fog-flash")
+SPEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "fog.md"  # what benchmarks/fog.py wrote
+OVER = "times as fast as Llama BF16 compiled, GPU / loop"  # its column
+
+
+class Claim(NamedTuple):
+    words: str
+    run: str
+    found: str
+    verdict: str
+
+
+def claims(lines: Sequence[Line]) -> list[Claim]:
+    found = outcomes(lines, "provoke")
+    return [
+        _diverges(found, "llama3", "0.7 to 6.6"),
+        _diverges(found, "olmo2", "3.3 to 15.9"),
+        *(_holds(found, name) for name in FOGS),
+        _op(found),
+        _norms(found),
+        *(_equal(lines, name) for name in FOGS),
+        _foretold(found),
+        _kurtosis_claim(lines),
+        _speed(SPEEDS.read_text() if SPEEDS.exists() else ""),
+        Claim("Larger models diverge after more tokens; FOG-max at 1.5B is stable over 450 billion tokens; tasks are "
+              "scored equally", "nothing: too many tokens, no data of the tasks", "–", OPEN),
+    ]  # fmt: skip
+
+
+# ---- what leaves -----------------------------------------------------------------------------------------------------
+
+
+def sound(found: Sequence[Outcome]) -> list[Outcome]:
+    """Of the runs in FP8, where BF16 itself stayed sound, both times, and was not left by itself, as far as it was
+    run."""
+    unsteady = {one.line.pair for one in found if one.line.arm == "bf16-again" and not one.holds}
+    in_fp8 = [one for one in found if one.line.arm != "bf16-again" and one.steady]
+    return [one for one in in_fp8 if one.line.pair not in unsteady]
+
+
+def tally(of: Sequence[Outcome]) -> list[str]:
+    """How many runs in FP8 left BF16: of those with linears alone, and of those with attention."""
+    kinds = {"FP8 linears": [one for one in of if one.line.arm == "fp8"],
+             "FP8 attention": [one for one in of if one.attention]}  # fmt: skip
+    return [
+        f"{name}: {sum(bool(one.left) for one in runs)} of {len(runs)} leave" for name, runs in kinds.items() if runs
+    ]
+
+
+def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
+    return [one for one in found if one.line.arm == PAPER_ARM and one.line.architecture == name]
+
+
+def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outcome]:
+    """Those that left where BF16, run again as far, did not."""
+    again = {one.line.pair: one for one in all_found if one.line.arm == "bf16-again"}
+    return [one for one in found if one.left and one.line.pair in again and again[one.line.pair].holds_to(one.left)]
+
+
+def _diverged(found: Sequence[Outcome], all_found: Sequence[Outcome], verdict: str) -> str | None:
+    """The verdict where some of these are proven to have left, as what the paper saw or in another way; None where
+    none is."""
+    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in _proven(found, all_found)]
+    if not reasons:
+        return None
+    why, rate = min(reasons, key=lambda of: (len(of[0]), of[1]))  # the nearest to the paper's
+    return "; ".join(
+        [f"{OTHER}: {why[0]}" if why else verdict, *why[1:], *([f"at {rate:g} × the usual rate"] * (rate != 1))]
+    )
+
+
+def _differing(one: Outcome, all_found: Sequence[Outcome]) -> list[str]:
+    """What makes it another divergence than the paper's."""
+    assert one.left is not None
+    alone = next((other for other in all_found if (other.line.arm, other.line.pair) == ("fp8", one.line.pair)), None)
+    why = of_the_start(one)
+    if alone is not None and alone.left:
+        why.append("FP8 linears alone leave too")
+    elif alone is None or not alone.holds_to(one.left):
+        why.append("FP8 linears alone were not run as far")
+    return why
+
+
+def of_the_start(one: Outcome) -> list[str]:
+    """Why a divergence is one of the start of training, if it is."""
+    assert one.left is not None
+    early = EARLY * one.line.spec["warm_up"]
+    if one.left <= early:
+        return ["at the start of training"]
+    jumped = one.line.jumped
+    return [f"begun at the start of training, where its gradient norm jumped (step {jumped})"] * bool(
+        jumped and jumped <= early
+    )
+
+
+def _ran(of: Sequence[Outcome], all_of: Sequence[Outcome]) -> str:
+    """How many runs, at which rates, over how many tokens; and how many more say nothing."""
+    unsound = f"{len(all_of) - len(of)} beside a BF16 that is not sound itself" if len(of) < len(all_of) else ""
+    if not of:
+        return f"only {unsound}" if unsound else "nothing yet"
+    many = f"{len(of)} run{'s' * (len(of) > 1)}"
+    short = sum(not one.finished for one in of)
+    many += f" ({short} of the pairs unfinished)" if short else ""
+    sizes = ", ".join(dict.fromkeys(one.line.setting[0] for one in of))
+    rates = ", ".join(f"{rate:g}" for rate in sorted({one.line.spec["lr"] for one in of}))
+    said = f"{many} of {sizes}, learning rates {rates}, up to {most_tokens(of)} tokens"
+    return f"{said}; {unsound}" if unsound else said
+
+
+def most_tokens(of: Sequence[Outcome]) -> str:
+    return millions(max(one.seen * one.line.setting[2] for one in of))
+
+
+def _left(of: Sequence[Outcome]) -> str:
+    left = [one for one in of if one.left]
+    if left:
+        at = ", ".join(f"{one.left} (rate {one.line.spec['lr']:g})" for one in left)
+        said = f"{len(left)} of {len(of)} left BF16, at step {at}"
+    elif of:
+        said = f"none left BF16 by step {', '.join(str(n) for n in sorted({one.seen for one in of}))}"
+    else:
+        return "–"
+    up = [one for one in of if not one.left and not one.holds]
+    return said + (f"; {len(up)} more rose above their start on the way" if up else "")
+
+
+def _diverges(all_found: Sequence[Outcome], name: str, tokens: str) -> Claim:
+    words = f"{architecture_name(name)} diverges with FP8 attention (after {tokens} billion tokens)"
+    found = sound(all_found)
+    of = _of(found, name)
+    verdict = _diverged(of, all_found, CONSISTENT) or f"{OPEN}{_undecided(of)}"
+    return Claim(words, _ran(of, _of(all_found, name)), _left(of), verdict)
+
+
+def _undecided(of: Sequence[Outcome]) -> str:
+    """Why runs that are not proven to have left do not decide."""
+    if not of:
+        return ""
+    left = any(one.left for one in of)
+    return ": BF16, run again as far, is not known to hold" if left else ": it may yet come, after so many tokens more"
+
+
+def _holds(all_found: Sequence[Outcome], name: str) -> Claim:
+    words = f"{architecture_name(name)} does not diverge with FP8 attention"
+    of = _of(sound(all_found), name)
+    held = bool(of) and all(one.holds for one in of)
+    verdict = _diverged(of, all_found, NOT) or (
+        f"{CONSISTENT}, as far as these tokens" if held else f"{OPEN}{_undecided(of)}"
+    )
+    return Claim(words, _ran(of, _of(all_found, name)), _left(of), verdict)
+
+
+def _op(all_found: Sequence[Outcome]) -> Claim:
+    of = _of(sound(all_found), "op")
+    words = "OP diverges with FP8 attention, before OP with frozen QK-norms (390M, within 50 billion tokens)"
+    verdict = f"{OPEN}: which is first takes billions of tokens"
+    return Claim(words, _ran(of, _of(all_found, "op")), _left(of), verdict)
+
+
+# ---- norms of q and k ------------------------------------------------------------------------------------------------
+
+
+class Twins(NamedTuple):
+    """Runs in FP8 attention that are the same but for their norms of q and k."""
+
+    without: Outcome
+    with_: Outcome
+
+
+def twins(found: Sequence[Outcome]) -> list[Twins]:
+    """Of each architecture that leaves q and k unbounded and the same one with norms of them, all else in their specs
+    alike, where BF16 is sound beside both."""
+    of = [one for one in sound(found) if one.attention]
+    bound = {_but_norms(one.line): one for one in of if bounds_qk(one.line.architecture)}
+    return [
+        Twins(one, bound[_but_norms(one.line)])
+        for one in of
+        if not bounds_qk(one.line.architecture) and _but_norms(one.line) in bound
+    ]
+
+
+def _but_norms(line: Line) -> tuple[str, ...]:
+    return line.architecture.partition(":")[0], line.arm, *line.but_for("architecture")
+
+
+def _norms(found: Sequence[Outcome]) -> Claim:
+    words = (
+        "Norms of q and k, a part of FOG, let attention bear FP8 (the paper has no run of them alone; OLMo 2, which "
+        "has them, diverges later than Llama 3)"
+    )
+    pairs = twins(found)
+    if not pairs:
+        return Claim(words, "nothing yet", "–", OPEN)
+    names = listed(dict.fromkeys(architecture_name(pair.without.line.architecture) for pair in pairs))
+    rates = ", ".join(f"{rate:g}" for rate in sorted({pair.without.line.spec["lr"] for pair in pairs}))
+    ran = f"{len(pairs)} pairs of runs of {names}, with FP8 attention, that differ in these norms alone, rates {rates}"
+    proven = [pair for pair in pairs if _proven([pair.without], found)]
+    cured = [pair for pair in proven if pair.with_.holds and pair.with_.holds_to(pair.without.left or 0)]
+    said = [f"without norms {sum(bool(pair.without.left) for pair in pairs)} of {len(pairs)} left BF16"]
+    said += [f"with them {sum(bool(pair.with_.left) for pair in pairs)} of {len(pairs)}"]
+    steps = sorted({pair.with_.seen for pair in pairs})
+    said += [f"by step {', '.join(map(str, steps))}"]
+    if not proven:
+        return Claim(words, ran, ", ".join(said), OPEN)
+    verdict = NOT if not cured else CONSISTENT if len(cured) == len(proven) else OPEN
+    if verdict == CONSISTENT and all(_differing(pair.without, found) for pair in cured):
+        verdict += ", but of another divergence than the paper's"
+    return Claim(words, ran, ", ".join(said), verdict)
+
+
+# ---- parity ----------------------------------------------------------------------------------------------------------
+
+
+def _equal(lines: Sequence[Line], name: str) -> Claim:
+    words = f"{architecture_name(name)} with FP8 attention is as good as in BF16, through the cooldown"
+    keys = [(key, one) for key, one in differences(lines, PAPER_ARM).items() if one.line.architecture == name]
+    of = [pairs for _, pairs in keys]
+    if not of:
+        return Claim(words, "nothing yet", "–", OPEN)
+    ran = "; ".join(f"{pairs_words(pairs)} of {pairs.line.setting[0]}" for pairs in of)
+    floor = differences(lines, "bf16-again")
+    said = "; ".join(
+        f"{interval_words(pairs.values)} of the loss"
+        + (f"; BF16 against itself {interval_words(floor[key].values)}" if key in floor else "")
+        for key, pairs in keys
+    )
+    shown = {parity_of(pairs.values) for pairs in of}
+    needed = listed(needed_words(pairs.values) for pairs in of)
+    why = f"not shown, the interval ends above the margin of {MARGIN} %; at this scatter that takes {needed} pairs"
+    verdict = {"yes": CONSISTENT, "no": NOT}.get(shown.pop(), f"{OPEN}: {why}") if len(shown) == 1 else OPEN
+    return Claim(words, ran, said, verdict)
+
+
+def pairs_words(pairs: Pairs) -> str:
+    count = len(pairs.values)
+    said = f"{count} pair{'s' * (count != 1)}"
+    return f"{said}, and {pairs.unsound} whose BF16 is not sound itself" if pairs.unsound else said
+
+
+def parity_of(values: Sequence[float]) -> str:
+    if not values:
+        return "open"
+    if not all(map(math.isfinite, values)):
+        return "no"
+    mean = interval(values)
+    return "yes" if mean.high < MARGIN else "no" if mean.low > MARGIN else "open"
+
+
+def needed_words(values: Sequence[float]) -> str:
+    """The pairs that it takes at this scatter, if their mean is 0."""
+    needed = pairs_needed(values, MARGIN) if all(map(math.isfinite, values)) else None
+    return "–" if needed is None else str(needed)
+
+
+def interval_words(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    if not all(map(math.isfinite, values)):
+        return f"{sum(not math.isfinite(v) for v in values)} of {len(values)} lost"
+    mean = interval(values)
+    if not math.isfinite(mean.low):
+        return f"{mean.mean:+.3f} %"
+    return f"{mean.mean:+.3f} % [{mean.low:+.3f}, {mean.high:+.3f}]"
+
+
+# ---- kurtosis --------------------------------------------------------------------------------------------------------
+
+
+class Watch(NamedTuple):
+    """What the alarm did in the sound runs in FP8."""
+
+    left: list[Outcome]
+    blind: list[Outcome]  # of those that left: before any alarm is possible
+    announced: list[int]  # by how many steps
+    as_papers: list[Outcome]  # of those that left and were watched: not of the start
+    others: list[Outcome]  # that did not leave, watched
+    false: list[Outcome]
+
+
+def watch_of(found: Sequence[Outcome]) -> Watch:
+    of = sound(found)
+    left = [one for one in of if one.left]
+    seen = [one for one in left if one.watched]
+    others = [one for one in of if not one.left and one.watched]
+    return Watch(
+        left,
+        [one for one in left if not one.watched],
+        [one.lead for one in seen if one.lead is not None and one.lead > 0],
+        [one for one in seen if not of_the_start(one)],
+        others,
+        [one for one in others if one.alarm],
+    )
+
+
+def _foretold(found: Sequence[Outcome]) -> Claim:
+    words = "The kurtosis of q, k and v leaves its healthy growth long before the loss diverges (billions of tokens)"
+    many = len(sound(found))
+    if not many:
+        return Claim(words, "nothing yet", "–", OPEN)
+    watch = watch_of(found)
+    seen = len(watch.left) - len(watch.blind)
+    said = [f"{len(watch.announced)} of {seen} runs that left BF16 were announced" if seen
+            else "no run left BF16 late enough"]  # fmt: skip
+    said[0] += f", by {min(watch.announced)} to {max(watch.announced)} steps" if watch.announced else ""
+    said += [f"{len(watch.blind)} left before {FEWEST} samples, which no alarm can announce"] * bool(watch.blind)
+    said += [f"{len(watch.false)} of {len(watch.others)} others had an alarm"]
+    if not watch.as_papers:
+        verdict = f"{OPEN}: what left did so of the start of training" if watch.left else OPEN
+        return Claim(words, f"{many} runs in FP8", "; ".join(said), verdict)
+    early = sum(one.lead is not None and one.lead > 0 for one in watch.as_papers)
+    verdict = CONSISTENT if early == len(watch.as_papers) else NOT if not early else OPEN
+    return Claim(words, f"{many} runs in FP8", "; ".join(said), verdict)
+
+
+def last_kurtosis(line: Line, kind: str) -> float:
+    """The largest over layers of the median of the last five samples."""
+    samples = line.kurtosis.get(kind, [])[-5:]
+    columns = [[value for value in of if value is not None] for of in zip(*samples)]
+    return max((statistics.median(of) for of in columns if of), default=math.nan)
+
+
+def in_bf16(lines: Sequence[Line]) -> list[dict[str, Line]]:
+    """{architecture: the first seed's run} of the kurtosis study, of those trained alike; sound and finished ones."""
+    found: dict[tuple[str, ...], dict[str, Line]] = {}
+    for line in sorted(lines, key=lambda line: line.spec["seed"]):
+        if line.study == "kurtosis" and line.arm == "bf16" and math.isfinite(loss_of(line)) and not line.unsound:
+            found.setdefault(line.but_for("seed", "architecture"), {}).setdefault(line.architecture, line)
+    return [*found.values()]
+
+
+class Beside(NamedTuple):
+    """FOG-max beside Llama 3 in BF16. gap: of its loss, in per cent. ends: {kind: (its kurtosis, Llama's)}."""
+
+    line: Line
+    gap: float
+    ends: dict[str, tuple[float, float]]
+
+    @property
+    def words(self) -> str:
+        lower, higher = (
+            [f"{KINDS[kind]} ({mine:.4g} against {theirs:.4g})"
+             for kind, (mine, theirs) in self.ends.items() if (mine < theirs) == below] for below in (True, False)
+        )  # fmt: skip
+        said = [f"lower for {listed(lower)}"] * bool(lower) + [f"not lower for {listed(higher)}"] * bool(higher)
+        return f"loss {self.gap:+.2f} %; its kurtosis at the end, largest layer, is {', '.join(said)}"
+
+
+def beside(lines: Sequence[Line]) -> list[Beside]:
+    found = []
+    for of in in_bf16(lines):
+        if {"llama3", "fog-max"} <= of.keys():
+            llama, fog = of["llama3"], of["fog-max"]
+            ends = {kind: (last_kurtosis(fog, kind), last_kurtosis(llama, kind)) for kind in KINDS}
+            found.append(Beside(fog, 100 * (loss_of(fog) / loss_of(llama) - 1), ends))
+    return found
+
+
+def _kurtosis_claim(lines: Sequence[Line]) -> Claim:
+    words = "FOG-max has as low a loss as Llama 3 in BF16, and a lower kurtosis (1.5B, more than 100 billion tokens)"
+    both = beside(lines)
+    if not both:
+        return Claim(words, "nothing yet", "–", OPEN)
+    settings = [one.line.setting for one in both]
+    ran = "; ".join(f"a run each of {size}, {millions(steps * tokens)} tokens" for size, steps, tokens in settings)
+    good = [
+        is_good for one in both for is_good in (one.gap < 1, *(mine < theirs for mine, theirs in one.ends.values()))
+    ]
+    verdict = CONSISTENT if all(good) else NOT if not any(good) else f"{OPEN}: it holds in part"
+    return Claim(words, ran, "; ".join(one.words for one in both), verdict)
+
+
+def loss_of(line: Line) -> float:
+    value = (line.result or {}).get("loss")
+    return math.nan if value is None else value
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+class Speed(NamedTuple):
+    """Of FOG-flash with FP8 attention in mode auto, over Llama 3 in BF16 compiled, in a loop."""
+
+    width: str
+    context: str
+    mode: str
+    times: float
+
+    @property
+    def mode_words(self) -> str:
+        return {"16bit": "16 bits", "fp8": "FP8"}.get(self.mode, self.mode)
+
+
+def speeds(measured: str) -> list[Speed]:
+    """measured: the page of benchmarks/fog.py."""
+    rows = [row for table in read_markdown(measured) for row in table]
+    return [
+        Speed(row["width"], row["context"], row["attention ran in"], float(row[OVER].split("/")[1]))
+        for row in rows
+        if row.get("arm") == "FOG-flash, FP8, attention" and OVER in row
+    ]
+
+
+def _speed(measured: str) -> Claim:
+    words = "FOG-flash with FP8 attention has 1.40 to 1.43 times the tokens/s of Llama 3 in BF16 (8B, context 4096)"
+    found = [one for one in speeds(measured) if one.width == "8B"]
+    asked = next((one for one in found if one.context == "4096"), None)
+    if asked is None:
+        return Claim(words, "nothing yet", "–", OPEN)
+    said = "; ".join(
+        f"at context {one.context} {one.times:g} times, BF16 compiled; attention ran in {one.mode_words}, which mode "
+        "auto found to be fastest" for one in found
+    )  # fmt: skip
+    in_fp8 = asked.mode == "fp8"
+    verdict = f"{CONSISTENT}, for the layers alone" if asked.times >= 1.40 and in_fp8 else OPEN
+    verdict += "" if in_fp8 else ": its attention was not in FP8, since 16 bits are faster there"
+    return Claim(words, "a step of the layers, without head and optimizer (`benchmarks/fog.py`)", said, verdict)

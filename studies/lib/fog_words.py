@@ -1,0 +1,107 @@
+"""How the report of ``studies/fog.py`` calls architectures, arms and numbers, and how it tells runs apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from models.fog_config import ARCHITECTURES
+
+from .divergence import Loss
+from .fog_results import Line
+
+NAMES = {
+    "llama3": "Llama 3", "olmo2": "OLMo 2", "op": "OP", "op-frozen-qk": "OP + frozen QK", "fog-max": "FOG-max",
+    "fog-opt": "FOG-opt", "fog-flash": "FOG-flash", "fog-swiglu": "FOG-SwiGLU",
+}  # fmt: skip
+CHANGES = {"qk-norm": " with QK-norm", "no-qk-norm": " without QK-norm", "": ""}
+ARMS = {
+    "bf16": "BF16",
+    "bf16-again": "BF16, the same again",
+    "fp8": "FP8 linears",
+    "fp8-attention": "FP8 linears and attention, as the paper",
+    "default": "… own scales for q, k, v, no cold start",
+    "separate": "… own scales for q, k, v",
+    "warm": "… no cold start",
+    "history16": "… amaxes of 16 steps",
+    "e4m3": "… attention's gradients in E4M3",
+    "forward": "… attention's backward in 16 bits",
+}
+PAPER_ARM = "fp8-attention"
+MARGIN = 0.25  # per cent of the loss, fixed before the runs
+
+
+def architecture_name(name: str) -> str:
+    plain, _, change = name.partition(":")
+    return NAMES.get(plain, plain) + CHANGES[change]
+
+
+def architecture_order(name: str) -> tuple[int, str]:
+    plain = name.partition(":")[0]
+    return (list(NAMES).index(plain) if plain in NAMES else len(NAMES), name)
+
+
+def arm_order(arm: str) -> int:
+    return list(ARMS).index(arm)
+
+
+def bounds_qk(name: str) -> bool:
+    """Whether q and k go through a norm or a tanh."""
+    plain, _, change = name.partition(":")
+    return change == "qk-norm" or (change == "" and ARCHITECTURES[plain].qk != "none")
+
+
+def plainly(line: Line) -> tuple[str, str, str, int]:
+    """Architecture, size and length, learning rate, seed: what a reader tells runs of an arm apart by."""
+    size, steps, tokens = line.setting
+    name = architecture_name(line.architecture)
+    return name, f"{size}, {steps} × {millions(tokens)} tokens", f"{line.spec['lr']:g}", line.spec["seed"]
+
+
+def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """{what runs share but for these keys of their specs: the words of ``plainly``, without the seed if that is one of
+    the keys}, in order. Where two have these words in common, the last word says in what else they differ."""
+    count = 3 if "seed" in but else 4
+    alike: dict[tuple[str, ...], dict[tuple[str, ...], Line]] = {}
+    for line in sorted(lines, key=lambda line: (architecture_order(line.architecture), line.setting, line.spec["lr"],
+                                                line.spec["seed"], line.pair)):  # fmt: skip
+        alike.setdefault(tuple(map(str, plainly(line)[:count])), {}).setdefault(line.but_for(*but), line)
+    found = {}
+    for (*what, last), groups in alike.items():
+        specs = [line.spec for line in groups.values()]
+        keys = [key for key in specs[0] if key not in ("arm", "fp8", *but)]
+        keys = [key for key in keys if any(spec.get(key) != specs[0][key] for spec in specs)]
+        for key, line in groups.items():
+            found[key] = (*what, ", ".join([last, *(_in_words(key, line.spec.get(key)) for key in keys)]))
+    return found
+
+
+def _in_words(key: str, value: object) -> str:
+    if key == "every":
+        return "sampled every step" if value == 1 else f"sampled every {value} steps"
+    return f"{key} {value}"
+
+
+def millions(count: float) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:.0f}"
+
+
+def number(loss: Loss, signed: bool = False) -> str:
+    """Of a loss or a difference of two; of what nobody reads digit by digit, three digits."""
+    if loss is None or not math.isfinite(loss):
+        return "lost"
+    sign = "+" if signed else ""
+    return f"{loss:{sign}.2e}" if abs(loss) >= 1000 else f"{loss:{sign}.4f}" if signed else f"{loss:.2f}"
+
+
+def listed(words: Iterable[str]) -> str:
+    *others, last = [*words] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def rate_words(line: Line) -> str:
+    times = line.spec["rate"]
+    return f"learning rate {line.spec['lr']:g}" + ("" if times == 1 else f", {times:g} × the usual one")
