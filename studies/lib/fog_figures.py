@@ -13,7 +13,7 @@ from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, caption, pi
 
 from .divergence import FACTOR
 from .fog_claims import needed_words, tally
-from .fog_results import KINDS, Line, Outcome, differences, outcomes, smoothed
+from .fog_results import KINDS, Line, Outcome, current, differences, outcomes, smoothed
 from .fog_words import (
     ARMS,
     MARGIN,
@@ -55,7 +55,7 @@ _CUT = (
 def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
     """Every picture that there are data for; their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    begun = [line for line in lines if line.losses]
+    begun = current(line for line in lines if line.losses)
     made: list[str] = []
 
     def add(name: str, make: Callable[[Path, Sequence[Line]], None], of: Sequence[Line]) -> None:

@@ -79,6 +79,12 @@ class Line:
         return min((step for step in (self.diverged, above_start(self.losses)) if step), default=0)
 
     @property
+    def mended(self) -> bool:
+        """Whether attention's backward kept scores where they were, if attention was in FP8. Before it did, gradients
+        of large scores were too large by their exponential, and a Llama without norms of q and k diverged of it."""
+        return "attention" not in self.spec["fp8"] or bool(self.spec["fp8"].get("keeps_scores"))
+
+    @property
     def jumped(self) -> int | None:
         return jump(self.grad_norms)
 
@@ -207,9 +213,16 @@ class Outcome(NamedTuple):
         return self.left is None and self.seen >= step + PATIENCE - 1
 
 
+def current(lines: Iterable[Line]) -> list[Line]:
+    """Without those that were not mended where the same run has been made again since."""
+    lines = list(lines)
+    again = {(line.pair, line.arm) for line in lines if line.mended}
+    return [line for line in lines if line.mended or (line.pair, line.arm) not in again]
+
+
 def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
     """Of each run that has a BF16 twin, as far as both went; neither need be finished."""
-    of_study = [line for line in lines if line.study == study and line.losses]
+    of_study = current(line for line in lines if line.study == study and line.losses)
     references = {line.pair: line for line in of_study if line.arm == "bf16"}
     steady = {pair: not line.unsound for pair, line in references.items()}
     found = []

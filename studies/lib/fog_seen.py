@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch_fp8.table import markdown
 
 from .divergence import PATIENCE
+from .fog_claims import UNMENDED
 from .fog_results import FEWEST, IN_A_ROW, LAST, Line, Outcome, most_in_a_row
 from .fog_words import (
     ARMS,
@@ -101,6 +102,8 @@ def _suspects(of: Sequence[Outcome], found: Sequence[Outcome]) -> list[str]:
         return []
     last = max(one.left for one in in_fp8 if one.left)
     said = [_again(of, last)]
+    if any(one.left and not one.line.mended for one in in_fp8):
+        said.append(f"These were {UNMENDED}, which may be all that it needs.")
     innocent, open_ = [], []
     for what, arms in SUSPECTS.items():
         without = [one for one in in_fp8 if one.line.arm in arms]

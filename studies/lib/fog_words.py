@@ -97,6 +97,10 @@ def number(loss: Loss, signed: bool = False) -> str:
     return f"{loss:{sign}.2e}" if abs(loss) >= 1000 else f"{loss:{sign}.4f}" if signed else f"{loss:.2f}"
 
 
+def three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def listed(words: Iterable[str]) -> str:
     *others, last = [*words] or [""]
     return f"{', '.join(others)} and {last}" if others else last
