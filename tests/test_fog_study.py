@@ -269,11 +269,13 @@ def test_what_leaves_is_a_divergence_only_where_bf16_itself_holds():
     assert verdicts(*runs, line("llama3", "bf16-again"))[words] == OPEN
 
 
-def test_runs_from_before_the_mend_are_told_and_stand_aside_for_those_since():
-    def old(one):
-        how = {key: value for key, value in one.spec["fp8"].items() if key != "keeps_scores"}
-        return dataclasses.replace(one, spec={**one.spec, "fp8": how})
+def old(one):
+    """As if it had been run before attention's backward was mended."""
+    how = {key: value for key, value in one.spec["fp8"].items() if key != "keeps_scores"}
+    return dataclasses.replace(one, spec={**one.spec, "fp8": how})
 
+
+def test_runs_from_before_the_mend_are_told_and_stand_aside_for_those_since():
     words = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
     runs = [line("llama3"), line("llama3", "bf16-again"), line("llama3", "fp8")]
     before, since = old(line("llama3", PAPER_ARM, away=200)), line("llama3", PAPER_ARM)
@@ -631,6 +633,21 @@ def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
     arms = {axes.get_title("left").strip(): [one.get_marker() for one in axes.lines].count("None")
             for axes in figures[f"arms-{name}-llama3"].axes if axes.lines}  # fmt: skip
     assert arms == {"FP8 linears": 3, "FP8 linears and attention, as the\npaper": 3}  # BF16's, its own, the warm-up's
+
+
+def test_a_picture_tells_of_runs_from_before_the_mend(tmp_path, monkeypatch):
+    runs = [line("llama3"), old(line("llama3", PAPER_ARM, away=200)), old(line("llama3", "warm"))]
+    name, words = "tiny-300x128-lr0.001", "runs with FP8 attention were run before a fault"
+    figures = drawn(runs, tmp_path / "old", monkeypatch)
+    for kind in (f"losses-{name}", f"arms-{name}-llama3"):
+        assert f"2 {words}" in figures[kind].get_supxlabel()
+    figures = drawn([*runs, line("llama3", PAPER_ARM), line("llama3", "warm")], tmp_path / "both", monkeypatch)
+    assert (
+        list(figures) == [f"losses-{name}", f"kurtosis-{name}"]
+        and words not in figures[f"losses-{name}"].get_supxlabel()
+    )
+    (panel,) = (axes for axes in figures[f"losses-{name}"].axes if axes.lines)
+    assert [one.get_marker() for one in panel.lines] == ["None"] * 4  # those since alone, and none has left
 
 
 @pytest.mark.parametrize("most, words", [(1e22, "to 1e+22"), (20.0, "to 20")])

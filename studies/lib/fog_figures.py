@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, caption, picture
 
 from .divergence import FACTOR
-from .fog_claims import needed_words, tally
+from .fog_claims import UNMENDED, needed_words, tally
 from .fog_results import KINDS, Line, Outcome, current, differences, outcomes, smoothed
 from .fog_words import (
     ARMS,
@@ -196,8 +196,13 @@ def losses(path: Path, lines: Sequence[Line]) -> None:
         _plot_losses(axes, of, here, {})
 
     title = f"Losses in FP8 beside BF16, {rate_words(lines[0])}"
-    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
+    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}\n{_CUT}{_unmended(lines)}"
     _grid(path, title, foot, _panels(lines), _legend_of_arms(lines), plot, "loss")
+
+
+def _unmended(lines: Sequence[Line]) -> str:
+    count = sum(not line.mended for line in lines)
+    return f"\n{count} runs with FP8 attention were {UNMENDED}." if count else ""
 
 
 def _panels(lines: Sequence[Line]) -> dict[str, Sequence[Line]]:
@@ -222,7 +227,7 @@ def losses_by_arm(path: Path, lines: Sequence[Line]) -> None:
     title = f"{architecture_name(lines[0].architecture)}, arm by arm, {rate_words(lines[0])}"
     foot = (
         "… : FP8 linears and attention, as the paper, but with this changed. Training loss in nats a token, the median "
-        f"of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
+        f"of {SMOOTH} steps.\n{_MARKS}\n{_CUT}{_unmended(lines)}"
     )
     _grid(path, title, foot, panels, _legend_of_seeds(lines), plot, "loss")
 

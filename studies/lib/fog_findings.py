@@ -92,10 +92,10 @@ def unmended(lines: Sequence[Line]) -> str:
         return ""
     return (
         f"**To be run again: {old} of {len(of)} runs with FP8 attention were made before a fault of attention's "
-        "backward was mended.** It rounded keys again, in both modes, which made gradients of large scores too large by an "
-        "exponential; a Llama without norms of q and k diverged of that within its warm-up (`docs/design.md`). Where "
-        "such a run leaves BF16's loss, FP8 itself need not be why; where one holds, it held with the fault. Runs with "
-        "FP8 linears alone, and what is in BF16, are as they were."
+        "backward was mended.** It rounded keys again, in both modes, which made gradients of large scores too large "
+        "by an exponential; a Llama without norms of q and k diverged of that within its warm-up (`docs/design.md`). "
+        "Where such a run leaves BF16's loss, FP8 itself need not be why; where one holds, it held with the fault. "
+        "Runs with FP8 linears alone, and what is in BF16, are as they were."
     )
 
 
