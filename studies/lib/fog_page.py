@@ -123,7 +123,7 @@ def page(lines: Sequence[Line], pictures: Sequence[str], data: str) -> str:
 _SHOWN = {
     "losses": "Each architecture at one learning rate, FP8 beside BF16. Where a coloured line lies on the grey one, "
     "FP8 trains as BF16 does.",
-    "arms": "Where FP8 attention leaves, arm by arm and seed by seed: what is enough for it, and what is not needed.",
+    "arms": "Where runs with FP8 attention leave BF16's loss, arm by arm and seed by seed.",
     "parity": "How far validation losses are from BF16's at the end of training, and how far BF16's from one another.",
     "layers": "Kurtosis of two architectures in BF16, layer by layer.",
     "kurtosis": "Kurtosis of q, k and v beside BF16's, in the runs of the table.",
