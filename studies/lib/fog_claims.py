@@ -80,10 +80,11 @@ def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outc
 
 def _diverged(found: Sequence[Outcome], all_found: Sequence[Outcome], verdict: str) -> str | None:
     """The verdict where some of these are proven to have left, as what the paper saw or in another way; None where
-    none is."""
-    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in _proven(found, all_found)]
+    none is. A run with the fault that makes it leave proves nothing."""
+    proven = _proven(found, all_found)
+    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in proven if one.line.mended]
     if not reasons:
-        return None
+        return f"{OPEN}: {UNMENDED}" if proven else None
     why, rate = min(reasons, key=lambda of: (len(of[0]), of[1]))  # the nearest to the paper's
     return "; ".join(
         [f"{OTHER}: {why[0]}" if why else verdict, *why[1:], *([f"at {rate:g} × the usual rate"] * (rate != 1))]
@@ -99,7 +100,7 @@ def _differing(one: Outcome, all_found: Sequence[Outcome]) -> list[str]:
         why.append("FP8 linears alone leave too")
     elif alone is None or not alone.holds_to(one.left):
         why.append("FP8 linears alone were not run as far")
-    return why if one.line.mended else [*why, UNMENDED]
+    return why
 
 
 def of_the_start(one: Outcome) -> list[str]:
@@ -224,6 +225,8 @@ def _norms(found: Sequence[Outcome]) -> Claim:
     said += [f"by step {', '.join(map(str, steps))}"]
     if not proven:
         return Claim(words, ran, ", ".join(said), OPEN)
+    if not all(pair.without.line.mended for pair in proven):
+        return Claim(words, ran, ", ".join(said), f"{OPEN}: {UNMENDED}")
     verdict = NOT if not cured else CONSISTENT if len(cured) == len(proven) else OPEN
     if verdict == CONSISTENT and all(_differing(pair.without, found) for pair in cured):
         verdict += ", but of another divergence than the paper's"
