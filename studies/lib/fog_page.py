@@ -81,8 +81,8 @@ norms and of the start.
   leaves it or stays with it counts, for claims or parity. A run in FP8 that rises so far does not hold, though it come
   back.
 * *Mean of layers*: what the kurtosis of FOG-max and Llama 3 is in it is said beside the largest, and judges nothing.
-* *Mended*: a run whose spec lacks `keeps_scores` was made before attention's backward had that; what leaves in it proves
-  nothing. It stands aside where the same run has been made since.
+* *Mended*: a run whose spec lacks `keeps_scores` was made before attention's backward had that; what leaves in it
+  proves nothing. It stands aside where the same run has been made since.
 * *Norms*: a run without norms of q and k left, and the one that has them and differs in nothing else holds as far."""
 
 
