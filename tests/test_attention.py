@@ -417,18 +417,26 @@ def test_large_scores_of_one_key(mode):
     assert error(dv.sum(2), dy.sum(2)) < 0.1
 
 
-@pytest.mark.parametrize("common", [1, 4])
-@pytest.mark.parametrize("strength", [4, 100])
+@pytest.mark.parametrize("token", ["none", "first key", "long key", "long query"])
+@pytest.mark.parametrize("strength", [4, 60])
 @pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
-def test_gradients_of_large_scores_do_not_grow_with_their_exponential(device, mode, strength, common):
+def test_gradients_of_large_scores_do_not_grow_with_their_exponential(device, mode, strength, token):
     """Keys are rounded once more without what they have in common. Scores that this moved would have other
-    probabilities in backward than in forward: a Llama without norms of q and k diverged of it."""
-    q, k, v, dy = (t.detach() for t in tensors(device, batch=1, tokens=256))
-    shared = common * torch.randn(1, k.shape[1], 1, 128, generator=torch.Generator().manual_seed(1)).to(device)
-    q, k = q * strength, (k + shared).bfloat16()
+    probabilities in backward than in forward: a Llama without norms of q and k diverged of it. One token that is unlike
+    the others, as the first often is, moves more than all of them."""
+    q, k, v, dy = (t.detach().float() for t in tensors(device, batch=1, tokens=256))
+    generator = torch.Generator().manual_seed(1)
+    k += 2 * torch.randn(1, k.shape[1], 1, 128, generator=generator).to(device)
+    if token == "first key":
+        k[:, :, 0] = 10 * torch.randn(128, generator=generator).to(device)
+    elif token == "long key":
+        k[:, :, 50] *= 20
+    elif token == "long query":
+        q[:, :, 50] *= 30
+    q, k, v, dy = (t.bfloat16() for t in (q * strength, k, v, dy))
     module = fp8.ScaledDotProductAttention(fp8.CurrentScaling(), mode=mode)
     for made, wanted in zip(run(module, q, k, v, dy), exact((q, k, v), dy, True)):
-        assert 0.7 < made.float().norm() / wanted.float().norm() < 1.5
+        assert 0.6 < made.float().norm() / wanted.float().norm() < 10
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
