@@ -470,13 +470,14 @@ TORCH_FP8_HOST_DEVICE inline float common_part(int64_t sum, int64_t squares, int
 // The variance of such a channel's codes.
 TORCH_FP8_HOST_DEVICE inline float spread_of(int64_t sum, int64_t squares, int64_t tokens) {
   const double count = static_cast<double>(tokens), mean = static_cast<double>(sum) / count;
-  return static_cast<float>((static_cast<double>(squares) / count - mean * mean) / (kCodeUnits * kCodeUnits));
+  const double variance = static_cast<double>(squares) / count - mean * mean;  // of equal keys 0, but for rounding
+  return variance > 0 ? static_cast<float>(variance / (kCodeUnits * kCodeUnits)) : 0.0f;
 }
 // Whether scores stay where they are when K - common is rounded. spread: the mean over channels of spread_of where
 // something is common; longest: the largest squared length of a query.
 TORCH_FP8_HOST_DEVICE inline bool keeps_scores(const CentreArgs& args, float spread, float longest) {
   const float moved = args.rounding * args.size.scale * args.scales[kQ].scale_inv * args.scales[kK].scale_inv;
-  return moved * std::sqrt(spread * longest) < kMostMoved;
+  return std::abs(moved) * std::sqrt(spread * longest) < kMostMoved;
 }
 
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.

@@ -393,6 +393,16 @@ def test_what_keys_have_in_common_is_not_in_the_gradient_of_queries(device, mode
         assert error(grad, want) < bound
 
 
+@pytest.mark.parametrize("scale", [0.1, -0.1])
+@pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
+def test_equal_keys_give_queries_no_gradient(device, mode, scale):
+    q, k, v, dy = (t.detach() for t in tensors(device, batch=1, tokens=48))
+    q, k = q.requires_grad_(), k[:, :, :1].expand_as(k) * 3
+    module = fp8.ScaledDotProductAttention(fp8.CurrentScaling(), mode=mode)
+    module(q, k, v, is_causal=True, enable_gqa=True, scale=scale).backward(dy)
+    assert q.grad.abs().max() == 0
+
+
 @pytest.mark.parametrize("mode", ["fp8_forward", "fp8"])
 def test_large_scores_that_all_keys_have_in_common(device, mode):
     """Softmax does not see them, and the probabilities of backward are those of forward."""

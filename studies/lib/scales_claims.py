@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .intervals import interval
@@ -65,13 +65,18 @@ def _constants_keep(ratios: Ratios) -> str:
     return f"One constant scale for all tensors, FP8-CSCALE: {'; '.join(said)}." if said else ""
 
 
+def _against_bf16(lines: Sequence[Line], study: str) -> Iterator[tuple[str, list[Line], dict[str, list[float]]]]:
+    """Of each model that a study has finished runs of: its name, these, and of each arm the losses against BF16's."""
+    finished = done(lines, study)
+    for model in dict.fromkeys(line.model for line in finished):
+        mine = [line for line in finished if line.model == model]
+        yield model, mine, {arm: v for arm in arms_of(mine) if (v := pairs(mine, arm, "bf16", "loss").get(model))}
+
+
 def _fine_tuned(lines: Sequence[Line]) -> list[str]:
     """Of each model: what fine-tuning gained, and how near which arm comes."""
     found = []
-    finished = done(lines, "finetune")
-    for model in dict.fromkeys(line.model for line in finished):
-        mine = [line for line in finished if line.model == model]
-        apart = {arm: values for arm in arms_of(mine) if (values := pairs(mine, arm, "bf16", "loss").get(model))}
+    for model, mine, apart in _against_bf16(lines, "finetune"):
         fp8 = sorted((arm for arm in apart if _in_fp8(arm, mine)), key=lambda arm: statistics.fmean(apart[arm]))
         if not fp8:
             continue
@@ -96,10 +101,7 @@ def _gained(model: str, lines: Sequence[Line]) -> str:
 def _trained(lines: Sequence[Line]) -> list[str]:
     """Of each model that was trained from scratch: which arms came near, or that too few pairs say nothing."""
     found = []
-    finished = done(lines, "parity")
-    for model in dict.fromkeys(line.model for line in finished):
-        mine = [line for line in finished if line.model == model]
-        apart = {arm: values for arm in arms_of(mine) if (values := pairs(mine, arm, "bf16", "loss").get(model))}
+    for model, _, apart in _against_bf16(lines, "parity"):
         if not apart:
             continue
         again = apart.get("bf16-again")
