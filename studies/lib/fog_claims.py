@@ -59,13 +59,15 @@ def sound(found: Sequence[Outcome]) -> list[Outcome]:
     return [one for one in in_fp8 if one.line.pair not in unsteady]
 
 
+def count_left(of: Sequence[Outcome]) -> str:
+    return f"{sum(bool(one.left) for one in of)} of {len(of)}"
+
+
 def tally(of: Sequence[Outcome]) -> list[str]:
     """How many runs in FP8 left BF16: of those with linears alone, and of those with attention."""
     kinds = {"FP8 linears": [one for one in of if one.line.arm == "fp8"],
              "FP8 attention": [one for one in of if one.attention]}  # fmt: skip
-    return [
-        f"{name}: {sum(bool(one.left) for one in runs)} of {len(runs)} leave" for name, runs in kinds.items() if runs
-    ]
+    return [f"{name}: {count_left(runs)} leave" for name, runs in kinds.items() if runs]
 
 
 def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
@@ -219,8 +221,8 @@ def _norms(found: Sequence[Outcome]) -> Claim:
     ran = f"{many} of {names}, with FP8 attention, that differ in these norms alone, rates {rates}"
     proven = [pair for pair in pairs if _proven([pair.without], found)]
     cured = [pair for pair in proven if pair.with_.holds and pair.with_.holds_to(pair.without.left or 0)]
-    said = [f"without norms {sum(bool(pair.without.left) for pair in pairs)} of {len(pairs)} left BF16"]
-    said += [f"with them {sum(bool(pair.with_.left) for pair in pairs)} of {len(pairs)}"]
+    said = [f"without norms {count_left([pair.without for pair in pairs])} left BF16"]
+    said += [f"with them {count_left([pair.with_ for pair in pairs])}"]
     steps = sorted({pair.with_.seen for pair in pairs})
     said += [f"by step {', '.join(map(str, steps))}"]
     if not proven:

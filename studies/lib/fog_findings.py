@@ -12,6 +12,7 @@ from .fog_claims import (
     UNMENDED,
     Twins,
     beside,
+    count_left,
     most_tokens,
     needed_words,
     pairs_words,
@@ -41,10 +42,6 @@ def findings(lines: Sequence[Line], measured: str) -> list[str]:
     return [*_leaving(found), *_holding(found), *_parity(lines), *_kurtosis(found, lines), *_speed(measured)]
 
 
-def _tally(of: Sequence[Outcome]) -> str:
-    return f"{sum(bool(one.left) for one in of)} of {len(of)}"
-
-
 def _end(line: Line) -> str:
     last = [loss for loss in line.losses[-LAST:] if loss is not None]
     return f"{statistics.fmean(last):.2f}" if last else "lost"
@@ -72,13 +69,13 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
         f"steps {left[0]} to {left[-1]}, half of them by {statistics.median_high(left)}"
     )  # fmt: skip
     early = sum(step <= EARLY * line.spec["warm_up"] for step in left)
-    others = [f"{_tally(linears)} with FP8 linears alone do"] * bool(linears)
+    others = [f"{count_left(linears)} with FP8 linears alone do"] * bool(linears)
     unmended = sum(not one.line.mended for one in attention if one.left)
     fault = f" {unmended} of {len(left)} were {UNMENDED}, and need not be FP8's doing." if unmended else ""
-    others += [f"{_tally(again)} of BF16 run again do"] * bool(again)
+    others += [f"{count_left(again)} of BF16 run again do"] * bool(again)
     name = f"{architecture_name(line.architecture)} of {line.setting[0]} at {rate_words(line)}"
     return (
-        f"**{name}: {_tally(attention)} runs with FP8 attention{variants} leave BF16's loss**, at {at}; "
+        f"**{name}: {count_left(attention)} runs with FP8 attention{variants} leave BF16's loss**, at {at}; "
         f"{''.join(f'{other}; ' for other in others)}{early} of {len(left)} leave within {EARLY} times the warm-up of "
         f"{line.spec['warm_up']} steps, where the paper's leave after 0.7 billion tokens and more.{fault}"
     )
@@ -108,7 +105,7 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
         rates = listed(f"{rate:g}" for rate in sorted({one.line.spec["lr"] for one in bounded}))
         steps = f"{min(one.seen for one in bounded)} to {max(one.seen for one in bounded)} steps"
         said.append(
-            f"**With norms or a tanh of q and k {_tally(bounded)} runs with FP8 attention leave**, over {steps} at "
+            f"**With norms or a tanh of q and k {count_left(bounded)} runs with FP8 attention leave**, over {steps} at "
             f"learning rates {rates}: {listed(map(architecture_name, names))}"
         )
     for (plain, normed, _), pair in {_names(pair): pair for pair in twins(all_found)}.items():
@@ -121,7 +118,7 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
     if usual:
         many = len({one.line.architecture for one in usual})
         said.append(
-            f"at the usual rate {_tally(usual)} runs with FP8 attention leave, of {many} architectures, over up to "
+            f"at the usual rate {count_left(usual)} runs with FP8 attention leave, of {many} architectures, over up to "
             f"{most_tokens(usual)} tokens"
         )
     return [_sentences(said)] if said else []

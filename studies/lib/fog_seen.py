@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch_fp8.table import markdown
 
 from .divergence import PATIENCE
-from .fog_claims import UNMENDED
+from .fog_claims import UNMENDED, count_left
 from .fog_results import FEWEST, IN_A_ROW, LAST, Line, Outcome, most_in_a_row
 from .fog_words import (
     ARMS,
@@ -110,15 +110,15 @@ def _suspects(of: Sequence[Outcome], found: Sequence[Outcome]) -> list[str]:
         leaving_arms = {one.line.arm for one in without if one.left}
         if leaving_arms:
             runs = [one for one in without if one.line.arm in leaving_arms]
-            innocent.append(f"{what} ({sum(bool(one.left) for one in runs)} of {len(runs)} runs without it leave too)")
+            innocent.append(f"{what} ({count_left(runs)} runs without it leave too)")
         elif not any(one.holds_to(last) for one in without):
             open_.append(what)
     held = [f"{ARMS[arm]} ({_none(runs)})" for arm, runs in _by_arm(in_fp8) if _hold(runs, last)]
     if not bounds_qk(of[0].line.architecture):
         normed = [one for one in _with_norms(of[0].line, found) if one.attention and one.steady]
         name = architecture_name(normed[0].line.architecture) if normed else ""
-        if left := sum(bool(one.left) for one in normed):
-            innocent.append(f"{NORMS} ({name}: {left} of {len(normed)} runs with FP8 attention leave too)")
+        if any(one.left for one in normed):
+            innocent.append(f"{NORMS} ({name}: {count_left(normed)} runs with FP8 attention leave too)")
         elif normed and _hold(normed, last):
             held.append(f"norms of q and k and nothing else changed ({name}, FP8 attention: {_none(normed)})")
         else:
