@@ -17,6 +17,7 @@ NAMES = (
     "producers",
     "rotary",
     "attention",
+    "large_scores",
     "gemm",
     "linear",
     "block",

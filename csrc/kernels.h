@@ -449,7 +449,7 @@ struct CentreArgs {
   uint8_t* apart;        // as k; or null, where the caller subtracts common
   float* common;         // (batch, kv_heads, dims), what K's codes stand for
   float* shifted;        // as lse
-  Slot* apart_scales;    // a copy of scales: that of kK is doubled
+  Slot* apart_scales;    // where apart is given, a copy of scales: that of kK is doubled
   // (batch, kv_heads, 2 dims + 1), zeros: sums of a channel's codes and of their squares, in kCodeUnits, and the
   // float32 bits of the largest squared length of a query that sees these keys.
   int64_t* sums;
@@ -477,7 +477,7 @@ TORCH_FP8_HOST_DEVICE inline float spread_of(int64_t sum, int64_t squares, int64
 // something is common; longest: the largest squared length of a query.
 TORCH_FP8_HOST_DEVICE inline bool keeps_scores(const CentreArgs& args, float spread, float longest) {
   const float moved = args.rounding * args.size.scale * args.scales[kQ].scale_inv * args.scales[kK].scale_inv;
-  return std::abs(moved) * std::sqrt(spread * longest) < kMostMoved;
+  return moved * std::sqrt(spread * longest) < kMostMoved;
 }
 
 // A backend's kernels. Each is declared here and nowhere else; the file that defines it fills its row.

@@ -95,7 +95,7 @@ void centre_keys(const CentreArgs& args) {
       }
     }
   }
-  args.apart_scales[kK].scale_inv = 2 * args.scales[kK].scale_inv;
+  if (args.apart) args.apart_scales[kK].scale_inv = 2 * args.scales[kK].scale_inv;
 }
 
 [[maybe_unused]] const bool filled =

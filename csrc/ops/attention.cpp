@@ -126,8 +126,12 @@ void check_heads(const at::Tensor& t, const char* name) {
 }
 
 void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& slots,
-                     at::IntArrayRef casts) {
+                     at::IntArrayRef casts, double scale) {
   check_heads(q, "query"), check_heads(k, "key"), check_heads(v, "value");
+  // Of a negative one cuDNN's gradients are NaN.
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale),
+                    "torch_fp8: FP8 attention takes a scale that is positive and finite, got ", scale,
+                    "; use mode=\"16bit\"");
   TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                    "torch_fp8: query, key and value must be of one dtype, got ", q.scalar_type(), ", ", k.scalar_type(),
                    " and ", v.scalar_type());
@@ -227,14 +231,14 @@ Centred centred(const at::Tensor& q_codes, const at::Tensor& k_codes, const at::
   RECORD_FUNCTION("torch_fp8::centre_keys", std::vector<c10::IValue>());
   const int64_t batch = k_codes.size(0), heads = k_codes.size(2), dims = k_codes.size(3);
   Centred result{as_codes ? at::empty_like(k_codes) : at::Tensor(), at::empty({batch, heads, dims}, lse.options()),
-                 at::empty_like(lse), scales.clone()};
+                 at::empty_like(lse), as_codes ? scales.clone() : at::Tensor()};
   const at::Tensor sums = at::zeros({batch, heads, 2 * dims + 1}, lse.options().dtype(at::kLong));
   kernels_of(k_codes).centre_keys(
       {size_of(q_codes, k_codes, /*causal=*/false, scale), static_cast<const uint8_t*>(q_codes.const_data_ptr()),
        static_cast<const uint8_t*>(k_codes.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()),
        slots_of(scales), as_codes ? kRoundingOfCodes : kRoundingOf16Bits,
        as_codes ? static_cast<uint8_t*>(result.k_codes.data_ptr()) : nullptr, floats_of(result.common),
-       floats_of(result.lse), slots_of(result.scales), static_cast<int64_t*>(sums.data_ptr())});
+       floats_of(result.lse), as_codes ? slots_of(result.scales) : nullptr, static_cast<int64_t*>(sums.data_ptr())});
   return result;
 }
 
@@ -306,7 +310,7 @@ Cast AttentionOptions::cast(AttentionRole role) const {
 AttentionForward attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                    const at::Tensor& slots, at::IntArrayRef casts, int64_t history, bool training,
                                    bool record, bool causal, double scale, bool shared_scale) {
-  check_attention(q, k, v, slots, casts);
+  check_attention(q, k, v, slots, casts, scale);
   const c10::DeviceGuard guard(q.device());
   const NoAutocast no_autocast;
   const Roles roles{casts, history, training, record};

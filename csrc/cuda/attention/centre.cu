@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int d = 0; d < size.dims; ++d) spread += spreads[d];
     stay = !keeps_scores(args, spread / static_cast<float>(size.dims),
                          __int_as_float(static_cast<int>(sums[2 * size.dims])));
-    if (blockIdx.x == 0) args.apart_scales[kK].scale_inv = 2 * args.scales[kK].scale_inv;
+    if (blockIdx.x == 0 && args.apart) args.apart_scales[kK].scale_inv = 2 * args.scales[kK].scale_inv;
   }
   __syncthreads();
   const float q_scale_inv = args.scales[kQ].scale_inv, k_scale_inv = args.scales[kK].scale_inv;

@@ -316,7 +316,7 @@ def _attend(
             lambda q, k, v: _attend(module, q, k, v, None, 0.0, is_causal, scale, enable_gqa, mode), *heads
         )
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    choice = choose(mode, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, grads)
+    choice = choose(mode, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, grads, scale)
     if module is not None:
         note_ran(module, choice.mode, choice.why if module.fp8_enabled else "disabled")
     if choice.mode == "16bit":
@@ -382,8 +382,9 @@ def scaled_dot_product_attention(
     state: whose scales are used, and whose amaxes are recorded. Without it each tensor is scaled by its own amax, which
         is of all tokens, so that what follows a token changes its result a little, as with ``CurrentScaling``.
 
-    FP8 takes no mask, no dropout, no empty sequence, keys and values of one width, and a head_dim that is a multiple of
-    16 up to 256; there mode "auto" runs in 16 bits, and another raises ValueError, which names the modes that can.
+    FP8 takes no mask, no dropout, no empty sequence, a positive scale, keys and values of one width, and a head_dim
+    that is a multiple of 16 up to 256; else mode "auto" runs in 16 bits, and another raises ValueError, which names the
+    modes that can.
 
     Scores, ``scale * query @ key.T``, should stay below some hundreds, as norms of q and k keep them: a tensor core
     sums products in FP8 with 14 bits, and backward finds other probabilities than forward had. On an H100 the gradient

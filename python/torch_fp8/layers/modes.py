@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 def choose(
     mode: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, causal: bool,
-    enable_gqa: bool, grads: bool,
+    enable_gqa: bool, grads: bool, scale: float | None = None,
 ) -> Choice:  # fmt: skip
     """The mode of a call. What was asked for and cannot be is a ValueError that names the modes that can; "auto" goes
     to 16 bits then, and says why."""
@@ -42,7 +42,7 @@ def choose(
         raise ValueError(f"torch_fp8: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "16bit":
         return Choice(mode, "asked for")
-    forward = why_not(query, key, value, attn_mask, dropout_p, enable_gqa)
+    forward = why_not(query, key, value, attn_mask, dropout_p, enable_gqa, scale)
     backward = "" if forward or not grads else why_no_gradient(query, key)
     if mode != "auto":
         no = forward or (backward if mode == "fp8" else "")
@@ -59,13 +59,16 @@ def choose(
 
 
 def why_not(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool
-) -> str:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, enable_gqa: bool,
+    scale: float | None,
+) -> str:  # fmt: skip
     """What keeps the two products from running in FP8; empty where nothing does."""
     if attn_mask is not None:
         return "it has a mask"
     if dropout_p > 0:
         return "it has dropout"
+    if scale is not None and not 0 < scale < math.inf:  # of a negative one cuDNN's gradients are NaN
+        return f"scale is {scale:g}, and FP8 takes one that is positive and finite"
     if any(is_dtensor(t) for t in (query, key, value)):
         lie = ", ".join(str(getattr(t, "placements", "nowhere")) for t in (query, key, value))
         return (
