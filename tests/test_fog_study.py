@@ -28,7 +28,7 @@ from models.fog_fp8 import to_fp8
 from studies.lib import fog_figures
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.divergence import FACTOR, FIRST, PATIENCE, above_start, jump, leaves, step_noise
-from studies.lib.fog_claims import CONSISTENT, NOT, OPEN, OTHER, _speed, claims
+from studies.lib.fog_claims import CONSISTENT, NOT, OPEN, OTHER, _speed, claims, watch_of
 from studies.lib.fog_findings import findings
 from studies.lib.fog_page import _by_arm, _every_run, _parity, page
 from studies.lib.fog_results import FEWEST, Line, alarm, condensed, differences, merged, outcomes
@@ -280,22 +280,69 @@ def old(one):
     return dataclasses.replace(one, spec={**one.spec, "fp8": how})
 
 
-def test_runs_from_before_the_mend_are_told_and_stand_aside_for_those_since():
-    words = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+LLAMA = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+
+
+def test_an_old_run_that_left_is_shown_and_judged_nowhere(tmp_path, monkeypatch):
+    runs = [line("llama3"), line("llama3", "bf16-again"), line("llama3", "fp8")]
+    before, since = old(line("llama3", PAPER_ARM, away=200)), line("llama3", PAPER_ARM, away=200)
+    assert before.old and not since.old and not runs[2].old and before.pair == since.pair
+    assert verdict(LLAMA, *runs, before) == OPEN and verdict(LLAMA, *runs, since) == CONSISTENT
+    (claim,) = (claim for claim in claims([*runs, before]) if claim.words == LLAMA)
+    assert claim.run == "only 1 aside †" and claim.found == "–"
+    assert findings([*runs, before], "") == [] and len(findings([*runs, since], "")) == 3
+    found = outcomes([*runs, before], "provoke")
+    assert watch_of(found).left == [] and len(watch_of(outcomes([*runs, since], "provoke")).left) == 1
+    assert "| (200) † |" in _by_arm(found) and "| (200) † |" in _every_run(found)
+    assert len(seen(found)) == 3 and "(200) †" in seen(found)[2]  # no word of what it needs
+    text = page([*runs, before], [], "")
+    assert "**Marked †:** 1 run with FP8 attention was made before a fault" in text
+    assert "Of these 1 did not, which proves nothing of FP8, and stands aside.\n" in text
+    name = "losses-tiny-300x128-lr0.001"
+    figures = drawn([*runs, before], tmp_path, monkeypatch)
+    assert list(figures) == [name, name.replace("losses", "kurtosis")]
+    (panel,) = (axes for axes in figures[name].axes if axes.lines)
+    assert [one.get_marker() for one in panel.lines] == ["None"] * 4  # three runs, the warm-up, and none has left
+    for mixed in (line("llama3", "warm", away=100), line("llama3", "warm")):  # beside one that proves something
+        (first, *_) = findings([*runs, before, mixed], "")
+        assert f"{int(mixed.losses[-1] > 4)} of 1 run" in first and "variants" not in first
+
+
+def test_an_old_run_that_held_counts_and_is_marked():
+    words = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), old(line("fog-max", PAPER_ARM))]
+    assert verdict(words, *runs) == f"{CONSISTENT}, as far as these tokens"
+    assert "| not by 300 † |" in _by_arm(outcomes(runs, "provoke"))
+    (holding,) = findings(runs, "")
+    assert "0 of 1 run with FP8 attention left**, in 300 steps at learning rate 0.001: FOG-max †." in holding
+    assert "Of these 1 held all the same, and counts.\n" in page(runs, [], "")
+    spiked(runs[2])  # it did not leave, and did not hold either
+    assert verdict(words, *runs) == OPEN and "and stands aside" in page(runs, [], "")
+
+
+def test_an_old_run_gives_way_to_the_same_run_made_since():
     runs = [line("llama3"), line("llama3", "bf16-again"), line("llama3", "fp8")]
     before, since = old(line("llama3", PAPER_ARM, away=200)), line("llama3", PAPER_ARM)
-    assert verdict(words, *runs, before) == f"{OPEN}: run before a fault of attention's backward was mended"
-    assert (
-        "To be run again: 1 of 1 runs" in page([*runs, before], [], "")
-        and "1 of 1 were run before" in (findings([*runs, before], "")[0])
-    )
-    assert "which may be all that it needs" in part([*runs, before], "why")
     for both in ([before, since], [since, before]):
-        found = outcomes([*runs, *both], "provoke")
-        assert [one.line for one in found] == [*runs[1:], since] and verdicts(*runs, *both)[words] == OPEN
-        assert "To be run again" not in page([*runs, *both], [], "")
-    assert all(one.mended for one in runs) and not before.mended and before.pair == since.pair
-    assert "which may be all" not in part([*runs, line("llama3", PAPER_ARM, away=200)], "why")
+        assert [one.line for one in outcomes([*runs, *both], "provoke")] == [*runs[1:], since]
+        text = page([*runs, *both], [], "")
+        assert "Of these 1 was made again since, and the old stay in runs.jsonl alone.\n" in text
+    assert "Marked †:" not in page([*runs, since], [], "")
+
+
+def test_old_pairs_may_show_parity_and_never_that_there_is_none():
+    words = "FOG-opt with FP8 attention is as good as in BF16"
+
+    def runs(*losses):
+        made = [line("fog-opt", study="parity", seed=seed) for seed in range(len(losses))]
+        return made + [
+            old(line("fog-opt", PAPER_ARM, study="parity", seed=i, loss=loss)) for i, loss in enumerate(losses)
+        ]
+
+    assert verdict(words, *runs(3.003, 3.0036, 3.0033)) == CONSISTENT
+    for worse in ((3.012, 3.0123, 3.0126), (3.003, None)):
+        assert verdict(words, *runs(*worse)).endswith("what is marked † proves nothing against FP8")
+        assert f"| {len(worse)} pairs † |" in _parity(runs(*worse))
 
 
 @pytest.mark.parametrize(
@@ -329,8 +376,8 @@ def test_an_architecture_that_holds_does_so_as_far_as_it_was_run():
     assert verdicts(*runs[:2], left)[words].startswith(OTHER) and verdicts(runs[0], left)[words] == OPEN
     half = [line("fog-max", to=170), line("fog-max", "fp8-attention", to=250)]
     (claim,) = (claim for claim in claims(half) if claim.words == words)
-    assert claim.verdict == f"{CONSISTENT}, as far as these tokens" and claim.found == "none left BF16 by step 170"
-    assert "1 of the pairs unfinished" in claim.run and "21.8k tokens" in claim.run
+    assert claim.verdict == f"{CONSISTENT}, as far as these tokens" and claim.found == "none left BF16 in 170 steps"
+    assert claim.run.endswith("21.8k tokens; 1 not finished, or BF16 beside it is not")
 
 
 @pytest.mark.parametrize(
@@ -360,10 +407,10 @@ def test_kurtosis_foretells_where_every_run_that_left_was_announced():
     assert verdicts(*told, *early)[words] == CONSISTENT and verdicts(*told, *late)[words] == OPEN
     (claim,) = (claim for claim in claims([*calm, *early]) if claim.words.startswith(words))
     assert claim.found.startswith(f"no run left BF16 late enough; 1 left before {FEWEST} samples") and (
-        claim.found.endswith("0 of 1 others had an alarm")
+        claim.found.endswith("0 of 1 other had an alarm")
     )
     (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
-    assert claim.found == "1 of 1 runs that left BF16 were announced, by 30 to 30 steps; 0 of 1 others had an alarm"
+    assert claim.found == "the watch announced 1 of 1 run that left BF16, 30 steps before; 0 of 1 other had an alarm"
 
 
 def test_a_divergence_of_the_start_says_nothing_of_what_kurtosis_foretells():
@@ -385,8 +432,10 @@ def test_each_run_that_left_is_told_what_the_watch_said_or_why_it_could_not():
     assert said(away=200, grows=150) == "alarm 30 steps before, at 170 (layer 2)"
     assert said(away=56) == "could not: 11 samples before it, an alarm takes 12"
     assert said(away=56, grows=150) == "could not: 11 samples before it, an alarm takes 12; alarm at 170"
-    assert said(away=200) == "no alarm in 39 samples before it: 0 in a row left their trend, an alarm takes 3"
-    assert said(away=161, grows=150).startswith("no alarm in 32 samples before it: 1 in a row left")
+    assert said(away=200) == "no alarm in 39 samples before it: none out of trend"
+    assert said(away=161, grows=150).endswith(
+        "in 32 samples before it: at most 1 in a row out of trend, an alarm takes 3; alarm at 170"
+    )
     assert said() == "no alarm in 60 samples" and said(grows=150) == "alarm at 170"
 
 
@@ -411,7 +460,7 @@ def test_what_was_seen_is_said_in_words_of_the_data():
     default = rows["… own scales for q, k, v, no cold start", "0"]
     assert default[:2] == ["**50**", "–"] and default[5].endswith("(step 170)")
     assert why.startswith("BF16, run again with each seed, does not leave itself by step 79")
-    assert "a cold start (1 of 1 runs without it leave too), one scale for q, k and v (1 of 1 runs" in why
+    assert "a cold start (1 of 1 run without it left too), one scale for q, k and v (1 of 1 run" in why
     assert (
         "attention's backward in FP8, attention in FP8, q and k without norms." in why and "does not happen" not in why
     )
@@ -422,7 +471,7 @@ def test_what_was_seen_is_said_in_words_of_the_data():
     assert "BF16, run again, leaves itself" in part(runs, "why")
     runs[3] = line("llama3", "default", to=170)
     why = part(runs, "why")
-    assert "does not happen with … own scales for q, k, v, no cold start (0 of 1 leave by step 170)" in why
+    assert "does not happen with … own scales for q, k, v, no cold start (0 of 1 left by step 170)" in why
     assert "Not needed" not in why
     assert seen(outcomes([line("op"), line("op", "bf16-again", away=50)], "provoke")) == []
 
@@ -442,7 +491,7 @@ def test_all_seeds_and_samplings_of_a_training_are_one_part_and_each_has_its_own
         "0, sampled every 5 steps",
         "1",
     ]
-    assert "a cold start (1 of 2 runs without it leave too)" in part(runs, "why")
+    assert "a cold start (1 of 2 runs without it left too)" in part(runs, "why")
     for table in (_by_arm(found), _every_run(found)):
         assert table.count("| 0, sampled every step |") >= 1 and "| 0, sampled every 5 steps |" in table
     assert [words[-1] for words in told_apart(runs).values()] == [
@@ -460,7 +509,7 @@ def test_norms_of_q_and_k_are_named_where_they_alone_make_it_hold():
     plain.append(line("llama3", PAPER_ARM, rate=10, away=200))
     normed = [line("llama3:qk-norm", arm, rate=10) for arm in ("bf16", PAPER_ARM)]
     why = part([*plain, *normed], "why")
-    held = "norms of q and k and nothing else changed (Llama 3 with QK-norm, FP8 attention: 0 of 1 leave by step 300)"
+    held = "norms of q and k and nothing else changed (Llama 3 with QK-norm, FP8 attention: 0 of 1 left by step 300)"
     assert held in why and "q and k without norms" not in why
     assert "q and k without norms." in part(
         [*plain, *(line("llama3:qk-norm", arm) for arm in ("bf16", PAPER_ARM))], "why"
@@ -471,7 +520,7 @@ def test_norms_of_q_and_k_are_named_where_they_alone_make_it_hold():
     short = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, to=210)]
     assert "nothing else changed" not in part([*plain, *short], "why") and verdicts(*plain, *short)[words] == NOT
     left = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, away=250)]
-    assert "q and k without norms (Llama 3 with QK-norm: 1 of 1 runs" in part([*plain, *left], "why")
+    assert "q and k without norms (Llama 3 with QK-norm: 1 of 1 run " in part([*plain, *left], "why")
 
     assert verdicts(*plain)[words] == verdicts(*normed)[words] == OPEN
     (claim,) = (claim for claim in claims([*plain, *normed]) if claim.words.startswith(words))
@@ -479,7 +528,9 @@ def test_norms_of_q_and_k_are_named_where_they_alone_make_it_hold():
     assert verdicts(*plain, *normed)[words] == CONSISTENT and verdicts(*plain, *left)[words] == NOT
     assert verdicts(plain[0], *plain[2:], *normed)[words] == OPEN  # BF16 was not run again
     before = [*plain[:3], old(plain[3])]
-    assert verdict(words, *before, *normed) == f"{OPEN}: run before a fault of attention's backward was mended"
+    assert verdict(words, *before, *normed) == OPEN  # it is no pair
+    assert verdict(words, *plain, normed[0], old(normed[1])) == CONSISTENT  # it held with the fault
+    assert verdict(words, *plain, left[0], old(left[1])) == OPEN
     early = [*plain[:3], line("llama3", PAPER_ARM, rate=10, away=25)]
     assert verdicts(*early, *normed)[words] == f"{CONSISTENT}, but of another divergence than the paper's"
 
@@ -529,7 +580,7 @@ def test_what_is_held_to_a_bf16_that_is_not_sound_counts_for_nothing(spoilt):
     if not spoilt:
         found = outcomes(runs("llama3", away=200), "provoke")
         assert "| (200) |" in _by_arm(found) and "**200**" not in _by_arm(found)
-        assert "not sound from 250 on" in _every_run(found)
+        assert "not sound from step 250 on" in _every_run(found)
         parts = seen(found)
         assert len(parts) == 3 and "BF16 itself is not sound: it rises above its start" in parts[1]
 
@@ -540,7 +591,9 @@ def test_a_run_in_fp8_that_rises_above_its_start_does_not_hold_though_it_comes_b
     assert verdicts(*runs)[held].startswith(CONSISTENT)
     spiked(runs[2])
     (claim,) = (claim for claim in claims(runs) if claim.words == held)
-    assert claim.verdict.startswith(OPEN) and claim.found.endswith("1 more rose above their start on the way")
+    assert claim.verdict.startswith(OPEN) and claim.found.endswith(
+        "1 more rose above the loss of the first step on the way"
+    )
     assert "not by 300, but above its start at 40" in _by_arm(outcomes(runs, "provoke"))
 
 
@@ -589,18 +642,17 @@ def test_findings_are_sentences_of_the_data():
         "**Llama 3 of tiny at learning rate 0.01, 10 × the usual one: 2 of 2 runs with FP8 attention"
     )
     assert (
-        "in 2 variants, leave BF16's loss**, at steps 25 to 200" in first and "0 of 1 with FP8 linears alone" in first
+        "in 2 variants, left BF16's loss**, at steps 25 to 200 (3.2k to 25.6k tokens); 0" in first
+        and "0 of 1 with FP8 linears alone did" in first
     )
-    assert "0 of 1 of BF16 run again do; 1 of 2 leave within 2 times the warm-up of 15 steps" in first
-    assert second.startswith(
-        "**With norms or a tanh of q and k 0 of 2 runs with FP8 attention leave**, over 300 to 300"
-    )
+    assert "0 of 1 of BF16 run again did; 1 of 2 left within 2 times the warm-up of 15 steps" in first
+    assert second.startswith("**With norms or a tanh of q and k 0 of 2 runs with FP8 attention left**, in 300 steps at")
     assert "Llama 3 with QK-norm and FOG-max. Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
-    assert "At the usual rate 0 of 1 runs with FP8 attention leave, of 1 architectures" in second
+    assert "At the usual rate 0 of 1 run with FP8 attention left, of 1 architecture, in 38.4k tokens." in second
     pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss) for seed, arm, loss in
              ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
     (parity,) = findings(pairs, "")
-    assert parity.endswith("FOG-max not shown, +0.00 ± 12.71 % in 2 pairs; it takes 126 at this scatter.")
+    assert parity.endswith("FOG-max not shown, +0.00 ± 12.71 % in 2 pairs; at this scatter it takes 126.")
 
 
 def drawn(lines, folder, monkeypatch):
@@ -642,19 +694,29 @@ def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
     assert arms == {"FP8 linears": 3, "FP8 linears and attention, as the\npaper": 3}  # BF16's, its own, the warm-up's
 
 
-def test_a_picture_tells_of_runs_from_before_the_mend(tmp_path, monkeypatch):
-    runs = [line("llama3"), old(line("llama3", PAPER_ARM, away=200)), old(line("llama3", "warm"))]
-    name, words = "tiny-300x128-lr0.001", "runs with FP8 attention were run before a fault"
-    figures = drawn(runs, tmp_path / "old", monkeypatch)
-    for kind in (f"losses-{name}", f"arms-{name}-llama3"):
-        assert f"2 {words}" in figures[kind].get_supxlabel()
-    figures = drawn([*runs, line("llama3", PAPER_ARM), line("llama3", "warm")], tmp_path / "both", monkeypatch)
-    assert (
-        list(figures) == [f"losses-{name}", f"kurtosis-{name}"]
-        and words not in figures[f"losses-{name}"].get_supxlabel()
-    )
-    (panel,) = (axes for axes in figures[f"losses-{name}"].axes if axes.lines)
-    assert [one.get_marker() for one in panel.lines] == ["None"] * 4  # those since alone, and none has left
+def test_pictures_that_are_no_longer_drawn_are_deleted_and_nothing_else(tmp_path, monkeypatch):
+    setting = "25M-600x16384"
+    ours = ["parity", f"layers-{setting}", f"losses-{setting}-lr0.01", f"kurtosis-{setting}-lr1e-05",
+            f"arms-{setting}-lr0.01-llama3", f"arms-{setting}-lr0.001-fog-max+qk-norm"]  # fmt: skip
+    theirs = ["losses", "losses-mine-lr0.01", f"my-losses-{setting}-lr0.01", f"arms-{setting}-lr0.01-mine", "notes",
+              f"losses-{setting}-lr0.01-old", f"layers-{setting}-lr0.01"]  # fmt: skip
+    for name in [*ours, *theirs]:
+        (tmp_path / f"{name}.png").touch()
+    (tmp_path / "runs.jsonl").touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "parity.png").touch()
+    figures = drawn([line("llama3", arm) for arm in ("bf16", "fp8")], tmp_path, monkeypatch)
+    left = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.*")}
+    assert left == {*theirs, *figures, "runs", "below/parity"} and len(figures) == 2
+
+
+def test_whatever_draw_may_write_is_a_picture_of_its_own(tmp_path, monkeypatch):
+    runs = [line(name, arm, rate=rate, away=200 * (arm == PAPER_ARM), study=study)
+            for name in ("llama3", "fog-max:no-qk-norm", "op-frozen-qk") for arm in ("bf16", PAPER_ARM)
+            for rate in (0.0101, 10) for study in ("provoke", "parity", "kurtosis")]  # fmt: skip
+    assert len(drawn(runs, tmp_path, monkeypatch)) == 2 * (2 + 3) + 2
+    drawn([], tmp_path, monkeypatch)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("most, words", [(1e22, "to 1e+22"), (20.0, "to 20")])
@@ -670,7 +732,7 @@ def test_what_is_above_a_panel_is_marked_at_its_edge(tmp_path, monkeypatch, most
     assert max(y for one in op.lines if one.get_marker() == "None" for y in one.get_ydata() if y == y) == top
     texts = {text.get_text() for text in op.texts}
     assert words in texts and "BF16 itself rises above its start" in texts
-    assert "FP8 attention: 0 of 1 leave" in {text.get_text() for text in olmo2.texts}
+    assert "FP8 attention: 0 of 1 left" in {text.get_text() for text in olmo2.texts}
     assert not any(one.get_marker() == "^" for one in olmo2.lines)
 
 

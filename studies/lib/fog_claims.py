@@ -11,14 +11,25 @@ from typing import NamedTuple
 from torch_fp8.table import read_markdown
 
 from .fog_results import FEWEST, KINDS, Line, Outcome, Pairs, differences, outcomes
-from .fog_words import MARGIN, PAPER_ARM, architecture_name, bounds_qk, listed, millions, three_digits
+from .fog_words import (
+    MARGIN,
+    OLD,
+    PAPER_ARM,
+    architecture_name,
+    bounds_qk,
+    listed,
+    millions,
+    plural,
+    rates_words,
+    span,
+    three_digits,
+)  # fmt: skip
 from .intervals import interval, pairs_needed
 
 PARITY = {"yes": "shown", "no": "not so", "open": "not shown"}
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed here"
 OTHER = "diverges, but in another way than the paper's"
 EARLY = 2  # times the warm-up: a divergence before is one of the start
-UNMENDED = "run before a fault of attention's backward was mended"
 FOGS = ("fog-max", "fog-opt", "fog-flash")
 SPEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "fog.md"  # what benchmarks/fog.py wrote
 OVER = "times as fast as Llama BF16 compiled, GPU / loop"  # its column
@@ -51,23 +62,24 @@ def claims(lines: Sequence[Line]) -> list[Claim]:
 # ---- what leaves -----------------------------------------------------------------------------------------------------
 
 
-def sound(found: Sequence[Outcome]) -> list[Outcome]:
-    """Of the runs in FP8, where BF16 itself stayed sound, both times, and was not left by itself, as far as it was
-    run."""
+def judged(found: Sequence[Outcome]) -> list[Outcome]:
+    """The runs in FP8 that count, where BF16 itself stayed sound the second time too, and was not left by itself, as
+    far as it was run."""
     unsteady = {one.line.pair for one in found if one.line.arm == "bf16-again" and not one.holds}
-    in_fp8 = [one for one in found if one.line.arm != "bf16-again" and one.steady]
+    in_fp8 = [one for one in found if one.line.arm != "bf16-again" and one.counts]
     return [one for one in in_fp8 if one.line.pair not in unsteady]
 
 
-def count_left(of: Sequence[Outcome]) -> str:
-    return f"{sum(bool(one.left) for one in of)} of {len(of)}"
+def count_left(of: Sequence[Outcome], noun: str = "") -> str:
+    many = plural(len(of), noun) if noun else str(len(of))
+    return f"{sum(bool(one.left) for one in of)} of {many}"
 
 
 def tally(of: Sequence[Outcome]) -> list[str]:
     """How many runs in FP8 left BF16: of those with linears alone, and of those with attention."""
     kinds = {"FP8 linears": [one for one in of if one.line.arm == "fp8"],
              "FP8 attention": [one for one in of if one.attention]}  # fmt: skip
-    return [f"{name}: {count_left(runs)} leave" for name, runs in kinds.items() if runs]
+    return [f"{name}: {count_left(runs)} left" for name, runs in kinds.items() if runs]
 
 
 def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
@@ -82,11 +94,10 @@ def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outc
 
 def _diverged(found: Sequence[Outcome], all_found: Sequence[Outcome], verdict: str) -> str | None:
     """The verdict where some of these are proven to have left, as what the paper saw or in another way; None where
-    none is. A run with the fault that makes it leave proves nothing."""
-    proven = _proven(found, all_found)
-    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in proven if one.line.mended]
+    none is."""
+    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in _proven(found, all_found)]
     if not reasons:
-        return f"{OPEN}: {UNMENDED}" if proven else None
+        return None
     why, rate = min(reasons, key=lambda of: (len(of[0]), of[1]))  # the nearest to the paper's
     return "; ".join(
         [f"{OTHER}: {why[0]}" if why else verdict, *why[1:], *([f"at {rate:g} × the usual rate"] * (rate != 1))]
@@ -119,39 +130,47 @@ def of_the_start(one: Outcome) -> list[str]:
 
 def _ran(of: Sequence[Outcome], all_of: Sequence[Outcome]) -> str:
     """How many runs, at which rates, over how many tokens; and how many more say nothing."""
-    unsound = f"{len(all_of) - len(of)} beside a BF16 that is not sound itself" if len(of) < len(all_of) else ""
+    aside = sum(one.aside for one in all_of)
+    unsound = len(all_of) - len(of) - aside
+    nothing = [f"{unsound} beside a BF16 that is not sound itself"] * bool(unsound)
+    nothing += [f"{aside} aside{OLD}"] * bool(aside)
     if not of:
-        return f"only {unsound}" if unsound else "nothing yet"
-    many = f"{len(of)} run{'s' * (len(of) > 1)}"
+        return f"only {listed(nothing)}" if nothing else "nothing yet"
+    sizes = listed(dict.fromkeys(one.line.setting[0] for one in of))
+    many = f"{plural(len(of), 'run')} of {sizes}{OLD * any(one.line.old for one in of)}"
+    said = [f"{many}, {rates_words(one.line.spec['lr'] for one in of)}, {tokens_words(of)}"]
     short = sum(not one.finished for one in of)
-    many += f" ({short} of the pairs unfinished)" if short else ""
-    sizes = ", ".join(dict.fromkeys(one.line.setting[0] for one in of))
-    rates = ", ".join(f"{rate:g}" for rate in sorted({one.line.spec["lr"] for one in of}))
-    said = f"{many} of {sizes}, learning rates {rates}, up to {most_tokens(of)} tokens"
-    return f"{said}; {unsound}" if unsound else said
+    said += [f"{short} not finished, or BF16 beside it is not"] * bool(short)
+    return "; ".join(said + nothing)
 
 
-def most_tokens(of: Sequence[Outcome]) -> str:
-    return millions(max(one.seen * one.line.setting[2] for one in of))
+def tokens_words(of: Sequence[Outcome]) -> str:
+    return f"{span([one.seen * one.line.setting[2] for one in of], millions)} tokens"
+
+
+def steps_words(of: Sequence[Outcome]) -> str:
+    return f"{span([one.seen for one in of])} steps"
 
 
 def _left(of: Sequence[Outcome]) -> str:
-    left = [one for one in of if one.left]
-    if left:
-        at = ", ".join(f"{one.left} (rate {one.line.spec['lr']:g})" for one in left)
-        said = f"{len(left)} of {len(of)} left BF16, at step {at}"
-    elif of:
-        said = f"none left BF16 by step {', '.join(str(n) for n in sorted({one.seen for one in of}))}"
-    else:
+    if not of:
         return "–"
-    up = [one for one in of if not one.left and not one.holds]
-    return said + (f"; {len(up)} more rose above their start on the way" if up else "")
+    at: dict[tuple[str, float], list[int]] = {}
+    for one in of:
+        if one.left:
+            at.setdefault((one.line.setting[0], one.line.spec["lr"]), []).append(one.left)
+    where = [
+        f"{'step' if len(steps) == 1 else 'steps'} {listed(map(str, sorted(steps)))} ({size}, learning rate {rate:g})"
+        for (size, rate), steps in at.items()
+    ]
+    said = f"{count_left(of)} left BF16, at {listed(where)}" if at else f"none left BF16 in {steps_words(of)}"
+    up = sum(not one.left and not one.holds for one in of)
+    return said + (f"; {up} more rose above the loss of the first step on the way" if up else "")
 
 
 def _diverges(all_found: Sequence[Outcome], name: str, tokens: str) -> Claim:
     words = f"{architecture_name(name)} diverges with FP8 attention (after {tokens} billion tokens)"
-    found = sound(all_found)
-    of = _of(found, name)
+    of = _of(judged(all_found), name)
     verdict = _diverged(of, all_found, CONSISTENT) or f"{OPEN}{_undecided(of)}"
     return Claim(words, _ran(of, _of(all_found, name)), _left(of), verdict)
 
@@ -166,7 +185,7 @@ def _undecided(of: Sequence[Outcome]) -> str:
 
 def _holds(all_found: Sequence[Outcome], name: str) -> Claim:
     words = f"{architecture_name(name)} does not diverge with FP8 attention"
-    of = _of(sound(all_found), name)
+    of = _of(judged(all_found), name)
     held = bool(of) and all(one.holds for one in of)
     verdict = _diverged(of, all_found, NOT) or (
         f"{CONSISTENT}, as far as these tokens" if held else f"{OPEN}{_undecided(of)}"
@@ -175,7 +194,7 @@ def _holds(all_found: Sequence[Outcome], name: str) -> Claim:
 
 
 def _op(all_found: Sequence[Outcome]) -> Claim:
-    of = _of(sound(all_found), "op")
+    of = _of(judged(all_found), "op")
     words = "OP diverges with FP8 attention, before OP with frozen QK-norms (390M, within 50 billion tokens)"
     verdict = f"{OPEN}: which is first takes billions of tokens"
     return Claim(words, _ran(of, _of(all_found, "op")), _left(of), verdict)
@@ -193,8 +212,8 @@ class Twins(NamedTuple):
 
 def twins(found: Sequence[Outcome]) -> list[Twins]:
     """Of each architecture that leaves q and k unbounded and the same one with norms of them, all else in their specs
-    alike, where BF16 is sound beside both."""
-    of = [one for one in sound(found) if one.attention]
+    alike, where both are judged."""
+    of = [one for one in judged(found) if one.attention]
     bound = {_but_norms(one.line): one for one in of if bounds_qk(one.line.architecture)}
     return [
         Twins(one, bound[_but_norms(one.line)])
@@ -216,19 +235,17 @@ def _norms(found: Sequence[Outcome]) -> Claim:
     if not pairs:
         return Claim(words, "nothing yet", "–", OPEN)
     names = listed(dict.fromkeys(architecture_name(pair.without.line.architecture) for pair in pairs))
-    rates = ", ".join(f"{rate:g}" for rate in sorted({pair.without.line.spec["lr"] for pair in pairs}))
-    many = f"{len(pairs)} pair{'s' * (len(pairs) != 1)} of runs"
-    ran = f"{many} of {names}, with FP8 attention, that differ in these norms alone, rates {rates}"
+    rates = rates_words(pair.without.line.spec["lr"] for pair in pairs)
+    old = OLD * any(one.line.old for pair in pairs for one in pair)
+    many = f"{plural(len(pairs), 'pair')} of runs of {names}{old}"
+    ran = f"{many}, with FP8 attention, that differ in these norms alone, {rates}"
     proven = [pair for pair in pairs if _proven([pair.without], found)]
     cured = [pair for pair in proven if pair.with_.holds and pair.with_.holds_to(pair.without.left or 0)]
     said = [f"without norms {count_left([pair.without for pair in pairs])} left BF16"]
     said += [f"with them {count_left([pair.with_ for pair in pairs])}"]
-    steps = sorted({pair.with_.seen for pair in pairs})
-    said += [f"by step {', '.join(map(str, steps))}"]
+    said += [f"in {steps_words([pair.with_ for pair in pairs])}"]
     if not proven:
         return Claim(words, ran, ", ".join(said), OPEN)
-    if not all(pair.without.line.mended for pair in proven):
-        return Claim(words, ran, ", ".join(said), f"{OPEN}: {UNMENDED}")
     verdict = NOT if not cured else CONSISTENT if len(cured) == len(proven) else OPEN
     if verdict == CONSISTENT and all(_differing(pair.without, found) for pair in cured):
         verdict += ", but of another divergence than the paper's"
@@ -251,26 +268,29 @@ def _equal(lines: Sequence[Line], name: str) -> Claim:
         + (f"; BF16 against itself {interval_words(floor[key].values)}" if key in floor else "")
         for key, pairs in keys
     )
-    shown = {parity_of(pairs.values) for pairs in of}
+    shown = {parity_of(pairs) for pairs in of}
     needed = listed(needed_words(pairs.values) for pairs in of)
     why = f"not shown, the interval ends above the margin of {MARGIN} %; at this scatter that takes {needed} pairs"
+    if any(pairs.old and _above(pairs.values) for pairs in of):
+        why = f"not shown, and what is marked{OLD} proves nothing against FP8"
     verdict = {"yes": CONSISTENT, "no": NOT}.get(shown.pop(), f"{OPEN}: {why}") if len(shown) == 1 else OPEN
     return Claim(words, ran, said, verdict)
 
 
 def pairs_words(pairs: Pairs) -> str:
-    count = len(pairs.values)
-    said = f"{count} pair{'s' * (count != 1)}"
+    said = f"{plural(len(pairs.values), 'pair')}{OLD * bool(pairs.old)}"
     return f"{said}, and {pairs.unsound} whose BF16 is not sound itself" if pairs.unsound else said
 
 
-def parity_of(values: Sequence[float]) -> str:
-    if not values:
-        return "open"
-    if not all(map(math.isfinite, values)):
-        return "no"
-    mean = interval(values)
-    return "yes" if mean.high < MARGIN else "no" if mean.low > MARGIN else "open"
+def parity_of(pairs: Pairs) -> str:
+    """Old runs may show it, and never that it is not so."""
+    if _above(pairs.values):
+        return "open" if pairs.old else "no"
+    return "yes" if pairs.values and interval(pairs.values).high < MARGIN else "open"
+
+
+def _above(values: Sequence[float]) -> bool:
+    return bool(values) and (not all(map(math.isfinite, values)) or interval(values).low > MARGIN)
 
 
 def needed_words(values: Sequence[float]) -> str:
@@ -294,7 +314,7 @@ def interval_words(values: Sequence[float]) -> str:
 
 
 class Watch(NamedTuple):
-    """What the alarm did in the sound runs in FP8."""
+    """What the alarm did in the runs that are judged."""
 
     left: list[Outcome]
     blind: list[Outcome]  # of those that left: before any alarm is possible
@@ -305,7 +325,7 @@ class Watch(NamedTuple):
 
 
 def watch_of(found: Sequence[Outcome]) -> Watch:
-    of = sound(found)
+    of = judged(found)
     left = [one for one in of if one.left]
     seen = [one for one in left if one.watched]
     others = [one for one in of if not one.left and one.watched]
@@ -321,22 +341,23 @@ def watch_of(found: Sequence[Outcome]) -> Watch:
 
 def _foretold(found: Sequence[Outcome]) -> Claim:
     words = "The kurtosis of q, k and v leaves its healthy growth long before the loss diverges (billions of tokens)"
-    many = len(sound(found))
+    many = len(judged(found))
     if not many:
         return Claim(words, "nothing yet", "–", OPEN)
-    watch = watch_of(found)
+    ran, watch = f"{plural(many, 'run')} in FP8", watch_of(found)
     seen = len(watch.left) - len(watch.blind)
-    said = [f"{len(watch.announced)} of {seen} runs that left BF16 were announced" if seen
+    said = [f"the watch announced {len(watch.announced)} of {plural(seen, 'run')} that left BF16" if seen
             else "no run left BF16 late enough"]  # fmt: skip
-    said[0] += f", by {min(watch.announced)} to {max(watch.announced)} steps" if watch.announced else ""
+    said[0] += f", {span(watch.announced)} steps before" if watch.announced else ""
     said += [f"{len(watch.blind)} left before {FEWEST} samples, which no alarm can announce"] * bool(watch.blind)
-    said += [f"{len(watch.false)} of {len(watch.others)} others had an alarm"]
+    said += [f"{len(watch.false)} of {plural(len(watch.others), 'other')} had an alarm"]
     if not watch.as_papers:
         verdict = f"{OPEN}: what left did so of the start of training" if watch.left else OPEN
-        return Claim(words, f"{many} runs in FP8", "; ".join(said), verdict)
+        return Claim(words, ran, "; ".join(said), verdict)
     early = sum(one.lead is not None and one.lead > 0 for one in watch.as_papers)
-    verdict = CONSISTENT if early == len(watch.as_papers) else NOT if not early else OPEN
-    return Claim(words, f"{many} runs in FP8", "; ".join(said), verdict)
+    some = f"{OPEN}: it told of {early} of the {len(watch.as_papers)} that left later than at the start"
+    verdict = CONSISTENT if early == len(watch.as_papers) else NOT if not early else some
+    return Claim(words, ran, "; ".join(said), verdict)
 
 
 def last_kurtosis(line: Line, kind: str, over: Callable[[Sequence[float]], float] = max) -> float:
@@ -401,7 +422,7 @@ def _kurtosis_claim(lines: Sequence[Line]) -> Claim:
     if not both:
         return Claim(words, "nothing yet", "–", OPEN)
     settings = [one.line.setting for one in both]
-    ran = "; ".join(f"a run each of {size}, {millions(steps * tokens)} tokens" for size, steps, tokens in settings)
+    ran = "; ".join(f"a run of each, of {size}, {millions(steps * tokens)} tokens" for size, steps, tokens in settings)
     good = [
         is_good for one in both for is_good in (one.gap < 1, *(mine < theirs for mine, theirs in one.ends.values()))
     ]

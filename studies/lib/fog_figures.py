@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, caption, picture
 
+from models.fog_config import ARCHITECTURES, SIZES
+
 from .divergence import FACTOR
-from .fog_claims import UNMENDED, needed_words, tally
+from .fog_claims import count_left, needed_words, tally
 from .fog_results import KINDS, Line, Outcome, current, differences, outcomes, smoothed
 from .fog_words import (
     ARMS,
@@ -22,6 +25,7 @@ from .fog_words import (
     architecture_order,
     arm_order,
     millions,
+    plural,
     rate_words,
     told_apart,
 )  # fmt: skip
@@ -37,6 +41,8 @@ _COLORS = {"bf16": BF16, "bf16-again": INK, "fp8": FOURTH, PAPER_ARM: FP8}
 _OTHERS = SECOND  # of arms that are the paper's with something changed
 _LEGEND = {"bf16": ARMS["bf16"], "bf16-again": ARMS["bf16-again"], "fp8": ARMS["fp8"], PAPER_ARM: ARMS[PAPER_ARM],
            "": "FP8 linears and attention, something changed"}  # fmt: skip
+_SETTING, _RATE = rf"({'|'.join(SIZES)})-\d+x\d+", r"lr\d[\d.e+-]*"
+_NAMES = "|".join(map(re.escape, ARCHITECTURES))
 _STYLES = ("-", (0, (4, 1.4)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # of seeds
 _KURTOSIS = (
     "Kurtosis is mean(x^4) / mean(x^2)^2 over tokens and features: 3 where numbers are normal, larger the more a few "
@@ -52,10 +58,18 @@ _CUT = (
 )
 
 
+# What ``draw`` may call a picture, and nothing else: such a file in its folder is one of its own.
+_DRAWN = re.compile(
+    rf"parity|layers-{_SETTING}|(losses|kurtosis)-{_SETTING}-{_RATE}|arms-{_SETTING}-{_RATE}-({_NAMES})(\+(no-)?qk-norm)?"
+)
+
+
 def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
-    """Every picture that there are data for; their names."""
+    """Every picture that there are data for; their names. Those drawn before that there are none for are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     begun = current(line for line in lines if line.losses)
+    aside = {id(one.line) for one in outcomes(begun, "provoke") if one.aside}
+    begun = [line for line in begun if id(line) not in aside]
     made: list[str] = []
 
     def add(name: str, make: Callable[[Path, Sequence[Line]], None], of: Sequence[Line]) -> None:
@@ -68,12 +82,15 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
         add(f"kurtosis-{name}", kurtosis_of_arms, of)
         for architecture in sorted({line.architecture for line in of}, key=architecture_order):
             of_one = [line for line in of if line.architecture == architecture]
-            if any(one.left and one.steady and one.attention for one in outcomes(of_one, "provoke")):
+            if any(one.left and one.counts and one.attention for one in outcomes(of_one, "provoke")):
                 add(f"arms-{name}-{architecture.replace(':', '+')}", losses_by_arm, of_one)
     if any(pairs.values for pairs in differences(begun, PAPER_ARM).values()):
         add("parity", parity, begun)
     for of in _alike(begun, "kurtosis"):
         add(f"layers-{_name(of[0])}", kurtosis_by_layer, of)
+    for path in folder.glob("*.png"):
+        if _DRAWN.fullmatch(path.stem) and path.stem not in made:
+            path.unlink()
     return made
 
 
@@ -196,13 +213,8 @@ def losses(path: Path, lines: Sequence[Line]) -> None:
         _plot_losses(axes, of, here, {})
 
     title = f"Losses in FP8 beside BF16, {rate_words(lines[0])}"
-    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}\n{_CUT}{_unmended(lines)}"
+    foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
     _grid(path, title, foot, _panels(lines), _legend_of_arms(lines), plot, "loss")
-
-
-def _unmended(lines: Sequence[Line]) -> str:
-    count = sum(not line.mended for line in lines)
-    return f"\n{count} runs with FP8 attention were {UNMENDED}." if count else ""
 
 
 def _panels(lines: Sequence[Line]) -> dict[str, Sequence[Line]]:
@@ -219,7 +231,7 @@ def losses_by_arm(path: Path, lines: Sequence[Line]) -> None:
     def plot(axes: Axes, name: str, of: Sequence[Line]) -> None:
         here = [one for one in found if ARMS[one.line.arm] == name]
         left = [f"{one.left} (seed {seeds[one.line.pair][0]})" for one in here if one.left]
-        words = f"leaves at {', '.join(left)}" if left else f"0 of {len(here)} leave"
+        words = f"left at {', '.join(left)}" if left else f"{count_left(here)} left"
         _head(axes, name, textwrap.wrap(words, 42))
         _plot_losses(axes, of, here, styles)
 
@@ -227,7 +239,7 @@ def losses_by_arm(path: Path, lines: Sequence[Line]) -> None:
     title = f"{architecture_name(lines[0].architecture)}, arm by arm, {rate_words(lines[0])}"
     foot = (
         "… : FP8 linears and attention, as the paper, but with this changed. Training loss in nats a token, the median "
-        f"of {SMOOTH} steps.\n{_MARKS}\n{_CUT}{_unmended(lines)}"
+        f"of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
     )
     _grid(path, title, foot, panels, _legend_of_seeds(lines), plot, "loss")
 
@@ -272,7 +284,7 @@ def _mark(axes: Axes, outcome: Outcome | None, line: Line, steps: Sequence[int],
                 [step], values[-1:], marker, color=_color(line.arm), markersize=size, zorder=5, clip_on=False, **how
             )
 
-    if outcome and outcome.left and outcome.steady:
+    if outcome and outcome.left and outcome.counts:
         mark(outcome.left, "v", 7)
     if outcome and outcome.alarm:
         mark(outcome.alarm.step, "o", 6)
@@ -381,4 +393,5 @@ def parity(path: Path, lines: Sequence[Line]) -> None:
 
 def _tick(words: tuple[str, ...], values: Sequence[float]) -> str:
     name, length, rate = words
-    return f"{name}\n{length.partition(',')[0]}, rate {rate}\n{len(values)} pairs, {needed_words(values)} needed"
+    pairs = f"{plural(len(values), 'pair')}, {needed_words(values)} needed"
+    return f"{name}\n{length.partition(',')[0]}, rate {rate}\n{pairs}"

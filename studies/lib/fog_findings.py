@@ -9,29 +9,33 @@ from collections.abc import Sequence
 from .fog_claims import (
     EARLY,
     PARITY,
-    UNMENDED,
     Twins,
     beside,
     count_left,
-    most_tokens,
+    judged,
     needed_words,
     pairs_words,
     parity_of,
-    sound,
     speeds,
+    steps_words,
+    tokens_words,
     twins,
     watch_of,
 )  # fmt: skip
-from .fog_results import FEWEST, LAST, Line, Outcome, differences, outcomes
+from .fog_results import FEWEST, LAST, Line, Outcome, current, differences, outcomes
 from .fog_words import (
     MARGIN,
+    OLD,
     PAPER_ARM,
     architecture_name,
     architecture_order,
     bounds_qk,
     listed,
     millions,
+    plural,
     rate_words,
+    rates_words,
+    span,
 )  # fmt: skip
 from .intervals import interval
 
@@ -48,13 +52,18 @@ def _end(line: Line) -> str:
 
 
 def _leaving(all_found: Sequence[Outcome]) -> list[str]:
-    """A sentence for each architecture, size and learning rate at which a run with FP8 attention left a sound BF16."""
+    """A sentence for each architecture, size and learning rate at which a run with FP8 attention left BF16, and for
+    each higher rate that one bore without norms of q and k."""
     groups: dict[tuple[object, ...], list[Outcome]] = {}
-    for one in sound(all_found):
+    for one in judged(all_found):
         key = architecture_order(one.line.architecture), one.line.setting, -one.line.spec["lr"]
         groups.setdefault(key, []).append(one)
     return [_of_group(groups[key], all_found) for key in sorted(groups)
-            if any(one.left and one.attention for one in groups[key])]  # fmt: skip
+            if any(one.attention and (one.left or _bore(one.line)) for one in groups[key])]  # fmt: skip
+
+
+def _bore(line: Line) -> bool:
+    return line.spec["rate"] > 1 and not bounds_qk(line.architecture)
 
 
 def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
@@ -65,48 +74,59 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
     again = [one for one in all_found if one.line.arm == "bf16-again" and one.line.pair in pairs]
     arms = len({one.line.arm for one in attention})
     variants = f", in {arms} variants," if arms > 1 else ""
-    at = f"step {left[0]}" if len(left) == 1 else (
-        f"steps {left[0]} to {left[-1]}, half of them by {statistics.median_high(left)}"
-    )  # fmt: skip
-    early = sum(step <= EARLY * line.spec["warm_up"] for step in left)
-    others = [f"{count_left(linears)} with FP8 linears alone do"] * bool(linears)
-    unmended = sum(not one.line.mended for one in attention if one.left)
-    fault = f" {unmended} of {len(left)} were {UNMENDED}, and need not be FP8's doing." if unmended else ""
-    others += [f"{count_left(again)} of BF16 run again do"] * bool(again)
     name = f"{architecture_name(line.architecture)} of {line.setting[0]} at {rate_words(line)}"
-    return (
-        f"**{name}: {count_left(attention)} runs with FP8 attention{variants} leave BF16's loss**, at {at}; "
-        f"{''.join(f'{other}; ' for other in others)}{early} of {len(left)} leave within {EARLY} times the warm-up of "
-        f"{line.spec['warm_up']} steps, where the paper's leave after 0.7 billion tokens and more.{fault}"
-    )
+    said = [f"**{name}: {count_left(attention, 'run')} with FP8 attention{variants} left BF16's loss**"]
+    said[0] += f", {_at(left, line)}" if left else f" in {steps_words(attention)}"
+    said += [f"{count_left(linears)} with FP8 linears alone did"] * bool(linears)
+    said += [f"{count_left(again)} of BF16 run again did"] * bool(again)
+    if left:
+        early = sum(step <= EARLY * line.spec["warm_up"] for step in left)
+        said.append(
+            f"{early} of {len(left)} left within {EARLY} times the warm-up of {line.spec['warm_up']} steps; the "
+            "paper's left after 0.7 billion tokens and more"
+        )
+    return f"{'; '.join(said)}."
 
 
-def unmended(lines: Sequence[Line]) -> str:
-    """What of it has to be run again, or nothing."""
-    of = [one for study in ("provoke", "parity") for one in outcomes(lines, study) if one.attention]
-    old = sum(not one.line.mended for one in of)
-    if not old:
-        return ""
-    return (
-        f"**To be run again: {old} of {len(of)} runs with FP8 attention were made before a fault of attention's "
-        "backward was mended.** It rounded keys again, in both modes, which made gradients of large scores too large "
-        "by an exponential; a Llama without norms of q and k diverged of that within its warm-up (`docs/design.md`). "
-        "Where such a run leaves BF16's loss, FP8 itself need not be why; where one holds, it held with the fault. "
-        "Runs with FP8 linears alone, and what is in BF16, are as they were."
-    )
+def _at(left: Sequence[int], line: Line) -> str:
+    half = f", half of them by {statistics.median_high(left)}" if len(left) > 2 else ""
+    tokens = span([step * line.setting[2] for step in left], millions)
+    return f"at {'step' if left[0] == left[-1] else 'steps'} {span(left)} ({tokens} tokens){half}"
+
+
+def told_of_old(lines: Sequence[Line]) -> str:
+    """How many runs are old, what that is, and which of them count."""
+    begun = [line for line in lines if line.losses]
+    old, left_over = (sum(line.old for line in of) for of in (begun, current(begun)))
+    of = [one for study in ("provoke", "parity") for one in outcomes(lines, study) if one.line.old]
+    again, aside = old - left_over, sum(one.aside for one in of)
+    held = len(of) - aside
+    which = [f"{again} {_was(again)} made again since, and the old stay in runs.jsonl alone"] * bool(again)
+    which += [f"{held} held all the same, and count{'s' * (held == 1)}"] * bool(held)
+    which += [f"{aside} did not, which proves nothing of FP8, and stand{'s' * (aside == 1)} aside"] * bool(aside)
+    return "" if not which else (
+        f"**Marked{OLD}:** {plural(old, 'run')} with FP8 attention {_was(old)} made before a fault of its backward was "
+        "mended, which made gradients of large scores too large by an exponential ([docs/design.md](design.md)). "
+        f"Of these {'; '.join(which)}."
+    )  # fmt: skip
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
 
 
 def _holding(all_found: Sequence[Outcome]) -> list[str]:
-    of = [one for one in sound(all_found) if one.attention]
+    of = [one for one in judged(all_found) if one.attention]
     bounded = [one for one in of if bounds_qk(one.line.architecture)]
     said = []
     if bounded:
-        names = dict.fromkeys(sorted((one.line.architecture for one in bounded), key=architecture_order))
-        rates = listed(f"{rate:g}" for rate in sorted({one.line.spec["lr"] for one in bounded}))
-        steps = f"{min(one.seen for one in bounded)} to {max(one.seen for one in bounded)} steps"
+        names = sorted({one.line.architecture for one in bounded}, key=architecture_order)
+        old = {one.line.architecture for one in bounded if one.line.old}
+        rates = rates_words(one.line.spec["lr"] for one in bounded)
         said.append(
-            f"**With norms or a tanh of q and k {count_left(bounded)} runs with FP8 attention leave**, over {steps} at "
-            f"learning rates {rates}: {listed(map(architecture_name, names))}"
+            f"**With norms or a tanh of q and k {count_left(bounded, 'run')} with FP8 attention left**, in "
+            f"{steps_words(bounded)} at {rates}: "
+            f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}"
         )
     for (plain, normed, _), pair in {_names(pair): pair for pair in twins(all_found)}.items():
         without, with_ = (_end(one.reference) for one in pair)
@@ -116,10 +136,9 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
         )
     usual = [one for one in of if one.line.spec["rate"] == 1]
     if usual:
-        many = len({one.line.architecture for one in usual})
+        many = plural(len({one.line.architecture for one in usual}), "architecture")
         said.append(
-            f"at the usual rate {count_left(usual)} runs with FP8 attention leave, of {many} architectures, over up to "
-            f"{most_tokens(usual)} tokens"
+            f"at the usual rate {count_left(usual, 'run')} with FP8 attention left, of {many}, in {tokens_words(usual)}"
         )
     return [_sentences(said)] if said else []
 
@@ -140,12 +159,12 @@ def _parity(lines: Sequence[Line]) -> list[str]:
         return []
     said = []
     for key, pairs in sorted(of, key=lambda item: architecture_order(item[1].line.architecture)):
-        shown, needed = parity_of(pairs.values), needed_words(pairs.values)
+        shown, needed = parity_of(pairs), needed_words(pairs.values)
         name = architecture_name(pairs.line.architecture)
         words = f"{name} {PARITY[shown]}, {_mean(pairs.values)} in {pairs_words(pairs)}"
         if key in floor and floor[key].values:
             words += f", where BF16 against itself has {_mean(floor[key].values)}"
-        said.append(words + (f"; it takes {needed} at this scatter" if shown == "open" and needed != "–" else ""))
+        said.append(words + (f"; at this scatter it takes {needed}" if shown == "open" and needed != "–" else ""))
     return [f"**That FOG with FP8 attention ends no more than {MARGIN} % above BF16's loss:** {'. '.join(said)}."]
 
 
@@ -160,7 +179,7 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
     said, watch = [], watch_of(found)
     if watch.left:
         said.append(
-            f"of {len(watch.left)} runs in FP8 that left, the watch announced {len(watch.announced)}; "
+            f"of {plural(len(watch.left), 'run')} in FP8 that left, the watch announced {len(watch.announced)}; "
             f"{len(watch.blind)} left before the {FEWEST} samples that an alarm takes; {len(watch.as_papers)} left "
             f"later than at the start of training, which is what the claim speaks of; {len(watch.false)} of "
             f"{len(watch.others)} that did not leave had an alarm"

@@ -14,6 +14,7 @@ from .fog_claims import (
     PARITY,
     SPEEDS,
     claims,
+    count_left,
     in_bf16,
     interval_words,
     last_kurtosis,
@@ -22,18 +23,21 @@ from .fog_claims import (
     pairs_words,
     parity_of,
 )  # fmt: skip
-from .fog_findings import findings, unmended
+from .fog_findings import findings, told_of_old
 from .fog_results import FEWEST, IN_A_ROW, KINDS, LAST, Line, Outcome, alarm, differences, outcomes
 from .fog_results import SIGMAS as ALARM_SIGMAS
 from .fog_seen import leaving, seen, watch_words
 from .fog_words import (
     ARMS,
     MARGIN,
+    OLD,
+    PAPER_ARM,
     architecture_name,
     architecture_order,
     arm_order,
     millions,
     number,
+    span,
     three_digits,
     told_apart,
 )
@@ -65,8 +69,8 @@ _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed 
   margin of {MARGIN} % of the loss.
 
 These were written before the runs. The following came when runs had been seen. The last of them, when the suspects had
-been tried: *sound*, *norms*, *mean of layers*, *mended*, and in *in another way* and *blind* what they say of gradient
-norms and of the start.
+been tried: *sound*, *norms*, *mean of layers*, *marked{OLD}*, and in *in another way* and *blind* what they say of
+gradient norms and of the start.
 
 * *In another way*: a run leaves, or its gradient norm jumps, within {EARLY} times the warm-up; or FP8 linears alone
   leave too, or were not run as far, so that it cannot be laid to attention. The paper's Llama 3 left after 0.7 billion
@@ -81,8 +85,9 @@ norms and of the start.
   leaves it or stays with it counts, for claims or parity. A run in FP8 that rises so far does not hold, though it come
   back.
 * *Mean of layers*: what the kurtosis of FOG-max and Llama 3 is in it is said beside the largest, and judges nothing.
-* *Mended*: a run whose spec lacks `keeps_scores` was made before attention's backward had that; what leaves in it
-  proves nothing. It stands aside where the same run has been made since.
+* *Marked{OLD}*: a run with FP8 attention whose spec lacks `keeps_scores` was made before attention's backward had
+  that. It may speak for FP8, since one that held did so with the fault, and never against it. Where the same run has
+  been made since, that one counts alone.
 * *Norms*: a run without norms of q and k left, and the one that has them and differs in nothing else holds as far."""
 
 
@@ -104,7 +109,7 @@ def page(lines: Sequence[Line], pictures: Sequence[str], data: str) -> str:
     parts = [
         _HEAD.format(data=data),
         f"## What came out\n\n{first}" if first else "",
-        unmended(lines),
+        told_of_old(lines),
         f"## Claims\n\n{said}",
         "## Pictures" if pictures else "",
         *shown("losses", "arms", "parity", "layers"),
@@ -133,28 +138,44 @@ _SHOWN = {
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 _WHAT = ["architecture", "size", "rate", "seed"]
+_ARMS_ALONE = "bf16-again", "fp8", PAPER_ARM
 
 
 def _provoked(found: Sequence[Outcome]) -> str:
     if not found:
         return "## Which losses leave BF16's\n\nNot run yet: `python studies/fog.py provoke` makes the runs."
-    return "\n\n".join([_ABOUT_LEAVING, _by_arm(found), *seen(found)])
+    return "\n\n".join([_ABOUT_LEAVING.format(old=OLD), _by_arm(found), *seen(found)])
 
 
 _ABOUT_LEAVING = """## Which losses leave BF16's
 
 The step at which a loss leaves BF16's, or the last one by which it has not; nothing where it was not run. *BF16, the
 same again* says what the order of sums alone does at such a rate: where it leaves too, nothing can be said of FP8. Nor
-can it where the cells are in brackets: BF16 itself is not sound there."""
+can it where the cells are in brackets: BF16 itself is not sound there, or a run marked{old} did not hold. *Something
+changed* are all arms with FP8 attention that is not as the paper's; each has its rows below, where any left."""
 
 
 def _by_arm(found: Sequence[Outcome]) -> str:
-    """A row of runs that differ in the arm alone."""
-    arms = sorted({one.line.arm for one in found}, key=arm_order)
+    """A row of runs that differ in the arm alone; one column has all arms that are the paper's with something changed,
+    which few rows have."""
+    arms = [arm for arm in _ARMS_ALONE if any(one.line.arm == arm for one in found)]
+    changed = [one for one in found if one.line.arm not in _ARMS_ALONE]
     cells = {(one.line.pair, one.line.arm): leaving(one) for one in found}
-    names = told_apart([one.line for one in found])
-    rows = [[*what, *(cells.get((pair, arm), "") for arm in arms)] for pair, what in names.items()]
-    return markdown([*_WHAT, *(ARMS[arm] for arm in arms)], rows)
+    rows = []
+    for pair, what in told_apart([one.line for one in found]).items():
+        others = [one for one in changed if one.line.pair == pair]
+        rows.append([*what, *(cells.get((pair, arm), "") for arm in arms), *[_all_left(others)] * bool(changed)])
+    return markdown([*_WHAT, *(ARMS[arm] for arm in arms), *["… something changed"] * bool(changed)], rows)
+
+
+def _all_left(of: Sequence[Outcome]) -> str:
+    """Of those that count, or in brackets of all where none does."""
+    if not of:
+        return ""
+    counted = [one for one in of if one.counts]
+    left = [one.left for one in counted or of if one.left]
+    said = f"{count_left(counted or of)} left{f', at {span(left)}' if left else ''}"
+    return f"{said if counted else f'({said})'}{OLD * any(one.line.old for one in of)}"
 
 
 def _every_run(found: Sequence[Outcome]) -> str:
@@ -173,7 +194,7 @@ def _every_run(found: Sequence[Outcome]) -> str:
 
 def _bf16(line: Line) -> str:
     first = alarm(line)
-    said = [f"{f'not sound from {line.unsound} on' if line.unsound else 'sound'}, {line.so_far}"]
+    said = [f"not sound from step {line.unsound} on" if line.unsound else f"sound to step {line.so_far}"]
     return ", ".join(said + ([f"alarm at {first.step}"] if first else []))
 
 
@@ -189,7 +210,7 @@ def _parity(lines: Sequence[Line]) -> str:
         counts.add(len(pairs.values))
         rows.append([architecture_name(pairs.line.architecture), size, f"{pairs.line.spec['lr']:g}",
                      millions(steps * tokens), ARMS[arm], pairs_words(pairs), interval_words(pairs.values),
-                     interval_words(same), PARITY[parity_of(pairs.values)],
+                     interval_words(same), PARITY[parity_of(pairs)],
                      *(f"{_deviation(of)}: {needed_words(of)}" for of in (pairs.values, same))])  # fmt: skip
     if not rows:
         return "## FP8 attention beside BF16\n\nNot run yet: `python studies/fog.py parity` makes the runs."
@@ -272,7 +293,7 @@ A size is named as in `models/fog_config.py`. Several runs shared a GPU: their s
 
 def _not_said(lines: Sequence[Line]) -> str:
     most = max((line.step * line.setting[2] for line in lines), default=0)
-    longest = f" The longest run here has {millions(most)}." if most else ""
+    longest = f" The longest run here saw {millions(most)}." if most else ""
     return f"""## What this does not say
 
 * Nothing of long trainings: the paper's divergences come after 0.7 to 15.9 billion tokens.{longest}

@@ -79,10 +79,10 @@ class Line:
         return min((step for step in (self.diverged, above_start(self.losses)) if step), default=0)
 
     @property
-    def mended(self) -> bool:
-        """Whether attention's backward kept scores where they were, if attention was in FP8. Before it did, gradients
-        of large scores were too large by their exponential, and a Llama without norms of q and k diverged of it."""
-        return "attention" not in self.spec["fp8"] or bool(self.spec["fp8"].get("keeps_scores"))
+    def old(self) -> bool:
+        """Whether attention was in FP8 and its backward did not yet keep scores where they were. Gradients of large
+        scores were then too large by an exponential, and a Llama without norms of q and k diverged of that."""
+        return "attention" in self.spec["fp8"] and not self.spec["fp8"].get("keeps_scores")
 
     @property
     def jumped(self) -> int | None:
@@ -185,6 +185,17 @@ class Outcome(NamedTuple):
         return "attention" in self.line.spec["fp8"]
 
     @property
+    def aside(self) -> bool:
+        """Whether it is an old run that did not hold, of which its backward may be the cause. One that held did so
+        with that backward, and counts: an old run may speak for FP8, and never against it."""
+        return self.line.old and not self.holds
+
+    @property
+    def counts(self) -> bool:
+        """Whether it says anything of FP8."""
+        return self.steady and not self.aside
+
+    @property
     def lead(self) -> int | None:
         """How many steps before it left the alarm was raised."""
         return None if self.left is None or self.alarm is None else self.left - self.alarm.step
@@ -214,10 +225,10 @@ class Outcome(NamedTuple):
 
 
 def current(lines: Iterable[Line]) -> list[Line]:
-    """Without those that were not mended where the same run has been made again since."""
+    """Without the old ones that have been made again since."""
     lines = list(lines)
-    again = {(line.pair, line.arm) for line in lines if line.mended}
-    return [line for line in lines if line.mended or (line.pair, line.arm) not in again]
+    again = {(line.pair, line.arm) for line in lines if not line.old}
+    return [line for line in lines if not line.old or (line.pair, line.arm) not in again]
 
 
 def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
@@ -244,11 +255,12 @@ def _further(line: Line, reference: Line) -> float | None:
 class Pairs(NamedTuple):
     """Of one architecture and arm, trained alike but for the seed: by how many per cent each validation loss is above
     that of BF16 with the same seed. A run that was lost is infinitely worse. unsound: pairs that say nothing, since
-    BF16 itself was lost, has diverged or has risen above its start."""
+    BF16 itself was lost, has diverged or has risen above its start. old: how many of the values are of old runs."""
 
     line: Line  # one of them
     values: list[float]
     unsound: int
+    old: int
 
 
 def differences(lines: Iterable[Line], arm: str, key: str = "loss") -> dict[tuple[str, ...], Pairs]:
@@ -258,12 +270,13 @@ def differences(lines: Iterable[Line], arm: str, key: str = "loss") -> dict[tupl
         if one.line.arm == arm and one.line.result and one.reference.result:
             mine, theirs = one.line.result.get(key), one.reference.result["loss"]
             shared = one.line.but_for("seed")
-            line, values, unsound = found.get(shared, Pairs(one.line, [], 0))
+            line, values, unsound, old = found.get(shared, Pairs(one.line, [], 0, 0))
             if theirs is None or not one.steady:
                 unsound += 1
             else:
                 values = [*values, math.inf if mine is None else 100 * (mine / theirs - 1)]
-            found[shared] = Pairs(line, values, unsound)
+                old += one.line.old
+            found[shared] = Pairs(line, values, unsound, old)
     return found
 
 

@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from torch_fp8.table import markdown
 
 from .divergence import PATIENCE
-from .fog_claims import UNMENDED, count_left
+from .fog_claims import count_left
 from .fog_results import FEWEST, IN_A_ROW, LAST, Line, Outcome, most_in_a_row
 from .fog_words import (
     ARMS,
+    OLD,
     architecture_name,
     arm_order,
     bounds_qk,
     listed,
     millions,
     number,
+    plural,
     rate_words,
     told_apart,
 )  # fmt: skip
@@ -83,10 +85,11 @@ def _end(line: Line) -> str:
 
 def _usual(reference: Line, found: Sequence[Outcome]) -> str:
     """Where it ends at the usual rate, if this is another one."""
-    wanted = {**reference.spec, "rate": 1, "lr": None}
+    free = {"lr": None, "every": None}
+    wanted = {**reference.spec, "rate": 1, **free}
     for one in found:
         other = one.reference
-        if {**other.spec, "lr": None} == wanted and reference.spec["rate"] != 1:
+        if {**other.spec, **free} == wanted and reference.spec["rate"] != 1:
             return f"; at the usual rate it is {_end(other)}{_short(other)}"
     return ""
 
@@ -95,30 +98,28 @@ def _usual(reference: Line, found: Sequence[Outcome]) -> str:
 
 
 def _suspects(of: Sequence[Outcome], found: Sequence[Outcome]) -> list[str]:
-    """What it needs and what not, as far as arms tell, of the runs beside a sound BF16."""
-    of = [one for one in of if one.steady]
+    """What it needs and what not, as far as arms tell, of the runs that count."""
+    of = [one for one in of if one.counts]
     in_fp8 = [one for one in of if one.line.arm != "bf16-again"]
     if not any(one.left for one in in_fp8):
         return []
     last = max(one.left for one in in_fp8 if one.left)
     said = [_again(of, last)]
-    if any(one.left and not one.line.mended for one in in_fp8):
-        said.append(f"These were {UNMENDED}, which may be all that it needs.")
     innocent, open_ = [], []
     for what, arms in SUSPECTS.items():
         without = [one for one in in_fp8 if one.line.arm in arms]
         leaving_arms = {one.line.arm for one in without if one.left}
         if leaving_arms:
             runs = [one for one in without if one.line.arm in leaving_arms]
-            innocent.append(f"{what} ({count_left(runs)} runs without it leave too)")
+            innocent.append(f"{what} ({count_left(runs, 'run')} without it left too)")
         elif not any(one.holds_to(last) for one in without):
             open_.append(what)
     held = [f"{ARMS[arm]} ({_none(runs)})" for arm, runs in _by_arm(in_fp8) if _hold(runs, last)]
     if not bounds_qk(of[0].line.architecture):
-        normed = [one for one in _with_norms(of[0].line, found) if one.attention and one.steady]
+        normed = [one for one in _with_norms(of[0].line, found) if one.attention and one.counts]
         name = architecture_name(normed[0].line.architecture) if normed else ""
         if any(one.left for one in normed):
-            innocent.append(f"{NORMS} ({name}: {count_left(normed)} runs with FP8 attention leave too)")
+            innocent.append(f"{NORMS} ({name}: {count_left(normed, 'run')} with FP8 attention left too)")
         elif normed and _hold(normed, last):
             held.append(f"norms of q and k and nothing else changed ({name}, FP8 attention: {_none(normed)})")
         else:
@@ -133,7 +134,7 @@ def _suspects(of: Sequence[Outcome], found: Sequence[Outcome]) -> list[str]:
 
 
 def _none(runs: Sequence[Outcome]) -> str:
-    return f"0 of {len(runs)} leave by step {min(one.seen for one in runs)}"
+    return f"{count_left(runs)} left by step {min(one.seen for one in runs)}{OLD * any(one.line.old for one in runs)}"
 
 
 def _hold(runs: Sequence[Outcome], step: int) -> bool:
@@ -176,11 +177,12 @@ def _table(of: Sequence[Outcome]) -> str:
 
 
 def leaving(one: Outcome) -> str:
-    """In brackets where BF16 itself is not sound."""
+    """In brackets where it says nothing of FP8."""
     said = f"**{one.left}**" if one.left else f"not by {one.seen}{'' if one.finished else ', unfinished'}"
     if not one.left and not one.holds:
         said += f", but above its start at {one.line.unsound}"
-    return said if one.steady else f"({said.replace('**', '')})"
+    said = said if one.counts else f"({said.replace('**', '')})"
+    return f"{said}{OLD * one.line.old}"
 
 
 def watch_words(one: Outcome) -> str:
@@ -189,11 +191,12 @@ def watch_words(one: Outcome) -> str:
         return f"alarm {one.lead} steps before, at {one.alarm.step} (layer {one.alarm.layer + 1})"
     later = f"; alarm at {one.alarm.step}" if one.alarm else ""
     if not one.left:
-        return f"no alarm in {one.samples} samples" if not one.alarm else later[2:]
+        return f"no alarm in {plural(one.samples, 'sample')}" if not one.alarm else later[2:]
     if not one.watched:
-        return f"could not: {one.samples} samples before it, an alarm takes {FEWEST}{later}"
-    out = f"{most_in_a_row(one.line, one.left)} in a row left their trend, an alarm takes {IN_A_ROW}"
-    return f"no alarm in {one.samples} samples before it: {out}{later}"
+        return f"could not: {plural(one.samples, 'sample')} before it, an alarm takes {FEWEST}{later}"
+    most = most_in_a_row(one.line, one.left)
+    out = f"at most {most} in a row out of trend, an alarm takes {IN_A_ROW}" if most else "none out of trend"
+    return f"no alarm in {plural(one.samples, 'sample')} before it: {out}{later}"
 
 
 def _before(one: Outcome) -> tuple[str, str]:

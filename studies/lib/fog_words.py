@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from models.fog_config import ARCHITECTURES
 
@@ -28,6 +29,7 @@ ARMS = {
     "forward": "… attention's backward in 16 bits",
 }
 PAPER_ARM = "fp8-attention"
+OLD = " †"  # behind what is said of an old run
 MARGIN = 0.25  # per cent of the loss, fixed before the runs
 
 
@@ -87,6 +89,21 @@ def millions(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return f"{count:.0f}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def span(values: Iterable[Any], words: Callable[[Any], str] = str) -> str:
+    """The least and the most, or the one that all are."""
+    known = sorted(values)
+    return " to ".join(dict.fromkeys(map(words, (known[0], known[-1]))))
+
+
+def rates_words(rates: Iterable[float]) -> str:
+    known = sorted(set(rates))
+    return f"learning rate{'s' * (len(known) > 1)} {listed(f'{rate:g}' for rate in known)}"
 
 
 def number(loss: Loss, signed: bool = False) -> str:
