@@ -638,6 +638,7 @@ def test_findings_are_sentences_of_the_data():
     runs += [line("llama3:qk-norm", arm, rate=10) for arm in ("bf16", PAPER_ARM)]
     runs += [line("fog-max", arm) for arm in ("bf16", PAPER_ARM)]
     first, second = findings(runs, "")[:2]
+    assert "above BF16's, in nats: with FP8 attention +1.00; with FP8 linears alone +0.00; BF16 run" in first
     assert first.startswith(
         "**Llama 3 of tiny at learning rate 0.01, 10 × the usual one: 2 of 2 runs with FP8 attention"
     )
@@ -647,12 +648,48 @@ def test_findings_are_sentences_of_the_data():
     )
     assert "0 of 1 of BF16 run again did; 1 of 2 left within 2 times the warm-up of 15 steps" in first
     assert second.startswith("**With norms or a tanh of q and k 0 of 2 runs with FP8 attention left**, in 300 steps at")
-    assert "Llama 3 with QK-norm and FOG-max. Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
+    assert "Llama 3 with QK-norm and FOG-max. How far the mean of the last 50 losses lies above BF16's" in second
+    assert "in nats: +0.00. Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
     assert "At the usual rate 0 of 1 run with FP8 attention left, of 1 architecture, in 38.4k tokens." in second
     pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss) for seed, arm, loss in
              ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
     (parity,) = findings(pairs, "")
     assert parity.endswith("FOG-max not shown, +0.00 ± 12.71 % in 2 pairs; at this scatter it takes 126.")
+
+
+def sized(one, size, tokens):
+    return dataclasses.replace(one, spec={**one.spec, "size": size, "batch": tokens // one.spec["context"]})
+
+
+def test_another_size_is_a_finding_of_its_own_whether_its_runs_leave_or_hold():
+    def runs(size, tokens, away, lost=0):
+        made = [line("llama3", arm, rate=10) for arm in ("bf16", "bf16-again", "fp8")]
+        made += [line("llama3", PAPER_ARM, rate=10, away=away, lost=lost)]
+        return [sized(one, size, tokens) for one in made]
+
+    small = runs("25M", 1024, away=100)
+    for away, lost, said in ((0, 0, "0 of 1 run with FP8 attention left BF16's loss** in 300 steps (614k tokens)"),
+                             (150, 0, "1 of 1 run with FP8 attention left BF16's loss**, at step 150 (307k tokens)"),
+                             (150, 290, "in nats: with FP8 attention 1 lost; with")):  # fmt: skip
+        both = [*runs("100M", 2048, away, lost), *small]
+        first, second, *_ = findings(both, "")
+        assert first.startswith("**Llama 3 of 25M") and second.startswith("**Llama 3 of 100M") and said in second
+        table = _by_arm(outcomes(both, "provoke"))
+        assert table.index("| 25M, ") < table.index("| 100M, ") and "something changed" not in table
+        (claim,) = (claim for claim in claims(both) if claim.words == LLAMA)
+        assert claim.run == "2 runs of 25M and 100M, learning rate 0.01, 307k to 614k tokens"
+        assert f"{1 + bool(away)} of 2 left BF16, at step 100 (102k tokens; 25M, learning rate 0.01)" in claim.found
+
+
+def test_no_sentence_counts_one_in_the_plural_or_says_a_range_of_one():
+    runs = [line("llama3", arm, rate=10, away=200 * (arm == PAPER_ARM), grows=150 * (arm == PAPER_ARM))
+            for arm in ("bf16", "bf16-again", "fp8", PAPER_ARM)]  # fmt: skip
+    runs += [line(name, arm) for name in ("fog-max",) for arm in ("bf16", PAPER_ARM)]
+    runs += [line("fog-max", arm, study="parity") for arm in ("bf16", PAPER_ARM)]
+    text = page([*runs, old(line("op", PAPER_ARM)), line("op")], [], "")
+    assert not re.findall(r"\b(?:of )?1 (?:\w+ )?(?:runs|pairs|steps|samples|architectures|others)\b", text)
+    assert not re.findall(r"\b([\d.]+\w?) to \1\b", text) and "learning rates 0.01;" not in text
+    assert "run of tiny, learning rate 0.01, " in text and "29 steps" not in text
 
 
 def drawn(lines, folder, monkeypatch):

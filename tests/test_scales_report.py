@@ -3,6 +3,7 @@ The runs are made up, so that what they say is known."""
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from examples.gpt.errors import UserError
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
 from studies.lib.scales_claims import claims, findings
+from studies.lib.scales_figures import draw
 from studies.lib.scales_page import page
 from studies.lib.scales_results import (
     Line,
@@ -286,6 +288,12 @@ def test_the_page_says_what_is_missing():
         and "Not run yet: `python studies/scales.py finetune`" in text
     )
     assert "None yet." in page([], [], {}, "data")
+
+
+def test_pictures_that_there_are_no_data_for_are_deleted_and_nothing_else(tmp_path):
+    for name in ("window.png", "parity.png", "mine.png", "runs.jsonl"):
+        (tmp_path / name).touch()
+    assert draw(tmp_path, [], {}) == [] and sorted(os.listdir(tmp_path)) == ["mine.png", "runs.jsonl"]
 
 
 def test_the_page_in_docs_is_the_one_of_the_data():

@@ -21,6 +21,7 @@ from .fog_words import (
     millions,
     plural,
     rates_words,
+    setting_order,
     span,
     three_digits,
 )  # fmt: skip
@@ -83,7 +84,8 @@ def tally(of: Sequence[Outcome]) -> list[str]:
 
 
 def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
-    return [one for one in found if one.line.arm == PAPER_ARM and one.line.architecture == name]
+    of = [one for one in found if one.line.arm == PAPER_ARM and one.line.architecture == name]
+    return sorted(of, key=lambda one: setting_order(one.line))
 
 
 def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outcome]:
@@ -155,13 +157,14 @@ def steps_words(of: Sequence[Outcome]) -> str:
 def _left(of: Sequence[Outcome]) -> str:
     if not of:
         return "–"
-    at: dict[tuple[str, float], list[int]] = {}
+    at: dict[tuple[str, int, float], list[int]] = {}
     for one in of:
         if one.left:
-            at.setdefault((one.line.setting[0], one.line.spec["lr"]), []).append(one.left)
+            at.setdefault((one.line.setting[0], one.line.setting[2], one.line.spec["lr"]), []).append(one.left)
     where = [
-        f"{'step' if len(steps) == 1 else 'steps'} {listed(map(str, sorted(steps)))} ({size}, learning rate {rate:g})"
-        for (size, rate), steps in at.items()
+        f"step{'s' * (len(steps) > 1)} {listed(map(str, sorted(steps)))} "
+        f"({span([step * tokens for step in steps], millions)} tokens; {size}, learning rate {rate:g})"
+        for (size, tokens, rate), steps in at.items()
     ]
     said = f"{count_left(of)} left BF16, at {listed(where)}" if at else f"none left BF16 in {steps_words(of)}"
     up = sum(not one.left and not one.holds for one in of)

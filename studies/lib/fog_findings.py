@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .fog_claims import (
     EARLY,
@@ -35,6 +35,7 @@ from .fog_words import (
     plural,
     rate_words,
     rates_words,
+    setting_order,
     span,
 )  # fmt: skip
 from .intervals import interval
@@ -56,7 +57,7 @@ def _leaving(all_found: Sequence[Outcome]) -> list[str]:
     each higher rate that one bore without norms of q and k."""
     groups: dict[tuple[object, ...], list[Outcome]] = {}
     for one in judged(all_found):
-        key = architecture_order(one.line.architecture), one.line.setting, -one.line.spec["lr"]
+        key = architecture_order(one.line.architecture), setting_order(one.line), -one.line.spec["lr"]
         groups.setdefault(key, []).append(one)
     return [_of_group(groups[key], all_found) for key in sorted(groups)
             if any(one.attention and (one.left or _bore(one.line)) for one in groups[key])]  # fmt: skip
@@ -76,7 +77,7 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
     variants = f", in {arms} variants," if arms > 1 else ""
     name = f"{architecture_name(line.architecture)} of {line.setting[0]} at {rate_words(line)}"
     said = [f"**{name}: {count_left(attention, 'run')} with FP8 attention{variants} left BF16's loss**"]
-    said[0] += f", {_at(left, line)}" if left else f" in {steps_words(attention)}"
+    said[0] += f", {_at(left, line)}" if left else f" in {steps_words(attention)} ({tokens_words(attention)})"
     said += [f"{count_left(linears)} with FP8 linears alone did"] * bool(linears)
     said += [f"{count_left(again)} of BF16 run again did"] * bool(again)
     if left:
@@ -85,7 +86,19 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
             f"{early} of {len(left)} left within {EARLY} times the warm-up of {line.spec['warm_up']} steps; the "
             "paper's left after 0.7 billion tokens and more"
         )
-    return f"{'; '.join(said)}."
+    ends = {"with FP8 attention ": attention, "with FP8 linears alone ": linears, "BF16 run again ": again}
+    return f"{'; '.join(said)}. {_above_bf16(ends)}."
+
+
+def _above_bf16(ends: Mapping[str, Sequence[Outcome]]) -> str:
+    """Whether or not they left: by the rule they need not where the noise of BF16's steps is loud."""
+    said = []
+    for words, of in ends.items():
+        known = [one.further for one in of if one.further is not None]
+        lost = [f"{len(of) - len(known)} lost"] * (len(known) < len(of))
+        nats = [span(known, lambda x: f"{x:+.2f}" if abs(x) < 1000 else f"{x:+.1e}")] if known else []
+        said += [f"{words}{', '.join(nats + lost)}"] * bool(of)
+    return f"How far the mean of the last {LAST} losses lies above BF16's, in nats: {'; '.join(said)}"
 
 
 def _at(left: Sequence[int], line: Line) -> str:
@@ -126,7 +139,8 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
         said.append(
             f"**With norms or a tanh of q and k {count_left(bounded, 'run')} with FP8 attention left**, in "
             f"{steps_words(bounded)} at {rates}: "
-            f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}"
+            f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}. "
+            f"{_above_bf16({'': bounded})}"
         )
     for (plain, normed, _), pair in {_names(pair): pair for pair in twins(all_found)}.items():
         without, with_ = (_end(one.reference) for one in pair)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from models.fog_config import ARCHITECTURES
+from models.fog_config import ARCHITECTURES, SIZES
 
 from .divergence import Loss
 from .fog_results import Line
@@ -43,6 +43,12 @@ def architecture_order(name: str) -> tuple[int, str]:
     return (list(NAMES).index(plain) if plain in NAMES else len(NAMES), name)
 
 
+def setting_order(line: Line) -> tuple[int, int, int]:
+    """Small models first."""
+    size, steps, tokens = line.setting
+    return list(SIZES).index(size), steps, tokens
+
+
 def arm_order(arm: str) -> int:
     return list(ARMS).index(arm)
 
@@ -65,8 +71,7 @@ def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[
     the keys}, in order. Where two have these words in common, the last word says in what else they differ."""
     count = 3 if "seed" in but else 4
     alike: dict[tuple[str, ...], dict[tuple[str, ...], Line]] = {}
-    for line in sorted(lines, key=lambda line: (architecture_order(line.architecture), line.setting, line.spec["lr"],
-                                                line.spec["seed"], line.pair)):  # fmt: skip
+    for line in sorted(lines, key=_order):
         alike.setdefault(tuple(map(str, plainly(line)[:count])), {}).setdefault(line.but_for(*but), line)
     found = {}
     for (*what, last), groups in alike.items():
@@ -76,6 +81,10 @@ def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[
         for key, line in groups.items():
             found[key] = (*what, ", ".join([last, *(_in_words(key, line.spec.get(key)) for key in keys)]))
     return found
+
+
+def _order(line: Line) -> tuple[object, ...]:
+    return (*architecture_order(line.architecture), *setting_order(line), line.spec["lr"], line.spec["seed"], line.pair)
 
 
 def _in_words(key: str, value: object) -> str:

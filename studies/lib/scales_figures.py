@@ -38,7 +38,8 @@ BIAS = "Bias b of FP8-AMAX, at most 31: a tensor is multiplied by 2^b before its
 
 
 def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
-    """Every picture that there are data for; their names. sizes: parameters by model."""
+    """Every picture that there are data for; their names. Those drawn before that there are none for are deleted.
+    sizes: parameters by model."""
     by_size = sorted(lines, key=lambda line: (sizes.get(line.model, 0), line.run))
     pictures: dict[str, Callable[[Path, Sequence[Line], Mapping[str, float]], bool]] = {
         "histograms": histograms,
@@ -51,7 +52,10 @@ def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> lis
         "finetune": lambda path, lines, sizes: paired(path, lines, "finetune", "bf16"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    return [name for name, make in pictures.items() if make(folder / f"{name}.png", by_size, sizes)]
+    made = [name for name, make in pictures.items() if make(folder / f"{name}.png", by_size, sizes)]
+    for name in pictures.keys() - made:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return made
 
 
 def _counts(records: Sequence[dict[str, Any]], role: str) -> dict[int, float]:
