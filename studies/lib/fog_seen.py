@@ -47,7 +47,7 @@ def seen(found: Sequence[Outcome]) -> list[str]:
     parts = []
     for key, (name, length, rate) in names.items():
         of = groups[key]
-        if not any(one.left for one in of if one.line.arm != "bf16-again"):
+        if not any(one.gone for one in of if one.line.arm != "bf16-again"):
             continue
         title = f"### {name}, {length}, learning rate {rate}"
         parts += [title, _start(of, found), " ".join(_suspects(of, found)), _table(of)]
@@ -178,7 +178,9 @@ def _table(of: Sequence[Outcome]) -> str:
 
 def leaving(one: Outcome) -> str:
     """In brackets where it says nothing of FP8."""
-    said = f"**{one.left}**" if one.left else f"not by {one.seen}{'' if one.finished else ', unfinished'}"
+    said = f"not by {one.seen}{'' if one.finished else ', unfinished'}"
+    if one.left:
+        said = f"**{one.left}**{', came back' * one.came_back}"
     if not one.left and not one.holds:
         said += f", but above its start at {one.line.unsound}"
     said = said if one.counts else f"({said.replace('**', '')})"
