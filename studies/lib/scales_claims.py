@@ -70,7 +70,8 @@ def _against_bf16(lines: Sequence[Line], study: str) -> Iterator[tuple[str, list
     finished = done(lines, study)
     for model in dict.fromkeys(line.model for line in finished):
         mine = [line for line in finished if line.model == model]
-        yield model, mine, {arm: v for arm in arms_of(mine) if (v := pairs(mine, arm, "bf16", "loss").get(model))}
+        others = [arm for arm in arms_of(mine) if arm != "bf16"]
+        yield model, mine, {arm: v for arm in others if (v := pairs(mine, arm, "bf16", "loss").get(model))}
 
 
 def _fine_tuned(lines: Sequence[Line]) -> list[str]:
@@ -116,7 +117,10 @@ def _trained(lines: Sequence[Line]) -> list[str]:
             for word, arms in words.items()
             if arms
         ]
-        found.append(f"Training {model} from scratch: {'; '.join(said) or 'nothing is decided yet'}{noise}.")
+        many = f"{min(map(len, apart.values()))} pairs" if len(set(map(len, apart.values()))) == 1 else "pairs"
+        verdict = "; ".join(said) or "nothing is decided yet"
+        words = ", ".join(f"{arm} {percent(values)}" for arm, values in apart.items() if arm != "bf16-again")
+        found.append(f"Training {model} from scratch, {many}: {verdict}{noise}. The loss against BF16's: {words}.")
     return found
 
 
