@@ -1,12 +1,12 @@
 """How far backward's probabilities are from forward's where scores are large, in each mode of attention. Times nothing.
-Writes results/large_scores.md and .png."""
+Writes results/large_scores.md."""
 
 from __future__ import annotations
 
 import torch
 import torch_fp8 as fp8
 from lib.common import options, randn, start
-from lib.report import FP8, SECOND, header, numbers, table, write
+from lib.report import header, table, write
 
 SCORES = (10, 30, 100, 300, 1_000, 3_000, 10_000)
 MODES = ("16bit", "fp8_forward", "fp8")
@@ -36,19 +36,6 @@ def measure(largest: float, mode: str) -> tuple[torch.Tensor, float]:
     return dv.sum(-2).flatten(), ((dv - wanted).norm() / wanted.norm()).item()
 
 
-def draw(figure, tables) -> None:
-    axes = figure.subplots()
-    for mode, color in zip(MODES, ("#888888", SECOND, FP8)):
-        rows = [row for row in tables[0] if row["mode"] == mode]
-        quantiles = [numbers(row["sum of a row: 1 %, median, 99 %, most"]) for row in rows]
-        scores = [numbers(row[FROM])[0] for row in rows]
-        axes.plot(scores, [q[2] for q in quantiles], color=color, label=f"{mode}: 99 % are below", marker="o")
-        axes.plot(scores, [q[0] for q in quantiles], color=color, linestyle="--", label="1 % are below")
-    axes.set(xscale="log", yscale="symlog", xlabel=FROM, ylabel="sum of a row of backward's probabilities",
-             title="1 is right")  # fmt: skip
-    axes.legend(loc="upper left")
-
-
 def main() -> None:
     start(__doc__)
     rows = []
@@ -61,7 +48,7 @@ def main() -> None:
             rows.append([f"{largest:,}", mode, told, f"{share:.1%}", f"{error:.3f}"])
     head = [FROM, "mode", "sum of a row: 1 %, median, 99 %, most", "off by more than a quarter", "dv"]
     title = "Backward's probabilities where scores are large"
-    write("large_scores", header(title, timed=False), table(head, rows), NOTE, draw=draw)
+    write("large_scores", header(title, timed=False), table(head, rows), NOTE)
 
 
 if __name__ == "__main__":
