@@ -12,7 +12,6 @@ SCORES = (10, 30, 100, 300, 1_000, 3_000, 10_000)
 MODES = ("16bit", "fp8_forward", "fp8")
 BATCH, HEADS, KEYS, DIMS = 4, 32, 1024, 128  # as many queries as channels
 SHARES = torch.tensor([0.01, 0.5, 0.99, 1.0])
-FROM = "largest score"
 NOTE = f"""Standard-normal q, k and v of {BATCH} x {HEADS} heads, {DIMS} queries on {KEYS:,} keys, not causal; the
 softmax scale makes the largest |score| what the row says. The gradient of query i is 1 in channel i and 0 elsewhere, so
 that channel i of dv, added over keys, is the sum of row i of the probabilities that backward used: 1 where they are
@@ -46,7 +45,7 @@ def main() -> None:
             share = ((sums - 1).abs() > 0.25).double().mean().item()
             told = ", ".join(f"{q:.3g}" for q in quantiles.tolist())
             rows.append([f"{largest:,}", mode, told, f"{share:.1%}", f"{error:.3f}"])
-    head = [FROM, "mode", "sum of a row: 1 %, median, 99 %, most", "off by more than a quarter", "dv"]
+    head = ["largest score", "mode", "sum of a row: 1 %, median, 99 %, most", "off by more than a quarter", "dv"]
     title = "Backward's probabilities where scores are large"
     write("large_scores", header(title, timed=False), table(head, rows), NOTE)
 
