@@ -633,15 +633,17 @@ def test_the_ops_refuse_before_anything_is_written(device):
         (6, lambda t: t.half()),
         (7, lambda t: t[:3].clone()),
         (8, lambda casts: casts[:5]),
+        (13, lambda scale: -scale),
+        (13, lambda scale: math.nan),
     ],
 )
 def test_backward_refuses_what_is_not_of_one_forward(device, at, change):
     q, k, v, dy = (t.detach() for t in tensors(device, tokens=32))
     _, call, saved = forward_op(device, q, k, v)
-    given = [dy, *saved[1:], call.slots, call.casts]
+    given = [dy, *saved[1:], call.slots, call.casts, 0, True, True, True, 0.1, True, False]
     given[at], before = change(given[at]), call.slots.clone()
     with pytest.raises((RuntimeError, TypeError, ValueError), match="torch_fp8: "):
-        torch.ops.torch_fp8.attention_backward(*given, 0, True, True, True, 0.1, True, False)
+        torch.ops.torch_fp8.attention_backward(*given)
     assert torch.equal(call.slots, before)
 
 

@@ -125,13 +125,17 @@ void check_heads(const at::Tensor& t, const char* name) {
                    "; cast it, use torch.autocast, or mode=\"16bit\"");
 }
 
-void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& slots,
-                     at::IntArrayRef casts, double scale) {
-  check_heads(q, "query"), check_heads(k, "key"), check_heads(v, "value");
-  // Of a negative one cuDNN's gradients are NaN.
+// Of a negative one cuDNN's gradients are NaN.
+void check_scale(double scale) {
   TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale),
                     "torch_fp8: FP8 attention takes a scale that is positive and finite, got ", scale,
                     "; use mode=\"16bit\"");
+}
+
+void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& slots,
+                     at::IntArrayRef casts, double scale) {
+  check_heads(q, "query"), check_heads(k, "key"), check_heads(v, "value");
+  check_scale(scale);
   TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                    "torch_fp8: query, key and value must be of one dtype, got ", q.scalar_type(), ", ", k.scalar_type(),
                    " and ", v.scalar_type());
@@ -163,8 +167,9 @@ void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 
 void check_backward(const at::Tensor& dy, const at::Tensor& q_codes, const at::Tensor& k_codes,
                     const at::Tensor& v_codes, const at::Tensor& o_codes, const at::Tensor& scales,
-                    const at::Tensor& lse, const at::Tensor& slots, at::IntArrayRef casts, bool fp8) {
+                    const at::Tensor& lse, const at::Tensor& slots, at::IntArrayRef casts, double scale, bool fp8) {
   check_heads(dy, "the gradient");
+  check_scale(scale);
   check_slots(slots, kAttentionRoles), check_slots(scales, kAttentionRoles);
   TORCH_CHECK_VALUE(casts.size() == kAttentionRoles, "torch_fp8: an attention has ", int(kAttentionRoles),
                     " casts, got ", casts.size());
@@ -360,7 +365,7 @@ AttentionGradients attention_backward(const at::Tensor& dy, const at::Tensor& q_
                                       const at::Tensor& lse, const at::Tensor& slots, at::IntArrayRef casts,
                                       int64_t history, bool training, bool record, bool causal, double scale, bool fp8,
                                       bool expand) {
-  check_backward(dy, q_codes, k_codes, v_codes, o_codes, scales, lse, slots, casts, fp8);
+  check_backward(dy, q_codes, k_codes, v_codes, o_codes, scales, lse, slots, casts, scale, fp8);
   const c10::DeviceGuard device(dy.device());
   const NoAutocast no_autocast;
   if (dy.size(0) == 0) {
