@@ -6,8 +6,8 @@
     python studies/fog.py report --runs DIR [DIR ...]    # docs/fog.md and its pictures, from all runs so far
 
 TOKENS is what ``studies/scales.py tokens`` wrote. The first three each write a folder of runs, print what is still
-missing, and go on where they were interrupted when they are called again with the same arguments. Several runs share a
-GPU (--jobs), and all GPUs of the machine are used.
+missing, and go on where they were interrupted when they are called again with the same arguments; what a runs.jsonl
+has of them is left out (--kept). Several runs share a GPU (--jobs), and all GPUs of the machine are used.
 """
 
 from __future__ import annotations
@@ -226,6 +226,7 @@ def _add_training(
     add("--val-tokens", type=int, default=1 << 20, metavar="N", help="of validation at the end (default: 1,048,576)")
     add("--every", type=int, default=10, metavar="N", help="steps from sample to sample of kurtosis (default: 10)")
     add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU")
+    add("--kept", type=Path, metavar="FILE", help="runs.jsonl of `report`: what is done there is not repeated")
     add("--minutes", type=float, metavar="N", help="stop, and save what is on its way, after so many")
 
 
@@ -252,7 +253,7 @@ def main() -> int:
     specs = specs_of(args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
-    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes)
+    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, kept=args.kept)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
     python studies/scales.py report --runs DIR [DIR ...]    # docs/scales.md and its pictures, from all runs so far
 
 parity, window, infer and finetune write a folder of runs, print what is still missing, and go on where they were
-interrupted when they are called again with the same arguments. Several runs share a GPU (--jobs), and all GPUs of the
-machine are used.
+interrupted when they are called again with the same arguments; what a runs.jsonl has of them is left out (--kept).
+Several runs share a GPU (--jobs), and all GPUs of the machine are used.
 """
 
 from __future__ import annotations
@@ -252,6 +252,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     add("--context", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
     add("--micro-batch", type=int, default=16, metavar="N", help="sequences of a pass (default: 16)")
     add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU")
+    add("--kept", type=Path, metavar="FILE", help="runs.jsonl of `report`: what is done there is not repeated")
     add("--minutes", type=float, metavar="N", help="stop, and save what is on its way, after so many")
 
 
@@ -331,7 +332,16 @@ def main() -> int:
             check_sweep(corpus, spec)
         check_text(corpus, Plan.of(spec))
     checkpoint = getattr(args, "checkpoint", None)
-    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, checkpoint=checkpoint)
+    return work(
+        __file__,
+        args.out,
+        specs,
+        args.tokens,
+        jobs=args.jobs,
+        minutes=args.minutes,
+        kept=args.kept,
+        checkpoint=checkpoint,
+    )
 
 
 def tokenise(args: argparse.Namespace) -> Corpus:

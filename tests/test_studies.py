@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -136,6 +137,35 @@ def test_what_is_left_of_a_run_without_its_spec_is_nobodys(tmp_path, left):
     with pytest.raises(UserError, match=f"a/{left} is of a run whose spec.json is gone; delete "):
         claim(tmp_path, {"new": {"lr": 1.0}, "a": {"lr": 1.0}})
     assert not all_runs(tmp_path)
+
+
+def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):
+    study, kept = ["parity", *QUICK, "--arms"], tmp_path / "data" / "runs.jsonl"
+    assert run(*study, "bf16", tokens=tokens, out=tmp_path / "first").returncode == 0
+    shutil.copytree(tmp_path / "first" / "gpt-tiny_bf16_0", tmp_path / "first" / "half")
+    half = all_runs(tmp_path / "first")[1]
+    half.log.write_text('{"step": 1, "loss": 2.0}\n')
+    spec = {**half.spec, "arm": "delayed", "recipe": arm("delayed")["recipe"]}
+    (half.folder / "spec.json").write_text(json.dumps(spec))
+    report = [*SCALES, "report", "--runs", tmp_path / "first", "--data", kept.parent, "--page", tmp_path / "page"]
+    subprocess.run(report, check=True)
+
+    again = run(*study, "bf16", "--kept", kept, tokens=tokens, out=tmp_path / "none")
+    assert again.returncode == 0 and f"1 of 1 runs are done in {kept}\n" == again.stdout, again.stderr
+    assert not (tmp_path / "none").exists()
+    more = run(*study, "bf16", "delayed", "--kept", kept, tokens=tokens, out=tmp_path / "second")
+    assert more.returncode == 0 and f"1 of 2 runs are done in {kept}\nall 1 runs are done" in more.stdout, more.stderr
+    assert [one.name for one in all_runs(tmp_path / "second")] == ["gpt-tiny_delayed_0"]
+    longer = run(
+        "parity", *TINY, "--steps", "3", "--arms", "bf16", "--kept", kept, tokens=tokens, out=tmp_path / "longer"
+    )
+    assert "0 of 1 runs are done in" in longer.stdout and all_runs(tmp_path / "longer")
+
+    kept.write_text(kept.read_text() + '{"spec": {}}\n')
+    for path, said in {kept: "must hold a run a line", tmp_path / "gone": "No such file"}.items():
+        refused = run(*study, "bf16", "--kept", path, tokens=tokens, out=tmp_path / "none")
+        assert refused.returncode == 2 and said in refused.stderr and str(path) in refused.stderr, refused.stderr
+        assert refused.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
 
 
 def test_a_text_split_elsewhere_is_another_text(tmp_path, tokens):

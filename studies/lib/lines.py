@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,25 +12,32 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 
-from .runs import with_split
+from .runs import Spec, with_split
 
 Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
 
 
 def read_lines(path: Path, kind: type[Line]) -> list[Line]:
-    if not path.exists():
-        return []
+    return _read(path, lambda line: kind(**{**line, "spec": with_split(line["spec"])}))
+
+
+def finished_specs(path: Path) -> list[Spec]:
+    """Of the runs that are done, of whichever study."""
+    read = _read(path, lambda line: (with_split(line["spec"]), line["result"]))
+    return [spec for spec, result in read if result is not None]
+
+
+def _read(path: Path, of: Callable[[dict[str, Any]], Line]) -> list[Line]:
     try:
-        lines = [kind(**json.loads(line)) for line in path.read_text().splitlines()]
-        return [replace(line, spec=with_split(line.spec)) for line in lines]
-    except (ValueError, TypeError) as error:
+        return [of(json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
 
 
 def merge_lines(path: Path, kind: type[Line], new: Iterable[Line], key: Callable[[Line], Any]) -> list[Line]:
     """The file with what is new, which replaces what it had of the same runs where it got as far; in the order of keys,
     which tell runs apart. UserError, with nothing written, where a run of that key was another one."""
-    lines = {key(line): line for line in read_lines(path, kind)}
+    lines = {key(line): line for line in (read_lines(path, kind) if path.exists() else ())}
     for line in new:
         before = lines.get(key(line))
         if before is not None and before.spec != line.spec:

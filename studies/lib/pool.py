@@ -23,7 +23,8 @@ from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 
 from .corpus import read_corpus, text_of
-from .runs import Run, Spec, claim, missing, open_run, say_missing
+from .lines import finished_specs
+from .runs import Run, Spec, claim, missing, open_run, plain, say_missing
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -38,11 +39,12 @@ def work(
     *,
     jobs: int,
     minutes: float | None,
+    kept: Path | None = None,
     checkpoint: Path | None = None,
 ) -> int:
     """Claim the runs of ``specs`` and do what is missing of them, in their order, as ``script run FOLDER``; the exit
     code. Says what is left.
-    checkpoint: a file or folder that the runs begin from."""
+    kept: a runs.jsonl; what is done there is left out. checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if minutes is not None and not minutes > 0:
@@ -53,6 +55,12 @@ def work(
     arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
     if not specs:
         raise UserError("the study is empty: give at least one model, arm, seed and constant")
+    if kept is not None:
+        done_before = finished_specs(kept)
+        asked, specs = len(specs), {name: spec for name, spec in specs.items() if plain(spec) not in done_before}
+        print(f"{asked - len(specs)} of {asked} runs are done in {kept}", flush=True)
+        if not specs:
+            return 0
     with locked(out):
         runs = claim(out, specs)
         left, failed, interrupted = missing(runs), [], False

@@ -76,6 +76,11 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"{folder} must be the folder of a run, with its spec.json: {error}") from error
 
 
+def plain(spec: Spec) -> Spec:
+    """As it is read back from JSON."""
+    return json.loads(json.dumps(spec))  # type: ignore[no-any-return]
+
+
 def with_split(spec: Spec) -> Spec:
     """A spec that was read, with the ``split`` of its text, its number of training tokens, where that is known."""
     if not isinstance(spec, dict):
@@ -87,7 +92,7 @@ def with_split(spec: Spec) -> Spec:
 def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
     """The runs of these names and specs. UserError, with nothing written, where a folder has a run of another spec or
     what is left of one without its spec."""
-    runs = [Run(root / name, json.loads(json.dumps(spec))) for name, spec in specs.items()]
+    runs = [Run(root / name, plain(spec)) for name, spec in specs.items()]
     new = [run for run in runs if not (run.folder / "spec.json").exists()]
     for run in runs:
         if run not in new and (differing := _differing(open_run(run.folder).spec, run.spec)):
