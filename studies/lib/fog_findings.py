@@ -33,6 +33,7 @@ from .fog_words import (
     bounds_qk,
     listed,
     millions,
+    number,
     plural,
     rate_words,
     rates_words,
@@ -46,11 +47,6 @@ def findings(lines: Sequence[Line], measured: str) -> list[str]:
     """measured: the page of benchmarks/fog.py."""
     found = outcomes(lines, "provoke")
     return [*_leaving(found), *_holding(found), *_parity(lines), *_kurtosis(found, lines), *_speed(measured)]
-
-
-def _end(line: Line) -> str:
-    last = [loss for loss in line.losses[-LAST:] if loss is not None]
-    return f"{statistics.fmean(last):.2f}" if last else "lost"
 
 
 def _leaving(all_found: Sequence[Outcome]) -> list[str]:
@@ -145,7 +141,7 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
             f"{_above_bf16({'': bounded})}"
         )
     for (plain, normed, _), pair in {_names(pair): pair for pair in twins(all_found)}.items():
-        without, with_ = (_end(one.reference) for one in pair)
+        without, with_ = (number(one.reference.last) for one in pair)
         said.append(
             f"{normed} is {plain} with nothing else changed; in BF16 its loss ends at {with_}, the other's at "
             f"{without} ({rate_words(pair.with_.line)})"

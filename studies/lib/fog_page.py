@@ -73,9 +73,9 @@ been tried: *sound*, *norms*, *came back*, *mean of layers*, *marked{OLD}*, and 
 they say of gradient norms and of the start.
 
 * *In another way*: a run leaves, or its gradient norm jumps, within {EARLY} times the warm-up; or FP8 linears alone
-  leave too, or were not run as far, so that it cannot be laid to attention. The paper's Llama 3 left after 0.7 billion
-  tokens and more. Counted in warm-ups it left early too: at 390M by step 1,335 of a warm-up of 5,000, as its tables
-  give it. So this rule goes by tokens, and says that the two need not be one thing, not that they are two.
+  leave too, or were not run as far, so that it cannot be laid to attention. This counts in warm-ups, and the paper's
+  own Llama 3 would not pass: at 390M it left by step 1,335 of a warm-up of 5,000, as its tables give it, though after
+  0.7 billion tokens. So the rule says that the two need not be one thing, not that they are two.
 * *Jumps*: a gradient norm that is not finite, or above {JUMP:g} times its median over the last {WINDOW} steps, from
   step {FIRST + 1} on.
 * *Blind*: no alarm is possible before {FEWEST} samples, so a run that leaves before says nothing of alarms; nor does

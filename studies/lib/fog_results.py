@@ -93,6 +93,12 @@ class Line:
         return Divergence(self.losses).lost
 
     @property
+    def last(self) -> Loss:
+        """The mean of its last losses, as far as it is; None where one is not finite."""
+        known = [loss for loss in self.losses[-LAST:] if loss is not None]
+        return statistics.fmean(known) if known and len(known) == len(self.losses[-LAST:]) else None
+
+    @property
     def so_far(self) -> str:
         """Its steps, for readers."""
         return str(self.step) if self.result else f"{self.step} of {self.spec['steps']}, unfinished"

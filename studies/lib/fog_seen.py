@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from torch_fp8.table import markdown
@@ -57,7 +56,7 @@ def seen(found: Sequence[Outcome]) -> list[str]:
 def _start(of: Sequence[Outcome], found: Sequence[Outcome]) -> str:
     line, seeds = of[0].line, told_apart([one.line for one in of])
     references = {one.line.pair: one.reference for one in of}
-    ends = [f"{_end(references[pair])} (seed {words[-1]}{_short(references[pair])})"
+    ends = [f"{number(references[pair].last)} (seed {words[-1]}{_short(references[pair])})"
             for pair, words in seeds.items()]  # fmt: skip
     said = (
         f"{rate_words(line).capitalize()}; the warm-up is {line.spec['warm_up']} steps long, a step has "
@@ -78,11 +77,6 @@ def _short(line: Line) -> str:
     return "" if line.result else f", {line.step} of {line.spec['steps']} steps so far"
 
 
-def _end(line: Line) -> str:
-    last = line.losses[-LAST:]
-    return "no finite loss" if None in last else f"{statistics.fmean(loss for loss in last if loss is not None):.3f}"
-
-
 def _usual(reference: Line, found: Sequence[Outcome]) -> str:
     """Where it ends at the usual rate, if this is another one."""
     free = {"lr": None, "every": None}
@@ -90,7 +84,7 @@ def _usual(reference: Line, found: Sequence[Outcome]) -> str:
     for one in found:
         other = one.reference
         if {**other.spec, **free} == wanted and reference.spec["rate"] != 1:
-            return f"; at the usual rate it is {_end(other)}{_short(other)}"
+            return f"; at the usual rate it is {number(other.last)}{_short(other)}"
     return ""
 
 

@@ -1,0 +1,653 @@
+"""What docs/fog.md says of runs, by rule: which loss leaves, what a claim comes to, what is drawn."""
+
+import dataclasses
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fog_runs import line, wavering
+from torch_fp8.picture import picture
+from torch_fp8.table import markdown
+
+from examples.gpt.errors import UserError
+from studies.lib import fog_figures
+from studies.lib.divergence import FACTOR, FIRST, PATIENCE, above_start, jump, leaves, step_noise
+from studies.lib.fog_claims import CONSISTENT, NOT, OPEN, OTHER, _speed, claims, watch_of
+from studies.lib.fog_findings import findings
+from studies.lib.fog_page import _by_arm, _every_run, _parity, page
+from studies.lib.fog_results import FEWEST, Line, alarm, differences, merged, outcomes
+from studies.lib.fog_seen import seen, watch_words
+from studies.lib.fog_words import PAPER_ARM, told_apart
+from studies.lib.intervals import pairs_needed, scatter_allowed
+from studies.lib.lines import read_lines
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- which loss leaves -----------------------------------------------------------------------------------------------
+
+
+def test_noise_is_that_of_steps_whatever_the_trend():
+    assert step_noise(wavering(400)) == pytest.approx(0.1, rel=0.15)
+    assert step_noise([*wavering(400), None, 50.0]) == pytest.approx(0.1, rel=0.15)
+    assert step_noise([1.0, 2.0]) == float("inf")
+
+
+def test_a_loss_leaves_by_the_rule():
+    reference = wavering(300)
+    assert leaves(reference, reference) is None
+    assert leaves([loss + 0.2 for loss in reference], reference) is None  # 2 sigma
+    away = [loss + (0.5 if step >= 150 else 0.0) for step, loss in enumerate(reference, start=1)]
+    assert leaves(away, reference) == 150
+    assert leaves([*away[: 150 + PATIENCE - 2], *reference[150 + PATIENCE - 2 :]], reference) is None  # one step short
+    assert leaves([*away[:155], None], reference) == 150 and leaves([*reference[:40], None], reference) == 41
+    assert leaves([loss + 9 for loss in reference], reference) == FIRST + 1
+    assert leaves([*reference[:200], *[None] * 9], [*reference[:100], *[None] * 200]) is None
+    assert leaves([loss - 0.5 for loss in reference], reference) is None  # better is not away
+
+
+def test_two_noises_of_one_level_do_not_leave():
+    left = [leaves(wavering(600, seed=2 * seed), wavering(600, seed=2 * seed + 1)) for seed in range(100)]
+    assert left == [None] * 100
+
+
+# ---- what is said of runs --------------------------------------------------------------------------------------------
+
+
+def verdicts(*lines):
+    """Without the reasons why nothing can be claimed."""
+    return {claim.words.split(",")[0]: OPEN if claim.verdict.startswith(OPEN) else claim.verdict
+            for claim in claims(lines)}  # fmt: skip
+
+
+def verdict(words, *lines):
+    (one,) = (claim.verdict for claim in claims(lines) if claim.words.startswith(words))
+    return one
+
+
+def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
+    runs = [line("llama3"), line("llama3", rate=10, away=30), line("llama3", "fp8", away=200, grows=150)]
+    (one,) = outcomes(runs, "provoke")
+    assert (one.left, one.alarm, one.lead) == (200, (170, 1), 30) and one.further == pytest.approx(1.0)
+    assert alarm(runs[0]) is None and outcomes(runs, "parity") == []
+    runs[2].kurtosis["qkv"][20][0] = None  # not finite: one such sample is no alarm
+    assert alarm(runs[2]) == (170, 1)
+    runs[2].losses[100:] = [None]
+    assert outcomes(runs, "provoke")[0].left == 101 and outcomes(runs, "provoke")[0].further is None
+
+
+def test_what_leaves_is_a_divergence_only_where_bf16_itself_holds():
+    words = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+    runs = [line("llama3"), line("llama3", "fp8-attention", away=200), line("llama3", "fp8")]
+    assert verdicts(*runs)[words] == OPEN  # who knows what BF16 does the second time
+    assert verdicts(*runs, line("llama3", "bf16-again"))[words] == CONSISTENT
+    assert verdicts(*runs, line("llama3", "bf16-again", away=250))[words] == OPEN
+    assert verdicts(*runs, line("llama3", "bf16-again", to=200 + PATIENCE - 2))[words] == OPEN  # one step short
+    assert verdicts(*runs, line("llama3", "bf16-again", to=200 + PATIENCE - 1))[words] == CONSISTENT
+    runs[0] = line("llama3", lost=290)
+    assert verdicts(*runs, line("llama3", "bf16-again"))[words] == OPEN
+
+
+def old(one):
+    """As if it had been run before attention's backward was mended."""
+    how = {key: value for key, value in one.spec["fp8"].items() if key != "keeps_scores"}
+    return dataclasses.replace(one, spec={**one.spec, "fp8": how})
+
+
+LLAMA = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+
+
+def test_an_old_run_that_left_is_shown_and_judged_nowhere(tmp_path, monkeypatch):
+    runs = [line("llama3"), line("llama3", "bf16-again"), line("llama3", "fp8")]
+    before, since = old(line("llama3", PAPER_ARM, away=200)), line("llama3", PAPER_ARM, away=200)
+    assert before.old and not since.old and not runs[2].old and before.pair == since.pair
+    assert verdict(LLAMA, *runs, before) == OPEN and verdict(LLAMA, *runs, since) == CONSISTENT
+    (claim,) = (claim for claim in claims([*runs, before]) if claim.words == LLAMA)
+    assert claim.run == "only 1 aside †" and claim.found == "–"
+    assert findings([*runs, before], "") == [] and len(findings([*runs, since], "")) == 3
+    found = outcomes([*runs, before], "provoke")
+    assert watch_of(found).left == [] and len(watch_of(outcomes([*runs, since], "provoke")).left) == 1
+    assert "| (200) † |" in _by_arm(found) and "| (200) † |" in _every_run(found)
+    assert len(seen(found)) == 3 and "(200) †" in seen(found)[2]  # no word of what it needs
+    text = page([*runs, before], [], "")
+    assert "**Marked †:** 1 run with FP8 attention was made before a fault" in text
+    assert "Of these 1 did not, which proves nothing of FP8, and stands aside.\n" in text
+    name = "losses-tiny-300x128-lr0.001"
+    figures = drawn([*runs, before], tmp_path, monkeypatch)
+    assert list(figures) == [name, name.replace("losses", "kurtosis")]
+    (panel,) = (axes for axes in figures[name].axes if axes.lines)
+    assert [one.get_marker() for one in panel.lines] == ["None"] * 4  # three runs, the warm-up, and none has left
+    for mixed in (line("llama3", "warm", away=100), line("llama3", "warm")):  # beside one that proves something
+        (first, *_) = findings([*runs, before, mixed], "")
+        assert f"{int(mixed.losses[-1] > 4)} of 1 run" in first and "variants" not in first
+
+
+def test_an_old_run_that_held_counts_and_is_marked():
+    words = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), old(line("fog-max", PAPER_ARM))]
+    assert verdict(words, *runs) == f"{CONSISTENT}, as far as these tokens"
+    assert "| not by 300 † |" in _by_arm(outcomes(runs, "provoke"))
+    (holding,) = findings(runs, "")
+    assert "0 of 1 run with FP8 attention left**, in 300 steps at learning rate 0.001: FOG-max †." in holding
+    assert "Of these 1 held all the same, and counts.\n" in page(runs, [], "")
+    spiked(runs[2])  # it did not leave, and did not hold either
+    assert verdict(words, *runs) == OPEN and "and stands aside" in page(runs, [], "")
+
+
+def test_an_old_run_gives_way_to_the_same_run_made_since():
+    runs = [line("llama3"), line("llama3", "bf16-again"), line("llama3", "fp8")]
+    before, since = old(line("llama3", PAPER_ARM, away=200)), line("llama3", PAPER_ARM)
+    for both in ([before, since], [since, before]):
+        assert [one.line for one in outcomes([*runs, *both], "provoke")] == [*runs[1:], since]
+        text = page([*runs, *both], [], "")
+        assert "Of these 1 was made again since, and the old stay in runs.jsonl alone.\n" in text
+    assert "Marked †:" not in page([*runs, since], [], "")
+
+
+def test_old_pairs_may_show_parity_and_never_that_there_is_none():
+    words = "FOG-opt with FP8 attention is as good as in BF16"
+
+    def runs(*losses):
+        made = [line("fog-opt", study="parity", seed=seed) for seed in range(len(losses))]
+        return made + [
+            old(line("fog-opt", PAPER_ARM, study="parity", seed=i, loss=loss)) for i, loss in enumerate(losses)
+        ]
+
+    assert verdict(words, *runs(3.003, 3.0036, 3.0033)) == CONSISTENT
+    for worse in ((3.012, 3.0123, 3.0126), (3.003, None)):
+        assert verdict(words, *runs(*worse)).endswith("what is marked † proves nothing against FP8")
+        assert f"| {len(worse)} pairs † |" in _parity(runs(*worse))
+
+
+@pytest.mark.parametrize(
+    "of_attention, of_linears, why",
+    [
+        ({"away": 30}, {}, f"{OTHER}: at the start of training"),
+        ({"away": 31}, {}, CONSISTENT),
+        ({"away": 200}, {"away": 250}, f"{OTHER}: FP8 linears alone leave too"),
+        ({"away": 200}, {"to": 210}, f"{OTHER}: FP8 linears alone were not run as far"),
+        ({"away": 200, "rate": 10}, {"rate": 10}, f"{CONSISTENT}; at 10 × the usual rate"),
+    ],
+)
+def test_a_divergence_of_another_kind_is_told_from_the_papers(of_attention, of_linears, why):
+    rate = of_attention.get("rate", 1)
+    runs = [line("llama3", rate=rate), line("llama3", "bf16-again", rate=rate), line("llama3", "fp8", **of_linears)]
+    runs.append(line("llama3", "fp8-attention", **of_attention))
+    assert verdicts(*runs)["Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"] == why
+    if why.startswith(OTHER) and rate == 1:  # one more run that diverges as the paper's is enough
+        nearer = [line("llama3", arm, rate=3) for arm in ("bf16", "bf16-again", "fp8")]
+        nearer.append(line("llama3", PAPER_ARM, rate=3, away=200))
+        verdict = verdicts(*runs, *nearer)["Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"]
+        assert verdict == f"{CONSISTENT}; at 3 × the usual rate"
+
+
+def test_an_architecture_that_holds_does_so_as_far_as_it_was_run():
+    words = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), line("fog-max", "fp8-attention")]
+    assert verdicts()[words] == OPEN and verdicts(*runs)[words] == f"{CONSISTENT}, as far as these tokens"
+    left = line("fog-max", "fp8-attention", away=100)
+    assert verdicts(*runs[:2], line("fog-max", "fp8"), left)[words] == NOT
+    assert verdicts(*runs[:2], left)[words].startswith(OTHER) and verdicts(runs[0], left)[words] == OPEN
+    half = [line("fog-max", to=170), line("fog-max", "fp8-attention", to=250)]
+    (claim,) = (claim for claim in claims(half) if claim.words == words)
+    assert claim.verdict == f"{CONSISTENT}, as far as these tokens" and claim.found == "none left BF16 in 170 steps"
+    assert claim.run.endswith("21.8k tokens; 1 not finished, or BF16 beside it is not")
+
+
+@pytest.mark.parametrize(
+    "above, verdict",
+    [((0.001, 0.0012, 0.0011), CONSISTENT), ((0.004, 0.0041, 0.0042), NOT), ((0.0, 0.003, 0.006), OPEN),
+     ((0.001, 0.002, None), NOT), ((0.001,), OPEN)],
+)  # fmt: skip
+def test_parity_is_an_interval_below_the_margin(above, verdict):
+    runs = []
+    for seed, share in enumerate(above):
+        runs.append(line("fog-opt", study="parity", seed=seed, loss=3.0))
+        loss = None if share is None else 3.0 * (1 + share)
+        runs.append(line("fog-opt", "fp8-attention", study="parity", seed=seed, loss=loss))
+    assert verdicts(*runs)["FOG-opt with FP8 attention is as good as in BF16"] == verdict
+
+
+def test_kurtosis_foretells_where_every_run_that_left_was_announced():
+    words = "The kurtosis of q"
+    calm = [line("fog-max"), line("fog-max", "fp8")]
+    told = [line("llama3"), line("llama3", "fp8", away=200, grows=150)]
+    untold = [line("olmo2"), line("olmo2", "fp8", away=200)]
+    assert verdicts(*calm)[words] == OPEN and verdicts(*calm, *told)[words] == CONSISTENT
+    assert verdicts(*told, *untold)[words] == OPEN and verdicts(*untold)[words] == NOT
+    early = [line("op"), line("op", "fp8", away=60)]  # eleven samples before, and twelve
+    late = [line("op"), line("op", "fp8", away=61)]
+    assert verdicts(*untold, *early)[words] == NOT and verdicts(*early)[words] == OPEN
+    assert verdicts(*told, *early)[words] == CONSISTENT and verdicts(*told, *late)[words] == OPEN
+    (claim,) = (claim for claim in claims([*calm, *early]) if claim.words.startswith(words))
+    assert claim.found.startswith(f"no run left BF16 late enough; 1 left before {FEWEST} samples") and (
+        claim.found.endswith("0 of 1 other had an alarm")
+    )
+    (claim,) = (claim for claim in claims([*calm, *told]) if claim.words.startswith(words))
+    assert claim.found == "the watch announced 1 of 1 run that left BF16, 30 steps before; 0 of 1 other had an alarm"
+
+
+def test_a_divergence_of_the_start_says_nothing_of_what_kurtosis_foretells():
+    words = "The kurtosis of q"
+    at_start = [line("op", every=2), line("op", "fp8", away=30, every=2)]
+    assert outcomes(at_start, "provoke")[0].watched and verdicts(*at_start)[words] == OPEN
+    later = [line("olmo2"), line("olmo2", "fp8", away=200)]
+    assert verdicts(*later)[words] == verdicts(*later, *at_start)[words] == NOT
+    later[1].grad_norms[28] = 11.0  # what came of it later began there
+    assert verdicts(*later)[words] == OPEN
+    later[1].grad_norms[28:31] = [1.0, 1.0, 11.0]
+    assert verdicts(*later)[words] == NOT
+
+
+def test_each_run_that_left_is_told_what_the_watch_said_or_why_it_could_not():
+    def said(**how):
+        return watch_words(outcomes([line("llama3"), line("llama3", "fp8", **how)], "provoke")[0])
+
+    assert said(away=200, grows=150) == "alarm 30 steps before, at 170 (layer 2)"
+    assert said(away=56) == "could not: 11 samples before it, an alarm takes 12"
+    assert said(away=56, grows=150) == "could not: 11 samples before it, an alarm takes 12; alarm at 170"
+    assert said(away=200) == "no alarm in 39 samples before it: none out of trend"
+    assert said(away=161, grows=150).endswith(
+        "in 32 samples before it: at most 1 in a row out of trend, an alarm takes 3; alarm at 170"
+    )
+    assert said() == "no alarm in 60 samples" and said(grows=150) == "alarm at 170"
+
+
+def part(lines, which):
+    """The start, what it needs, and the rows of the first architecture that left: its cells by arm."""
+    _, start, why, table = seen(outcomes(lines, "provoke"))[:4]
+    rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in table.splitlines()[2:]]
+    return {"start": start, "why": why, "rows": {(row[0], row[1]): row[2:] for row in rows}}[which]
+
+
+def test_what_was_seen_is_said_in_words_of_the_data():
+    lost = line("llama3", "fp8-attention", away=60, lost=70, to=72)
+    lost.grad_norms[54] = 11.0
+    runs = [line("llama3"), line("llama3", "bf16-again", to=150), lost, line("llama3", "default", away=50, to=170)]
+    title, start, why, _ = seen(outcomes([*runs, line("fog-max"), line("fog-max", "fp8")], "provoke"))
+    assert title == "### Llama 3, tiny, 300 × 128 tokens, learning rate 0.001"
+    assert start.startswith("Learning rate 0.001; the warm-up is 15 steps long") and "(seed 0)" in start
+    rows = part(runs, "rows")
+    assert rows["BF16, the same again", "0"][:2] == ["not by 150, unfinished", "–"]
+    paper = rows["FP8 linears and attention, as the paper", "0"]
+    assert paper[:4] == ["**60**", "55", "4 (step 55)", "4"] and paper[5:] == ["not finite from 70 on", "–"]
+    default = rows["… own scales for q, k, v, no cold start", "0"]
+    assert default[:2] == ["**50**", "–"] and default[5].endswith("(step 170)")
+    assert why.startswith("BF16, run again with each seed, does not leave itself by step 79")
+    assert "a cold start (1 of 1 run without it left too), one scale for q, k and v (1 of 1 run" in why
+    assert (
+        "attention's backward in FP8, attention in FP8, q and k without norms." in why and "does not happen" not in why
+    )
+
+    runs[1] = line("llama3", "bf16-again", to=78)  # it may yet leave where the paper's arm did
+    assert "BF16 was not run again so far" in part(runs, "why")
+    runs[1] = line("llama3", "bf16-again", away=100)
+    assert "BF16, run again, leaves itself" in part(runs, "why")
+    runs[3] = line("llama3", "default", to=170)
+    why = part(runs, "why")
+    assert "does not happen with … own scales for q, k, v, no cold start (0 of 1 left by step 170)" in why
+    assert "Not needed" not in why
+    assert seen(outcomes([line("op"), line("op", "bf16-again", away=50)], "provoke")) == []
+
+
+def test_all_seeds_and_samplings_of_a_training_are_one_part_and_each_has_its_own_bf16():
+    runs = [line("llama3", arm, seed=seed, every=every, away=away) for seed, every, arm, away in (
+        (0, 5, "bf16", 0), (0, 5, "warm", 60), (0, 1, "bf16", 0), (0, 1, PAPER_ARM, 50), (0, 1, "bf16-again", 0),
+        (1, 5, "bf16", 0), (1, 5, "warm", 0), (1, 5, "fp8", 40))]  # fmt: skip
+    found = outcomes(runs, "provoke")
+    assert [one.reference for one in found] == [runs[0], runs[2], runs[2], runs[5], runs[5]]
+    assert len([text for text in seen(found) if text.startswith("###")]) == 1
+    rows = part(runs, "rows")
+    assert [row[1] for row in rows] == [
+        "0, sampled every step",
+        "1",
+        "0, sampled every step",
+        "0, sampled every 5 steps",
+        "1",
+    ]
+    assert "a cold start (1 of 2 runs without it left too)" in part(runs, "why")
+    for table in (_by_arm(found), _every_run(found)):
+        assert table.count("| 0, sampled every step |") >= 1 and "| 0, sampled every 5 steps |" in table
+    assert [words[-1] for words in told_apart(runs).values()] == [
+        "0, sampled every step",
+        "0, sampled every 5 steps",
+        "1",
+    ]
+    other = dataclasses.replace(runs[5], spec={**runs[5].spec, "data": "b"})
+    assert [words[-1] for words in told_apart([runs[5], other]).values()] == ["1, data b", "1, data None"]
+
+
+def test_norms_of_q_and_k_are_named_where_they_alone_make_it_hold():
+    words = "Norms of q and k"
+    plain = [line("llama3", rate=10), line("llama3", "bf16-again", rate=10), line("llama3", "fp8", rate=10)]
+    plain.append(line("llama3", PAPER_ARM, rate=10, away=200))
+    normed = [line("llama3:qk-norm", arm, rate=10) for arm in ("bf16", PAPER_ARM)]
+    why = part([*plain, *normed], "why")
+    held = "norms of q and k and nothing else changed (Llama 3 with QK-norm, FP8 attention: 0 of 1 left by step 300)"
+    assert held in why and "q and k without norms" not in why
+    assert "q and k without norms." in part(
+        [*plain, *(line("llama3:qk-norm", arm) for arm in ("bf16", PAPER_ARM))], "why"
+    )
+    assert "q and k without norms." in part(
+        [*plain, *(line("olmo2", arm, rate=10) for arm in ("bf16", PAPER_ARM))], "why"
+    )
+    short = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, to=210)]
+    assert "nothing else changed" not in part([*plain, *short], "why") and verdicts(*plain, *short)[words] == NOT
+    left = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, away=250)]
+    assert "q and k without norms (Llama 3 with QK-norm: 1 of 1 run " in part([*plain, *left], "why")
+
+    assert verdicts(*plain)[words] == verdicts(*normed)[words] == OPEN
+    (claim,) = (claim for claim in claims([*plain, *normed]) if claim.words.startswith(words))
+    assert claim.run.startswith("1 pair of runs of Llama 3,")
+    assert verdicts(*plain, *normed)[words] == CONSISTENT and verdicts(*plain, *left)[words] == NOT
+    assert verdicts(plain[0], *plain[2:], *normed)[words] == OPEN  # BF16 was not run again
+    before = [*plain[:3], old(plain[3])]
+    assert verdict(words, *before, *normed) == OPEN  # it is no pair
+    assert verdict(words, *plain, normed[0], old(normed[1])) == CONSISTENT  # it held with the fault
+    assert verdict(words, *plain, left[0], old(left[1])) == OPEN
+    early = [*plain[:3], line("llama3", PAPER_ARM, rate=10, away=25)]
+    assert verdicts(*early, *normed)[words] == f"{CONSISTENT}, but of another divergence than the paper's"
+
+
+def test_a_gradient_norm_jumps_against_its_own_median():
+    assert jump([1.0] * 300) is None and jump([1.0] * 40 + [11.0]) == 41 and jump([1.0] * 40 + [None]) == 41
+    assert jump([99.0, *[1.0] * (FIRST - 1)]) is None and jump([9.0] * 40 + [80.0]) is None
+
+
+def test_a_run_that_came_back_has_left_but_not_diverged():
+    """The mean of its last losses decides, and no other."""
+    held, left = "FOG-max does not diverge with FP8 attention", "OLMo 2 diverges with FP8 attention"
+    for name, words, verdict in (("fog-max", held, CONSISTENT), ("olmo2", left, OPEN)):
+        runs = [line(name, rate=10), line(name, "bf16-again", rate=10), line(name, "fp8", rate=10)]
+        runs.append(line(name, PAPER_ARM, rate=10, away=40))
+        (gone,) = (claim for claim in claims(runs) if claim.words.startswith(words))
+        assert gone.verdict.startswith((NOT, OTHER, CONSISTENT)) and not gone.verdict.startswith(f"{CONSISTENT}, as")
+        runs[-1].losses[200:] = runs[0].losses[200:]
+        (back,) = (claim for claim in claims(runs) if claim.words.startswith(words))
+        assert back.verdict.startswith(verdict) and back.found.endswith("it came back")
+        assert "**40**, came back |" in _by_arm(outcomes(runs, "provoke"))
+        assert any("at step 40" in said and "; it came back;" in said for said in findings(runs, ""))
+        runs[-1].losses[-10:] = [loss + 2 for loss in runs[0].losses[-10:]]
+        (gone_again,) = (claim for claim in claims(runs) if claim.words.startswith(words))
+        assert "came back" not in gone_again.found
+
+
+# ---- BF16 that is not sound itself -----------------------------------------------------------------------------------
+
+
+def spiked(one, at=40, to=1e8, steps=5):
+    """Its loss is far above its start for some steps, and comes back."""
+    one.losses[at - 1 : at - 1 + steps] = [to] * steps
+    return one
+
+
+def test_a_loss_that_rose_above_its_start_is_told_though_it_came_back():
+    losses = wavering(100)
+    most = FACTOR * losses[0]
+    assert above_start(losses) == 0 and above_start([*losses[:50], most + 0.1, *losses[50:]]) == 51
+    assert above_start([*losses[:50], most - 0.1, *losses[50:]]) == 0 and above_start([*losses[:50], None]) == 51
+    assert above_start([losses[0], *[99.0] * (FIRST - 1), *losses[FIRST:]]) == 0  # among the first anything may come
+    assert above_start([None, *losses]) == FIRST + 1 and above_start([]) == 0
+    assert spiked(line("op")).diverged == 0 and spiked(line("op")).unsound == 40
+    assert line("op", lost=30).unsound == 30
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_what_is_held_to_a_bf16_that_is_not_sound_counts_for_nothing(spoilt):
+    """Neither where BF16 itself spikes, nor where the same again does."""
+
+    def runs(name, away=0, to=300):
+        made = [line(name), line(name, "bf16-again"), line(name, "fp8"), line(name, PAPER_ARM, away=away, to=to)]
+        spiked(made[spoilt], at=250)  # after all that the short runs have
+        return made
+
+    left = "Llama 3 diverges with FP8 attention (after 0.7 to 6.6 billion tokens)"
+    held = "FOG-max does not diverge with FP8 attention"
+    for to in (300, 240):
+        said = verdicts(*runs("llama3", away=200, to=to), *runs("fog-max", to=to))
+        assert said[left] == said[held] == said["The kurtosis of q"] == OPEN
+    (claim,) = (claim for claim in claims(runs("fog-max")) if claim.words == held)
+    assert claim.run == "only 1 beside a BF16 that is not sound itself" and claim.found == "–"
+    assert findings(runs("llama3", away=200), "") == []
+    if not spoilt:
+        found = outcomes(runs("llama3", away=200), "provoke")
+        assert "| (200) |" in _by_arm(found) and "**200**" not in _by_arm(found)
+        assert "not sound from step 250 on" in _every_run(found)
+        parts = seen(found)
+        assert len(parts) == 3 and "BF16 itself is not sound: it rises above its start" in parts[1]
+
+
+def test_a_run_in_fp8_that_rises_above_its_start_does_not_hold_though_it_comes_back():
+    held = "FOG-max does not diverge with FP8 attention"
+    runs = [line("fog-max"), line("fog-max", "bf16-again"), line("fog-max", PAPER_ARM)]
+    assert verdicts(*runs)[held].startswith(CONSISTENT)
+    spiked(runs[2])
+    (claim,) = (claim for claim in claims(runs) if claim.words == held)
+    assert claim.verdict.startswith(OPEN) and claim.found.endswith(
+        "1 more rose above the loss of the first step on the way"
+    )
+    assert "not by 300, but above its start at 40" in _by_arm(outcomes(runs, "provoke"))
+
+
+def test_pairs_whose_bf16_is_not_sound_are_no_pairs():
+    runs = [line("fog-opt", arm, study="parity", seed=seed, loss=3.0 + 0.001 * seed)
+            for seed in range(4) for arm in ("bf16", PAPER_ARM)]  # fmt: skip
+    runs[0].result["loss"] = None  # lost in BF16, which is no fault of FP8's
+    spiked(runs[2])
+    (pairs,) = differences(runs, PAPER_ARM).values()
+    assert pairs.values == [0.0, 0.0] and pairs.unsound == 2
+    assert verdicts(*runs)["FOG-opt with FP8 attention is as good as in BF16"] == CONSISTENT
+    assert "2 pairs, and 2 whose BF16 is not sound itself" in _parity(runs)
+    other = [line("fog-opt", arm, study="parity", rate=3, loss=loss) for arm, loss in (("bf16", 3.0), (PAPER_ARM, 6.0))]
+    found = differences([*runs, *other], PAPER_ARM)
+    assert [pairs.values for pairs in found.values()] == [[0.0, 0.0], [100.0]]  # another rate, another row
+    assert _parity([*runs, *other]).count("| FOG-opt |") == 2
+
+
+def test_kurtosis_of_lost_runs_is_not_compared():
+    words = "FOG-max has as low a loss as Llama 3 in BF16"
+    llama, fog_max = line("llama3", study="kurtosis", grows=250), line("fog-max", study="kurtosis")
+    assert verdicts(llama, fog_max)[words] == CONSISTENT
+    assert (
+        verdicts(dataclasses.replace(fog_max, spec=llama.spec), dataclasses.replace(llama, spec=fog_max.spec))[words]
+        == OPEN
+    )  # as good a loss, and more
+    (claim,) = (claim for claim in claims([llama, fog_max]) if claim.words.startswith(words))
+    assert "in the largest layer, is lower for q, k and v (4 against 1024), input of the FFN" in claim.found
+    assert "in the mean of layers, lower for q, k and v (3.5 against 514), input" in claim.found
+    assert "not lower" not in claim.found
+    fog_max.result["loss"] = None
+    assert verdicts(llama, fog_max)[words] == OPEN
+
+
+# ---- findings and pictures -------------------------------------------------------------------------------------------
+
+
+def test_findings_are_sentences_of_the_data():
+    assert findings([], "") == []
+    runs = [line("llama3", arm, rate=10, away=away) for arm, away in
+            (("bf16", 0), ("bf16-again", 0), ("fp8", 0), (PAPER_ARM, 25), ("warm", 200))]  # fmt: skip
+    runs += [line("llama3:qk-norm", arm, rate=10) for arm in ("bf16", PAPER_ARM)]
+    runs += [line("fog-max", arm) for arm in ("bf16", PAPER_ARM)]
+    first, second = findings(runs, "")[:2]
+    assert "above BF16's, in nats: with FP8 attention +1.00; with FP8 linears alone +0.00; BF16 run" in first
+    assert first.startswith(
+        "**Llama 3 of tiny at learning rate 0.01, 10 × the usual one: 2 of 2 runs with FP8 attention"
+    )
+    assert (
+        "in 2 variants, left BF16's loss**, at steps 25 to 200 (3.2k to 25.6k tokens); 0" in first
+        and "0 of 1 with FP8 linears alone did" in first
+    )
+    assert "0 of 1 of BF16 run again did; 1 of 2 left within 2 times the warm-up of 15 steps" in first
+    assert second.startswith("**With norms or a tanh of q and k 0 of 2 runs with FP8 attention left**, in 300 steps at")
+    assert "Llama 3 with QK-norm and FOG-max. How far the mean of the last 50 losses lies above BF16's" in second
+    assert "in nats: +0.00. Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
+    assert "At the usual rate 0 of 1 run with FP8 attention left, of 1 architecture, in 38.4k tokens." in second
+    pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss) for seed, arm, loss in
+             ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
+    (parity,) = findings(pairs, "")
+    assert parity.endswith("FOG-max not shown, +0.00 ± 12.71 % in 2 pairs; at this scatter it takes 126.")
+
+
+def sized(one, size, tokens):
+    return dataclasses.replace(one, spec={**one.spec, "size": size, "batch": tokens // one.spec["context"]})
+
+
+def test_another_size_is_a_finding_of_its_own_whether_its_runs_leave_or_hold():
+    def runs(size, tokens, away, lost=0):
+        made = [line("llama3", arm, rate=10) for arm in ("bf16", "bf16-again", "fp8")]
+        made += [line("llama3", PAPER_ARM, rate=10, away=away, lost=lost)]
+        return [sized(one, size, tokens) for one in made]
+
+    small = runs("25M", 1024, away=100)
+    for away, lost, said in ((0, 0, "0 of 1 run with FP8 attention left BF16's loss** in 300 steps (614k tokens)"),
+                             (150, 0, "1 of 1 run with FP8 attention left BF16's loss**, at step 150 (307k tokens)"),
+                             (150, 290, "in nats: with FP8 attention 1 lost; with")):  # fmt: skip
+        both = [*runs("100M", 2048, away, lost), *small]
+        first, second, *_ = findings(both, "")
+        assert first.startswith("**Llama 3 of 25M") and second.startswith("**Llama 3 of 100M") and said in second
+        table = _by_arm(outcomes(both, "provoke"))
+        assert table.index("| 25M, ") < table.index("| 100M, ") and "something changed" not in table
+        (claim,) = (claim for claim in claims(both) if claim.words == LLAMA)
+        assert claim.run == "2 runs of 25M and 100M, learning rate 0.01, 307k to 614k tokens"
+        assert f"{1 + bool(away)} of 2 left BF16, at step 100 (102k tokens; 25M, learning rate 0.01)" in claim.found
+
+
+def test_no_sentence_counts_one_in_the_plural_or_says_a_range_of_one():
+    runs = [line("llama3", arm, rate=10, away=200 * (arm == PAPER_ARM), grows=150 * (arm == PAPER_ARM))
+            for arm in ("bf16", "bf16-again", "fp8", PAPER_ARM)]  # fmt: skip
+    runs += [line(name, arm) for name in ("fog-max",) for arm in ("bf16", PAPER_ARM)]
+    runs += [line("fog-max", arm, study="parity") for arm in ("bf16", PAPER_ARM)]
+    text = page([*runs, old(line("op", PAPER_ARM)), line("op")], [], "")
+    assert not re.findall(r"\b(?:of )?1 (?:\w+ )?(?:runs|pairs|steps|samples|architectures|others)\b", text)
+    assert not re.findall(r"\b([\d.]+\w?) to \1\b", text) and "learning rates 0.01;" not in text
+    assert "run of tiny, learning rate 0.01, " in text and "29 steps" not in text
+
+
+def drawn(lines, folder, monkeypatch):
+    """{name: figure} of the pictures."""
+    figures = {}
+
+    @contextmanager
+    def kept(path, title, size):
+        with picture(path, title, size) as figure:
+            figures[path.stem] = figure
+            yield figure
+
+    monkeypatch.setattr(fog_figures, "picture", kept)
+    assert fog_figures.draw(folder, lines) == list(figures)
+    return figures
+
+
+def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
+    runs = [line(name, arm, rate=rate, to=to) for name, rate, to in (("llama3", 1, 300), ("fog-max", 1, 200))
+            for arm in ("bf16", "fp8")]  # fmt: skip
+    runs += [line("llama3", "fp8-attention", away=40, lost=60, to=80), line("llama3", "default", to=0)]
+    runs += [line("olmo2", rate=10)]  # of another learning rate, and of another picture
+    figures = drawn(runs, tmp_path, monkeypatch)
+    name = "tiny-300x128-lr0.001"
+    assert list(figures) == [f"losses-{name}", f"kurtosis-{name}", f"arms-{name}-llama3",
+                             "losses-tiny-300x128-lr0.01", "kurtosis-tiny-300x128-lr0.01"]  # fmt: skip
+    for kind in ("losses", "kurtosis"):
+        panels = [axes for axes in figures[f"{kind}-{name}"].axes if axes.lines]
+        markers = {
+            axes.get_title("left").strip(): {one.get_marker() for one in axes.lines} - {"None"} for axes in panels
+        }
+        assert markers == {"Llama 3": {"v", "X"}, "FOG-max": {"o"}}
+        for axes in panels:
+            low, high = axes.get_ylim()
+            values = [y for one in axes.lines for y in one.get_ydata()[1:-1] if y == y]
+            assert low < min(values) and max(values) < high
+    arms = {axes.get_title("left").strip(): [one.get_marker() for one in axes.lines].count("None")
+            for axes in figures[f"arms-{name}-llama3"].axes if axes.lines}  # fmt: skip
+    assert arms == {"FP8 linears": 3, "FP8 linears and attention, as the\npaper": 3}  # BF16's, its own, the warm-up's
+
+
+def test_pictures_that_are_no_longer_drawn_are_deleted_and_nothing_else(tmp_path, monkeypatch):
+    setting = "25M-600x16384"
+    ours = ["parity", f"layers-{setting}", f"losses-{setting}-lr0.01", f"kurtosis-{setting}-lr1e-05",
+            f"arms-{setting}-lr0.01-llama3", f"arms-{setting}-lr0.001-fog-max+qk-norm"]  # fmt: skip
+    theirs = ["losses", "losses-mine-lr0.01", f"my-losses-{setting}-lr0.01", f"arms-{setting}-lr0.01-mine", "notes",
+              f"losses-{setting}-lr0.01-old", f"layers-{setting}-lr0.01"]  # fmt: skip
+    for name in [*ours, *theirs]:
+        (tmp_path / f"{name}.png").touch()
+    (tmp_path / "runs.jsonl").touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "parity.png").touch()
+    figures = drawn([line("llama3", arm) for arm in ("bf16", "fp8")], tmp_path, monkeypatch)
+    left = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.*")}
+    assert left == {*theirs, *figures, "runs", "below/parity"} and len(figures) == 2
+
+
+def test_whatever_draw_may_write_is_a_picture_of_its_own(tmp_path, monkeypatch):
+    runs = [line(name, arm, rate=rate, away=200 * (arm == PAPER_ARM), study=study)
+            for name in ("llama3", "fog-max:no-qk-norm", "op-frozen-qk") for arm in ("bf16", PAPER_ARM)
+            for rate in (0.0101, 10) for study in ("provoke", "parity", "kurtosis")]  # fmt: skip
+    assert len(drawn(runs, tmp_path, monkeypatch)) == 2 * (2 + 3) + 2
+    drawn([], tmp_path, monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("most, words", [(1e22, "to 1e+22"), (20.0, "to 20")])
+def test_what_is_above_a_panel_is_marked_at_its_edge(tmp_path, monkeypatch, most, words):
+    runs = [line(name, arm) for name in ("olmo2", "op") for arm in ("bf16", PAPER_ARM)]
+    spiked(runs[2], at=100, to=most, steps=40)
+    figure = drawn(runs, tmp_path, monkeypatch)["losses-tiny-300x128-lr0.001"]
+    olmo2, op = (axes for axes in figure.axes if axes.lines)
+    top = FACTOR * runs[2].losses[0]
+    assert op.get_ylim()[1] == top and olmo2.get_ylim()[1] < top
+    (edge,) = (one for one in op.lines if one.get_marker() == "^")
+    assert edge.get_ydata()[0] == top and 100 <= edge.get_xdata()[0] <= 110
+    assert max(y for one in op.lines if one.get_marker() == "None" for y in one.get_ydata() if y == y) == top
+    texts = {text.get_text() for text in op.texts}
+    assert words in texts and "BF16 itself rises above its start" in texts
+    assert "FP8 attention: 0 of 1 left" in {text.get_text() for text in olmo2.texts}
+    assert not any(one.get_marker() == "^" for one in olmo2.lines)
+
+
+def test_a_speed_is_that_of_the_layers_step():
+    head = ["width", "context", "arm", "attention ran in", "times as fast as Llama BF16 compiled, GPU / loop"]
+    layers = f"{CONSISTENT}, for the layers alone"
+    for times, mode, verdict in ((1.45, "fp8", layers), (1.2, "fp8", OPEN), (1.45, "16bit", OPEN)):
+        rows = [["1.5B", 4096, "FOG-flash, FP8, attention", "fp8", "9 / 9"],
+                ["8B", 16384, "FOG-flash, FP8, attention", "fp8", "9 / 1.9"],
+                ["8B", 4096, "FOG-flash, FP8, attention", mode, f"**2.00 / {times}**"]]  # fmt: skip
+        found = _speed(markdown(head, rows) + "\n\n" + markdown(head[:3], rows[:1]))
+        assert found.verdict.split(":")[0] == verdict and f"{times:g} times" in found.found
+        assert f"attention ran in {'FP8' if mode == 'fp8' else '16 bits'}" in found.found.partition(";")[2]
+        assert (
+            "at context 16384 1.9 times" in found.found and "at context 16384" in findings([], markdown(head, rows))[0]
+        )
+    assert _speed("").verdict == OPEN
+
+
+def test_pairs_are_counted_by_students_t():
+    assert pairs_needed([-1.0, 1.0], 0.25) == 126 and pairs_needed([1.0], 0.25) is None
+    assert scatter_allowed(3, 0.25) == pytest.approx(0.25 * 3**0.5 / 4.303)
+    for count in (3, 31, 32, 200):  # at the standard deviation that so many allow, one more is enough, one less is not
+        one = scatter_allowed(count, 0.25) / 2**0.5  # of [-one, one]
+        assert pairs_needed([-one * 0.999, one * 0.999], 0.25) == count
+        assert pairs_needed([-one * 1.001, one * 1.001], 0.25) == count + 1
+    for degrees, exact in ((31, 2.0395), (60, 2.0003), (120, 1.9799), (1000, 1.9623)):
+        assert 0.25 * (degrees + 1) ** 0.5 / scatter_allowed(degrees + 1, 0.25) == pytest.approx(exact, abs=1e-4)
+
+
+def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
+    path = tmp_path / "data" / "runs.jsonl"
+    done, other = line("llama3"), line("llama3", rate=3, steps=400)
+    half = dataclasses.replace(done, step=100, result=None, losses=done.losses[:100])
+    assert (
+        merged(path, [half, other]) == merged(path, []) == read_lines(path, Line) and len(read_lines(path, Line)) == 2
+    )
+    assert done in merged(path, [done]) and done in merged(path, [half])
+    path.write_text(path.read_text() + "{")
+    with pytest.raises(UserError, match="must hold a run a line"):
+        merged(path, [done])
+
+
+def test_the_page_in_docs_is_the_one_of_the_data():
+    data = ROOT / "studies" / "results" / "fog"
+    lines, pictures = read_lines(data / "runs.jsonl", Line), sorted(path.stem for path in data.glob("*.png"))
+    shown = (ROOT / "docs" / "fog.md").read_text(encoding="utf-8")
+    assert page(lines, pictures, "../studies/results/fog") == shown, "run studies/fog.py report"
