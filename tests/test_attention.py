@@ -684,10 +684,13 @@ def test_auto_follows_the_table(device, monkeypatch):
     for tokens, grads, mode in (
         (64, True, "16bit"),
         (64, False, "16bit"),
+        (200, False, "16bit"),  # nothing was recorded yet
         (200, True, "fp8"),
         (200, False, "fp8_forward"),
     ):
         q, k, v, _ = tensors(device, tokens=tokens)
+        if mode == "fp8_forward":
+            fp8.update_scales(module)
         with torch.set_grad_enabled(grads):
             module(q, k, v, is_causal=True, enable_gqa=True)
         assert module.last[0] == mode, (tokens, grads)
@@ -696,6 +699,17 @@ def test_auto_follows_the_table(device, monkeypatch):
     q, k, v, dy = tensors(device, tokens=200)
     run(torch.compile(module, fullgraph=True, backend="aot_eager"), q, k, v, dy)
     assert module.last[0] == "fp8"
+    current = fp8.ScaledDotProductAttention(fp8.CurrentScaling())
+    constant = fp8.ScaledDotProductAttention(fp8.ConstantScaling(bias=2))
+    for one, mode in ((current, "16bit"), (constant, "fp8"), (module.eval(), "fp8"), (copy.deepcopy(module), "fp8")):
+        one(q, k, v, is_causal=True, enable_gqa=True)
+        assert one.last[0] == mode and ("would compute it twice" in one.last[1]) == (mode == "16bit")
+        with torch.no_grad():
+            one.eval()(q, k, v, is_causal=True, enable_gqa=True)
+        assert one.last[0] == (mode if mode == "16bit" else "fp8_forward")
+    module.reset_scaling()
+    module(q, k, v, is_causal=True, enable_gqa=True)
+    assert module.last[0] == "16bit"
     q, k, v, _ = tensors(device, tokens=200, dims=64)  # of which nothing was measured
     module(q, k, v, is_causal=True, enable_gqa=True)
     assert module.last[0] == "16bit"

@@ -69,11 +69,12 @@ def watch(
     Healthy is what grows no faster than tokens do ("sub-linear to logarithmic", arXiv 2505.20524). An alarm is raised
     when ``in_a_row`` samples are ``sigmas`` above that growth, continued from the lowest value / tokens that was seen,
     and above all that the series had until then; or are not finite. Sigma is the series' own noise in log(value), at
-    least 0.15: with the default an alarm is a rise to 2.5 times what is healthy, at least. The first ten samples raise
-    none. Of a loss, which falls, the trend is the lowest level so far, and sigma at least 0.05: an alarm is a rise to
-    1.35 times that, at least. By ``tests/test_watch.py`` 0 of 200 synthetic healthy series raise an alarm (logarithms,
-    powers up to 0.6, logarithms that begin late with up to twice the slope of the level before, noise of 1 to 30 %,
-    cooldowns), and 9 of 300 diverging ones do not (exponential, a power of 2 to 4, a step to 4 to 100 times).
+    least 0.15: with the default an alarm is a rise to 2.5 times what is healthy, at least. Of the first ten samples
+    only those that are not finite raise one. Of a loss, which falls, the trend is the lowest level so far, and sigma at
+    least 0.05: an alarm is a rise to 1.35 times that, at least. By ``tests/test_watch.py`` 0 of 200 synthetic healthy
+    series raise an alarm (logarithms, powers up to 0.6, logarithms that begin late with up to twice the slope of the
+    level before, noise of 1 to 30 %, cooldowns), and 9 of 300 diverging ones do not (exponential, a power of 2 to 4, a
+    step to 4 to 100 times).
 
     metrics: which series are watched, by name ("kurtosis", "kurtosis/qkv", "rms/block", "grad_norm", "loss") or by
         pattern of the whole tag ("kurtosis/*/layers.3*"); all that ``activations`` has but mean and outliers, which

@@ -134,7 +134,7 @@ def _share_inputs(model: nn.Module) -> None:
 
 def revert(model: nn.Module) -> nn.Module:
     """Make every FP8 layer of ``model`` the ``nn.Linear``, or the layer of another class, that it was, in place;
-    returns the model. Scales are forgotten.
+    returns the model. Scales are forgotten. What ``fuse`` joined stays so, attention in FP8 too, until ``unfuse``.
 
     Raises ValueError, with the model as it was, where a layer cannot go back: it is frozen, its forward was replaced on
     the object (accelerate's ``device_map``), or another class was derived from its own."""
