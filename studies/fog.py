@@ -101,7 +101,10 @@ def specs_of(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
                 for name in args.architectures:
                     spec = {"study": args.command, "architecture": name, "arm": arm_name, "rate": rate}
                     spec |= {"fp8": arm(arm_name), **training_spec(args, corpus, seed), "lr": args.lr * rate}
-                    specs[f"{name.replace(':', '+')}_x{rate:g}_{arm_name}_{seed}"] = spec
+                    folder = f"{name.replace(':', '+')}_x{rate:g}_{arm_name}_{seed}"
+                    if folder in specs:
+                        raise UserError(f"two runs would be called {folder}; give each architecture, arm and rate once")
+                    specs[folder] = spec
     return specs
 
 

@@ -39,7 +39,7 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import GPT2, Bytes, Codec, Corpus
-from models.names import Named, named
+from models.names import MODELS, Named, named
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,6 +135,12 @@ def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
 SPECS = {"parity": parity_specs, "window": window_specs, "infer": infer_specs, "finetune": finetune_specs}
 
 
+def canonical(model: str) -> str:
+    """A model's name as it is written, of which specs speak: users may write it in capitals."""
+    found = _known(model)
+    return next(name for name, one in MODELS.items() if one is found)
+
+
 def _known(model: str) -> Named:
     try:
         return named(model)
@@ -181,9 +187,9 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
     """Add what these folders of runs have to ``data``/runs.jsonl, draw its pictures beside it and write the page."""
     new = []
     for folder in runs:
-        found = all_runs(folder)
+        found = [run for run in all_runs(folder) if run.spec.get("study") in SPECS and "model" in run.spec]
         if not found:
-            raise UserError(f"--runs must be folders of runs, {folder} has none")
+            raise UserError(f"--runs must be folders of runs of this study, {folder} has none")
         new += [condensed(run) for run in found]
     lines = merged(data / "runs.jsonl", new)
     sizes = sizes_of(lines)
@@ -314,6 +320,13 @@ def main() -> int:
     if args.command == "tokens":
         if not 0 < args.val_share < 1:
             raise UserError(f"--val-share must be between 0 and 1, got {args.val_share}")
+        if args.tokens.exists():
+            try:
+                read_corpus(args.tokens)
+            except UserError as error:
+                raise UserError(
+                    f"--tokens would replace {args.tokens}, which is no file of tokens; name another"
+                ) from error
         corpus = tokenise(args)
         save_corpus(args.tokens, corpus)
         print(f"{args.tokens}: {corpus}")
@@ -325,6 +338,8 @@ def main() -> int:
         report(args.runs, args.data, args.page)
         return 0
     check_numbers(args)
+    if getattr(args, "models", None):
+        args.models = [canonical(model) for model in args.models]
     corpus = read_corpus(args.tokens)
     specs = SPECS[args.command](args, corpus)
     for spec in specs.values():

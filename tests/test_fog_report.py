@@ -143,6 +143,9 @@ def test_an_old_run_gives_way_to_the_same_run_made_since():
         text = page([*runs, *both], [], "")
         assert "Of these 1 was made again since, and the old stay in runs.jsonl alone.\n" in text
     assert "Marked †:" not in page([*runs, since], [], "")
+    begun = line("llama3", PAPER_ARM, to=290)
+    assert [one.line for one in outcomes([*runs, begun, before], "provoke")] == [*runs[1:], before]
+    assert "made again" not in page([*runs, begun, before], [], "")
 
 
 def test_old_pairs_may_show_parity_and_never_that_there_is_none():
@@ -333,7 +336,7 @@ def test_norms_of_q_and_k_are_named_where_they_alone_make_it_hold():
         [*plain, *(line("olmo2", arm, rate=10) for arm in ("bf16", PAPER_ARM))], "why"
     )
     short = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, to=210)]
-    assert "nothing else changed" not in part([*plain, *short], "why") and verdicts(*plain, *short)[words] == NOT
+    assert "nothing else changed" not in part([*plain, *short], "why") and verdicts(*plain, *short)[words] == OPEN
     left = [normed[0], line("llama3:qk-norm", PAPER_ARM, rate=10, away=250)]
     assert "q and k without norms (Llama 3 with QK-norm: 1 of 1 run " in part([*plain, *left], "why")
 
@@ -641,6 +644,8 @@ def test_lines_are_kept_and_replaced_by_what_got_further(tmp_path):
         merged(path, [half, other]) == merged(path, []) == read_lines(path, Line) and len(read_lines(path, Line)) == 2
     )
     assert done in merged(path, [done]) and done in merged(path, [half])
+    path.write_text(path.read_text() + path.read_text().replace(f'"step":{done.step},', '"step":100,'))
+    assert len(read_lines(path, Line)) == 4 and done in merged(path, []) and len(read_lines(path, Line)) == 2
     path.write_text(path.read_text() + "{")
     with pytest.raises(UserError, match="must hold a run a line"):
         merged(path, [done])

@@ -106,6 +106,8 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, mo
         (["provoke", "--lr", "1e308", "--rates", "1e9"], "lr must be a finite number"),
         (["parity", "--cooldown", "1"], "must be from 0 to 0.9, got 1.0"),
         (["parity", "--seeds", "0"], "the study is empty"),
+        (["provoke", "--rates", "1", "1.0000001"], "two runs would be called llama3_x1_bf16_0"),
+        (["provoke", "--rates", "1", "--arms", "bf16", "bf16"], "give each architecture, arm and rate once"),
     ],
 )
 def test_bad_input_is_refused_in_words(tmp_path, tokens, arguments, words, monkeypatch):
@@ -187,6 +189,10 @@ def test_a_log_with_a_loss_and_no_gradient_norm_is_refused_in_words(tmp_path):
     run.log.write_text(run.log.read_text() + '{"step": 2, "loss": 2.5}\n')
     with pytest.raises(UserError, match=r"a.log.jsonl must have a grad_norm beside each loss, but has none in step 2"):
         condensed(run)
+    for steps in ([1, 3], [1, 2, 1], [2, 1], [1, 1]):
+        run.log.write_text("".join(f'{{"step": {step}, "loss": 3.0, "grad_norm": 1.0}}\n' for step in steps))
+        with pytest.raises(UserError, match=r"a.log.jsonl must have each step once and in order, but has not"):
+            condensed(run)
 
 
 def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tokens, monkeypatch):

@@ -51,6 +51,56 @@ def verdicts(*lines):
     return [claim.verdict for claim in claims(lines, sizes_of(lines))]
 
 
+def tuned(arm, losses, **more):
+    made = [line("finetune", arm=arm, seed=seed, result={"loss": loss, "accuracy": 0.4 if loss else 0.0})
+            for seed, loss in enumerate(losses)]  # fmt: skip
+    for one in made:
+        one.spec.update({"recipe": {"kind": "CurrentScaling"}} if arm.startswith("bf16") is False else {}, **more)
+    return made
+
+
+def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
+    bf16 = tuned("bf16", [2.0, 2.0, 2.0])
+    for more in ({"steps": 60}, {"data": "another text"}, {"lr": 3e-3}, {"validated": 9}):
+        assert pairs([*bf16, *tuned("current", [1.0] * 3, **more)], "current", "bf16", "loss") == {}
+    for more in ({"loss_scale": 8.0}, {"dtype": "float16"}, {"record": 9}):
+        found = pairs([*bf16, *tuned("current", [2.2] * 3, **more)], "current", "bf16", "loss")
+        assert found["gpt-31M"] == pytest.approx([10.0] * 3)
+
+
+def test_no_arm_is_called_apart_that_is_not_decided():
+    bf16 = tuned("bf16", [2.0, 2.0, 2.0])
+    said = "".join(findings([*bf16, *tuned("current", [2.0, 2.0, 2.03]), *tuned("amax", [2.1] * 3)], {}))
+    assert "not within 0.25 % of BF16: amax. " in said and "no arm in FP8" not in said
+    assert "nothing is decided yet" in "".join(findings([*bf16, *tuned("current", [2.0, 2.0, 2.03])], {}))
+    assert "no arm in FP8 is within 0.25 % of it" in "".join(findings([*bf16, *tuned("current", [2.1] * 3)], {}))
+    assert "one pair each shows nothing" in "".join(findings([*bf16[:1], *tuned("current", [2.0])], {}))
+
+
+def test_a_lost_run_is_told_and_a_lost_bf16_says_nothing_of_others():
+    lost, whole = tuned("current", [2.0, 2.0, None]), tuned("current", [2.0, 2.0, 2.0])
+    said = "".join(findings([*tuned("bf16", [2.0] * 3), *lost], {}))
+    assert "current +0.00 % [+0.00, +0.00], 1 lost" in said
+    assert pairs([*tuned("bf16", [2.0] * 3), *lost], "current", "bf16", "accuracy")["gpt-31M"][2] == math.inf
+    for key in ("loss", "accuracy"):
+        assert pairs([*tuned("bf16", [2.0, 2.0, None]), *whole], "current", "bf16", key) == {"gpt-31M": [0.0, 0.0]}
+        assert pairs([*tuned("bf16", [None] * 3), *whole], "current", "bf16", key) == {}
+
+
+def test_a_sweep_that_ends_within_a_window_shows_no_window():
+    runs = [swept("gpt-31M", range(-3, 4)), swept("gpt-73M", range(-2, 3))]
+    assert verdicts(*runs)[2] == "consistent" and "in inference consistent" in verdicts(*runs)[3]
+    for one in runs:
+        inference = one.result["inference"]
+        for c in range(-16, 17):
+            if c < -2 or c > 2:
+                del inference[f"cscale:{c}"]
+    assert verdicts(*runs)[2:] == ["cannot be claimed: a window may go on where its sweep ends",
+                                   "cannot be claimed (a window may go on where its sweep ends)"]  # fmt: skip
+    everything = [swept("gpt-31M", range(-16, 17))]
+    assert verdicts(*everything)[2] == "not"
+
+
 @pytest.mark.parametrize(
     "good, expected",
     [([], None), ([3], (3, 3)), ([-2, -1, 0, 5], (-2, 0)), ([-2, 0, 1, 2, 3, 9], (0, 3)), (range(-16, 17), (-16, 16))],
@@ -206,6 +256,7 @@ def test_parity_is_judged_by_the_margin(apart, word):
 
 def unfinished(policies, model="Other-135M-Q4"):
     spec = {**SPEC, "study": "infer", "model": model, "arm": "bf16", "checkpoint": "abc", "sweep": list(range(-4, 5))}
+    spec |= {"sweep_tokens": 9_000}
     return Line(f"{model}_infer", spec, len(policies), None, [], [], policies)
 
 
@@ -217,13 +268,18 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
     lines = [unfinished(done), line("finetune", "Other-135M-Q4", result={"loss": 1.5, "accuracy": 0.5})]
     lines.append(line("finetune", "Other-135M-Q4", "amax", result={"loss": 1.53, "accuracy": 0.5, "loss_fp8": 1.6}))
     lines[-1].spec["recipe"] = {"kind": "CurrentScaling"}
+    for one in lines[1:]:
+        one.spec.update(checkpoint="abc", validated=512)
     text = page(lines, [], sizes_of(lines), "data")
     assert "| Other-135M-Q4 | 135M | 0 … 1 |" in text and "Nothing of Other-135M-Q4 in 16 bits" in text
     assert (
         "Other-135M-Q4: unfinished, histogram, gc-amax, gc-histogram, gc-cscale:-4, gc-cscale:0, gc-cscale:4 missing\n"
         in text
     )
-    assert "from 2.0000 to 1.5000 nats a token; no arm in FP8 is within 0.25 % of it" in "".join(findings(lines, {}))
+    assert "from 2.0000 to 1.5000 nats a token; one pair each shows nothing" in "".join(findings(lines, {}))
+    assert "on 9,000 tokens of the text, where fine-tuning has 512. Of the gain of 0.5000 in BF16" in text
+    lines[0].spec["data"] = "another text"
+    assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
     assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text
 
 

@@ -168,6 +168,24 @@ def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):
         assert refused.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
 
 
+def test_a_text_is_not_replaced_by_its_tokens(tmp_path):
+    text = tmp_path / "text"
+    text.write_text("some words " * 500 + "\n<|endoftext|>\n" + "others " * 500)
+    made = [*SCALES, "tokens", "--data", text, "--tokens"]
+    refused = subprocess.run([*made, text], capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and "which is no file of tokens; name another" in refused.stderr
+    assert text.read_text().startswith("some words")
+    for _ in range(2):  # tokens may be replaced by tokens
+        subprocess.run([*made, tmp_path / "tokens"], check=True, cwd=ROOT)
+
+
+def test_a_model_is_called_as_it_is_written_however_it_was_typed(tmp_path, tokens):
+    typed = ["GPT-Tiny" if word == "gpt-tiny" else word for word in QUICK]
+    assert run("parity", *typed, "--arms", "bf16", tokens=tokens, out=tmp_path).returncode == 0
+    (one,) = all_runs(tmp_path)
+    assert (one.name, one.spec["model"]) == ("gpt-tiny_bf16_0", "gpt-tiny")
+
+
 def test_a_text_split_elsewhere_is_another_text(tmp_path, tokens):
     study = ["parity", *TINY, "--arms", "bf16", "--steps", "2", "--minutes", "0.0001"]
     assert run(*study, tokens=tokens, out=tmp_path / "out").returncode == 0

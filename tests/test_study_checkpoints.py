@@ -102,11 +102,22 @@ def test_a_checkpoint_that_is_none_or_has_other_tokens_is_refused(tmp_path, toke
     for path in (tmp_path, tmp_path / "none.gguf"):
         with pytest.raises(UserError, match="must be a .gguf file or a folder with a config.json"):
             Checkpoint(path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has a config.json and no weights"):
+        Checkpoint(tmp_path)
     train, val = torch.full((99,), 300, dtype=torch.int32), torch.zeros(99, dtype=torch.int32)
     save_corpus(tmp_path / "tokens", Corpus(train, val, 301, "text", fingerprint(train, val)))
     made = run("infer", "--checkpoint", checkpoint, "--context", "8", "--sweep-tokens", "8",
                tokens=tmp_path / "tokens", out=tmp_path / "out")  # fmt: skip
     assert made.returncode == 1 and "the tokens are of 301 kinds and small-llama knows 256" in made.stderr
+
+
+def test_a_checkpoint_of_another_config_is_another_one(tmp_path, checkpoint):
+    other = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    assert Checkpoint(other).digest == Checkpoint(checkpoint).digest
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert Checkpoint(other).digest != Checkpoint(checkpoint).digest
 
 
 def test_texts_are_tokenised_as_the_checkpoint_has_it(tmp_path, checkpoint):

@@ -14,14 +14,18 @@ from examples.gpt.errors import UserError
 
 
 class Checkpoint:
-    """UserError where ``path`` is none. ``name`` is what its runs are called by, ``digest`` is of its weights."""
+    """UserError where ``path`` is none. ``name`` is what its runs are called by, ``digest`` is of its weights
+    and what is done with them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         if path.suffix == ".gguf" and path.is_file():
             files = [path]
         elif (path / "config.json").is_file():
-            files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+            weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+            if not weights:
+                raise UserError(f"--checkpoint: {path} has a config.json and no weights, *.safetensors or *.bin")
+            files = [path / "config.json", *weights]
         else:
             raise UserError(f"--checkpoint must be a .gguf file or a folder with a config.json, {path} is neither")
         self.name = (path.stem if path.suffix == ".gguf" else path.resolve().name).replace("_", "-")

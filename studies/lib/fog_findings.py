@@ -181,8 +181,8 @@ def _parity(lines: Sequence[Line]) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> str:
-    if not all(map(math.isfinite, values)):
-        return "lost"
+    if lost := sum(not math.isfinite(value) for value in values):
+        return f"{lost} of {len(values)} lost"
     mean = interval(values)
     return f"{mean.mean:+.2f} %" if len(values) < 2 else f"{mean.mean:+.2f} ± {mean.high - mean.mean:.2f} %"
 

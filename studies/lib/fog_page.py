@@ -53,9 +53,9 @@ counts as far as it is.
 The paper finds that Llama 3 and OLMo 2 diverge where attention's products are in FP8 too, after 0.7 to 15.9 billion
 tokens, that its FOG architectures do not, and that the kurtosis of activations tells long before. A claim is called
 *consistent* or *not* where the runs here say so, and else it *cannot be claimed here*; a divergence of another kind is
-called that. In all runs head, embedding and norms are in BF16 and parameters in float32; *FP8 attention* has both
-products of attention and their gradients in FP8, with one scale for q, k and v, amaxes of 1024 steps and scale 1 in the
-first step, as the paper's software had it."""
+called that. In all runs the head computes in BF16, parameters, embedding, norms and what is added up between layers are
+in float32; *FP8 attention* has both products of attention and their gradients in FP8, with one scale for q, k and v,
+amaxes of 1024 steps and scale 1 in the first step, as the paper's software had it."""
 
 _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed and batches by {SIGMAS:g} standard
   deviations of the latter's step noise, for {PATIENCE} steps on end, from step {FIRST + 1} on; or is not finite. Step
@@ -78,8 +78,8 @@ they say of gradient norms and of the start.
   0.7 billion tokens. So the rule says that the two need not be one thing, not that they are two.
 * *Jumps*: a gradient norm that is not finite, or above {JUMP:g} times its median over the last {WINDOW} steps, from
   step {FIRST + 1} on.
-* *Blind*: no alarm is possible before {FEWEST} samples, so a run that leaves before says nothing of alarms; nor does
-  one of the start of training say whether a kurtosis foretells what comes after billions of tokens.
+* *Blind*: no alarm of growth is possible before {FEWEST} samples, so a run that leaves before says nothing of alarms;
+  nor does one of the start of training say whether a kurtosis foretells what comes after billions of tokens.
 * *Sound*: BF16, at any step that it was run and both times, has not diverged, nor been above {FACTOR} times the loss of
   its first step from step {FIRST + 1} on, where it predicts worse than random weights. Where it is not, nothing that
   leaves it or stays with it counts, for claims or parity. A run in FP8 that rises so far does not hold, though it come

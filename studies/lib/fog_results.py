@@ -114,6 +114,11 @@ def condensed(run: Run) -> Line:
             f"{run.log} must have a grad_norm beside each loss, but has none in step {half['step']}; this study writes "
             f"both: bring the log back whole, or delete {run.folder} and run it again"
         )
+    if [record["step"] for record in steps] != list(range(1, len(steps) + 1)):
+        raise UserError(
+            f"{run.log} must have each step once and in order, but has not: losses would be held to those of other "
+            f"steps; bring the log back whole, or delete {run.folder} and run it again"
+        )
     samples = [record for record in records if "kurtosis" in record]
     kinds = samples[0]["kurtosis"] if samples else {}
     return Line(
@@ -243,10 +248,12 @@ class Outcome(NamedTuple):
 
 
 def current(lines: Iterable[Line]) -> list[Line]:
-    """Without the old ones that have been made again since."""
+    """Of an old run and the same one made since, the new one, once it is as far."""
     lines = list(lines)
-    again = {(line.pair, line.arm) for line in lines if not line.old}
-    return [line for line in lines if not line.old or (line.pair, line.arm) not in again]
+    old = {(line.pair, line.arm): line for line in lines if line.old}
+    again = {(line.pair, line.arm): line for line in lines if not line.old}
+    passed = [old[key] if line.step >= old[key].step else line for key, line in again.items() if key in old]
+    return [line for line in lines if all(line is not other for other in passed)]
 
 
 def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:

@@ -35,10 +35,10 @@ def _read(path: Path, of: Callable[[dict[str, Any]], Line]) -> list[Line]:
 
 
 def merge_lines(path: Path, kind: type[Line], new: Iterable[Line], key: Callable[[Line], Any]) -> list[Line]:
-    """The file with what is new, which replaces what it had of the same runs where it got as far; in the order of keys,
+    """The file with what is new; of the same run what got furthest, the later one of equals; in the order of keys,
     which tell runs apart. UserError, with nothing written, where a run of that key was another one."""
-    lines = {key(line): line for line in (read_lines(path, kind) if path.exists() else ())}
-    for line in new:
+    lines: dict[Any, Line] = {}
+    for line in [*(read_lines(path, kind) if path.exists() else ()), *new]:
         before = lines.get(key(line))
         if before is not None and before.spec != line.spec:
             raise UserError(f"{path} has a run {key(line)} of another spec; remove the file, or give another --data")

@@ -14,6 +14,7 @@ from .scales_results import CRITERION, Line, arms_of, constants, done, family, i
 Ratios = Mapping[str, Mapping[str, float]]
 
 MARGIN = 0.25  # per cent of the loss, fixed before the runs
+WIDEST = (-16, 16)  # the constants that the paper speaks of
 
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed"
 
@@ -81,11 +82,12 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         fp8 = sorted((arm for arm in apart if _in_fp8(arm, mine)), key=lambda arm: statistics.fmean(apart[arm]))
         if not fp8:
             continue
-        near = [arm for arm in fp8 if within(apart[arm]) == "yes"]
         words = ", ".join(f"{arm} {percent(apart[arm])}" for arm in [*fp8, *(["fp16"] if "fp16" in apart else [])])
-        verdict = (
-            f"within {MARGIN} % of BF16: {', '.join(near)}" if near else f"no arm in FP8 is within {MARGIN} % of it"
-        )
+        verdict = _decided({arm: apart[arm] for arm in fp8})
+        if all(within(apart[arm]) == "no" for arm in fp8):
+            verdict = f"no arm in FP8 is within {MARGIN} % of it"
+        elif max(len(apart[arm]) for arm in fp8) == 1:
+            verdict = "one pair each shows nothing"
         found.append(f"{_gained(model, lines)}{verdict}. The loss against BF16's: {words}.")
     return found
 
@@ -96,7 +98,7 @@ def _gained(model: str, lines: Sequence[Line]) -> str:
     before = loss_before(model, lines)
     if before is None or after is None:
         return f"Fine-tuning {model}: "
-    return f"Fine-tuning in BF16 takes the loss of {model} from {before:.4f} to {after:.4f} nats a token; "
+    return f"Fine-tuning in BF16 takes the loss of {model} from {before[0]:.4f} to {after:.4f} nats a token; "
 
 
 def _trained(lines: Sequence[Line]) -> list[str]:
@@ -111,23 +113,32 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         if max(map(len, apart.values())) == 1:
             found.append(f"Training {model} from scratch: of one pair each, which shows nothing{noise}.")
             continue
-        words = {word: [arm for arm, values in apart.items() if within(values) == word] for word in ("yes", "no")}
-        said = [
-            f"{'' if word == 'yes' else 'not '}within {MARGIN} % of BF16: {', '.join(arms)}"
-            for word, arms in words.items()
-            if arms
-        ]
         many = f"{min(map(len, apart.values()))} pairs" if len(set(map(len, apart.values()))) == 1 else "pairs"
-        verdict = "; ".join(said) or "nothing is decided yet"
+        verdict = _decided({arm: values for arm, values in apart.items() if arm != "bf16-again"})
         words = ", ".join(f"{arm} {percent(values)}" for arm, values in apart.items() if arm != "bf16-again")
         found.append(f"Training {model} from scratch, {many}: {verdict}{noise}. The loss against BF16's: {words}.")
     return found
 
 
-def loss_before(model: str, lines: Iterable[Line]) -> float | None:
-    """Of a checkpoint, in BF16, before it is fine-tuned: the first record of its sweep."""
-    told = [line.inference["bf16"]["loss"] for line in lines if line.study == "infer" and "bf16" in line.inference
-            and line.model == model and line.spec["checkpoint"]]  # fmt: skip
+def _decided(apart: Mapping[str, Sequence[float]]) -> str:
+    """Which arms are within the margin and which are not, as far as that is known."""
+    words = {word: [arm for arm, values in apart.items() if within(values) == word] for word in ("yes", "no")}
+    said = [
+        f"{'' if word == 'yes' else 'not '}within {MARGIN} % of BF16: {', '.join(arms)}"
+        for word, arms in words.items()
+        if arms
+    ]
+    return "; ".join(said) or "nothing is decided yet"
+
+
+def loss_before(model: str, lines: Sequence[Line]) -> tuple[float, int] | None:
+    """Of a checkpoint, in BF16, before it is fine-tuned on the same text: the first record of its sweep, and of how
+    many tokens it is."""
+    of = ("checkpoint", "data", "split")
+    tuned = [[line.spec.get(key) for key in of] for line in lines if line.study == "finetune" and line.model == model]
+    told = [(line.inference["bf16"]["loss"], line.spec["sweep_tokens"]) for line in lines
+            if line.study == "infer" and "bf16" in line.inference and line.model == model
+            and tuned and all([line.spec.get(key) for key in of] == one for one in tuned)]  # fmt: skip
     return told[0] if told else None
 
 
@@ -208,6 +219,8 @@ def _has_window(ratios: Ratios) -> Claim:
     differ = len(set(found.values())) > 1 or len(found) == 1
     low, high = min(min(of) for of in swept.values()), max(max(of) for of in swept.values())
     verdict = CONSISTENT if all(inside) and all(whole) and differ else NOT if not any(inside) else OPEN
+    if any(_is_cut(of) for of in swept.values()):
+        verdict = f"{OPEN}: a window may go on where its sweep ends"
     return Claim(words, f"c from {low} to {high}, {models_of(swept)}", said, verdict)
 
 
@@ -231,12 +244,20 @@ def _smaller(ratios: Ratios, lines: Sequence[Line], sizes: Mapping[str, float]) 
     falls = all(row[0] > row[-1] and all(a >= b for a, b in itertools.pairwise(row)) for row in rows)
     rises = all(row[-1] > row[0] for row in rows)
     note = "in inference consistent" if falls else "in inference not" if rises else "in inference no trend"
+    if any(_is_cut(constants(ratios[model])) for of in families.values() for model in of):
+        note = "a window may go on where its sweep ends"
     models = models_of(model for of in families.values() for model in of)
     return Claim(words, f"inference of {models}; no window was fine-tuned", said, f"{OPEN} ({note})")
 
 
 def _width(found: tuple[int, int] | None) -> int:
     return found[1] - found[0] + 1 if found else 0
+
+
+def _is_cut(ratios: Mapping[int, float]) -> bool:
+    """Whether its window is as wide as a sweep of fewer than the paper's constants lets it be."""
+    found = window(ratios)
+    return found is not None and any(found[i] == end != WIDEST[i] for i, end in enumerate((min(ratios), max(ratios))))
 
 
 def _is_whole(ratios: Mapping[int, float]) -> bool:
@@ -266,12 +287,14 @@ def _per_cent(ratios: Sequence[float]) -> str:
 
 
 def percent(differences: Sequence[float]) -> str:
-    """Of those that are finite."""
+    """Of those that are finite, and how many are not."""
     kept = [value for value in differences if math.isfinite(value)]
+    lost = f"{len(differences) - len(kept)} lost" if len(kept) < len(differences) else ""
     if not kept:
-        return "–"
+        return lost or "–"
     of = interval(kept)
-    return f"{of.mean:+.2f} % [{of.low:+.2f}, {of.high:+.2f}]" if of.count > 1 else f"{of.mean:+.2f} %"
+    said = f"{of.mean:+.2f} % [{of.low:+.2f}, {of.high:+.2f}]" if of.count > 1 else f"{of.mean:+.2f} %"
+    return f"{said}, {lost}" if lost else said
 
 
 def within(differences: Sequence[float]) -> str:

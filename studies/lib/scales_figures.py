@@ -296,9 +296,10 @@ def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
                 if found := gaps(of, arm) if arm != "bf16" else []:
                     (handles[arm],) = axes.plot(*zip(*found), color=colors[arm], label=arm)
             axes.axhline(0, color=INK, linewidth=1)
-            pairs_of = max(len({line.spec["seed"] for line in of if line.spec["arm"] == arm}) for arm in arms_of(of))
-            seeds = "one pair each, which shows nothing" if pairs_of == 1 else f"mean of {pairs_of} seeds"
-            axes.set_title(f"{TITLES[study]}, {model}\n{seeds}")
+            counts = [len(pairs(of, arm, "bf16", "loss").get(model, [])) for arm in arms_of(of) if arm != "bf16"]
+            many = " to ".join(dict.fromkeys(str(of(filter(None, counts))) for of in (min, max)))
+            seeds = "one pair each, which shows nothing" if max(counts) == 1 else f"means of {many} pairs"
+            axes.set_title(f"{TITLES[study]}\n{model}\n{seeds}", fontsize="medium")
             axes.set_xlabel("step")
         row[0].set_ylabel("% of the loss; above is worse")
         figure.legend(handles.values(), list(handles), loc="outside upper right", ncols=4)

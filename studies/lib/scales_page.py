@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from .scales_results import (
     CRITERION,
     Line,
     arms_of,
+    but_for_arm,
     constants,
     done,
     gaps,
@@ -130,26 +132,29 @@ def _gain(model: str, lines: Sequence[Line]) -> str:
     """Of fine-tuning, and what share of it each arm in FP8 leaves out."""
     before = loss_before(model, lines)
     finished = [line for line in done(lines, "finetune") if line.model == model and line.result["loss"] is not None]
-    losses = {arm: [line.result["loss"] for line in finished if line.spec["arm"] == arm] for arm in arms_of(finished)}
-    after = {arm: statistics.fmean(of) for arm, of in losses.items()}
-    if before is None or "bf16" not in after:
+    losses = {(line.spec["arm"], but_for_arm(line)): line.result["loss"] for line in finished}
+    bf16 = [loss for (arm, _), loss in losses.items() if arm == "bf16"]
+    if before is None or not bf16 or before[0] <= statistics.fmean(bf16):
         return ""
-    gain = before - after["bf16"]
-    lost = ", ".join(
-        f"{arm} {100 * (loss - after['bf16']) / gain:+.1f} %" for arm, loss in after.items() if arm != "bf16"
-    )
+    left = []
+    for arm in arms_of(finished):
+        twins = [(loss, losses["bf16", seed]) for (name, seed), loss in losses.items()
+                 if name == arm != "bf16" and ("bf16", seed) in losses]  # fmt: skip
+        if twins:
+            mine, theirs = (statistics.fmean(of) for of in zip(*twins))
+            left.append(f"{arm} {100 * (mine - theirs) / (before[0] - theirs):+.1f} %")
     return (
-        f"* {model} has {before:.4f} nats a token before it is fine-tuned, as the sweep of inference measured it, on "
-        f"fewer tokens of the same text. Of the gain of {gain:.4f} in BF16 the other arms lose: {lost}"
+        f"* {model} has {before[0]:.4f} nats a token before it is fine-tuned, as the sweep of inference measured it, "
+        f"on {before[1]:,} tokens of the text, where fine-tuning has {finished[0].spec['validated']:,}. Of the gain of "
+        f"{before[0] - statistics.fmean(bf16):.4f} in BF16 the other arms lose: {', '.join(left)}"
     )
 
 
 def _not_planned(finished: Sequence[Line]) -> str:
     """What the study asks for by default, and is not there."""
+    long = [line for line in finished if trained_tokens(line) >= 0.99e8]
     left = [
-        model
-        for model, count in PLANNED.items()
-        if len(pairs(finished, "delayed", "bf16", "loss").get(model, [])) < count
+        model for model, count in PLANNED.items() if len(pairs(long, "delayed", "bf16", "loss").get(model, [])) < count
     ]
     return (
         f"* Not run: {', '.join(left)} with five pairs and 100M tokens each, which `python studies/scales.py parity` "
@@ -172,7 +177,7 @@ def _noise(model: str, lines: Sequence[Line]) -> str:
     if len(losses) < 2:
         return ""
     scatter = 100 * statistics.stdev(losses) / statistics.fmean(losses)
-    again = [abs(apart) for apart in pairs(mine, "bf16-again", "bf16", "loss").get(model, [])]
+    again = [abs(of) for of in pairs(mine, "bf16-again", "bf16", "loss").get(model, []) if math.isfinite(of)]
     floor = f"; the same seed again moves it by {statistics.fmean(again):.2f} % on average" if again else ""
     return (
         f"* {model}, BF16: {statistics.fmean(losses):.4f} nats a token, mean of {len(losses)} seeds that scatter by "

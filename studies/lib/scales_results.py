@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,26 +129,32 @@ def window(ratios: Mapping[int, float]) -> tuple[int, int] | None:
 
 
 def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, list[float]]:
-    """{model: relative differences of ``result[key]``, one for each seed that both arms have done, in per cent}. A run
-    that was lost has no such figure; its pair is infinite. What an arm has in its own FP8, ``loss_fp8``, is held
-    against ``loss``."""
-    by_seed: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    """{model: relative differences of ``result[key]``, one for each two runs that differ in their arm alone, in per
+    cent}. That of a run that was lost is infinite; where the other was, there is none. What an arm has in its own FP8,
+    ``loss_fp8``, is held against ``loss``."""
+    alike: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
-            by_seed.setdefault((line.model, line.spec["seed"]), {})[line.spec["arm"]] = line.result
+            alike.setdefault((line.model, but_for_arm(line)), {})[line.spec["arm"]] = line.result
     found: dict[str, list[float]] = {}
-    for (model, _), arms in sorted(by_seed.items()):
-        if against in arms and key in arms.get(arm, {}):
-            mine, theirs = arms[arm][key], arms[against][key.removesuffix("_fp8")]
-            lost = mine is None or theirs is None
-            found.setdefault(model, []).append(float("inf") if lost else 100 * (mine / theirs - 1))
+    for (model, _), arms in sorted(alike.items(), key=lambda item: item[0]):
+        theirs = arms.get(against, {}).get(key.removesuffix("_fp8"))
+        if theirs and arms[against]["loss"] is not None and key in arms.get(arm, {}):
+            lost = arms[arm][key] is None or arms[arm]["loss"] is None
+            found.setdefault(model, []).append(float("inf") if lost else 100 * (arms[arm][key] / theirs - 1))
     return found
+
+
+def but_for_arm(line: Line) -> str:
+    """What its spec says but for its arm: runs that share it have seed, weights at the start and batches in common."""
+    of_arms = ("arm", "recipe", "emulation", "dtype", "loss_scale", "record")
+    return json.dumps({key: value for key, value in sorted(line.spec.items()) if key not in of_arms})
 
 
 def gaps(lines: Iterable[Line], arm: str) -> list[tuple[int, float]]:
     """[(step, by how many per cent the training loss up to it is above BF16's)] of one study and model, after the first
     tenth: of means over the seeds that both arms have."""
-    of = {(line.spec["arm"], line.spec["seed"]): line.losses for line in lines}
+    of = {(line.spec["arm"], but_for_arm(line)): line.losses for line in lines}
     seeds = [seed for name, seed in of if name == arm and ("bf16", seed) in of]
     together = [
         [(a[0], a[1], b[1]) for a, b in zip(of[arm, seed], of["bf16", seed]) if a[0] == b[0]][
