@@ -57,9 +57,14 @@ MODELS = {
 
 def named(name: str) -> Named:
     """ValueError with the near ones where there is no such model."""
+    return MODELS[as_written(name)]
+
+
+def as_written(name: str) -> str:
+    """The name in MODELS of a model that was typed in capitals, as ``named`` takes it too."""
     lower = {known.lower(): known for known in MODELS}
     if name.lower() in lower:
-        return MODELS[lower[name.lower()]]
+        return lower[name.lower()]
     near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=4, cutoff=0.5)]
     raise ValueError(
         f"no model is called {name!r}; {'near it are' if near else 'there are'} {', '.join(near or MODELS)}"

@@ -39,7 +39,7 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import GPT2, Bytes, Codec, Corpus
-from models.names import MODELS, Named, named
+from models.names import as_written, named
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +71,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: in
 
 def learning_rate(args: argparse.Namespace, model: str) -> float:
     """Of a training from scratch: by default by the model's width, 6e-4 for GPT-2's 768."""
-    shape = _known(model).shape
+    shape = named(model).shape
     width = getattr(shape, "n_embd", None) or shape.hidden
     return min(3e-3, 0.46 / width) if args.lr is None else args.lr
 
@@ -101,7 +101,7 @@ def window_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
 def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
     constants = _constants(args)
     given = Checkpoint(args.checkpoint) if args.checkpoint else None
-    models = [given.name] if given else [model for model in args.models if _known(model)]
+    models = [given.name] if given else args.models
     every = {
         "study": "infer",
         "checkpoint": given and given.digest,
@@ -135,15 +135,10 @@ def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
 SPECS = {"parity": parity_specs, "window": window_specs, "infer": infer_specs, "finetune": finetune_specs}
 
 
-def canonical(model: str) -> str:
-    """A model's name as it is written, of which specs speak: users may write it in capitals."""
-    found = _known(model)
-    return next(name for name, one in MODELS.items() if one is found)
-
-
-def _known(model: str) -> Named:
+def _known(model: str) -> str:
+    """Its name as specs have it."""
     try:
-        return named(model)
+        return as_written(model)
     except ValueError as error:
         raise UserError(f"--models: {error}") from error
 
@@ -339,7 +334,7 @@ def main() -> int:
         return 0
     check_numbers(args)
     if getattr(args, "models", None):
-        args.models = [canonical(model) for model in args.models]
+        args.models = [_known(model) for model in args.models]
     corpus = read_corpus(args.tokens)
     specs = SPECS[args.command](args, corpus)
     for spec in specs.values():

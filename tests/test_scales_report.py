@@ -55,7 +55,7 @@ def tuned(arm, losses, **more):
     made = [line("finetune", arm=arm, seed=seed, result={"loss": loss, "accuracy": 0.4 if loss else 0.0})
             for seed, loss in enumerate(losses)]  # fmt: skip
     for one in made:
-        one.spec.update({"recipe": {"kind": "CurrentScaling"}} if arm.startswith("bf16") is False else {}, **more)
+        one.spec.update({"recipe": {"kind": "CurrentScaling"}} if arm != "bf16" else {}, **more)
     return made
 
 

@@ -18,7 +18,6 @@ from .scales_results import (
     CRITERION,
     Line,
     arms_of,
-    but_for_arm,
     constants,
     done,
     gaps,
@@ -132,14 +131,14 @@ def _gain(model: str, lines: Sequence[Line]) -> str:
     """Of fine-tuning, and what share of it each arm in FP8 leaves out."""
     before = loss_before(model, lines)
     finished = [line for line in done(lines, "finetune") if line.model == model and line.result["loss"] is not None]
-    losses = {(line.spec["arm"], but_for_arm(line)): line.result["loss"] for line in finished}
+    losses = {(line.spec["arm"], line.pair): line.result["loss"] for line in finished}
     bf16 = [loss for (arm, _), loss in losses.items() if arm == "bf16"]
     if before is None or not bf16 or before[0] <= statistics.fmean(bf16):
         return ""
     left = []
     for arm in arms_of(finished):
-        twins = [(loss, losses["bf16", seed]) for (name, seed), loss in losses.items()
-                 if name == arm != "bf16" and ("bf16", seed) in losses]  # fmt: skip
+        twins = [(loss, losses["bf16", pair]) for (name, pair), loss in losses.items()
+                 if name == arm != "bf16" and ("bf16", pair) in losses]  # fmt: skip
         if twins:
             mine, theirs = (statistics.fmean(of) for of in zip(*twins))
             left.append(f"{arm} {100 * (mine - theirs) / (before[0] - theirs):+.1f} %")

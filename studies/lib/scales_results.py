@@ -49,6 +49,13 @@ class Line:
     def model(self) -> str:
         return self.spec["model"]
 
+    @property
+    def pair(self) -> str:
+        """What its spec says but for its arm: runs that share it have seed, weights at the start and batches in
+        common."""
+        of_arms = ("arm", "recipe", "emulation", "dtype", "loss_scale", "record")
+        return json.dumps({key: value for key, value in sorted(self.spec.items()) if key not in of_arms})
+
 
 def condensed(run: Run) -> Line:
     records = run.records()
@@ -135,7 +142,7 @@ def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, 
     alike: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
-            alike.setdefault((line.model, but_for_arm(line)), {})[line.spec["arm"]] = line.result
+            alike.setdefault((line.model, line.pair), {})[line.spec["arm"]] = line.result
     found: dict[str, list[float]] = {}
     for (model, _), arms in sorted(alike.items(), key=lambda item: item[0]):
         theirs = arms.get(against, {}).get(key.removesuffix("_fp8"))
@@ -145,22 +152,16 @@ def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, 
     return found
 
 
-def but_for_arm(line: Line) -> str:
-    """What its spec says but for its arm: runs that share it have seed, weights at the start and batches in common."""
-    of_arms = ("arm", "recipe", "emulation", "dtype", "loss_scale", "record")
-    return json.dumps({key: value for key, value in sorted(line.spec.items()) if key not in of_arms})
-
-
 def gaps(lines: Iterable[Line], arm: str) -> list[tuple[int, float]]:
     """[(step, by how many per cent the training loss up to it is above BF16's)] of one study and model, after the first
     tenth: of means over the seeds that both arms have."""
-    of = {(line.spec["arm"], but_for_arm(line)): line.losses for line in lines}
-    seeds = [seed for name, seed in of if name == arm and ("bf16", seed) in of]
+    of = {(line.spec["arm"], line.pair): line.losses for line in lines}
+    both = [pair for name, pair in of if name == arm and ("bf16", pair) in of]
     together = [
-        [(a[0], a[1], b[1]) for a, b in zip(of[arm, seed], of["bf16", seed]) if a[0] == b[0]][
-            len(of[arm, seed]) // 10 :
+        [(a[0], a[1], b[1]) for a, b in zip(of[arm, pair], of["bf16", pair]) if a[0] == b[0]][
+            len(of[arm, pair]) // 10 :
         ]
-        for seed in seeds
+        for pair in both
     ]
     return [(at[0][0], 100 * (sum(a for _, a, _ in at) / sum(b for _, _, b in at) - 1)) for at in zip(*together)]
 
