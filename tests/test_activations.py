@@ -497,7 +497,7 @@ def test_each_rank_measures_its_own_tokens_and_the_norms_of_whole_gradients(rank
     for rank in range(2):  # the first step's
         watched = fp8.activations(model)
         model(inputs(rank, ranks.device)).div(2).backward()
-        torch.optim.SGD(model.parameters(), 0.0).step()
+        torch.optim.SGD(model.parameters(), 0.0, foreach=False).step()
         values = watched.readings[0].values
         watched.close()
         for tag, value in values.items():
@@ -518,7 +518,7 @@ def tensor_parallel(device):
         parallelize_module(layer, mesh, plan)
     watched = fp8.activations(model)
     model(inputs(0, device)).backward()
-    torch.optim.SGD(model.parameters(), 0.0).step()
+    torch.optim.SGD(model.parameters(), 0.0, foreach=False).step()
     return watched.readings[0].values
 
 
@@ -630,7 +630,7 @@ def test_sharpness_is_of_the_logits_that_a_model_returns(as_dict):
     labels = torch.randint(9, (3, 5))
     out = model(inputs(0), labels)
     (out["loss"] if as_dict else out.loss).backward()
-    torch.optim.SGD(model.parameters(), 0.0).step()
+    torch.optim.SGD(model.parameters(), 0.0, foreach=False).step()
     wanted = fp8.sharpness(model.returned[:, -2, :10], labels[:, -1]).mean().item()  # without the masked ones
     assert wanted > 0 and watched.readings[0].values["sharpness"] == pytest.approx(wanted, rel=1e-4)
 
