@@ -33,7 +33,7 @@ from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
-from lib.scales_results import condensed, merged, sizes_of
+from lib.scales_results import condensed, merged, sizes_of, told_apart
 from lib.training import Plan, Training, check_text
 from torch_fp8.files import replacing
 
@@ -186,7 +186,7 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
         if not found:
             raise UserError(f"--runs must be folders of runs of this study, {folder} has none")
         new += [condensed(run) for run in found]
-    lines = merged(data / "runs.jsonl", new)
+    lines = told_apart(merged(data / "runs.jsonl", new))
     sizes = sizes_of(lines)
     pictures = draw(data, lines, sizes)
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.gpt.errors import UserError
+from studies.lib.intervals import interval
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
 from studies.lib.scales_claims import claims, findings
@@ -20,12 +21,14 @@ from studies.lib.scales_results import (
     biases_of,
     condensed,
     constants,
+    done,
     gaps,
     inference_ratios,
     merged,
     pairs,
     place,
     sizes_of,
+    told_apart,
     trained_tokens,
     window,
 )
@@ -66,6 +69,36 @@ def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
     for more in ({"loss_scale": 8.0}, {"dtype": "float16"}, {"record": 9}):
         found = pairs([*bf16, *tuned("current", [2.2] * 3, **more)], "current", "bf16", "loss")
         assert found["gpt-31M"] == pytest.approx([10.0] * 3)
+
+
+def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
+    """Two texts, and of one of them two lengths; a sweep has the name of its text."""
+    lines = [*tuned("bf16", [1.0, 1.0]), *tuned("amax", [1.1, 1.1])]
+    other = [*tuned("bf16", [2.0, 2.0], data="def"), *tuned("amax", [2.0, 2.01], data="def")]
+    longer = [*tuned("bf16", [1.5, 1.5], data="def", steps=20), *tuned("amax", [1.4, 1.4], data="def", steps=20)]
+    sweep = swept("gpt-31M", range(-2, 3))
+    assert told_apart([*lines, sweep]) == [*lines, sweep]  # nothing to tell apart
+    told = told_apart([*lines, *other, *longer, sweep])
+    names = {"gpt-31M (text abc)", "gpt-31M (text def, steps 10)", "gpt-31M (text def, steps 20)"}
+    assert {one.model for one in told} == names and told[-1].model == "gpt-31M (text abc)"
+    found = pairs(told, "amax", "bf16", "loss")
+    assert {model: len(of) for model, of in found.items()} == dict.fromkeys(names, 2)
+    assert found["gpt-31M (text abc)"] == pytest.approx([10, 10])
+    assert set(sizes_of(told).values()) == set(sizes_of(lines).values())
+    text = page(told, [], sizes_of(told), "data")
+    assert all(text.count(f"| {name} | amax | 2 |") == 1 for name in names)
+    assert "| gpt-31M (text abc) | 31M | -2 … 2 |" in text
+
+
+def test_what_each_product_costs_is_said_and_how_many_pairs_are_missing():
+    lines = [*tuned("bf16", [1.0, 1.0]), *tuned("delayed", [1.01, 1.011]), *tuned("fprop16", [1.0, 1.0])]
+    (said,) = findings(lines, sizes_of(lines))
+    assert "Delayed scaling with one product in 16 bits: forward's +0.00 % [+0.00, +0.00]." in said
+    made = [line("parity", arm=arm, seed=seed, result={"loss": loss})
+            for arm, losses in {"bf16": [1.0] * 3, "current": [1.003, 0.997, 1.0]}.items()
+            for seed, loss in enumerate(losses)]  # fmt: skip
+    (said,) = findings(made, sizes_of(made))
+    assert "current -0.00 % [-0.75, +0.75], which takes 9 pairs at this scatter." in said
 
 
 def test_no_arm_is_called_apart_that_is_not_decided():
@@ -321,7 +354,7 @@ def test_runs_are_condensed(tmp_path):
     assert biases_of(found, "training") == [records[7]]
 
 
-def test_lines_replace_those_of_the_same_run_and_another_run_is_refused(tmp_path):
+def test_lines_replace_those_of_the_same_run_and_of_no_other(tmp_path):
     path = tmp_path / "runs.jsonl"
     merged(path, [line(), line(model="gpt-73M")])
     assert merged(path, [line(result={"loss": 1.0}), line(step=3, model="gpt-73M")]) == read_lines(path, Line)
@@ -329,12 +362,9 @@ def test_lines_replace_those_of_the_same_run_and_another_run_is_refused(tmp_path
         ("gpt-31M", 10, False),
         ("gpt-73M", 10, True),  # what is known is not lost to an older copy
     ]
-    before = path.read_bytes()
     other = line()
     other.spec["lr"] = 1.0
-    with pytest.raises(UserError, match="of another spec"):
-        merged(path, [other])
-    assert path.read_bytes() == before
+    assert len(merged(path, [other])) == 3  # of one name, and another run
     path.write_text("{}\n")
     with pytest.raises(UserError, match="must hold a run a line"):
         read_lines(path, Line)
@@ -358,7 +388,7 @@ def test_pictures_that_there_are_no_data_for_are_deleted_and_nothing_else(tmp_pa
 
 def test_the_page_in_docs_is_the_one_of_the_data():
     data = ROOT / "studies" / "results" / "scales"
-    lines, pictures = read_lines(data / "runs.jsonl", Line), [path.stem for path in data.glob("*.png")]
+    lines, pictures = told_apart(read_lines(data / "runs.jsonl", Line)), [path.stem for path in data.glob("*.png")]
     shown = (ROOT / "docs" / "scales.md").read_text(encoding="utf-8")
     assert page(lines, pictures, sizes_of(lines), "../studies/results/scales") == shown, "run studies/scales.py report"
 
@@ -376,3 +406,17 @@ def test_readme_says_what_the_data_say():
     (other,) = inference_ratios([line for line in lines if line.study == "infer"]).values()
     best, amax = 100 * max(constants(other).values()), 100 * other["amax"]
     assert f"keeps {best:.2f} % with its best constant and {amax:.2f} % with FP8-AMAX" in readme
+
+
+def test_readme_says_what_trainings_came_to():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    lines = told_apart(read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line))
+    ((model, fprop16),) = pairs(done(lines, "finetune"), "fprop16", "bf16", "loss").items()
+    delayed = interval(pairs(done(lines, "finetune"), "delayed", "bf16", "loss")[model])
+    assert (
+        f"it ends {delayed.mean:.2f} % above BF16's loss with delayed scaling, and {interval(fprop16).mean:.2f} % with"
+        in readme
+    )
+    of = interval(pairs(done(lines, "parity"), "delayed", "bf16", "loss")["gpt-124M"])
+    said = f"ends {-of.mean:.2f} % below BF16 with delayed scaling, in five pairs of runs whose 95 % interval is ± "
+    assert said + f"{of.high - of.mean:.2f} %" in readme and of.count == 5 and {delayed.count, len(fprop16)} == {3}

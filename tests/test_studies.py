@@ -136,7 +136,10 @@ def test_what_is_left_of_a_run_without_its_spec_is_nobodys(tmp_path, left):
     (tmp_path / "a" / left).write_text("{}\n")
     with pytest.raises(UserError, match=f"a/{left} is of a run whose spec.json is gone; delete "):
         claim(tmp_path, {"new": {"lr": 1.0}, "a": {"lr": 1.0}})
-    assert not all_runs(tmp_path)
+    assert not (tmp_path / "new").exists()
+    if left == "log.jsonl":
+        with pytest.raises(UserError, match="spec.json is gone; bring it back, or move .*/a elsewhere"):
+            all_runs(tmp_path)
 
 
 def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):

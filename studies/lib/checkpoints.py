@@ -70,7 +70,9 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("--checkpoint needs the transformers library; pip install transformers gguf") from error
+        raise UserError(
+            f"--checkpoint needs the transformers library; pip install transformers gguf ({error})"
+        ) from error
     return transformers
 
 

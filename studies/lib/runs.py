@@ -111,7 +111,10 @@ def claim(root: Path, specs: Mapping[str, Spec]) -> list[Run]:
 
 
 def all_runs(root: Path) -> list[Run]:
-    """Every run of a folder, in the order of names."""
+    """Every run of a folder, in the order of names. UserError where one has lost its ``spec.json``."""
+    for log in sorted(root.glob("*/log.jsonl")):
+        if not (log.parent / "spec.json").exists():
+            raise UserError(f"{log} is of a run whose spec.json is gone; bring it back, or move {log.parent} elsewhere")
     return [open_run(path.parent) for path in sorted(root.glob("*/spec.json"))]
 
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .intervals import interval
+from .intervals import interval, pairs_needed
 from .scales_results import CRITERION, Line, arms_of, constants, done, family, inference_ratios, pairs, window
 
 Ratios = Mapping[str, Mapping[str, float]]
@@ -88,8 +88,15 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
             verdict = f"no arm in FP8 is within {MARGIN} % of it"
         elif max(len(apart[arm]) for arm in fp8) == 1:
             verdict = "one pair each shows nothing"
-        found.append(f"{_gained(model, lines)}{verdict}. The loss against BF16's: {words}.")
+        found.append(f"{_gained(model, lines)}{verdict}. The loss against BF16's: {words}.{_by_product(apart)}")
     return found
+
+
+def _by_product(apart: Mapping[str, Sequence[float]]) -> str:
+    """Which of the three products of a layer costs what, where delayed scaling was run with and without it."""
+    names = {"fprop16": "forward's", "dgrad16": "that of the input's gradient", "wgrad16": "that of the weight's"}
+    said = [f"{words} {percent(apart[arm])}" for arm, words in names.items() if arm in apart]
+    return f" Delayed scaling with one product in 16 bits: {', '.join(said)}." if said and "delayed" in apart else ""
 
 
 def _gained(model: str, lines: Sequence[Line]) -> str:
@@ -115,7 +122,9 @@ def _trained(lines: Sequence[Line]) -> list[str]:
             continue
         many = f"{min(map(len, apart.values()))} pairs" if len(set(map(len, apart.values()))) == 1 else "pairs"
         verdict = _decided({arm: values for arm, values in apart.items() if arm != "bf16-again"})
-        words = ", ".join(f"{arm} {percent(values)}" for arm, values in apart.items() if arm != "bf16-again")
+        words = ", ".join(
+            f"{arm} {percent(values)}{_more(values)}" for arm, values in apart.items() if arm != "bf16-again"
+        )
         found.append(f"Training {model} from scratch, {many}: {verdict}{noise}. The loss against BF16's: {words}.")
     return found
 
@@ -131,13 +140,19 @@ def _decided(apart: Mapping[str, Sequence[float]]) -> str:
     return "; ".join(said) or "nothing is decided yet"
 
 
+def _more(values: Sequence[float]) -> str:
+    """Of an arm that is not decided: how many pairs it takes."""
+    needed = pairs_needed(values, MARGIN) if within(values) == "open" else None
+    return "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs at this scatter"
+
+
 def loss_before(model: str, lines: Sequence[Line]) -> tuple[float, int] | None:
     """Of a checkpoint, in BF16, before it is fine-tuned on the same text: the first record of its sweep, and of how
     many tokens it is."""
     of = ("checkpoint", "data", "split")
     tuned = [[line.spec.get(key) for key in of] for line in lines if line.study == "finetune" and line.model == model]
     told = [(line.inference["bf16"]["loss"], line.spec["sweep_tokens"]) for line in lines
-            if line.study == "infer" and "bf16" in line.inference and line.model == model
+            if line.study == "infer" and "bf16" in line.inference
             and tuned and all([line.spec.get(key) for key in of] == one for one in tuned)]  # fmt: skip
     return told[0] if told else None
 

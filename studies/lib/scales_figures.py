@@ -85,7 +85,7 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
                     if counts := _counts(of.get(model, []), role):
                         shares = [100 * share for share in counts.values()]
                         axes.bar(list(counts), shares, 0.85, color=color, alpha=0.6, edgecolor=color, label=name)
-                axes.set_title(f"{model}\n{_phase(model, phase, lines)}")
+                axes.set_title(f"{_in_lines(model)}\n{_phase(model, phase, lines)}")
                 if model not in of:
                     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=FAINT)
             row[0].set_ylabel("% of tensors")
@@ -127,7 +127,7 @@ def depth(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool
         for row, (model, phase, records) in zip(grid, rows):
             for axes, (role, (name, _)) in zip(row, ROLES.items()):
                 _by_depth(axes, records, role)
-                axes.set_title(f"{name}, {_phase(model, phase, lines)}\n{model}")
+                axes.set_title(f"{name}, {_phase(model, phase, lines)}\n{_in_lines(model)}")
                 axes.set_xlabel("layer, from the input to the output")
                 if phase == "inference" and role == "dy":
                     axes.set_visible(False)
@@ -190,7 +190,7 @@ def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> 
                 marks = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
                 axes.set_xticks(marks, [str(steps[i]) for i in marks])
                 axes.grid(visible=False)
-                axes.set_title(f"{name}, {_phase(model, 'training', lines)}\n{model}")
+                axes.set_title(f"{name}, {_phase(model, 'training', lines)}\n{_in_lines(model)}")
                 axes.set_xlabel("step")
         caption(
             figure, f"{BIAS}.\nA row is a layer; within a kind of layer they go from the first (above) to the last."
@@ -211,7 +211,7 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
             ours = constants(of)
             face = color if model in trained else "white"
             left.plot(list(ours), [_clipped(r) for r in ours.values()], color=color, marker="o", markersize=3.5,
-                      markerfacecolor=face, label=model)  # fmt: skip
+                      markerfacecolor=face, label=_in_lines(model))  # fmt: skip
             theirs = constants(of, "gc-cscale")
             left.plot(list(theirs), [_clipped(r) for r in theirs.values()], "x", color=color, markersize=8)
             found = window(ours)
@@ -288,7 +288,7 @@ def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
         return False
     arms = [arm for arm in arms_of(line for of in groups.values() for line in of) if arm != "bf16"]
     colors = dict(zip(arms, COLORS * 9))
-    with picture(path, "Training loss on the way, against BF16", (11, 4.8)) as figure:
+    with picture(path, "Training loss on the way, against BF16", (max(11, 3.4 * len(groups)), 4.8)) as figure:
         row = figure.subplots(1, len(groups), squeeze=False)[0]
         handles: dict[str, Any] = {}
         for axes, ((study, model), of) in zip(row, groups.items()):
@@ -299,7 +299,7 @@ def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
             counts = [len(pairs(of, arm, "bf16", "loss").get(model, [])) for arm in arms_of(of) if arm != "bf16"]
             many = " to ".join(dict.fromkeys(str(of(filter(None, counts))) for of in (min, max)))
             seeds = "one pair each, which shows nothing" if max(counts) == 1 else f"means of {many} pairs"
-            axes.set_title(f"{TITLES[study]}\n{model}\n{seeds}", fontsize="medium")
+            axes.set_title(f"{TITLES[study]}\n{_in_lines(model)}\n{seeds}", fontsize="medium")
             axes.set_xlabel("step")
         row[0].set_ylabel("% of the loss; above is worse")
         figure.legend(handles.values(), list(handles), loc="outside upper right", ncols=4)
@@ -342,7 +342,7 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
                             axes.plot(values, [at - 0.16] * len(values), "o", color=BF16, markersize=4)
                             axes.plot([mean.low, mean.high], [at, at], color=color, linewidth=2)
             alone = all(len(of.get(model, [])) < 2 for of in found.values())
-            axes.set_title(f"{model}: one pair each, which shows nothing" if alone else model)
+            axes.set_title(_in_lines(model) + (": one pair each, which shows nothing" if alone else ""))
             axes.set_xlabel("% of the loss; to the right is worse")
         row[0].set_yticks(range(len(found)), list(found))
         row[0].set_ylim(len(found) - 0.5, -0.5)
@@ -353,6 +353,11 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             "Grey band: the margin of 0.25 % for the diamonds, fixed before the runs.",
         )
     return True
+
+
+def _in_lines(model: str) -> str:
+    """What tells its runs apart, below its name."""
+    return model.replace(" (", "\n(")
 
 
 def _clipped(ratio: float) -> float:

@@ -24,6 +24,7 @@ from .scales_results import (
     inference_ratios,
     lacking_policies,
     pairs,
+    plain_name,
     trained_tokens,
     wanted,
     window,
@@ -153,7 +154,11 @@ def _not_planned(finished: Sequence[Line]) -> str:
     """What the study asks for by default, and is not there."""
     long = [line for line in finished if trained_tokens(line) >= 0.99e8]
     left = [
-        model for model, count in PLANNED.items() if len(pairs(long, "delayed", "bf16", "loss").get(model, [])) < count
+        model
+        for model, count in PLANNED.items()
+        if all(
+            plain_name(name) != model or len(of) < count for name, of in pairs(long, "delayed", "bf16", "loss").items()
+        )
     ]
     return (
         f"* Not run: {', '.join(left)} with five pairs and 100M tokens each, which `python studies/scales.py parity` "
@@ -292,7 +297,8 @@ many.
 def _not_claimed(lines: Sequence[Line]) -> str:
     longest = max(map(trained_tokens, lines), default=0)
     most = f" The longest\n  training here is of {millions(longest)} tokens." if longest else ""
-    few = [model for model in dict.fromkeys(line.model for line in lines) if re.search(r"\bQ\d", model)]
+    names = dict.fromkeys(plain_name(line.model) for line in lines)
+    few = [model for model in names if re.search(r"\bQ\d", model)]
     begun = (
         f"\n* Nothing of {', '.join(few)} in 16 bits from the start:\n"
         "  the file's weights have fewer, and BF16 and every other arm begin with these."

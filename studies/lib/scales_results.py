@@ -11,8 +11,8 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,15 @@ class Line:
         return self.spec["model"]
 
     @property
-    def pair(self) -> str:
-        """What its spec says but for its arm: runs that share it have seed, weights at the start and batches in
-        common."""
+    def shared(self) -> Spec:
+        """What its spec says but for its arm: runs that have it in common have seed, weights at the start and batches
+        in common."""
         of_arms = ("arm", "recipe", "emulation", "dtype", "loss_scale", "record")
-        return json.dumps({key: value for key, value in sorted(self.spec.items()) if key not in of_arms})
+        return {key: value for key, value in sorted(self.spec.items()) if key not in of_arms}
+
+    @property
+    def pair(self) -> str:
+        return json.dumps(self.shared)
 
 
 def condensed(run: Run) -> Line:
@@ -82,7 +86,46 @@ def _parts(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
 
 
 def merged(path: Path, new: Iterable[Line]) -> list[Line]:
-    return merge_lines(path, Line, new, lambda line: (line.study, line.run))
+    """Of all runs that differ in anything."""
+    return merge_lines(path, Line, new, lambda line: (line.study, line.run, json.dumps(line.spec, sort_keys=True)))
+
+
+def told_apart(lines: Sequence[Line]) -> list[Line]:
+    """The same, but where runs of a model are no pairs their model is called by what tells them apart as well: its text
+    where it has several, and of one study and text what else differs than arm and seed."""
+    texts: dict[str, set[tuple[Any, Any]]] = {}
+    alike: dict[tuple[Any, ...], list[Spec]] = {}
+    for line in lines:
+        texts.setdefault(line.model, set()).add(_text(line))
+        alike.setdefault((line.study, line.model, _text(line)), []).append(line.shared)
+    told = []
+    for line in lines:
+        parts = _text_words(line, texts[line.model])
+        parts += _differing(line, alike[line.study, line.model, _text(line)])
+        name = f"{line.model} ({', '.join(parts)})" if parts else line.model
+        told.append(replace(line, spec={**line.spec, "model": name}))
+    return told
+
+
+def plain_name(model: str) -> str:
+    """Without what ``told_apart`` has added."""
+    return model.partition(" (")[0]
+
+
+def _text(line: Line) -> tuple[Any, Any]:
+    return line.spec["data"], line.spec.get("split")
+
+
+def _text_words(line: Line, texts: Collection[tuple[Any, Any]]) -> list[str]:
+    data, split = _text(line)
+    digests = {digest for digest, _ in texts}
+    words = [f"text {data[:8]}"] if len(digests) > 1 else []
+    return [*words, f"split at {split}"] if sum(digest == data for digest, _ in texts) > 1 else words
+
+
+def _differing(line: Line, others: Iterable[Spec]) -> list[str]:
+    keys = [key for key in line.shared if key != "seed" and any(of.get(key) != line.shared[key] for of in others)]
+    return [f"{key.replace('_', ' ')} {line.shared[key]}" for key in keys]
 
 
 # ---- what is read off lines ------------------------------------------------------------------------------------------
@@ -169,10 +212,11 @@ def gaps(lines: Iterable[Line], arm: str) -> list[tuple[int, float]]:
 def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
     """Parameters by model: as published, or as the run of a checkpoint counted them, or as its name has it (135M)."""
     lines = list(lines)
-    named = {line.model: re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([MB])(?![a-zA-Z])", line.model) for line in lines}
-    sizes = {model: float(of[1]) * {"M": 1e6, "B": 1e9}[of[2]] for model, of in named.items() if of}
+    names = {line.model: plain_name(line.model) for line in lines}
+    written = {model: re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([MB])(?![a-zA-Z])", name) for model, name in names.items()}
+    sizes = {model: float(of[1]) * {"M": 1e6, "B": 1e9}[of[2]] for model, of in written.items() if of}
     sizes |= {line.model: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
-    return sizes | {model: parameter_count(MODELS[model]) for model in named if model in MODELS}
+    return sizes | {model: parameter_count(MODELS[name]) for model, name in names.items() if name in MODELS}
 
 
 def family(model: str) -> str:
