@@ -2,7 +2,9 @@
 failure, not a skip."""
 
 import gc
+import glob
 import os
+import re
 import sys
 import warnings
 
@@ -11,6 +13,22 @@ import torch
 import torch_fp8 as fp8
 from fake_cublaslt import CublasLt
 from torch_fp8.checkpoints.errors import need_transformers
+
+
+def _gpus_of_this_worker() -> str | None:
+    """Each process of pytest-xdist has another GPU for its first one. It sees the others too, which tests of several
+    ranks need; None where there is nothing to share out."""
+    worker = re.fullmatch(r"gw(\d+)", os.environ.get("PYTEST_XDIST_WORKER", ""))
+    here = [str(index) for index, _ in enumerate(glob.glob("/dev/nvidia[0-9]*"))]
+    seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else here
+    if worker is None or len(seen) < 2:
+        return None
+    first = int(worker[1]) % len(seen)
+    return ",".join([*seen[first:], *seen[:first]])
+
+
+if order := _gpus_of_this_worker():  # before CUDA is begun, and for the processes that tests start
+    os.environ["CUDA_VISIBLE_DEVICES"] = order
 
 _OF_TRANSFORMERS = ["architectures", "checkpoints", "experts", "expert_files", "hostile_files", "transformers"]
 

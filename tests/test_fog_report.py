@@ -73,6 +73,10 @@ def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
     assert alarm(runs[0]) is None and outcomes(runs, "parity") == []
     runs[2].kurtosis["qkv"][20][0] = None  # not finite: one such sample is no alarm
     assert alarm(runs[2]) == (170, 1)
+    runs[0].rms["qkv"] = [[1.0] for _ in runs[0].samples]
+    runs[2].rms["qkv"] = [[1.0 if step <= 100 else 100.0] for step in runs[2].samples]  # above twice the trend
+    assert alarm(runs[2], "rms") == (115, 0) and alarm(runs[0], "rms") is None
+    assert "would have announced 1 of 1 that left, with an alarm in 0 of 0 others." in " ".join(findings(runs, ""))
     runs[2].losses[100:] = [None]
     assert outcomes(runs, "provoke")[0].left == 101 and outcomes(runs, "provoke")[0].further is None
 

@@ -23,7 +23,7 @@ from .fog_claims import (
     twins,
     watch_of,
 )  # fmt: skip
-from .fog_results import FEWEST, LAST, Line, Outcome, current, differences, outcomes
+from .fog_results import FEWEST, LAST, Line, Outcome, alarm, current, differences, outcomes
 from .fog_words import (
     MARGIN,
     OLD,
@@ -195,6 +195,16 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
             f"{len(watch.blind)} left before the {FEWEST} samples that an alarm takes; {len(watch.as_papers)} left "
             f"later than at the start of training, which is what the claim speaks of; {len(watch.false)} of "
             f"{len(watch.others)} that did not leave had an alarm"
+        )
+    if by_rms := [one for one in judged(found) if one.line.rms and one.watched]:
+        left = [one for one in by_rms if one.left]
+        told = sum((of := alarm(one.line, "rms")) is not None and of.step < (one.left or 0) for one in left)
+        others = [one for one in by_rms if not one.left]
+        false = sum(alarm(one.line, "rms") is not None for one in others)
+        announced = f"would have announced {told} of {len(left)} that left" if left else "has seen none that left"
+        said.append(
+            'by the rms of q, k and v (`fp8.watch(model, metrics="rms/qkv")`), where it was recorded, the watch '
+            f"{announced}, with an alarm in {false} of {len(others)} others"
         )
     for one in beside(lines):
         size, steps, tokens = one.line.setting

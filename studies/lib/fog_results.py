@@ -1,7 +1,8 @@
 """What came out of the runs of ``studies/fog.py``, small enough to be kept beside the code: a line of JSON for each.
 
 {"spec": {...}, "step": how far it is, "result": {...} or null, "losses": [of each step], "grad_norms": [...],
- "samples": [steps], "kurtosis": {"qkv": [[of each layer] of each sample], "ffn": ..., "block": ...}}
+ "samples": [steps], "kurtosis": {"qkv": [[of each layer] of each sample], "ffn": ..., "block": ...},
+ "rms": {"qkv": as of kurtosis, or nothing of runs that were condensed before it was}}
 
 Runs are told apart by their spec. null stands for a number that is not finite.
 """
@@ -12,7 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Line:
     grad_norms: list[Loss]
     samples: list[int]
     kurtosis: dict[str, list[list[Loss]]]
+    rms: dict[str, list[list[Loss]]] = field(default_factory=dict)
 
     @property
     def study(self) -> str:
@@ -128,11 +130,13 @@ def condensed(run: Run) -> Line:
         losses=[_digits(record["loss"], 5) for record in steps],
         grad_norms=[_digits(record["grad_norm"], 3) for record in steps],
         samples=[record["step"] for record in samples],
-        kurtosis={
-            kind: [[_digits(value, 3) for value in sample["kurtosis"].get(kind, [])] for sample in samples]
-            for kind in kinds
-        },
+        kurtosis={kind: _layers(samples, "kurtosis", kind) for kind in kinds},
+        rms={"qkv": _layers(samples, "rms", "qkv")} if "qkv" in kinds and "rms" in samples[0] else {},
     )
+
+
+def _layers(samples: Sequence[dict[str, Any]], metric: str, kind: str) -> list[list[Loss]]:
+    return [[_digits(value, 3) for value in sample[metric].get(kind, [])] for sample in samples]
 
 
 def _digits(value: Loss, digits: int) -> Loss:
@@ -151,26 +155,26 @@ class Alarm(NamedTuple):
     layer: int
 
 
-def _watched(line: Line, kind: str) -> Iterator[tuple[int, int, int]]:
-    """Of each sample and layer, as ``torch_fp8.watch`` would have seen this kurtosis beside the training: step, layer,
-    how many samples in a row are out of healthy growth."""
+def _watched(line: Line, metric: str) -> Iterator[tuple[int, int, int]]:
+    """Of each sample and layer, as ``torch_fp8.watch`` would have seen this metric of q, k and v beside the training:
+    step, layer, how many samples in a row are out of healthy growth."""
     tokens = line.spec["batch"] * line.spec["context"]
     trends: dict[int, Trend] = {}
-    for step, layers in zip(line.samples, line.kurtosis.get(kind, [])):
+    for step, layers in zip(line.samples, getattr(line, metric).get("qkv", [])):
         for layer, value in enumerate(layers):
             trend = trends.setdefault(layer, Trend())
             trend.add(step * tokens, math.inf if value is None else value, SIGMAS)
             yield step, layer, trend.beyond
 
 
-def alarm(line: Line, kind: str = "qkv") -> Alarm | None:
+def alarm(line: Line, metric: str = "kurtosis") -> Alarm | None:
     """The first alarm that ``torch_fp8.watch`` would have raised."""
-    return next((Alarm(step, layer) for step, layer, beyond in _watched(line, kind) if beyond == IN_A_ROW), None)
+    return next((Alarm(step, layer) for step, layer, beyond in _watched(line, metric) if beyond == IN_A_ROW), None)
 
 
-def most_in_a_row(line: Line, before: int, kind: str = "qkv") -> int:
-    """The most samples in a row before that step which were out of healthy growth, in any layer."""
-    return max((beyond for step, _, beyond in _watched(line, kind) if step < before), default=0)
+def most_in_a_row(line: Line, before: int) -> int:
+    """The most samples in a row before that step whose kurtosis was out of healthy growth, in any layer."""
+    return max((beyond for step, _, beyond in _watched(line, "kurtosis") if step < before), default=0)
 
 
 class Outcome(NamedTuple):
