@@ -365,7 +365,7 @@ def parity(path: Path, lines: Sequence[Line]) -> None:
     words = told_apart([pairs.line for pairs in of.values()], "seed")
     with picture(path, "FOG with FP8 attention beside itself in BF16, at the end of training", (10, 4.8)) as figure:
         axes = figure.subplots()
-        axes.axhspan(-MARGIN, MARGIN, color=BF16, alpha=0.25, linewidth=0)
+        axes.axhline(MARGIN, color=FAINT, linewidth=0.8)
         axes.axhline(0, color=INK, linewidth=1)
         for i, by_key in enumerate(found.values()):
             color, name = ((FP8, "FP8 against BF16"), (FAINT, "BF16 against itself: the floor"))[i]
@@ -380,13 +380,16 @@ def parity(path: Path, lines: Sequence[Line]) -> None:
                         axes.plot([at, at], [mean.low, mean.high], color=color, linewidth=2)
         axes.set_xticks(range(len(words)), [_tick(words[key], of[key].values) for key in words])
         axes.set_xlim(-0.5, len(words) - 0.5)
+        low, high = axes.get_ylim()
+        axes.axhspan(low, MARGIN, color=BF16, alpha=0.25, linewidth=0)
+        axes.set_ylim(low, high)
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("% of the validation loss\nup is worse")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         foot = (
             "Points: pairs of runs with one seed. Diamond and line: their mean and its 95 % interval by Student's t.\n"
-            f"Grey band: the margin of {MARGIN} %, fixed before the runs. Needed: pairs at this scatter, for an "
-            "interval that ends below the margin. Validated in BF16."
+            f"Grey: below the margin of {MARGIN} %, fixed before the runs; the whole interval has to be there. Needed: "
+            "pairs at\nthis scatter, for an interval that ends there. Validated in BF16."
         )
         caption(figure, foot)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
 from .intervals import interval
+from .scales_claims import MARGIN
 from .scales_results import (
     CRITERION,
     LINEARS,
@@ -330,7 +331,7 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
     ) as figure:
         row = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(row, models):
-            axes.axvspan(-0.25, 0.25, color=BF16, alpha=0.25, linewidth=0)
+            axes.axvline(MARGIN, color=FAINT, linewidth=0.8)
             axes.axvline(0, color=INK, linewidth=1)
             for i, arm in enumerate(found):
                 for of, color, marker, at in ((found, FP8, "D", i - 0.08), (own, SECOND, "s", i + 0.22)):
@@ -341,6 +342,9 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
                         if math.isfinite(mean.low):
                             axes.plot(values, [at - 0.16] * len(values), "o", color=BF16, markersize=4)
                             axes.plot([mean.low, mean.high], [at, at], color=color, linewidth=2)
+            low, high = axes.get_xlim()
+            axes.axvspan(low, MARGIN, color=BF16, alpha=0.25, linewidth=0)
+            axes.set_xlim(low, high)
             alone = all(len(of.get(model, [])) < 2 for of in found.values())
             axes.set_title(_in_lines(model) + (": one pair each, which shows nothing" if alone else ""))
             axes.set_xlabel("% of the loss; to the right is worse")
@@ -350,7 +354,7 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             figure,
             "Diamonds: validated in BF16; squares: in the FP8 of the training, against BF16 in BF16. Each is the mean\n"
             "of pairs of runs (grey points), with its 95 % interval by Student's t where there are several.\n"
-            "Grey band: the margin of 0.25 % for the diamonds, fixed before the runs.",
+            f"Grey: below the margin of {MARGIN} %, fixed before the runs; a diamond's whole interval has to be there.",
         )
     return True
 
