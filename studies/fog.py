@@ -29,7 +29,7 @@ from lib.fog_results import condensed, merged
 from lib.kurtosis import Kurtosis
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
-from lib.training import Plan, Training, check_text
+from lib.training import Plan, Training, check_text, in_whole_contexts
 from torch import nn
 from torch_fp8.files import replacing
 
@@ -119,7 +119,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, seed: int) -> Spec:
         "warm_up": args.steps // 20,
         "cooldown": round(args.steps * args.cooldown),
         "schedule": "wsd",
-        "validated": args.val_tokens,
+        "validated": in_whole_contexts(args.val_tokens, args.context),
         "every": args.every,
         **text_of(corpus),
         "device": "cuda" if torch.cuda.is_available() else "cpu",

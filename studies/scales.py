@@ -16,6 +16,7 @@ Several runs share a GPU (--jobs), and all GPUs of the machine are used.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -34,7 +35,7 @@ from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
 from lib.scales_results import condensed, merged, sizes_of, told_apart
-from lib.training import Plan, Training, check_text
+from lib.training import Plan, Training, check_text, in_whole_contexts
 from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
@@ -61,7 +62,7 @@ def training_spec(args: argparse.Namespace, corpus: Corpus, model: str, seed: in
         "warm_up": steps // 20,
         "cooldown": steps // 5,
         "schedule": "wsd",
-        "validated": args.val_tokens,
+        "validated": in_whole_contexts(args.val_tokens, args.context),
         "dtype": "bfloat16",
         "loss_scale": 1.0,
         **text_of(corpus),
@@ -94,7 +95,10 @@ def window_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
         for model in args.models:
             spec = training_spec(args, corpus, model, seed, learning_rate(args, model))
             more = {"study": "window", "arm": "bf16", "record": args.record, "sweep": constants}
-            specs[_folder(model, "bf16", seed)] = more | {"sweep_tokens": args.sweep_tokens, **spec}
+            specs[_folder(model, "bf16", seed)] = more | {
+                "sweep_tokens": in_whole_contexts(args.sweep_tokens, args.context),
+                **spec,
+            }
     return specs
 
 
@@ -102,6 +106,7 @@ def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
     constants = _constants(args)
     given = Checkpoint(args.checkpoint) if args.checkpoint else None
     models = [given.name] if given else args.models
+    tokens = in_whole_contexts(args.sweep_tokens, args.context)
     every = {
         "study": "infer",
         "checkpoint": given and given.digest,
@@ -112,9 +117,9 @@ def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
         "micro_batch": args.micro_batch,
         "context": args.context,
         **{"lr": 0.0, "warm_up": 0, "cooldown": 0},
-        "validated": args.sweep_tokens,
+        "validated": tokens,
         "sweep": constants,
-        "sweep_tokens": args.sweep_tokens,
+        "sweep_tokens": tokens,
         **text_of(corpus),
         "device": _device(),
     }
@@ -171,8 +176,8 @@ def perform(
     model = make_model(spec, corpus, device, given)
     observer = Biases(inner_layers(model), spec["record"], spec["loss_scale"]) if spec["record"] else None
     training = Training(run, model, corpus, device, observer)
-    finish = (lambda: sweep(model, spec, corpus, device)) if spec.get("sweep") else None
-    return training.go_on(stop, finish)
+    parameters = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return training.go_on(stop, lambda: parameters | (sweep(model, spec, corpus, device) if spec.get("sweep") else {}))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -189,9 +194,10 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
     lines = told_apart(merged(data / "runs.jsonl", new))
     sizes = sizes_of(lines)
     pictures = draw(data, lines, sizes)
+    texts = json.loads((data / "texts.json").read_text(encoding="utf-8")) if (data / "texts.json").exists() else {}
     to.parent.mkdir(parents=True, exist_ok=True)
     with replacing(to) as temporary:
-        temporary.write_text(page(lines, pictures, sizes, os.path.relpath(data, to.parent)), encoding="utf-8")
+        temporary.write_text(page(lines, pictures, sizes, os.path.relpath(data, to.parent), texts), encoding="utf-8")
     print(f"{to}: {sum(line.result is not None for line in lines)} of {len(lines)} runs, {len(pictures)} pictures")
 
 

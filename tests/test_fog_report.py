@@ -489,12 +489,19 @@ def test_findings_are_sentences_of_the_data():
     assert "0 of 1 of BF16 run again did; 1 of 2 left within 2 times the warm-up of 15 steps" in first
     assert second.startswith("**With norms or a tanh of q and k 0 of 2 runs with FP8 attention left**, in 300 steps at")
     assert "Llama 3 with QK-norm and FOG-max. How far the mean of the last 50 losses lies above BF16's" in second
-    assert "in nats: +0.00. Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
+    assert (
+        "in nats: +0.00. By learning rate: 0 of 1 at 0.01, 0 of 1 at 0.001. "
+        "Llama 3 with QK-norm is Llama 3 with nothing else changed" in second
+    )
     assert "At the usual rate 0 of 1 run with FP8 attention left, of 1 architecture, in 38.4k tokens." in second
     pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss) for seed, arm, loss in
              ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
+    runs += [line("op", arm, rate=3, lost=50) for arm in ("bf16", PAPER_ARM)]
+    assert "1 more run of OP was beside a BF16 that is not sound itself: not counted." in findings(runs, "")[1]
     (parity,) = findings(pairs, "")
-    assert parity.endswith("FOG-max not shown, +0.00 ± 12.71 % in 2 pairs; at this scatter it takes 126.")
+    assert parity.endswith(
+        "FOG-max of tiny not shown, +0.00 ± 12.71 % in 2 pairs; at this scatter it takes 126, if its mean is 0."
+    )
 
 
 def sized(one, size, tokens):
@@ -660,3 +667,15 @@ def test_the_page_in_docs_is_the_one_of_the_data():
     lines, pictures = read_lines(data / "runs.jsonl", Line), sorted(path.stem for path in data.glob("*.png"))
     shown = (ROOT / "docs" / "fog.md").read_text(encoding="utf-8")
     assert page(lines, pictures, "../studies/results/fog") == shown, "run studies/fog.py report"
+
+
+def test_readme_says_what_the_data_say():
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    shown = (root / "docs" / "fog.md").read_text(encoding="utf-8")
+    high, middle, usual = re.search(r"By learning rate: (.*) at 0.01, (.*) at 0.003, (.*) at 0.001", shown).groups()
+    assert f"with norms or a tanh of q and k {high} runs of both sizes do, and come back, and {middle} at 3" in readme
+    all_usual = re.search(r"At the usual rate (.* of \d+ runs) with FP8 attention left, of 6", shown)[1]
+    assert f"At the usual rate {all_usual} leave in 9.83M tokens" in readme and usual.startswith("0")
+    llama = re.search(r"\*\*Llama 3 of 25M at learning rate 0.01, 10 × the usual one: (\d+ of \d+ runs)", shown)[1]
+    assert f"At 25M {llama} of Llama 3 with FP8 attention leave at 10 times the rate" in readme

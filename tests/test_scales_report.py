@@ -90,6 +90,48 @@ def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
     assert "| gpt-31M (text abc) | 31M | -2 … 2 |" in text
 
 
+def test_a_checkpoint_of_a_models_name_is_another_model():
+    ours, theirs = swept("gpt-31M", range(-2, 3)), swept("gpt-31M", [], amax=0.5)
+    theirs.spec.update(study="infer", checkpoint="0123456789")
+    theirs.result["parameters"] = 3e6
+    told = told_apart([ours, theirs])
+    assert [one.model for one in told] == ["gpt-31M", "gpt-31M (checkpoint 01234567)"]
+    assert {model: of["amax"] for model, of in inference_ratios(told).items()} == {
+        "gpt-31M": pytest.approx(0.999), "gpt-31M (checkpoint 01234567)": 0.5}  # fmt: skip
+    assert sizes_of(told)["gpt-31M (checkpoint 01234567)"] == 3e6 != sizes_of(told)["gpt-31M"]
+
+
+def test_trainings_of_one_model_are_no_two_sizes():
+    wide, narrow = swept("gpt-31M", range(-4, 5)), swept("gpt-31M", range(-2, 3))
+    narrow.spec["lr"] = 0.00123456
+    told = told_apart([wide, narrow])
+    assert told[1].model == "gpt-31M (lr 0.00123)"
+    assert claims(told, sizes_of(told))[-1].run == "fewer than two sizes of a family"
+    narrow.spec.update(lr=None, sweep=[-3, 3], steps=20, warm_up=2)
+    wide.spec.update(lr=None, sweep=[-16, 16], warm_up=1)
+    assert told_apart([wide, narrow])[1].model == "gpt-31M (steps 20, c from -3 to 3)"
+
+
+def test_runs_that_differ_in_their_records_alone_are_one(tmp_path):
+    seen, unseen = line("parity", result={"loss": 1.0}), line("parity", result={"loss": 1.0})
+    seen.spec["record"], unseen.spec["record"] = 5, 0
+    seen.biases.append({"step": 5, "biases": {}})
+    for order in ([seen, unseen], [unseen, seen]):
+        assert merged(tmp_path / f"{order[0].spec['record']}.jsonl", order) == [seen]
+
+
+def test_an_arm_is_one_thing(tmp_path):
+    path, one = tmp_path / "runs.jsonl", line("parity", arm="current", result={"loss": 1.0})
+    other = line("parity", arm="current", seed=1, result={"loss": 1.0})
+    one.spec["recipe"] = {"kind": "CurrentScaling"}
+    other.spec["recipe"] = {"kind": "CurrentScaling", "power_of_two": True}
+    merged(path, [one])
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="two arms called current: .*give one of them another name"):
+        merged(path, [other])
+    assert path.read_bytes() == before
+
+
 def test_what_each_product_costs_is_said_and_how_many_pairs_are_missing():
     lines = [*tuned("bf16", [1.0, 1.0]), *tuned("delayed", [1.01, 1.011]), *tuned("fprop16", [1.0, 1.0])]
     (said,) = findings(lines, sizes_of(lines))
@@ -98,7 +140,12 @@ def test_what_each_product_costs_is_said_and_how_many_pairs_are_missing():
             for arm, losses in {"bf16": [1.0] * 3, "current": [1.003, 0.997, 1.0]}.items()
             for seed, loss in enumerate(losses)]  # fmt: skip
     (said,) = findings(made, sizes_of(made))
-    assert "current -0.00 % [-0.75, +0.75], which takes 9 pairs at this scatter." in said
+    assert "current -0.00 % [-0.75, +0.75], open, which takes 9 pairs if its mean is 0." in said
+    (said,) = findings(
+        [one for one in made if one.spec["arm"] == "bf16"] + [line("parity", arm="bf16-again", result={"loss": 1.0})],
+        {},
+    )
+    assert said.endswith("which shows nothing; the same seed again moves BF16 by 0.00 %.")
 
 
 def test_no_arm_is_called_apart_that_is_not_decided():
@@ -309,7 +356,9 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
         "Other-135M-Q4: unfinished, histogram, gc-amax, gc-histogram, gc-cscale:-4, gc-cscale:0, gc-cscale:4 missing\n"
         in text
     )
-    assert "from 2.0000 to 1.5000 nats a token; one pair each shows nothing" in "".join(findings(lines, {}))
+    assert "from 2.0000 nats a token, on 9,000 of the text, to 1.5000, on 512; one pair each shows nothing" in "".join(
+        findings(lines, {})
+    )
     assert "on 9,000 tokens of the text, where fine-tuning has 512. Of the gain of 0.5000 in BF16" in text
     lines[0].spec["data"] = "another text"
     assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
@@ -365,8 +414,8 @@ def test_lines_replace_those_of_the_same_run_and_of_no_other(tmp_path):
     other = line()
     other.spec["lr"] = 1.0
     assert len(merged(path, [other])) == 3  # of one name, and another run
-    path.write_text("{}\n")
-    with pytest.raises(UserError, match="must hold a run a line"):
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(UserError, match="must hold a run a line, but line 4 does not"):
         read_lines(path, Line)
 
 
@@ -390,7 +439,9 @@ def test_the_page_in_docs_is_the_one_of_the_data():
     data = ROOT / "studies" / "results" / "scales"
     lines, pictures = told_apart(read_lines(data / "runs.jsonl", Line)), [path.stem for path in data.glob("*.png")]
     shown = (ROOT / "docs" / "scales.md").read_text(encoding="utf-8")
-    assert page(lines, pictures, sizes_of(lines), "../studies/results/scales") == shown, "run studies/scales.py report"
+    texts = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+    made = page(lines, pictures, sizes_of(lines), "../studies/results/scales", texts)
+    assert made == shown, "run studies/scales.py report"
 
 
 def test_readme_says_what_the_data_say():
@@ -412,11 +463,17 @@ def test_readme_says_what_trainings_came_to():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     lines = told_apart(read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line))
     ((model, fprop16),) = pairs(done(lines, "finetune"), "fprop16", "bf16", "loss").items()
-    delayed = interval(pairs(done(lines, "finetune"), "delayed", "bf16", "loss")[model])
-    assert (
-        f"it ends {delayed.mean:.2f} % above BF16's loss with delayed scaling, and {interval(fprop16).mean:.2f} % with"
-        in readme
+    delayed = {name: interval(of) for name, of in pairs(done(lines, "finetune"), "delayed", "bf16", "loss").items()}
+    here = delayed.pop(model)
+    (there,) = delayed.values()
+    said = (
+        f"ends {there.mean:.2f} % above BF16's loss on one text and {here.mean:.2f} % on another with delayed scaling; "
     )
+    assert f"{said}there {interval(fprop16).mean:.2f} % with" in readme
     of = interval(pairs(done(lines, "parity"), "delayed", "bf16", "loss")["gpt-124M"])
     said = f"ends {-of.mean:.2f} % below BF16 with delayed scaling, in five pairs of runs whose 95 % interval is ± "
-    assert said + f"{of.high - of.mean:.2f} %" in readme and of.count == 5 and {delayed.count, len(fprop16)} == {3}
+    assert (
+        said + f"{of.high - of.mean:.2f} %" in readme
+        and of.count == 5
+        and {here.count, there.count, len(fprop16)} == {3}
+    )

@@ -31,7 +31,7 @@ from studies.lib.intervals import interval
 from studies.lib.lines import read_lines
 from studies.lib.pool import _last_words
 from studies.lib.runs import all_runs, claim, missing, say_missing
-from studies.lib.training import Plan, Training, check_text, validate
+from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
 
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
         "--val-tokens", "512"]  # fmt: skip
@@ -140,6 +140,14 @@ def test_what_is_left_of_a_run_without_its_spec_is_nobodys(tmp_path, left):
     if left == "log.jsonl":
         with pytest.raises(UserError, match="spec.json is gone; bring it back, or move .*/a elsewhere"):
             all_runs(tmp_path)
+
+
+def test_validated_are_whole_contexts_and_so_says_the_spec(tmp_path, tokens):
+    assert [in_whole_contexts(tokens, 32) for tokens in (64, 80, 5, 0, -1)] == [64, 64, 32, 0, -1]
+    assert in_whole_contexts(5, 0) == 5
+    run("infer", "--models", "gpt-tiny", "--context", "32", "--sweep-tokens", "80", "--constants", "0", "0",
+        tokens=tokens, out=tmp_path)  # fmt: skip
+    assert all_runs(tmp_path)[0].spec["sweep_tokens"] == 64
 
 
 def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):

@@ -285,7 +285,8 @@ def _equal(lines: Sequence[Line], name: str) -> Claim:
     )
     shown = {parity_of(pairs) for pairs in of}
     needed = listed(needed_words(pairs.values) for pairs in of)
-    why = f"not shown, the interval ends above the margin of {MARGIN} %; at this scatter that takes {needed} pairs"
+    takes = f"at this scatter that takes {needed} pairs, if the mean is 0"
+    why = f"not shown, the interval ends above the margin of {MARGIN} %; {takes}"
     if any(pairs.old and _above(pairs.values) for pairs in of):
         why = f"not shown, and what is marked{OLD} proves nothing against FP8"
     verdict = {"yes": CONSISTENT, "no": NOT}.get(shown.pop(), f"{OPEN}: {why}") if len(shown) == 1 else OPEN
@@ -367,10 +368,12 @@ def _foretold(found: Sequence[Outcome]) -> Claim:
     said += [f"{len(watch.blind)} left before {FEWEST} samples, which no alarm can announce"] * bool(watch.blind)
     said += [f"{len(watch.false)} of {plural(len(watch.others), 'other')} had an alarm"]
     if not watch.as_papers:
-        verdict = f"{OPEN}: what left did so of the start of training" if watch.left else OPEN
+        verdict = f"{OPEN}: what left began to at the start of training" if watch.left else OPEN
         return Claim(words, ran, "; ".join(said), verdict)
     early = sum(one.lead is not None and one.lead > 0 for one in watch.as_papers)
-    some = f"{OPEN}: it told of {early} of the {len(watch.as_papers)} that left later than at the start"
+    some = (
+        f"{OPEN}: it told of {early} of the {len(watch.as_papers)} whose loss and gradient norm were sound at the start"
+    )
     verdict = CONSISTENT if early == len(watch.as_papers) else NOT if not early else some
     return Claim(words, ran, "; ".join(said), verdict)
 
@@ -404,8 +407,8 @@ class Beside(NamedTuple):
     @property
     def words(self) -> str:
         return (
-            f"loss {self.gap:+.2f} %; at the end its kurtosis, in the largest layer, is {_against(self.ends)}; in the "
-            f"mean of layers, {_against(self.means)}"
+            f"loss {self.gap:+.2f} %; at the end (median of the last five samples) its kurtosis, in the largest layer, "
+            f"is {_against(self.ends)}; in the mean of layers, {_against(self.means)}"
         )
 
 

@@ -261,8 +261,8 @@ def _plot_losses(axes: Axes, of: Sequence[Line], found: Sequence[Outcome], style
             axes.plot([above[0][0]], [top], "^", color=_color(line.arm), markersize=8, zorder=6, clip_on=False)
     if most > top:
         axes.set_ylim(top=top)
-        axes.annotate(f"to {most:.2g}", (1, 1), xytext=(0, -3), textcoords="offset points", xycoords="axes fraction",
-                      ha="right", va="top", fontsize=8.5, color=FAINT)  # fmt: skip
+        axes.annotate(f"to {most:.2g}", (1, 1), xytext=(0, 7), textcoords="offset points", xycoords="axes fraction",
+                      ha="right", va="bottom", fontsize=8.5, color=FAINT)  # fmt: skip
 
 
 def _up_to(top: float, values: Sequence[float]) -> list[float]:

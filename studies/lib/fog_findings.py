@@ -128,7 +128,7 @@ def _was(count: int) -> str:
 
 def _holding(all_found: Sequence[Outcome]) -> list[str]:
     of = [one for one in judged(all_found) if one.attention]
-    bounded = [one for one in of if bounds_qk(one.line.architecture)]
+    bounded = [one for one in of if _is_bounded(one)]
     said = []
     if bounded:
         names = sorted({one.line.architecture for one in bounded}, key=architecture_order)
@@ -138,8 +138,12 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
             f"**With norms or a tanh of q and k {count_left(bounded, 'run')} with FP8 attention left**"
             f"{', and ' * bool(back)}{back}, in {steps_words(bounded)} at {rates}: "
             f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}. "
-            f"{_above_bf16({'': bounded})}"
+            f"{_above_bf16({'': bounded})}{_by_rate(bounded)}"
         )
+        if unsound := [one for one in all_found if _is_bounded(one) and not one.steady]:
+            which = listed(dict.fromkeys(architecture_name(one.line.architecture) for one in unsound))
+            many = plural(len(unsound), "more run")
+            said.append(f"{many} of {which} {_was(len(unsound))} beside a BF16 that is not sound itself: not counted")
     for (plain, normed, _), pair in {_names(pair): pair for pair in twins(all_found)}.items():
         without, with_ = (number(one.reference.last) for one in pair)
         said.append(
@@ -153,6 +157,16 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
             f"at the usual rate {count_left(usual, 'run')} with FP8 attention left, of {many}, in {tokens_words(usual)}"
         )
     return [_sentences(said)] if said else []
+
+
+def _is_bounded(one: Outcome) -> bool:
+    return one.attention and bounds_qk(one.line.architecture)
+
+
+def _by_rate(of: Sequence[Outcome]) -> str:
+    rates = sorted({one.line.spec["lr"] for one in of}, reverse=True)
+    each = [f"{count_left([one for one in of if one.line.spec['lr'] == rate])} at {rate:g}" for rate in rates]
+    return f". By learning rate: {', '.join(each)}" if len(rates) > 1 else ""
 
 
 def _sentences(said: Sequence[str]) -> str:
@@ -173,10 +187,13 @@ def _parity(lines: Sequence[Line]) -> list[str]:
     for key, pairs in sorted(of, key=lambda item: architecture_order(item[1].line.architecture)):
         shown, needed = parity_of(pairs), needed_words(pairs.values)
         name = architecture_name(pairs.line.architecture)
-        words = f"{name} {PARITY[shown]}, {_mean(pairs.values)} in {pairs_words(pairs)}"
+        words = f"{name} of {pairs.line.setting[0]} {PARITY[shown]}, {_mean(pairs.values)} in {pairs_words(pairs)}"
         if key in floor and floor[key].values:
             words += f", where BF16 against itself has {_mean(floor[key].values)}"
-        said.append(words + (f"; at this scatter it takes {needed}" if shown == "open" and needed != "–" else ""))
+        said.append(
+            words
+            + (f"; at this scatter it takes {needed}, if its mean is 0" if shown == "open" and needed != "–" else "")
+        )
     return [f"**That FOG with FP8 attention ends no more than {MARGIN} % above BF16's loss:** {'. '.join(said)}."]
 
 
@@ -192,9 +209,9 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
     if watch.left:
         said.append(
             f"of {plural(len(watch.left), 'run')} in FP8 that left, the watch announced {len(watch.announced)}; "
-            f"{len(watch.blind)} left before the {FEWEST} samples that an alarm takes; {len(watch.as_papers)} left "
-            f"later than at the start of training, which is what the claim speaks of; {len(watch.false)} of "
-            f"{len(watch.others)} that did not leave had an alarm"
+            f"{len(watch.blind)} left before the {FEWEST} samples that an alarm takes; {len(watch.as_papers)} of the "
+            f"others had neither left nor had their gradient norm jump within {EARLY} times the warm-up, which is what "
+            f"the claim speaks of; {len(watch.false)} of {len(watch.others)} that did not leave had an alarm"
         )
     if by_rms := [one for one in judged(found) if one.line.rms and one.watched]:
         left = [one for one in by_rms if one.left]

@@ -23,7 +23,7 @@ from examples.gpt.errors import UserError
 
 from .divergence import PATIENCE, WINDOW, Divergence, Loss, above_start, jump, leaves, step_noise
 from .lines import merge_lines
-from .runs import Run, Spec
+from .runs import Run, Spec, check_steps
 
 IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
 FEWEST = FIRST + IN_A_ROW - 1  # samples before which nothing can raise an alarm
@@ -116,11 +116,7 @@ def condensed(run: Run) -> Line:
             f"{run.log} must have a grad_norm beside each loss, but has none in step {half['step']}; this study writes "
             f"both: bring the log back whole, or delete {run.folder} and run it again"
         )
-    if [record["step"] for record in steps] != list(range(1, len(steps) + 1)):
-        raise UserError(
-            f"{run.log} must have each step once and in order, but has not: losses would be held to those of other "
-            f"steps; bring the log back whole, or delete {run.folder} and run it again"
-        )
+    check_steps(run, [record["step"] for record in steps])
     samples = [record for record in records if "kurtosis" in record]
     kinds = samples[0]["kurtosis"] if samples else {}
     return Line(
@@ -144,7 +140,12 @@ def _digits(value: Loss, digits: int) -> Loss:
 
 
 def merged(path: Path, new: Iterable[Line]) -> list[Line]:
-    return merge_lines(path, Line, new, lambda line: json.dumps(line.spec, sort_keys=True))
+    return merge_lines(path, Line, new, lambda line: json.dumps(line.spec, sort_keys=True), _meaning)
+
+
+def _meaning(line: Line) -> Spec:
+    """Of its arm, but for ``keeps_scores``, which is no switch."""
+    return {key: value for key, value in sorted(line.spec["fp8"].items()) if key != "keeps_scores"}
 
 
 # ---- what is read off lines ------------------------------------------------------------------------------------------

@@ -28,19 +28,38 @@ def finished_specs(path: Path) -> list[Spec]:
 
 
 def _read(path: Path, of: Callable[[dict[str, Any]], Line]) -> list[Line]:
-    try:
-        return [of(json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path} must hold a run a line, but does not: {error}; write it anew from the runs") from error
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            lines.append(of(json.loads(line)))
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(
+                f"{path} must hold a run a line, but line {number} does not: {error}; write it anew from the runs"
+            ) from error
+    return lines
 
 
-def merge_lines(path: Path, kind: type[Line], new: Iterable[Line], key: Callable[[Line], Any]) -> list[Line]:
-    """The file with what is new; of the same run what got furthest, the later one of equals; in the order of keys,
-    which have a run's spec, since runs that differ in it are two."""
+def merge_lines(
+    path: Path,
+    kind: type[Line],
+    new: Iterable[Line],
+    key: Callable[[Line], Any],
+    meaning: Callable[[Line], Any],
+    rank: Callable[[Line], Any] = lambda line: (line.result is not None, line.step),
+) -> list[Line]:
+    """The file with what is new; of the same run the one with the highest ``rank``, the later one of equals; in the
+    order of keys, which have a run's spec, since runs that differ in it are two.
+    meaning: what a line's arm is. UserError, with nothing written, where arms of one name are two things: runs of both
+    would be counted as one."""
     lines: dict[Any, Line] = {}
+    arms: dict[str, Any] = {}
     for line in [*(read_lines(path, kind) if path.exists() else ()), *new]:
+        name, this = line.spec["arm"], meaning(line)
+        if arms.setdefault(name, this) != this:
+            raise UserError(f"{path} and the new runs have two arms called {name}: {arms[name]} and {this}; "
+                            "give one of them another name, or the new runs another --data")  # fmt: skip
         before = lines.get(key(line))
-        if before is None or (line.result is not None, line.step) >= (before.result is not None, before.step):
+        if before is None or rank(line) >= rank(before):
             lines[key(line)] = line
     kept = [lines[of] for of in sorted(lines)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,15 @@ class Run:
         return 0
 
 
+def check_steps(run: Run, steps: Sequence[int]) -> None:
+    """UserError where a log has not each step of the training once and in order."""
+    if list(steps) != list(range(1, len(steps) + 1)):
+        raise UserError(
+            f"{run.log} must have each step once and in order, but has not: losses would be held to those of other "
+            f"steps; bring the log back whole, or delete {run.folder} and run it again"
+        )
+
+
 def open_run(folder: Path) -> Run:
     """A run whose ``spec.json`` is there."""
     try:

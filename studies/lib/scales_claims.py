@@ -9,7 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .intervals import interval, pairs_needed
-from .scales_results import CRITERION, Line, arms_of, constants, done, family, inference_ratios, pairs, window
+from .scales_results import (
+    CRITERION,
+    Line,
+    arms_of,
+    constants,
+    done,
+    family,
+    inference_ratios,
+    pairs,
+    plain_name,
+    window,
+)
 
 Ratios = Mapping[str, Mapping[str, float]]
 
@@ -62,7 +73,8 @@ def _constants_keep(ratios: Ratios) -> str:
     for model, ours in swept.items():
         if model not in have:
             best = max(ours, key=lambda c: ours[c])
-            said.append(f"none does in {model}, whose best, c = {best}, keeps {_per_cent([ours[best]])}")
+            none = "none does" if have else f"none keeps {100 * CRITERION} % of it"
+            said.append(f"{none} in {model}, whose best, c = {best}, keeps {_per_cent([ours[best]])}")
     return f"One constant scale for all tensors, FP8-CSCALE: {'; '.join(said)}." if said else ""
 
 
@@ -82,7 +94,7 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         fp8 = sorted((arm for arm in apart if _in_fp8(arm, mine)), key=lambda arm: statistics.fmean(apart[arm]))
         if not fp8:
             continue
-        words = ", ".join(f"{arm} {percent(apart[arm])}" for arm in [*fp8, *(["fp16"] if "fp16" in apart else [])])
+        words = _each({arm: apart[arm] for arm in [*fp8, *(["fp16"] if "fp16" in apart else [])]})
         verdict = _decided({arm: apart[arm] for arm in fp8})
         if all(within(apart[arm]) == "no" for arm in fp8):
             verdict = f"no arm in FP8 is within {MARGIN} % of it"
@@ -105,7 +117,11 @@ def _gained(model: str, lines: Sequence[Line]) -> str:
     before = loss_before(model, lines)
     if before is None or after is None:
         return f"Fine-tuning {model}: "
-    return f"Fine-tuning in BF16 takes the loss of {model} from {before[0]:.4f} to {after:.4f} nats a token; "
+    tokens = next(line.spec["validated"] for line in done(lines, "finetune") if _is(line, model, "bf16"))
+    return (
+        f"Fine-tuning in BF16 takes the loss of {model} from {before[0]:.4f} nats a token, on {before[1]:,} of the "
+        f"text, to {after:.4f}, on {tokens:,}; "
+    )
 
 
 def _trained(lines: Sequence[Line]) -> list[str]:
@@ -122,10 +138,12 @@ def _trained(lines: Sequence[Line]) -> list[str]:
             continue
         many = f"{min(map(len, apart.values()))} pairs" if len(set(map(len, apart.values()))) == 1 else "pairs"
         verdict = _decided({arm: values for arm, values in apart.items() if arm != "bf16-again"})
-        words = ", ".join(
-            f"{arm} {percent(values)}{_more(values)}" for arm, values in apart.items() if arm != "bf16-again"
+        words = _each({arm: values for arm, values in apart.items() if arm != "bf16-again"})
+        found.append(
+            f"Training {model} from scratch, {many}: {verdict}{noise}. The loss against BF16's: {words}."
+            if words
+            else f"Training {model} from scratch in BF16 alone{noise}."
         )
-        found.append(f"Training {model} from scratch, {many}: {verdict}{noise}. The loss against BF16's: {words}.")
     return found
 
 
@@ -140,10 +158,17 @@ def _decided(apart: Mapping[str, Sequence[float]]) -> str:
     return "; ".join(said) or "nothing is decided yet"
 
 
-def _more(values: Sequence[float]) -> str:
-    """Of an arm that is not decided: how many pairs it takes."""
-    needed = pairs_needed(values, MARGIN) if within(values) == "open" else None
-    return "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs at this scatter"
+def _each(apart: Mapping[str, Sequence[float]]) -> str:
+    """Of each arm how far it is from BF16; of how many pairs, where that is not the same of all; and how many it takes,
+    where that many do not decide."""
+    said = []
+    for arm, values in apart.items():
+        open_ = within(values) == "open"
+        needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
+        many = f" in {len(values)} pairs" if len({len(of) for of in apart.values()}) > 1 else ""
+        takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
+        said.append(f"{arm} {percent(values)}{many}{', open' * open_}{takes}")
+    return ("; " if any(", open" in one for one in said) else ", ").join(said)
 
 
 def loss_before(model: str, lines: Sequence[Line]) -> tuple[float, int] | None:
@@ -203,7 +228,7 @@ def _amax_fine_tuning(lines: Sequence[Line]) -> Claim:
         own = found["accuracy_fp8"].get(model)
         in_fp8 = f", in its own FP8 {percent(own)}" if own else ""
         losses = percent(found["loss"].get(model, []))
-        said.append(f"{model}, against FP16: accuracy {percent(values)}{in_fp8}; loss {losses}; {len(values)} seeds")
+        said.append(f"{model}, against FP16: accuracy {percent(values)}{in_fp8}; loss {losses}; seeds: {len(values)}")
     accuracies = [*found["accuracy"].values(), *found["accuracy_fp8"].values()]
     by_accuracy = _verdict([[-v if math.isfinite(v) else v for v in of] for of in accuracies], 100 * (1 - CRITERION))
     by_loss = _verdict(list(found["loss"].values()), MARGIN)
@@ -244,12 +269,10 @@ def _smaller(ratios: Ratios, lines: Sequence[Line], sizes: Mapping[str, float]) 
     words = "The larger the model, the smaller the window (stated of fine-tuning)"
     swept = {model: window(ours) for model, of in ratios.items() if (ours := constants(of))}
     trained = [model for model in swept if any(line.model == model and line.study == "window" for line in lines)]
-    families = {
-        name: widths
-        for name in dict.fromkeys(map(family, trained))
-        if len(widths := {m: _width(swept[m]) for m in sorted(trained, key=lambda m: sizes[m]) if family(m) == name})
-        > 1
-    }
+    kinds: dict[tuple[str, str], dict[str, int]] = {}  # of a family, those whose names end alike
+    for model in sorted(trained, key=lambda model: sizes[model]):
+        kinds.setdefault((family(model), model.removeprefix(plain_name(model))), {})[model] = _width(swept[model])
+    families = {"".join(kind): widths for kind, widths in kinds.items() if len(widths) > 1}
     if not families:
         return Claim(words, "fewer than two sizes of a family", "–", OPEN)
     said = "widths in inference, from the smallest model to the largest: " + "; ".join(

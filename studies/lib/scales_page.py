@@ -34,7 +34,7 @@ PLANNED = {"gpt-124M": 5, "llama-127M": 5}  # models of training from scratch, a
 
 STUDIES = {
     "window": "training in BF16, then inference under every policy",
-    "infer": "inference of a checkpoint under every policy",
+    "infer": "inference under every policy",
     "finetune": "fine-tuning beside BF16 and FP16",
     "parity": "training from scratch beside BF16, with paired seeds",
 }
@@ -54,8 +54,10 @@ hardware, whose E4M3 has an exponent bias of 7 and not 8, inputs and weights are
 head, embeddings, norms and attention are in 16 bits."""
 
 
-def page(lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, float], data: str) -> str:
-    """data: the folder of runs.jsonl and the pictures, as the page links to it."""
+def page(
+    lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, float], data: str, texts: Mapping[str, str] = {}
+) -> str:
+    """data: the folder of runs.jsonl and the pictures, as the page links to it. texts: by digest what a text is."""
     again = "To be read as the table of fine-tuning."
     parts = [
         _HEAD.format(data=data),
@@ -67,7 +69,7 @@ def page(lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, flo
         _windows(lines, sizes),
         _policies(lines, sizes),
         _figures(pictures, data),
-        _runs(lines, sizes),
+        _runs(lines, sizes, texts),
         _COSTS + costs_table(),
         _not_claimed(lines),
     ]
@@ -246,7 +248,7 @@ def _figures(pictures: Sequence[str], data: str) -> str:
     )
 
 
-def _runs(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
+def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str, str]) -> str:
     rows, missing = [], []
     for study, what in STUDIES.items():
         of_study = [line for line in lines if line.study == study]
@@ -262,7 +264,9 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     if not rows:
         return "## Runs\n\nNone yet."
     head = ["study", "model", "parameters", "tokens of a training", "per parameter", "runs done", "on", "text"]
-    parts = [f"## Runs\n\n{markdown(head, rows)}", "*Text* is a digest of the tokens."]
+    known = [f"* {digest}: {words}" for digest, words in texts.items() if any(row[-1] == digest for row in rows)]
+    digest = "*Text* is a digest of the tokens, of which names of models have the first eight digits."
+    parts = [f"## Runs\n\n{markdown(head, rows)}", "\n".join([digest, *([""] if known else []), *known])]
     return "\n\n".join([*parts, *([_STILL + "\n".join(missing)] if missing else [])])
 
 

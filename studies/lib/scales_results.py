@@ -14,15 +14,16 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.names import MODELS, parameter_count
 
 from .inference import policies
 from .lines import merge_lines
-from .runs import Run, Spec
+from .runs import Run, Spec, check_steps
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
+OF_ARMS = ("recipe", "emulation", "dtype", "loss_scale")  # what of a spec an arm is
 STRETCHES, LOOKS = 50, 60  # of a run's losses and of its records of biases, as many are kept
 
 
@@ -53,8 +54,7 @@ class Line:
     def shared(self) -> Spec:
         """What its spec says but for its arm: runs that have it in common have seed, weights at the start and batches
         in common."""
-        of_arms = ("arm", "recipe", "emulation", "dtype", "loss_scale", "record")
-        return {key: value for key, value in sorted(self.spec.items()) if key not in of_arms}
+        return {key: value for key, value in sorted(self.spec.items()) if key not in ("arm", *OF_ARMS, "record")}
 
     @property
     def pair(self) -> str:
@@ -63,7 +63,9 @@ class Line:
 
 def condensed(run: Run) -> Line:
     records = run.records()
-    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    steps = [record for record in records if "loss" in record and "policy" not in record]
+    check_steps(run, [record["step"] for record in steps])
+    losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
     biases = [record for record in records if "biases" in record]
     step = max((record["step"] for record in records), default=0)
     stretches = [
@@ -86,22 +88,34 @@ def _parts(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
 
 
 def merged(path: Path, new: Iterable[Line]) -> list[Line]:
-    """Of all runs that differ in anything."""
-    return merge_lines(path, Line, new, lambda line: (line.study, line.run, json.dumps(line.spec, sort_keys=True)))
+    """Of all runs that differ in anything but ``record``, which changes nothing of a training; of two that do the one
+    that has records."""
+    return merge_lines(
+        path,
+        Line,
+        new,
+        lambda line: (line.study, line.run, json.dumps({**line.spec, "record": None}, sort_keys=True)),
+        lambda line: {key: line.spec[key] for key in OF_ARMS if line.spec.get(key) not in (None, _USUAL.get(key))},
+        lambda line: (line.result is not None, line.step, bool(line.biases)),
+    )
+
+
+_USUAL = {"dtype": "bfloat16", "loss_scale": 1.0}
 
 
 def told_apart(lines: Sequence[Line]) -> list[Line]:
-    """The same, but where runs of a model are no pairs their model is called by what tells them apart as well: its text
-    where it has several, and of one study and text what else differs than arm and seed."""
-    texts: dict[str, set[tuple[Any, Any]]] = {}
-    alike: dict[tuple[Any, ...], list[Spec]] = {}
+    """The same, but where runs of a model are no pairs their model is called by what tells them apart as well: that it
+    is a checkpoint where it was trained here too, its text where it has several, and of one study what else differs
+    than arm and seed."""
+    origins: dict[str, set[_Origin]] = {}
+    alike: dict[tuple[str, str, _Origin], list[Spec]] = {}
     for line in lines:
-        texts.setdefault(line.model, set()).add(_text(line))
-        alike.setdefault((line.study, line.model, _text(line)), []).append(line.shared)
+        origins.setdefault(line.model, set()).add(_origin(line))
+        alike.setdefault((line.study, line.model, _origin(line)), []).append(line.shared)
     told = []
     for line in lines:
-        parts = _text_words(line, texts[line.model])
-        parts += _differing(line, alike[line.study, line.model, _text(line)])
+        parts = _origin_words(_origin(line), origins[line.model])
+        parts += _differing(line, alike[line.study, line.model, _origin(line)])
         name = f"{line.model} ({', '.join(parts)})" if parts else line.model
         told.append(replace(line, spec={**line.spec, "model": name}))
     return told
@@ -112,20 +126,38 @@ def plain_name(model: str) -> str:
     return model.partition(" (")[0]
 
 
-def _text(line: Line) -> tuple[Any, Any]:
-    return line.spec["data"], line.spec.get("split")
+class _Origin(NamedTuple):
+    checkpoint: str | None
+    data: str | None
+    split: int | None
 
 
-def _text_words(line: Line, texts: Collection[tuple[Any, Any]]) -> list[str]:
-    data, split = _text(line)
-    digests = {digest for digest, _ in texts}
-    words = [f"text {data[:8]}"] if len(digests) > 1 else []
-    return [*words, f"split at {split}"] if sum(digest == data for digest, _ in texts) > 1 else words
+def _origin(line: Line) -> _Origin:
+    return _Origin(*(line.spec.get(key) for key in _Origin._fields))
 
 
-def _differing(line: Line, others: Iterable[Spec]) -> list[str]:
+def _origin_words(mine: _Origin, others: Collection[_Origin]) -> list[str]:
+    words = []
+    if mine.checkpoint and len({of.checkpoint for of in others}) > 1:
+        words.append(f"checkpoint {mine.checkpoint[:8]}")
+    if len({of.data for of in others}) > 1:
+        words.append(f"text {mine.data and mine.data[:8]}")
+    if len({of.split for of in others if of.data == mine.data}) > 1:
+        words.append(f"split at {mine.split}")
+    return words
+
+
+def _differing(line: Line, others: Sequence[Spec]) -> list[str]:
     keys = [key for key in line.shared if key != "seed" and any(of.get(key) != line.shared[key] for of in others)]
-    return [f"{key.replace('_', ' ')} {line.shared[key]}" for key in keys]
+    if "steps" in keys:  # which these follow
+        keys = [key for key in keys if key not in ("warm_up", "cooldown")]
+    return [_setting_words(key, line.shared[key]) for key in keys]
+
+
+def _setting_words(key: str, value: Any) -> str:
+    if key == "sweep" and value:
+        return f"c from {min(value)} to {max(value)}"
+    return f"{key.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
 
 
 # ---- what is read off lines ------------------------------------------------------------------------------------------
@@ -216,7 +248,9 @@ def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
     written = {model: re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([MB])(?![a-zA-Z])", name) for model, name in names.items()}
     sizes = {model: float(of[1]) * {"M": 1e6, "B": 1e9}[of[2]] for model, of in written.items() if of}
     sizes |= {line.model: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
-    return sizes | {model: parameter_count(MODELS[name]) for model, name in names.items() if name in MODELS}
+    of_checkpoints = {line.model for line in lines if line.spec.get("checkpoint")}
+    published = {model: name for model, name in names.items() if name in MODELS and model not in of_checkpoints}
+    return sizes | {model: parameter_count(MODELS[name]) for model, name in published.items()}
 
 
 def family(model: str) -> str:

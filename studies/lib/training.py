@@ -262,11 +262,18 @@ def check_text(corpus: Corpus, plan: Plan, option: str = _OPTIONS["validated"]) 
         )
 
 
+def in_whole_contexts(tokens: int, context: int) -> int:
+    """How many of so many tokens ``validate`` is over: at least one context's. What is not positive is left to be
+    refused."""
+    return max(1, tokens // context) * context if min(tokens, context) > 0 else tokens
+
+
 @torch.no_grad()
 def validate(model: nn.Module, corpus: Corpus, plan: Plan, device: torch.device) -> dict[str, float]:
     """The mean loss in nats a token, and the share of tokens that the model's first choice is, over ``validated``
     tokens spread evenly over the held-out text, under BF16 autocast."""
-    starts = even_starts(corpus.val, max(1, plan.validated // plan.context), plan.context)
+    count = in_whole_contexts(plan.validated, plan.context) // plan.context
+    starts = even_starts(corpus.val, count, plan.context)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
