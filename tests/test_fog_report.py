@@ -504,6 +504,15 @@ def test_findings_are_sentences_of_the_data():
     )
 
 
+def test_parity_of_two_lengths_has_two_names():
+    pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss, steps=steps, to=steps)
+             for steps in (300, 400) for seed, arm, loss in
+             ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
+    (said,) = findings(pairs, "")
+    assert "FOG-max of tiny, 300 × 128 tokens, learning rate 0.001 not shown" in said
+    assert "FOG-max of tiny, 400 × 128 tokens, learning rate 0.001 not shown" in said
+
+
 def sized(one, size, tokens):
     return dataclasses.replace(one, spec={**one.spec, "size": size, "batch": tokens // one.spec["context"]})
 

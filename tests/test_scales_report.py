@@ -30,6 +30,7 @@ from studies.lib.scales_results import (
     sizes_of,
     told_apart,
     trained_tokens,
+    wanted,
     window,
 )
 
@@ -110,6 +111,14 @@ def test_trainings_of_one_model_are_no_two_sizes():
     narrow.spec.update(lr=None, sweep=[-3, 3], steps=20, warm_up=2)
     wide.spec.update(lr=None, sweep=[-16, 16], warm_up=1)
     assert told_apart([wide, narrow])[1].model == "gpt-31M (steps 20, c from -3 to 3)"
+
+
+def test_a_sweep_finds_the_biases_of_fine_tuning_at_whatever_rate():
+    sweep, slow, fast = (line(study, result={"loss": 1.0}) for study in ("infer", "finetune", "finetune"))
+    slow.biases.append({"step": 1, "biases": {"layer": {"x": 3}}})
+    fast.biases.append({"step": 1, "biases": {"layer": {"x": 5}}})
+    slow.spec["lr"], fast.spec["lr"] = 1e-4, 1e-3
+    assert wanted(told_apart([sweep, slow, fast]), "x")["gpt-31M"] == (3, 5)
 
 
 def test_runs_that_differ_in_their_records_alone_are_one(tmp_path):

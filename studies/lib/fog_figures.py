@@ -27,6 +27,7 @@ from .fog_words import (
     millions,
     plural,
     rate_words,
+    sizes_in,
     told_apart,
 )  # fmt: skip
 from .intervals import interval
@@ -363,6 +364,7 @@ def parity(path: Path, lines: Sequence[Line]) -> None:
     found = {arm: differences(lines, arm) for arm in (PAPER_ARM, "bf16-again")}
     of = {shared: pairs for shared, pairs in found[PAPER_ARM].items() if pairs.values}
     words = told_apart([pairs.line for pairs in of.values()], "seed")
+    sizes = sizes_in(words)
     with picture(path, "FOG with FP8 attention beside itself in BF16, at the end of training", (10, 4.8)) as figure:
         axes = figure.subplots()
         axes.axhline(MARGIN, color=FAINT, linewidth=0.8)
@@ -378,7 +380,7 @@ def parity(path: Path, lines: Sequence[Line]) -> None:
                     axes.plot([at], [mean.mean], "D", color=color, markersize=7, label=name if place == 0 else None)
                     if math.isfinite(mean.low):
                         axes.plot([at, at], [mean.low, mean.high], color=color, linewidth=2)
-        axes.set_xticks(range(len(words)), [_tick(words[key], of[key].values) for key in words])
+        axes.set_xticks(range(len(words)), [_tick(words[key], sizes[key], of[key].values) for key in words])
         axes.set_xlim(-0.5, len(words) - 0.5)
         low, high = axes.get_ylim()
         axes.axhspan(low, MARGIN, color=BF16, alpha=0.25, linewidth=0)
@@ -394,7 +396,8 @@ def parity(path: Path, lines: Sequence[Line]) -> None:
         caption(figure, foot)
 
 
-def _tick(words: tuple[str, ...], values: Sequence[float]) -> str:
+def _tick(words: tuple[str, ...], size: str, values: Sequence[float]) -> str:
     name, length, rate = words
     pairs = f"{plural(len(values), 'pair')}, {needed_words(values)} needed"
-    return f"{name}\n{length.partition(',')[0]}, rate {rate}\n{pairs}"
+    of = f"{size}, rate {rate}" if length.startswith(f"{size},") else f"{length},\nrate {rate}"
+    return f"{name}\n{of}\n{pairs}"

@@ -38,7 +38,9 @@ from .fog_words import (
     rate_words,
     rates_words,
     setting_order,
+    sizes_in,
     span,
+    told_apart,
 )  # fmt: skip
 from .intervals import interval
 
@@ -184,10 +186,11 @@ def _parity(lines: Sequence[Line]) -> list[str]:
     if not of:
         return []
     said = []
+    sizes = sizes_in(told_apart([pairs.line for _, pairs in of], "seed"))
     for key, pairs in sorted(of, key=lambda item: architecture_order(item[1].line.architecture)):
         shown, needed = parity_of(pairs), needed_words(pairs.values)
         name = architecture_name(pairs.line.architecture)
-        words = f"{name} of {pairs.line.setting[0]} {PARITY[shown]}, {_mean(pairs.values)} in {pairs_words(pairs)}"
+        words = f"{name} of {sizes[key]} {PARITY[shown]}, {_mean(pairs.values)} in {pairs_words(pairs)}"
         if key in floor and floor[key].values:
             words += f", where BF16 against itself has {_mean(floor[key].values)}"
         said.append(

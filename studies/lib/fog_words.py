@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from models.fog_config import ARCHITECTURES, SIZES
@@ -81,6 +82,17 @@ def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[
         for key, line in groups.items():
             found[key] = (*what, ", ".join([last, *(_in_words(key, line.spec.get(key)) for key in keys)]))
     return found
+
+
+def sizes_in(names: Mapping[tuple[str, ...], tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Of ``told_apart``: the size of each alone; where another of its architecture has the same, all that tells them
+    apart."""
+    short = {key: (name, length.partition(",")[0]) for key, (name, length, _) in names.items()}
+    counts = Counter(short.values())
+    return {
+        key: short[key][1] if counts[short[key]] == 1 else f"{length}, learning rate {rest}"
+        for key, (_, length, rest) in names.items()
+    }
 
 
 def _order(line: Line) -> tuple[object, ...]:

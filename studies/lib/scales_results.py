@@ -292,16 +292,19 @@ def biases_of(line: Line, phase: str) -> list[dict[str, Any]]:
     return [{"step": line.step, "biases": seen}] if seen else []
 
 
-def wanted(lines: Iterable[Line], role: str) -> dict[str, tuple[int, int]]:
+def wanted(lines: Sequence[Line], role: str) -> dict[str, tuple[int, int]]:
     """{model: the least and the greatest bias that a tensor of this role has in inference}; where none was recorded, of
     fine-tuning's first step, whose weights are the checkpoint's."""
     found: dict[str, list[int]] = {}
-    of_training: dict[str, list[int]] = {}
+    first: dict[tuple[str, _Origin], list[int]] = {}  # of fine-tuning's first step, whatever its rate and length
+    same = {line.model: (plain_name(line.model), _origin(line)) for line in lines}
     for line in lines:
-        first = [record for record in biases_of(line, "training") if record["step"] == 1 and line.study == "finetune"]
-        for to, records in ((found, biases_of(line, "inference")), (of_training, first)):
-            biases = [roles[role] for record in records for roles in record["biases"].values()
-                      if roles.get(role) is not None]  # fmt: skip
-            to.setdefault(line.model, []).extend(biases)
-    told = {model: found[model] or of_training[model] for model in found}
+        begun = [record for record in biases_of(line, "training") if record["step"] == 1 and line.study == "finetune"]
+        found.setdefault(line.model, []).extend(_biases(biases_of(line, "inference"), role))
+        first.setdefault(same[line.model], []).extend(_biases(begun, role))
+    told = {model: found[model] or first[same[model]] for model in found}
     return {model: (min(of), max(of)) for model, of in told.items() if of}
+
+
+def _biases(records: Iterable[dict[str, Any]], role: str) -> list[int]:
+    return [roles[role] for record in records for roles in record["biases"].values() if roles.get(role) is not None]
