@@ -416,7 +416,10 @@ def test_what_is_held_to_a_bf16_that_is_not_sound_counts_for_nothing(spoilt):
         assert said[left] == said[held] == said["The kurtosis of q"] == OPEN
     (claim,) = (claim for claim in claims(runs("fog-max")) if claim.words == held)
     assert claim.run == "only 1 beside a BF16 that is not sound itself" and claim.found == "–"
-    assert findings(runs("llama3", away=200), "") == []
+    (said,) = findings(runs("llama3", away=200), "")
+    assert said.startswith("1 more run of Llama 3 was beside a BF16 that is not sound") and said.endswith(
+        "not counted."
+    )
     if not spoilt:
         found = outcomes(runs("llama3", away=200), "provoke")
         assert "| (200) |" in _by_arm(found) and "**200**" not in _by_arm(found)
@@ -497,11 +500,36 @@ def test_findings_are_sentences_of_the_data():
     pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss) for seed, arm, loss in
              ((0, "bf16", 3.0), (0, PAPER_ARM, 3.03), (1, "bf16", 3.0), (1, PAPER_ARM, 2.97))]  # fmt: skip
     runs += [line("op", arm, rate=3, lost=50) for arm in ("bf16", PAPER_ARM)]
-    assert "1 more run of OP was beside a BF16 that is not sound itself: not counted." in findings(runs, "")[1]
+    said = "1 more run of OP was beside a BF16 that is not sound, or leaves itself when it is run again: not counted."
+    assert said in findings(runs, "")[1]
     (parity,) = findings(pairs, "")
     assert parity.endswith(
         "FOG-max of tiny not shown, +0.00 ± 12.71 % in 2 pairs; at this scatter it takes 126, if its mean is 0."
     )
+
+
+def test_a_new_run_that_was_lost_takes_the_place_of_its_old_twin():
+    runs = [line("olmo2"), line("olmo2", PAPER_ARM), line("olmo2", PAPER_ARM, lost=100, to=120)]
+    runs[1].spec["fp8"] = {key: value for key, value in runs[1].spec["fp8"].items() if key != "keeps_scores"}
+    (one,) = outcomes(runs, "provoke")
+    assert one.line is runs[2] and one.left == 100
+
+
+def test_what_came_back_is_no_divergence_that_a_watch_should_have_told():
+    runs = [line("fog-max"), line("fog-max", PAPER_ARM, away=150)]
+    runs[1].losses[200:] = runs[0].losses[200:]
+    found = outcomes(runs, "provoke")
+    assert found[0].came_back and watch_of(found).left == [] and watch_of(found).others == []
+
+
+def test_kurtosis_is_compared_between_runs_of_one_seed():
+    def made(name, seed, loss, lost=0):
+        return line(name, study="kurtosis", seed=seed, loss=loss, lost=lost)
+
+    runs = [made("llama3", 0, 3.0), made("fog-max", 0, None, lost=50), made("llama3", 1, 4.0), made("fog-max", 1, 2.0)]
+    (said,) = findings(runs, "")
+    assert "loss -50.00 %" in said
+    assert "a run of each, of tiny, 38.4k tokens; 1 more lost, or not sound" in [claim.run for claim in claims(runs)]
 
 
 def test_parity_of_two_lengths_has_two_names():

@@ -107,7 +107,7 @@ def test_trainings_of_one_model_are_no_two_sizes():
     narrow.spec["lr"] = 0.00123456
     told = told_apart([wide, narrow])
     assert told[1].model == "gpt-31M (lr 0.00123)"
-    assert claims(told, sizes_of(told))[-1].run == "fewer than two sizes of a family"
+    assert claims(told, sizes_of(told))[-1].run.startswith("fewer than two sizes of a family")
     narrow.spec.update(lr=None, sweep=[-3, 3], steps=20, warm_up=2)
     wide.spec.update(lr=None, sweep=[-16, 16], warm_up=1)
     assert told_apart([wide, narrow])[1].model == "gpt-31M (steps 20, c from -3 to 3)"
@@ -119,6 +119,48 @@ def test_a_sweep_finds_the_biases_of_fine_tuning_at_whatever_rate():
     fast.biases.append({"step": 1, "biases": {"layer": {"x": 5}}})
     slow.spec["lr"], fast.spec["lr"] = 1e-4, 1e-3
     assert wanted(told_apart([sweep, slow, fast]), "x")["gpt-31M"] == (3, 5)
+
+
+def test_bf16_that_diverged_is_nothing_to_be_held_to():
+    made = [line("parity", arm=arm, seed=seed, result={"loss": loss, "diverged": 40 * (arm == "bf16" and seed == 0)})
+            for arm, losses in {"bf16": [7.0, 1.0, 1.0], "current": [1.0, 1.0, 1.0]}.items()
+            for seed, loss in enumerate(losses)]  # fmt: skip
+    assert pairs(made, "current", "bf16", "loss") == {"gpt-31M": [0.0, 0.0]}
+    (said,) = findings(made, {})
+    assert "; BF16 itself was lost or diverged in 1, of which no pair counts" in said
+    assert "mean of 2 seeds" in page(made, [], sizes_of(made), "data")
+
+
+@pytest.mark.parametrize("study", ["parity", "finetune"])
+def test_one_pair_that_was_lost_shows_something(study):
+    made = [line(study, result={"loss": 1.0, "accuracy": 0.4}),
+            line(study, arm="current", result={"loss": None, "accuracy": None})]  # fmt: skip
+    made[1].spec["recipe"] = {"kind": "CurrentScaling"}
+    (said,) = findings(made, {})
+    assert "1 lost" in said and "shows nothing" not in said
+
+
+def test_numbers_have_the_digits_that_tell_them_apart():
+    near = [line("parity", result={"loss": 1.0}) for _ in range(2)]
+    near[0].spec["lr"], near[1].spec["lr"] = 0.46 / 384, 0.0012
+    assert [one.model for one in told_apart(near)] == ["gpt-31M (lr 0.001198)", "gpt-31M (lr 0.0012)"]
+
+
+def test_sizes_in_a_row_were_trained_alike():
+    small, large = swept("gpt-31M", range(-4, 5)), swept("gpt-73M", range(-2, 3))
+    assert "9, 5" in claims([small, large], sizes_of([small, large]))[-1].found
+    other = line("parity", result={"loss": 1.0})  # of another text: it gives the first one another name, and no more
+    other.spec["data"] = "def"
+    told = told_apart([small, large, other])
+    assert "9, 5" in claims(told, sizes_of(told))[-1].found
+    large.spec["steps"] = 40
+    assert claims([small, large], sizes_of([small, large]))[-1].run.startswith("fewer than two sizes")
+
+
+def test_a_run_in_another_folder_is_the_same(tmp_path):
+    one = line("parity", result={"loss": 1.0})
+    copy = Line("elsewhere", one.spec, 10, one.result, [], [])
+    assert merged(tmp_path / "runs.jsonl", [one, copy]) == [copy]
 
 
 def test_runs_that_differ_in_their_records_alone_are_one(tmp_path):

@@ -332,7 +332,7 @@ def interval_words(values: Sequence[float]) -> str:
 class Watch(NamedTuple):
     """What the alarm did in the runs that are judged."""
 
-    left: list[Outcome]
+    left: list[Outcome]  # for good
     blind: list[Outcome]  # of those that left: before any alarm is possible
     announced: list[int]  # by how many steps
     as_papers: list[Outcome]  # of those that left and were watched: not of the start
@@ -342,7 +342,7 @@ class Watch(NamedTuple):
 
 def watch_of(found: Sequence[Outcome]) -> Watch:
     of = judged(found)
-    left = [one for one in of if one.left]
+    left = [one for one in of if one.gone]  # what came back is no divergence
     seen = [one for one in left if one.watched]
     others = [one for one in of if not one.left and one.watched]
     return Watch(
@@ -387,12 +387,18 @@ def last_kurtosis(line: Line, kind: str, over: Callable[[Sequence[float]], float
 
 
 def in_bf16(lines: Sequence[Line]) -> list[dict[str, Line]]:
-    """{architecture: the first seed's run} of the kurtosis study, of those trained alike; sound and finished ones."""
-    found: dict[tuple[str, ...], dict[str, Line]] = {}
+    """{architecture: its run} of the kurtosis study, of those trained alike with one seed, the first one that most
+    have; sound and finished ones."""
+    found: dict[tuple[str, ...], dict[int, dict[str, Line]]] = {}
     for line in sorted(lines, key=lambda line: line.spec["seed"]):
-        if line.study == "kurtosis" and line.arm == "bf16" and math.isfinite(loss_of(line)) and not line.unsound:
-            found.setdefault(line.but_for("seed", "architecture"), {}).setdefault(line.architecture, line)
-    return [*found.values()]
+        if line.study == "kurtosis" and line.arm == "bf16" and _is_good(line):
+            seeds = found.setdefault(line.but_for("seed", "architecture"), {})
+            seeds.setdefault(line.spec["seed"], {})[line.architecture] = line
+    return [max(seeds.values(), key=len) for seeds in found.values()]
+
+
+def _is_good(line: Line) -> bool:
+    return math.isfinite(loss_of(line)) and not line.unsound
 
 
 class Beside(NamedTuple):
@@ -441,6 +447,8 @@ def _kurtosis_claim(lines: Sequence[Line]) -> Claim:
         return Claim(words, "nothing yet", "–", OPEN)
     settings = [one.line.setting for one in both]
     ran = "; ".join(f"a run of each, of {size}, {millions(steps * tokens)} tokens" for size, steps, tokens in settings)
+    bad = sum(line.study == "kurtosis" and line.result is not None and not _is_good(line) for line in lines)
+    ran += f"; {bad} more lost, or not sound" * bool(bad)
     good = [
         is_good for one in both for is_good in (one.gap < 1, *(mine < theirs for mine, theirs in one.ends.values()))
     ]

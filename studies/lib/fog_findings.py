@@ -142,15 +142,20 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
             f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}. "
             f"{_above_bf16({'': bounded})}{_by_rate(bounded)}"
         )
-        if unsound := [one for one in all_found if _is_bounded(one) and not one.steady]:
-            which = listed(dict.fromkeys(architecture_name(one.line.architecture) for one in unsound))
-            many = plural(len(unsound), "more run")
-            said.append(f"{many} of {which} {_was(len(unsound))} beside a BF16 that is not sound itself: not counted")
-    for (plain, normed, _), pair in {_names(pair): pair for pair in twins(all_found)}.items():
-        without, with_ = (number(one.reference.last) for one in pair)
+    if left_out := [one for one in all_found if one.attention and not one.aside and one not in of]:
+        which = listed(dict.fromkeys(architecture_name(one.line.architecture) for one in left_out))
+        said.append(
+            f"{plural(len(left_out), 'more run')} of {which} {_was(len(left_out))} beside a BF16 that is not sound, or "
+            "leaves itself when it is run again: not counted"
+        )
+    pairs: dict[tuple[str, str, float], list[Twins]] = {}
+    for pair in twins(all_found):
+        pairs.setdefault(_names(pair), []).append(pair)
+    for (plain, normed, _), of_names in pairs.items():
+        without, with_ = (span({number(one.reference.last) for one in side}) for side in zip(*of_names))
         said.append(
             f"{normed} is {plain} with nothing else changed; in BF16 its loss ends at {with_}, the other's at "
-            f"{without} ({rate_words(pair.with_.line)})"
+            f"{without} ({rate_words(of_names[0].with_.line)})"
         )
     usual = [one for one in of if one.line.spec["rate"] == 1]
     if usual:
@@ -211,13 +216,14 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
     said, watch = [], watch_of(found)
     if watch.left:
         said.append(
-            f"of {plural(len(watch.left), 'run')} in FP8 that left, the watch announced {len(watch.announced)}; "
-            f"{len(watch.blind)} left before the {FEWEST} samples that an alarm takes; {len(watch.as_papers)} of the "
-            f"others had neither left nor had their gradient norm jump within {EARLY} times the warm-up, which is what "
-            f"the claim speaks of; {len(watch.false)} of {len(watch.others)} that did not leave had an alarm"
+            f"of {plural(len(watch.left), 'run')} in FP8 that left for good, the watch announced "
+            f"{len(watch.announced)}; {len(watch.blind)} left before the {FEWEST} samples that an alarm takes; "
+            f"{len(watch.as_papers)} of the others had neither left nor had their gradient norm jump within {EARLY} "
+            f"times the warm-up, which is what the claim speaks of; {len(watch.false)} of {len(watch.others)} that did "
+            "not leave had an alarm"
         )
     if by_rms := [one for one in judged(found) if one.line.rms and one.watched]:
-        left = [one for one in by_rms if one.left]
+        left = [one for one in by_rms if one.gone]
         told = sum((of := alarm(one.line, "rms")) is not None and of.step < (one.left or 0) for one in left)
         others = [one for one in by_rms if not one.left]
         false = sum(alarm(one.line, "rms") is not None for one in others)

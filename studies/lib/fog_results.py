@@ -253,11 +253,15 @@ class Outcome(NamedTuple):
 
 
 def current(lines: Iterable[Line]) -> list[Line]:
-    """Of an old run and the same one made since, the new one, once it is as far."""
+    """Of an old run and the same one made since, the new one, once it is as far or has come to its end: one that was
+    lost ends early."""
     lines = list(lines)
     old = {(line.pair, line.arm): line for line in lines if line.old}
     again = {(line.pair, line.arm): line for line in lines if not line.old}
-    passed = [old[key] if line.step >= old[key].step else line for key, line in again.items() if key in old]
+    ended = {key: line.result is not None or line.lost for key, line in again.items()}
+    passed = [
+        old[key] if ended[key] or line.step >= old[key].step else line for key, line in again.items() if key in old
+    ]
     return [line for line in lines if all(line is not other for other in passed)]
 
 
@@ -297,7 +301,7 @@ def differences(lines: Iterable[Line], arm: str, key: str = "loss") -> dict[tupl
     """Of pairs of finished runs, by what they share."""
     found: dict[tuple[str, ...], Pairs] = {}
     for one in outcomes(lines, "parity"):
-        if one.line.arm == arm and one.line.result and one.reference.result:
+        if one.line.arm == arm and one.line.result and one.reference.result and not one.aside:
             mine, theirs = one.line.result.get(key), one.reference.result["loss"]
             shared = one.line.but_for("seed")
             line, values, unsound, old = found.get(shared, Pairs(one.line, [], 0, 0))

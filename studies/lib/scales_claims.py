@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .intervals import interval, pairs_needed
 from .scales_results import (
@@ -17,8 +17,10 @@ from .scales_results import (
     done,
     family,
     inference_ratios,
+    is_sound,
     pairs,
     plain_name,
+    trained_tokens,
     window,
 )
 
@@ -98,9 +100,12 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         verdict = _decided({arm: apart[arm] for arm in fp8})
         if all(within(apart[arm]) == "no" for arm in fp8):
             verdict = f"no arm in FP8 is within {MARGIN} % of it"
-        elif max(len(apart[arm]) for arm in fp8) == 1:
+        elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
-        found.append(f"{_gained(model, lines)}{verdict}. The loss against BF16's: {words}.{_by_product(apart)}")
+        found.append(
+            f"{_gained(model, lines)}{verdict}{unsound_words(mine)}. The loss against BF16's: {words}."
+            f"{_by_product(apart)}"
+        )
     return found
 
 
@@ -127,16 +132,18 @@ def _gained(model: str, lines: Sequence[Line]) -> str:
 def _trained(lines: Sequence[Line]) -> list[str]:
     """Of each model that was trained from scratch: which arms came near, or that too few pairs say nothing."""
     found = []
-    for model, _, apart in _against_bf16(lines, "parity"):
+    for model, mine, apart in _against_bf16(lines, "parity"):
         if not apart:
             continue
         again = apart.get("bf16-again")
         floor = statistics.fmean(map(abs, again)) if again and all(map(math.isfinite, again)) else None
         noise = "" if floor is None else f"; the same seed again moves BF16 by {floor:.2f} %"
-        if max(map(len, apart.values())) == 1:
+        noise += unsound_words(mine)
+        if _shows_nothing(apart.values()):
             found.append(f"Training {model} from scratch: of one pair each, which shows nothing{noise}.")
             continue
-        many = f"{min(map(len, apart.values()))} pairs" if len(set(map(len, apart.values()))) == 1 else "pairs"
+        counts = sorted(set(map(len, apart.values())))
+        many = f"{' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} pairs"
         verdict = _decided({arm: values for arm, values in apart.items() if arm != "bf16-again"})
         words = _each({arm: values for arm, values in apart.items() if arm != "bf16-again"})
         found.append(
@@ -145,6 +152,17 @@ def _trained(lines: Sequence[Line]) -> list[str]:
             else f"Training {model} from scratch in BF16 alone{noise}."
         )
     return found
+
+
+def _shows_nothing(apart: Iterable[Sequence[float]]) -> bool:
+    """One pair each, of which none was lost: that says something."""
+    return all(len(of) == 1 and math.isfinite(of[0]) for of in apart)
+
+
+def unsound_words(lines: Iterable[Line]) -> str:
+    """Of the runs of a study and model."""
+    bad = sum(line.spec["arm"] == "bf16" and line.result is not None and not is_sound(line.result) for line in lines)
+    return f"; BF16 itself was lost or diverged in {bad}, of which no pair counts" if bad else ""
 
 
 def _decided(apart: Mapping[str, Sequence[float]]) -> str:
@@ -165,7 +183,7 @@ def _each(apart: Mapping[str, Sequence[float]]) -> str:
     for arm, values in apart.items():
         open_ = within(values) == "open"
         needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
-        many = f" in {len(values)} pairs" if len({len(of) for of in apart.values()}) > 1 else ""
+        many = f" in {len(values)} pair{'s' * (len(values) > 1)}" if len({len(of) for of in apart.values()}) > 1 else ""
         takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
         said.append(f"{arm} {percent(values)}{many}{', open' * open_}{takes}")
     return ("; " if any(", open" in one for one in said) else ", ").join(said)
@@ -268,15 +286,22 @@ def _smaller(ratios: Ratios, lines: Sequence[Line], sizes: Mapping[str, float]) 
     """Within families: of models that were trained here, alike. A checkpoint's training differs from that of others."""
     words = "The larger the model, the smaller the window (stated of fine-tuning)"
     swept = {model: window(ours) for model, of in ratios.items() if (ours := constants(of))}
-    trained = [model for model in swept if any(line.model == model and line.study == "window" for line in lines)]
-    kinds: dict[tuple[str, str], dict[str, int]] = {}  # of a family, those whose names end alike
+    trained = {line.model: line for line in lines if line.model in swept and line.study == "window"}
+    kinds: dict[tuple[Any, ...], dict[str, int]] = {}  # of a family, those trained on as many tokens of one text
     for model in sorted(trained, key=lambda model: sizes[model]):
-        kinds.setdefault((family(model), model.removeprefix(plain_name(model))), {})[model] = _width(swept[model])
-    families = {"".join(kind): widths for kind, widths in kinds.items() if len(widths) > 1}
+        spec = trained[model].spec
+        kind = family(model), trained_tokens(trained[model]), spec.get("data"), spec.get("split")
+        kinds.setdefault(kind, {})[model] = _width(swept[model])
+    families = {
+        kind: widths
+        for kind, widths in kinds.items()
+        if len(widths) > 1 and len(widths) == len(set(map(plain_name, widths)))
+    }
     if not families:
-        return Claim(words, "fewer than two sizes of a family", "–", OPEN)
+        return Claim(words, "fewer than two sizes of a family, each trained once and alike", "–", OPEN)
     said = "widths in inference, from the smallest model to the largest: " + "; ".join(
-        (f"{name} " if len(families) > 1 else "") + ", ".join(map(str, of.values())) for name, of in families.items()
+        (f"{name} " if len(families) > 1 else "") + ", ".join(map(str, of.values()))
+        for (name, *_), of in families.items()
     )
     rows = [list(of.values()) for of in families.values()]
     falls = all(row[0] > row[-1] and all(a >= b for a, b in itertools.pairwise(row)) for row in rows)

@@ -12,7 +12,7 @@ from torch_fp8.table import markdown
 from .arms import words
 from .costs import costs_table
 from .divergence import FACTOR, MEDIAN, PATIENCE
-from .scales_claims import MARGIN, claims, findings, loss_before, percent, window_of, within
+from .scales_claims import MARGIN, claims, findings, loss_before, percent, unsound_words, window_of, within
 from .scales_figures import millions
 from .scales_results import (
     CRITERION,
@@ -22,6 +22,7 @@ from .scales_results import (
     done,
     gaps,
     inference_ratios,
+    is_sound,
     lacking_policies,
     pairs,
     plain_name,
@@ -179,7 +180,7 @@ def _arms(finished: Sequence[Line]) -> str:
 def _noise(model: str, lines: Sequence[Line]) -> str:
     """What BF16 does by itself."""
     mine = [line for line in lines if line.model == model]
-    losses = [line.result["loss"] for line in mine if line.spec["arm"] == "bf16" and line.result["loss"] is not None]
+    losses = [line.result["loss"] for line in mine if line.spec["arm"] == "bf16" and is_sound(line.result)]
     if len(losses) < 2:
         return ""
     scatter = 100 * statistics.stdev(losses) / statistics.fmean(losses)
@@ -187,7 +188,7 @@ def _noise(model: str, lines: Sequence[Line]) -> str:
     floor = f"; the same seed again moves it by {statistics.fmean(again):.2f} % on average" if again else ""
     return (
         f"* {model}, BF16: {statistics.fmean(losses):.4f} nats a token, mean of {len(losses)} seeds that scatter by "
-        f"{scatter:.2f} % (standard deviation){floor}"
+        f"{scatter:.2f} % (standard deviation){floor}{unsound_words(mine)}"
     )
 
 

@@ -94,10 +94,15 @@ def merged(path: Path, new: Iterable[Line]) -> list[Line]:
         path,
         Line,
         new,
-        lambda line: (line.study, line.run, json.dumps({**line.spec, "record": None}, sort_keys=True)),
+        lambda line: (line.study, *_place(line.spec), json.dumps({**line.spec, "record": None}, sort_keys=True)),
         lambda line: {key: line.spec[key] for key in OF_ARMS if line.spec.get(key) not in (None, _USUAL.get(key))},
         lambda line: (line.result is not None, line.step, bool(line.biases)),
     )
+
+
+def _place(spec: Spec) -> tuple[str, str, int]:
+    """Among lines of a study."""
+    return spec["model"], spec["arm"].replace(":", ""), spec["seed"]
 
 
 _USUAL = {"dtype": "bfloat16", "loss_scale": 1.0}
@@ -151,13 +156,18 @@ def _differing(line: Line, others: Sequence[Spec]) -> list[str]:
     keys = [key for key in line.shared if key != "seed" and any(of.get(key) != line.shared[key] for of in others)]
     if "steps" in keys:  # which these follow
         keys = [key for key in keys if key not in ("warm_up", "cooldown")]
-    return [_setting_words(key, line.shared[key]) for key in keys]
+    return [_setting_words(key, line.shared[key], [of.get(key) for of in others]) for key in keys]
 
 
-def _setting_words(key: str, value: Any) -> str:
+def _setting_words(key: str, value: Any, others: Iterable[Any]) -> str:
+    """A number with as few digits, three or more, as tell it from the others."""
     if key == "sweep" and value:
         return f"c from {min(value)} to {max(value)}"
-    return f"{key.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
+    if isinstance(value, float):
+        numbers = {of for of in others if isinstance(of, float)}
+        digits = next(n for n in range(3, 18) if len({f"{of:.{n}g}" for of in numbers}) == len(numbers))
+        return f"{key.replace('_', ' ')} {value:.{digits}g}"
+    return f"{key.replace('_', ' ')} {value}"
 
 
 # ---- what is read off lines ------------------------------------------------------------------------------------------
@@ -212,8 +222,8 @@ def window(ratios: Mapping[int, float]) -> tuple[int, int] | None:
 
 def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, list[float]]:
     """{model: relative differences of ``result[key]``, one for each two runs that differ in their arm alone, in per
-    cent}. That of a run that was lost is infinite; where the other was, there is none. What an arm has in its own FP8,
-    ``loss_fp8``, is held against ``loss``."""
+    cent}. That of a run that was lost is infinite; where the other was, or diverged, there is none. What an arm has in
+    its own FP8, ``loss_fp8``, is held against ``loss``."""
     alike: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
@@ -221,10 +231,15 @@ def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, 
     found: dict[str, list[float]] = {}
     for (model, _), arms in sorted(alike.items(), key=lambda item: item[0]):
         theirs = arms.get(against, {}).get(key.removesuffix("_fp8"))
-        if theirs and arms[against]["loss"] is not None and key in arms.get(arm, {}):
+        if theirs and is_sound(arms[against]) and key in arms.get(arm, {}):
             lost = arms[arm][key] is None or arms[arm]["loss"] is None
             found.setdefault(model, []).append(float("inf") if lost else 100 * (arms[arm][key] / theirs - 1))
     return found
+
+
+def is_sound(result: dict[str, Any]) -> bool:
+    """Whether others can be held to it."""
+    return result["loss"] is not None and not result.get("diverged")
 
 
 def gaps(lines: Iterable[Line], arm: str) -> list[tuple[int, float]]:
