@@ -222,15 +222,14 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
             f"times the warm-up, which is what the claim speaks of; {len(watch.false)} of {len(watch.others)} that did "
             "not leave had an alarm"
         )
-    if by_rms := [one for one in judged(found) if one.line.rms and one.watched]:
-        left = [one for one in by_rms if one.gone]
-        told = sum((of := alarm(one.line, "rms")) is not None and of.step < (one.left or 0) for one in left)
-        others = [one for one in by_rms if not one.left]
-        false = sum(alarm(one.line, "rms") is not None for one in others)
-        announced = f"would have announced {told} of {len(left)} that left" if left else "has seen none that left"
+    of_rms = [one._replace(alarm=alarm(one.line, "rms")) for one in judged(found) if one.line.rms and one.watched]
+    if of_rms:
+        rms = watch_of(of_rms)
+        told = f"would have announced {len(rms.announced)} of {len(rms.left)} that left"
         said.append(
             'by the rms of q, k and v (`fp8.watch(model, metrics="rms/qkv")`), where it was recorded, the watch '
-            f"{announced}, with an alarm in {false} of {len(others)} others"
+            f"{told if rms.left else 'has seen none that left'}, with an alarm in {len(rms.false)} of "
+            f"{len(rms.others)} others"
         )
     for one in beside(lines):
         size, steps, tokens = one.line.setting
