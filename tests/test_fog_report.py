@@ -539,6 +539,28 @@ def test_parity_of_two_lengths_has_two_names():
     (said,) = findings(pairs, "")
     assert "FOG-max of tiny, 300 × 128 tokens, learning rate 0.001 not shown" in said
     assert "FOG-max of tiny, 400 × 128 tokens, learning rate 0.001 not shown" in said
+    (run,) = (claim.run for claim in claims(pairs) if claim.words.startswith("FOG-max with FP8 attention is as good"))
+    lengths = [f"2 pairs of tiny, {steps} × 128 tokens, learning rate 0.001" for steps in (300, 400)]
+    assert run == "; ".join(lengths)
+
+
+def test_two_lengths_of_one_size_have_two_headings():
+    def runs(steps, away, rate=10):
+        return [line("llama3", arm, rate=rate, steps=steps, to=steps, away=away * (arm == PAPER_ARM))
+                for arm in ("bf16", "bf16-again", "fp8", PAPER_ARM)]  # fmt: skip
+
+    both = [*runs(300, away=100), *runs(400, away=120)]
+    first, second, *_ = findings([*both, *runs(500, away=0, rate=1)], "")
+    assert first.startswith("**Llama 3 of tiny, 300 × 128 tokens at learning rate 0.01, 10 × the usual one: 1 of 1")
+    assert second.startswith("**Llama 3 of tiny, 400 × 128 tokens at learning rate 0.01, 10 × the usual one: 1 of 1")
+    (found,) = (claim.found for claim in claims(both) if claim.words == LLAMA)
+    steps = [f"step {at} ({at * 0.128:.3g}k tokens; tiny, {of} × 128 tokens, learning rate 0.01)"
+             for at, of in ((100, 300), (120, 400))]  # fmt: skip
+    assert found == f"2 of 2 left BF16, at {' and '.join(steps)}"
+    alone = findings([*runs(300, away=100), *runs(400, away=120, rate=3)], "")  # each rate has one length
+    assert alone[0].startswith("**Llama 3 of tiny at learning rate 0.01, 10") and alone[1].startswith(
+        "**Llama 3 of tiny at learning rate 0.003, 3"
+    )
 
 
 def sized(one, size, tokens):

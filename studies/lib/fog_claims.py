@@ -22,8 +22,11 @@ from .fog_words import (
     plural,
     rates_words,
     setting_order,
+    size_words,
+    sizes_in,
     span,
     three_digits,
+    told_apart,
 )  # fmt: skip
 from .intervals import interval, pairs_needed
 
@@ -161,7 +164,8 @@ def _left(of: Sequence[Outcome]) -> str:
     at: dict[tuple[str, int, float], list[int]] = {}
     for one in of:
         if one.left:
-            at.setdefault((one.line.setting[0], one.line.setting[2], one.line.spec["lr"]), []).append(one.left)
+            size = size_words(one.line, (other.line for other in of))
+            at.setdefault((size, one.line.setting[2], one.line.spec["lr"]), []).append(one.left)
     where = [
         f"step{'s' * (len(steps) > 1)} {listed(map(str, sorted(steps)))} "
         f"({span([step * tokens for step in steps], millions)} tokens; {size}, learning rate {rate:g})"
@@ -276,7 +280,8 @@ def _equal(lines: Sequence[Line], name: str) -> Claim:
     of = [pairs for _, pairs in keys]
     if not of:
         return Claim(words, "nothing yet", "–", OPEN)
-    ran = "; ".join(f"{pairs_words(pairs)} of {pairs.line.setting[0]}" for pairs in of)
+    sizes = sizes_in(told_apart([pairs.line for pairs in of], "seed"))
+    ran = "; ".join(f"{pairs_words(pairs)} of {sizes[key]}" for key, pairs in keys)
     floor = differences(lines, "bf16-again")
     said = "; ".join(
         f"{interval_words(pairs.values)} of the loss"

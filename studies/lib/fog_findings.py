@@ -38,6 +38,7 @@ from .fog_words import (
     rate_words,
     rates_words,
     setting_order,
+    size_words,
     sizes_in,
     span,
     told_apart,
@@ -74,7 +75,8 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
     again = [one for one in all_found if one.line.arm == "bf16-again" and one.line.pair in pairs]
     arms = len({one.line.arm for one in attention})
     variants = f", in {arms} variants," if arms > 1 else ""
-    name = f"{architecture_name(line.architecture)} of {line.setting[0]} at {rate_words(line)}"
+    size = size_words(line, (one.line for one in all_found))
+    name = f"{architecture_name(line.architecture)} of {size} at {rate_words(line)}"
     said = [f"**{name}: {count_left(attention, 'run')} with FP8 attention{variants} left BF16's loss**"]
     said[0] += f", {_at(left, line)}" if left else f" in {steps_words(attention)} ({tokens_words(attention)})"
     said += [back_words(attention)] * any(one.came_back for one in attention)

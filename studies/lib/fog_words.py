@@ -62,9 +62,20 @@ def bounds_qk(name: str) -> bool:
 
 def plainly(line: Line) -> tuple[str, str, str, int]:
     """Architecture, size and length, learning rate, seed: what a reader tells runs of an arm apart by."""
+    return architecture_name(line.architecture), length_words(line), f"{line.spec['lr']:g}", line.spec["seed"]
+
+
+def length_words(line: Line) -> str:
     size, steps, tokens = line.setting
-    name = architecture_name(line.architecture)
-    return name, f"{size}, {steps} × {millions(tokens)} tokens", f"{line.spec['lr']:g}", line.spec["seed"]
+    return f"{size}, {steps} × {millions(tokens)} tokens"
+
+
+def size_words(line: Line, among: Iterable[Line]) -> str:
+    """Its size alone; its length too, where among these its architecture was trained in another length as well, at its
+    size and learning rate."""
+    alike = [other for other in among if other.architecture == line.architecture and
+             (other.setting[0], other.spec["lr"]) == (line.setting[0], line.spec["lr"])]  # fmt: skip
+    return line.setting[0] if all(other.setting == line.setting for other in alike) else length_words(line)
 
 
 def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[str, ...]]:
