@@ -25,7 +25,7 @@ import torch_fp8 as fp8
 from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
-from lib.fog_results import condensed, merged
+from lib.fog_results import USUAL, condensed, learning_rate, merged, times_usual
 from lib.kurtosis import Kurtosis
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
@@ -99,8 +99,9 @@ def specs_of(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
         for arm_name in args.arms:
             for rate in args.rates:
                 for name in args.architectures:
-                    spec = {"study": args.command, "architecture": name, "arm": arm_name, "rate": rate}
-                    spec |= {"fp8": arm(arm_name), **training_spec(args, corpus, seed), "lr": args.lr * rate}
+                    lr = learning_rate(args.lr, rate)
+                    spec = {"study": args.command, "architecture": name, "arm": arm_name, "rate": times_usual(lr)}
+                    spec |= {"fp8": arm(arm_name), **training_spec(args, corpus, seed), "lr": lr}
                     folder = f"{name.replace(':', '+')}_x{rate:g}_{arm_name}_{seed}"
                     if folder in specs:
                         raise UserError(f"two runs would be called {folder}; give each architecture, arm and rate once")
@@ -218,7 +219,7 @@ def _add_training(
         help=f"of models/fog_config.py, also with {ends} behind; default: {' '.join(architectures)}")  # fmt: skip
     add("--arms", nargs="+", default=arms, metavar="ARM", help=f"{', '.join(ARMS)}; default: {' '.join(arms)}")
     add("--size", default="100M", metavar="NAME", help=f"{', '.join(SIZES)} (default: 100M)")
-    add("--lr", type=float, default=1e-3, metavar="X", help="peak learning rate, times those of --rates")
+    add("--lr", type=float, default=USUAL, metavar="X", help="peak learning rate, times those of --rates")
     add("--rates", type=float, nargs="+", default=rates, metavar="X", help=f"default: {' '.join(map(str, rates))}")
     add("--seeds", type=int, default=seeds, metavar="N", help=f"default: {seeds}")
     add("--steps", type=int, default=1500, metavar="N", help="default: 1500")

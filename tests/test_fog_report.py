@@ -532,6 +532,24 @@ def test_kurtosis_is_compared_between_runs_of_one_seed():
     assert "a run of each, of tiny, 38.4k tokens; 1 more lost, or not sound" in [claim.run for claim in claims(runs)]
 
 
+def typed(one, rate):
+    """The same run, but asked for by another --lr and as so many times that."""
+    return dataclasses.replace(one, spec={**one.spec, "rate": rate})
+
+
+def test_one_learning_rate_is_one_setting_however_it_was_typed(tmp_path):
+    runs = [line("llama3", arm, rate=10, away=100 * (arm == PAPER_ARM)) for arm in ("bf16", "bf16-again", PAPER_ARM)]
+    runs += [line("llama3"), line("llama3", PAPER_ARM)]
+    others = [typed(runs[0], 10.0), typed(runs[1], 1), typed(runs[2], 1.0), typed(runs[3], 0.1), typed(runs[4], 3)]
+    assert page(others, [], "") == page(runs, [], "")
+    first, second, *_ = findings(others, "")
+    assert first.startswith("**Llama 3 of tiny at learning rate 0.01, 10 × the usual one: 1 of 1 run")
+    assert second.startswith("At the usual rate 0 of 1 run")
+    assert verdict(LLAMA, *others, line("llama3", "fp8", rate=10)) == f"{CONSISTENT}; at 10 × the usual rate"
+    assert "at the usual rate it is" in part(others, "start")
+    assert len(merged(tmp_path / "runs.jsonl", [*runs, *others])) == len(runs)
+
+
 def test_parity_of_two_lengths_has_two_names():
     pairs = [line("fog-max", arm, study="parity", seed=seed, loss=loss, steps=steps, to=steps)
              for steps in (300, 400) for seed, arm, loss in

@@ -117,6 +117,17 @@ def test_bad_input_is_refused_in_words(tmp_path, tokens, arguments, words, monke
     assert words in str(refused.value) and not (tmp_path / "out").exists()
 
 
+def test_one_learning_rate_is_one_run_however_it_was_typed(tmp_path, tokens, monkeypatch):
+    def specs(lr, rate):
+        typed = ["provoke", *TINY, "--architectures", "llama3", "--seeds", "1", "--lr", lr, "--rates", rate]
+        monkeypatch.setattr(sys, "argv", command(*typed, tokens=tokens, out=tmp_path)[1:])
+        return list(fog.specs_of(fog.parse_arguments(), fog.read_corpus(tokens)).values())
+
+    assert specs("0.01", "1") == specs("0.001", "10") == specs("1e-4", "100")
+    assert specs("0.003", "1") == specs("3e-4", "10") and specs("3e-4", "10")[0]["rate"] == 3  # 0.0003 * 10 < 0.003
+    assert specs("0.003", "1") != specs("0.01", "1")
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 

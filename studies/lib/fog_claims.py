@@ -101,7 +101,7 @@ def _proven(found: Sequence[Outcome], all_found: Sequence[Outcome]) -> list[Outc
 def _diverged(found: Sequence[Outcome], all_found: Sequence[Outcome], verdict: str) -> str | None:
     """The verdict where some of these are proven to have left, as what the paper saw or in another way; None where
     none is."""
-    reasons = [(_differing(one, all_found), one.line.spec["rate"]) for one in _proven(found, all_found)]
+    reasons = [(_differing(one, all_found), one.line.rate) for one in _proven(found, all_found)]
     if not reasons:
         return None
     why, rate = min(reasons, key=lambda of: (len(of[0]), of[1]))  # the nearest to the paper's

@@ -64,7 +64,7 @@ def _leaving(all_found: Sequence[Outcome]) -> list[str]:
 
 
 def _bore(line: Line) -> bool:
-    return line.spec["rate"] > 1 and not bounds_qk(line.architecture)
+    return line.rate > 1 and not bounds_qk(line.architecture)
 
 
 def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
@@ -159,7 +159,7 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
             f"{normed} is {plain} with nothing else changed; in BF16 its loss ends at {with_}, the other's at "
             f"{without} ({rate_words(of_names[0].with_.line)})"
         )
-    usual = [one for one in of if one.line.spec["rate"] == 1]
+    usual = [one for one in of if one.line.rate == 1]
     if usual:
         many = plural(len({one.line.architecture for one in usual}), "architecture")
         said.append(

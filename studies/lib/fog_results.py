@@ -4,7 +4,8 @@
  "samples": [steps], "kurtosis": {"qkv": [[of each layer] of each sample], "ffn": ..., "block": ...},
  "rms": {"qkv": as of kurtosis, or nothing of runs that were condensed before it was}}
 
-Runs are told apart by their spec. null stands for a number that is not finite.
+Runs are told apart by their spec, but for its ``rate``: the learning rate, ``lr``, says all of it. null stands for a
+number that is not finite.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
 FEWEST = FIRST + IN_A_ROW - 1  # samples before which nothing can raise an alarm
 KINDS = {"qkv": "q, k and v", "ffn": "input of the FFN's second projection", "block": "output of the block"}
 LAST = 50  # steps whose mean is a run's last training loss
+USUAL = 1e-3  # the peak learning rate that others are called so many times of
+
+
+def learning_rate(base: float, times: float) -> float:
+    """To 12 digits: 10 times 0.0003 is 0.003, and in floats a little less, which would be another run."""
+    return float(f"{base * times:.12g}")
+
+
+def times_usual(lr: float) -> float:
+    return float(f"{lr / USUAL:.6g}")
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,19 @@ class Line:
     def arm(self) -> str:
         return self.spec["arm"]
 
+    @property
+    def rate(self) -> float:
+        """Its learning rate over the usual one, whatever its spec calls ``rate``: that is what was typed."""
+        return times_usual(self.spec["lr"])
+
+    @property
+    def training(self) -> Spec:
+        """What its spec says but for its arm, each thing once."""
+        return {key: value for key, value in sorted(self.spec.items()) if key not in ("arm", "fp8", "rate")}
+
     def but_for(self, *keys: str) -> tuple[str, ...]:
         """What its spec says but for its arm and these: runs that share it differ in nothing else."""
-        left_out = ("arm", "fp8", *keys)
-        return tuple(f"{key} {json.dumps(value)}" for key, value in sorted(self.spec.items()) if key not in left_out)
+        return tuple(f"{key} {json.dumps(value)}" for key, value in self.training.items() if key not in keys)
 
     @property
     def pair(self) -> tuple[str, ...]:
@@ -140,7 +160,11 @@ def _digits(value: Loss, digits: int) -> Loss:
 
 
 def merged(path: Path, new: Iterable[Line]) -> list[Line]:
-    return merge_lines(path, Line, new, lambda line: json.dumps(line.spec, sort_keys=True), _meaning)
+    return merge_lines(path, Line, new, _identity, _meaning)
+
+
+def _identity(line: Line) -> str:
+    return json.dumps({key: value for key, value in line.spec.items() if key != "rate"}, sort_keys=True)
 
 
 def _meaning(line: Line) -> Spec:

@@ -79,13 +79,9 @@ def _short(line: Line) -> str:
 
 def _usual(reference: Line, found: Sequence[Outcome]) -> str:
     """Where it ends at the usual rate, if this is another one."""
-    free = {"lr": None, "every": None}
-    wanted = {**reference.spec, "rate": 1, **free}
-    for one in found:
-        other = one.reference
-        if {**other.spec, **free} == wanted and reference.spec["rate"] != 1:
-            return f"; at the usual rate it is {number(other.last)}{_short(other)}"
-    return ""
+    alike = [one.reference for one in found if one.reference.but_for("lr", "every") == reference.but_for("lr", "every")]
+    usual = next((other for other in alike if other.rate == 1 and reference.rate != 1), None)
+    return "" if usual is None else f"; at the usual rate it is {number(usual.last)}{_short(usual)}"
 
 
 # ---- what it needs ---------------------------------------------------------------------------------------------------

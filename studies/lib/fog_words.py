@@ -87,8 +87,8 @@ def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[
         alike.setdefault(tuple(map(str, plainly(line)[:count])), {}).setdefault(line.but_for(*but), line)
     found = {}
     for (*what, last), groups in alike.items():
-        specs = [line.spec for line in groups.values()]
-        keys = [key for key in specs[0] if key not in ("arm", "fp8", *but)]
+        specs = [line.training for line in groups.values()]
+        keys = [key for key in specs[0] if key not in but]
         keys = [key for key in keys if any(spec.get(key) != specs[0][key] for spec in specs)]
         for key, line in groups.items():
             found[key] = (*what, ", ".join([last, *(_in_words(key, line.spec.get(key)) for key in keys)]))
@@ -156,5 +156,5 @@ def listed(words: Iterable[str]) -> str:
 
 
 def rate_words(line: Line) -> str:
-    times = line.spec["rate"]
-    return f"learning rate {line.spec['lr']:g}" + ("" if times == 1 else f", {times:g} × the usual one")
+    times = "" if line.rate == 1 else f", {line.rate:g} × the usual one"
+    return f"learning rate {line.spec['lr']:g}{times}"
