@@ -455,6 +455,24 @@ def test_pairs_whose_bf16_is_not_sound_are_no_pairs():
     assert _parity([*runs, *other]).count("| FOG-opt |") == 2
 
 
+def test_an_architecture_with_no_sound_bf16_has_its_word_on_parity():
+    def runs(name, spoilt):
+        made = [line(name, arm, study="parity", seed=seed) for seed in range(2) for arm in ("bf16", PAPER_ARM)]
+        return [spiked(one) if spoilt and one.arm == "bf16" else one for one in made]
+
+    words = "FOG-opt of tiny not shown: 0 pairs, and 2 whose BF16 is not sound itself."
+    (both,) = findings([*runs("fog-max", False), *runs("fog-opt", True)], "")
+    assert "FOG-max of tiny shown, +0.00 ± 0.00 % in 2 pairs. " in both and both.endswith(words)
+    (alone,) = findings(runs("fog-opt", True), "")
+    assert alone.endswith(f"above BF16's loss:** {words}")
+    (claim,) = (
+        claim for claim in claims(runs("fog-opt", True)) if claim.words.startswith("FOG-opt with FP8 attention")
+    )
+    assert claim.verdict == f"{OPEN}: not shown, no pair has a BF16 that is sound itself" and claim.found == "–"
+    single = [line("fog-opt", arm, study="parity") for arm in ("bf16", PAPER_ARM)]
+    assert verdict("FOG-opt with FP8 attention is as good", *single).endswith("above the margin of 0.25 %")
+
+
 def test_kurtosis_of_lost_runs_is_not_compared():
     words = "FOG-max has as low a loss as Llama 3 in BF16"
     llama, fog_max = line("llama3", study="kurtosis", grows=250), line("fog-max", study="kurtosis")

@@ -284,18 +284,25 @@ def _equal(lines: Sequence[Line], name: str) -> Claim:
     ran = "; ".join(f"{pairs_words(pairs)} of {sizes[key]}" for key, pairs in keys)
     floor = differences(lines, "bf16-again")
     said = "; ".join(
-        f"{interval_words(pairs.values)} of the loss"
+        interval_words(pairs.values)
+        + " of the loss" * bool(pairs.values)
         + (f"; BF16 against itself {interval_words(floor[key].values)}" if key in floor else "")
         for key, pairs in keys
     )
     shown = {parity_of(pairs) for pairs in of}
-    needed = listed(needed_words(pairs.values) for pairs in of)
-    takes = f"at this scatter that takes {needed} pairs, if the mean is 0"
-    why = f"not shown, the interval ends above the margin of {MARGIN} %; {takes}"
+    why = _not_shown(of)
     if any(pairs.old and _above(pairs.values) for pairs in of):
         why = f"not shown, and what is marked{OLD} proves nothing against FP8"
     verdict = {"yes": CONSISTENT, "no": NOT}.get(shown.pop(), f"{OPEN}: {why}") if len(shown) == 1 else OPEN
     return Claim(words, ran, said, verdict)
+
+
+def _not_shown(of: Sequence[Pairs]) -> str:
+    if not any(pairs.values for pairs in of):
+        return "not shown, no pair has a BF16 that is sound itself"
+    needed = [words for pairs in of if (words := needed_words(pairs.values)) != "–"]
+    takes = f"; at this scatter that takes {listed(needed)} pairs, if the mean is 0" if needed else ""
+    return f"not shown, the interval ends above the margin of {MARGIN} %{takes}"
 
 
 def pairs_words(pairs: Pairs) -> str:

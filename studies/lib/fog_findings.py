@@ -189,15 +189,16 @@ def _names(pair: Twins) -> tuple[str, str, float]:
 
 def _parity(lines: Sequence[Line]) -> list[str]:
     floor = differences(lines, "bf16-again")
-    of = [(key, pairs) for key, pairs in differences(lines, PAPER_ARM).items() if pairs.values]
+    of = list(differences(lines, PAPER_ARM).items())
     if not of:
         return []
     said = []
     sizes = sizes_in(told_apart([pairs.line for _, pairs in of], "seed"))
     for key, pairs in sorted(of, key=lambda item: architecture_order(item[1].line.architecture)):
         shown, needed = parity_of(pairs), needed_words(pairs.values)
+        mean = f", {_mean(pairs.values)} in" if pairs.values else ":"
         name = architecture_name(pairs.line.architecture)
-        words = f"{name} of {sizes[key]} {PARITY[shown]}, {_mean(pairs.values)} in {pairs_words(pairs)}"
+        words = f"{name} of {sizes[key]} {PARITY[shown]}{mean} {pairs_words(pairs)}"
         if key in floor and floor[key].values:
             words += f", where BF16 against itself has {_mean(floor[key].values)}"
         said.append(
