@@ -526,6 +526,24 @@ def test_findings_are_sentences_of_the_data():
     )
 
 
+def test_runs_without_a_bf16_beside_them_are_counted_and_named():
+    sound = [line("fog-max"), line("fog-max", PAPER_ARM)]
+    lonely = line("llama3", PAPER_ARM, seed=1, away=100)
+    (*rest, last) = findings([*sound, lonely], "")
+    where = "Llama 3, tiny, 300 × 128 tokens, learning rate 0.001, seed 1"
+    assert rest == findings(sound, "")
+    assert last == (
+        f"**1 run with no BF16 beside it**, which says nothing: {where} (FP8 linears and attention, as the paper)."
+    )
+    more = [line("llama3", "fp8", seed=1), line("fog-opt", "bf16-again", rate=3), line("op", "fp8", to=0)]
+    more += [line("llama3", seed=1, to=0), line("fog-opt", PAPER_ARM, study="parity", rate=3)]
+    (*_, last) = findings([*sound, lonely, *more], "")
+    assert last.startswith("**4 runs with no BF16 beside them**, which say nothing: Llama 3, ")
+    assert f"{where} (FP8 linears, FP8 linears and attention, as the paper); FOG-opt, tiny" in last
+    assert last.count("FOG-opt, ") == 2 and "study provoke" in last and "study parity" in last and "OP" not in last
+    assert findings([*sound, lonely, line("llama3", seed=1)], "")[-1] != last
+
+
 def test_a_new_run_that_was_lost_takes_the_place_of_its_old_twin():
     runs = [line("olmo2"), line("olmo2", PAPER_ARM), line("olmo2", PAPER_ARM, lost=100, to=120)]
     runs[1].spec["fp8"] = {key: value for key, value in runs[1].spec["fp8"].items() if key != "keeps_scores"}

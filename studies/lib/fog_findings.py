@@ -23,13 +23,15 @@ from .fog_claims import (
     twins,
     watch_of,
 )  # fmt: skip
-from .fog_results import FEWEST, LAST, Line, Outcome, alarm, current, differences, outcomes
+from .fog_results import FEWEST, LAST, Line, Outcome, alarm, alone, current, differences, outcomes
 from .fog_words import (
+    ARMS,
     MARGIN,
     OLD,
     PAPER_ARM,
     architecture_name,
     architecture_order,
+    arm_order,
     bounds_qk,
     listed,
     millions,
@@ -49,7 +51,8 @@ from .intervals import interval
 def findings(lines: Sequence[Line], measured: str) -> list[str]:
     """measured: the page of benchmarks/fog.py."""
     found = outcomes(lines, "provoke")
-    return [*_leaving(found), *_holding(found), *_parity(lines), *_kurtosis(found, lines), *_speed(measured)]
+    of_runs = [*_leaving(found), *_holding(found), *_parity(lines), *_kurtosis(found, lines)]
+    return [*of_runs, *_speed(measured), *_alone(lines)]
 
 
 def _leaving(all_found: Sequence[Outcome]) -> list[str]:
@@ -247,3 +250,18 @@ def _speed(measured: str) -> list[str]:
     ]
     words = "**Speed of a step of FOG-flash's layers in FP8 over Llama 3's in BF16, compiled:**"
     return [f"{words} {', '.join(said)}."] if said else []
+
+
+def _alone(lines: Sequence[Line]) -> list[str]:
+    of = [line for study in ("provoke", "parity") for line in alone(lines, study)]
+    if not of:
+        return []
+    which = []
+    for pair, (name, length, rate, seed) in told_apart(of).items():
+        arms = sorted({line.arm for line in of if line.pair == pair}, key=arm_order)
+        which.append(f"{name}, {length}, learning rate {rate}, seed {seed} ({', '.join(ARMS[arm] for arm in arms)})")
+    one = len(of) == 1
+    return [
+        f"**{plural(len(of), 'run')} with no BF16 beside {'it' if one else 'them'}**, which "
+        f"{'says' if one else 'say'} nothing: {'; '.join(which)}."
+    ]

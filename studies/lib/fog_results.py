@@ -291,8 +291,7 @@ def current(lines: Iterable[Line]) -> list[Line]:
 
 def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
     """Of each run that has a BF16 twin, as far as both went; neither need be finished."""
-    of_study = current(line for line in lines if line.study == study and line.losses)
-    references = {line.pair: line for line in of_study if line.arm == "bf16"}
+    of_study, references = _begun(lines, study)
     steady = {pair: not line.unsound for pair, line in references.items()}
     found = []
     for line in of_study:
@@ -302,6 +301,18 @@ def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
             further = _further(line, reference)
             found.append(Outcome(line, reference, seen, left, alarm(line), further, steady[line.pair]))
     return found
+
+
+def alone(lines: Iterable[Line], study: str) -> list[Line]:
+    """The runs that have no BF16 twin, and so no outcome."""
+    of_study, references = _begun(lines, study)
+    return [line for line in of_study if line.arm != "bf16" and line.pair not in references]
+
+
+def _begun(lines: Iterable[Line], study: str) -> tuple[list[Line], dict[tuple[str, ...], Line]]:
+    """The runs of a study that have a loss, and {pair: that in BF16}."""
+    of_study = current(line for line in lines if line.study == study and line.losses)
+    return of_study, {line.pair: line for line in of_study if line.arm == "bf16"}
 
 
 def _further(line: Line, reference: Line) -> float | None:
