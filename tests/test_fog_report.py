@@ -440,6 +440,42 @@ def test_a_run_in_fp8_that_rises_above_its_start_does_not_hold_though_it_comes_b
     assert "not by 300, but above its start at 40" in _by_arm(outcomes(runs, "provoke"))
 
 
+def raised(one, at):
+    """Its loss rises by two from that step on, which is not above its start."""
+    one.losses[at - 1 :] = [loss + 2 for loss in one.losses[at - 1 :]]
+    return one
+
+
+def test_a_run_that_goes_wrong_where_bf16_has_not_come_yet_is_said_to_have_done_what_it_did():
+    """Lost, diverged by itself, or above its start."""
+    half = [line("fog-max", to=150), line("fog-max", "bf16-again", to=150)]
+    lost, risen = line("fog-max", PAPER_ARM, lost=200, to=210), spiked(line("fog-max", PAPER_ARM), at=200)
+    for one, cell, did in (
+        (lost, "not finite at 200", "came to a loss that is not finite, further than BF16 went"),
+        (raised(line("fog-max", PAPER_ARM), at=200), "diverged at 219", "diverged by itself"),
+        (risen, "above its start at 200", "rose above the loss of the first step on the way"),
+    ):
+        assert f"| not by 150, unfinished, but {cell} |" in _by_arm(outcomes([*half, one], "provoke"))
+        (claim,) = (one for one in claims([*half, one]) if one.words == "FOG-max does not diverge with FP8 attention")
+        assert claim.found == f"none left BF16 in 150 steps; 1 more {did}"
+        why = (
+            "BF16 was not run as far as what was lost" if one is lost else "it may yet come, after so many tokens more"
+        )
+        assert claim.verdict == f"{OPEN}: {why}"
+        assert f"Of those that did not leave, 1 {did}." in findings([*half, one], "")[0]
+    whole = [line("llama3", arm, seed=1, away=away) for arm, away in (("bf16", 0), (PAPER_ARM, 100))]
+    half = [line("llama3", to=150), line("llama3", PAPER_ARM, lost=200, to=210)]
+    assert "; 1 more came to a loss that is not finite, further than BF16 went; " not in findings(whole, "")[0]
+    assert "; 1 more came to a loss that is not finite, further than BF16 went; " in findings([*whole, *half], "")[0]
+
+
+def test_a_panel_says_what_bf16_itself_did(tmp_path, monkeypatch):
+    for spoilt, does in ((line("op", lost=250), "is lost"), (raised(line("op"), at=200), "diverges"),
+                         (spiked(line("op"), at=200), "rises above its start")):  # fmt: skip
+        figure = drawn([spoilt, line("op", PAPER_ARM)], tmp_path, monkeypatch)["losses-tiny-300x128-lr0.001"]
+        assert f"BF16 itself {does}" in {text.get_text() for axes in figure.axes for text in axes.texts}
+
+
 def test_pairs_whose_bf16_is_not_sound_are_no_pairs():
     runs = [line("fog-opt", arm, study="parity", seed=seed, loss=3.0 + 0.001 * seed)
             for seed in range(4) for arm in ("bf16", PAPER_ARM)]  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch_fp8.table import read_markdown
 
-from .fog_results import FEWEST, KINDS, Line, Outcome, Pairs, differences, outcomes
+from .fog_results import ABOVE, DIVERGED, FEWEST, KINDS, LOST, Line, Outcome, Pairs, differences, outcomes
 from .fog_words import (
     MARGIN,
     OLD,
@@ -33,6 +34,12 @@ from .intervals import interval, pairs_needed
 PARITY = {"yes": "shown", "no": "not so", "open": "not shown"}
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed here"
 OTHER = "diverges, but in another way than the paper's"
+# What a run in FP8 did that has not left its BF16. Within the latter's steps a loss that is not finite leaves it.
+_DID = {
+    ABOVE: "rose above the loss of the first step on the way",
+    DIVERGED: "diverged by itself",
+    LOST: "came to a loss that is not finite, further than BF16 went",
+}
 EARLY = 2  # times the warm-up: a divergence before is one of the start
 FOGS = ("fog-max", "fog-opt", "fog-flash")
 SPEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "fog.md"  # what benchmarks/fog.py wrote
@@ -173,8 +180,13 @@ def _left(of: Sequence[Outcome]) -> str:
     ]
     said = f"{count_left(of)} left BF16, at {listed(where)}" if at else f"none left BF16 in {steps_words(of)}"
     said += f"; {back}" if (back := back_words(of)) else ""
-    up = sum(not one.left and not one.holds for one in of)
-    return said + (f"; {up} more rose above the loss of the first step on the way" if up else "")
+    return said + "".join(f"; {count} more {words}" for count, words in unheld(of))
+
+
+def unheld(of: Sequence[Outcome]) -> list[tuple[int, str]]:
+    """How many of those that count did not leave and do not hold either, and what each of them did."""
+    faults = Counter(one.line.fault for one in of if not one.left and not one.holds)
+    return [(faults[fault], words) for fault, words in _DID.items() if faults[fault]]
 
 
 def back_words(of: Sequence[Outcome]) -> str:
@@ -196,8 +208,11 @@ def _undecided(of: Sequence[Outcome]) -> str:
     """Why runs that are not proven to have left do not decide."""
     if not of:
         return ""
-    left = any(one.gone for one in of)
-    return ": BF16, run again as far, is not known to hold" if left else ": it may yet come, after so many tokens more"
+    if any(one.gone for one in of):
+        return ": BF16, run again as far, is not known to hold"
+    if any(not one.left and one.line.fault == LOST for one in of):
+        return ": BF16 was not run as far as what was lost"
+    return ": it may yet come, after so many tokens more"
 
 
 def _holds(all_found: Sequence[Outcome], name: str) -> Claim:

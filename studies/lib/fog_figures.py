@@ -16,7 +16,7 @@ from models.fog_config import ARCHITECTURES, SIZES
 
 from .divergence import FACTOR
 from .fog_claims import count_left, needed_words, tally
-from .fog_results import KINDS, Line, Outcome, current, differences, outcomes, smoothed
+from .fog_results import ABOVE, DIVERGED, KINDS, LOST, Line, Outcome, current, differences, outcomes, smoothed
 from .fog_words import (
     ARMS,
     MARGIN,
@@ -57,6 +57,7 @@ _CUT = (
     f"▲ at the upper edge: the loss goes on above {FACTOR:g} times that of the first step, where a panel ends; beside "
     "it, the most that it comes to."
 )
+_DOES = {ABOVE: "rises above its start", DIVERGED: "diverges", LOST: "is lost"}
 
 
 # What ``draw`` may call a picture, and nothing else: such a file in its folder is one of its own.
@@ -209,8 +210,8 @@ def losses(path: Path, lines: Sequence[Line]) -> None:
 
     def plot(axes: Axes, name: str, of: Sequence[Line]) -> None:
         here = [one for one in found if architecture_name(one.line.architecture) == name]
-        sound = all(one.steady for one in here)
-        _head(axes, name, tally(here) if sound else ["BF16 itself rises above its start"])
+        faults = [one.reference.fault for one in here if not one.steady]
+        _head(axes, name, [f"BF16 itself {_DOES[faults[0]]}"] if faults else tally(here))
         _plot_losses(axes, of, here, {})
 
     title = f"Losses in FP8 beside BF16, {rate_words(lines[0])}"

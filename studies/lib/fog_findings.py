@@ -21,6 +21,7 @@ from .fog_claims import (
     steps_words,
     tokens_words,
     twins,
+    unheld,
     watch_of,
 )  # fmt: skip
 from .fog_results import FEWEST, LAST, Line, Outcome, alarm, alone, current, differences, outcomes
@@ -83,6 +84,7 @@ def _of_group(of: Sequence[Outcome], all_found: Sequence[Outcome]) -> str:
     said = [f"**{name}: {count_left(attention, 'run')} with FP8 attention{variants} left BF16's loss**"]
     said[0] += f", {_at(left, line)}" if left else f" in {steps_words(attention)} ({tokens_words(attention)})"
     said += [back_words(attention)] * any(one.came_back for one in attention)
+    said += [f"{count} more {did}" for count, did in unheld(attention)]
     said += [f"{count_left(linears)} with FP8 linears alone did"] * bool(linears)
     said += [f"{count_left(again)} of BF16 run again did"] * bool(again)
     if left:
@@ -147,6 +149,8 @@ def _holding(all_found: Sequence[Outcome]) -> list[str]:
             f"{listed(architecture_name(name) + OLD * (name in old) for name in names)}. "
             f"{_above_bf16({'': bounded})}{_by_rate(bounded)}"
         )
+    if others := unheld(bounded):
+        said.append(f"of those that did not leave, {listed(f'{count} {did}' for count, did in others)}")
     if left_out := [one for one in all_found if one.attention and not one.aside and one not in of]:
         which = listed(dict.fromkeys(architecture_name(one.line.architecture) for one in left_out))
         said.append(

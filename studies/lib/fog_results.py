@@ -29,6 +29,7 @@ from .runs import Run, Spec, check_steps
 IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
 FEWEST = FIRST + IN_A_ROW - 1  # samples before which nothing can raise an alarm
 KINDS = {"qkv": "q, k and v", "ffn": "input of the FFN's second projection", "block": "output of the block"}
+LOST, ABOVE, DIVERGED = "not finite", "above its start", "diverged"  # what an unsound loss may be
 LAST = 50  # steps whose mean is a run's last training loss
 USUAL = 1e-3  # the peak learning rate that others are called so many times of
 
@@ -99,6 +100,14 @@ class Line:
         """The step at which it first diverged by itself or rose above its start, or 0: even if it came back, what its
         loss is held to says nothing."""
         return min((step for step in (self.diverged, above_start(self.losses)) if step), default=0)
+
+    @property
+    def fault(self) -> str:
+        """What it is at the step ``unsound``, in words; nothing where it is sound."""
+        at = self.unsound
+        if not at:
+            return ""
+        return LOST if self.losses[at - 1] is None else ABOVE if at == above_start(self.losses) else DIVERGED
 
     @property
     def old(self) -> bool:
@@ -256,7 +265,8 @@ class Outcome(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it has neither left nor been above its own start on the way, as far as both went."""
+        """Whether it has neither left, as far as both went, nor diverged or been above its own start, as far as it went
+        itself."""
         return self.left is None and not self.line.unsound
 
     @property

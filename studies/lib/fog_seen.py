@@ -172,7 +172,7 @@ def leaving(one: Outcome) -> str:
     if one.left:
         said = f"**{one.left}**{', came back' * one.came_back}"
     if not one.left and not one.holds:
-        said += f", but above its start at {one.line.unsound}"
+        said += f", but {one.line.fault} at {one.line.unsound}"
     said = said if one.counts else f"({said.replace('**', '')})"
     return f"{said}{OLD * one.line.old}"
 
