@@ -580,6 +580,21 @@ def test_runs_without_a_bf16_beside_them_are_counted_and_named():
     assert findings([*sound, lonely, line("llama3", seed=1)], "")[-1] != last
 
 
+@pytest.mark.parametrize(
+    "study, words",
+    [("provoke", "FOG-opt does not diverge"), ("parity", "FOG-opt with FP8 attention is as good")],
+)
+def test_a_claim_tells_of_runs_without_a_bf16_beside_them(study, words):
+    def ran(*lines):
+        return next(claim.run for claim in claims(lines) if claim.words.startswith(words))
+
+    pair = [line("fog-opt", arm, study=study) for arm in ("bf16", PAPER_ARM)]
+    lonely = [line("fog-opt", PAPER_ARM, study=study, seed=seed) for seed in (1, 2)]
+    others = [line("fog-opt", "fp8", study=study, seed=3), line("fog-max", PAPER_ARM, study=study, seed=3)]
+    assert ran(*others) == "nothing yet" and ran(lonely[0]) == "only 1 with no BF16 beside it"
+    assert ran(*pair, *lonely, *others) == f"{ran(*pair)}; 2 with no BF16 beside them"
+
+
 def test_a_new_run_that_was_lost_takes_the_place_of_its_old_twin():
     runs = [line("olmo2"), line("olmo2", PAPER_ARM), line("olmo2", PAPER_ARM, lost=100, to=120)]
     runs[1].spec["fp8"] = {key: value for key, value in runs[1].spec["fp8"].items() if key != "keeps_scores"}

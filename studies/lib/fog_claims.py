@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch_fp8.table import read_markdown
 
-from .fog_results import ABOVE, DIVERGED, FEWEST, KINDS, LOST, Line, Outcome, Pairs, differences, outcomes
+from .fog_results import ABOVE, DIVERGED, FEWEST, KINDS, LOST, Line, Outcome, Pairs, alone, differences, outcomes
 from .fog_words import (
     MARGIN,
     OLD,
@@ -54,12 +54,12 @@ class Claim(NamedTuple):
 
 
 def claims(lines: Sequence[Line]) -> list[Claim]:
-    found = outcomes(lines, "provoke")
+    found, lonely = outcomes(lines, "provoke"), alone(lines, "provoke")
     return [
-        _diverges(found, "llama3", "0.7 to 6.6"),
-        _diverges(found, "olmo2", "3.3 to 15.9"),
-        *(_holds(found, name) for name in FOGS),
-        _op(found),
+        _diverges(found, lonely, "llama3", "0.7 to 6.6"),
+        _diverges(found, lonely, "olmo2", "3.3 to 15.9"),
+        *(_holds(found, lonely, name) for name in FOGS),
+        _op(found, lonely),
         _norms(found),
         *(_equal(lines, name) for name in FOGS),
         _foretold(found),
@@ -141,12 +141,13 @@ def of_the_start(one: Outcome) -> list[str]:
     )
 
 
-def _ran(of: Sequence[Outcome], all_of: Sequence[Outcome]) -> str:
+def _ran(name: str, of: Sequence[Outcome], all_found: Sequence[Outcome], lonely: Sequence[Line]) -> str:
     """How many runs, at which rates, over how many tokens; and how many more say nothing."""
+    all_of = _of(all_found, name)
     aside = sum(one.aside for one in all_of)
     unsound = len(all_of) - len(of) - aside
     nothing = [f"{unsound} beside a BF16 that is not sound itself"] * bool(unsound)
-    nothing += [f"{aside} aside{OLD}"] * bool(aside)
+    nothing += [f"{aside} aside{OLD}"] * bool(aside) + _lonely_words(lonely, name)
     if not of:
         return f"only {listed(nothing)}" if nothing else "nothing yet"
     sizes = listed(dict.fromkeys(one.line.setting[0] for one in of))
@@ -155,6 +156,11 @@ def _ran(of: Sequence[Outcome], all_of: Sequence[Outcome]) -> str:
     short = sum(not one.finished for one in of)
     said += [f"{short} not finished, or BF16 beside it is not"] * bool(short)
     return "; ".join(said + nothing)
+
+
+def _lonely_words(lonely: Sequence[Line], name: str) -> list[str]:
+    count = sum((line.architecture, line.arm) == (name, PAPER_ARM) for line in lonely)
+    return [f"{count} with no BF16 beside {'it' if count == 1 else 'them'}"] * bool(count)
 
 
 def tokens_words(of: Sequence[Outcome]) -> str:
@@ -197,11 +203,11 @@ def back_words(of: Sequence[Outcome]) -> str:
     return f"{back} of these came back" if back < left else f"{'it' if left == 1 else 'all'} came back"
 
 
-def _diverges(all_found: Sequence[Outcome], name: str, tokens: str) -> Claim:
+def _diverges(all_found: Sequence[Outcome], lonely: Sequence[Line], name: str, tokens: str) -> Claim:
     words = f"{architecture_name(name)} diverges with FP8 attention (after {tokens} billion tokens)"
     of = _of(judged(all_found), name)
     verdict = _diverged(of, all_found, CONSISTENT) or f"{OPEN}{_undecided(of)}"
-    return Claim(words, _ran(of, _of(all_found, name)), _left(of), verdict)
+    return Claim(words, _ran(name, of, all_found, lonely), _left(of), verdict)
 
 
 def _undecided(of: Sequence[Outcome]) -> str:
@@ -215,21 +221,21 @@ def _undecided(of: Sequence[Outcome]) -> str:
     return ": it may yet come, after so many tokens more"
 
 
-def _holds(all_found: Sequence[Outcome], name: str) -> Claim:
+def _holds(all_found: Sequence[Outcome], lonely: Sequence[Line], name: str) -> Claim:
     words = f"{architecture_name(name)} does not diverge with FP8 attention"
     of = _of(judged(all_found), name)
     held = bool(of) and all(one.holds or one.came_back for one in of)
     verdict = _diverged(of, all_found, NOT) or (
         f"{CONSISTENT}, as far as these tokens" if held else f"{OPEN}{_undecided(of)}"
     )
-    return Claim(words, _ran(of, _of(all_found, name)), _left(of), verdict)
+    return Claim(words, _ran(name, of, all_found, lonely), _left(of), verdict)
 
 
-def _op(all_found: Sequence[Outcome]) -> Claim:
+def _op(all_found: Sequence[Outcome], lonely: Sequence[Line]) -> Claim:
     of = _of(judged(all_found), "op")
     words = "OP diverges with FP8 attention, before OP with frozen QK-norms (390M, within 50 billion tokens)"
     verdict = f"{OPEN}: which is first takes billions of tokens"
-    return Claim(words, _ran(of, _of(all_found, "op")), _left(of), verdict)
+    return Claim(words, _ran("op", of, all_found, lonely), _left(of), verdict)
 
 
 # ---- norms of q and k ------------------------------------------------------------------------------------------------
@@ -293,10 +299,11 @@ def _equal(lines: Sequence[Line], name: str) -> Claim:
     words = f"{architecture_name(name)} with FP8 attention is as good as in BF16, through the cooldown"
     keys = [(key, one) for key, one in differences(lines, PAPER_ARM).items() if one.line.architecture == name]
     of = [pairs for _, pairs in keys]
+    lonely = _lonely_words(alone(lines, "parity"), name)
     if not of:
-        return Claim(words, "nothing yet", "–", OPEN)
+        return Claim(words, f"only {lonely[0]}" if lonely else "nothing yet", "–", OPEN)
     sizes = sizes_in(told_apart([pairs.line for pairs in of], "seed"))
-    ran = "; ".join(f"{pairs_words(pairs)} of {sizes[key]}" for key, pairs in keys)
+    ran = "; ".join([*(f"{pairs_words(pairs)} of {sizes[key]}" for key, pairs in keys), *lonely])
     floor = differences(lines, "bf16-again")
     said = "; ".join(
         interval_words(pairs.values)
