@@ -13,8 +13,9 @@ from torch_fp8.table import markdown
 from examples.gpt.errors import UserError
 from studies.lib import fog_figures
 from studies.lib.divergence import FACTOR, FIRST, PATIENCE, above_start, jump, leaves, step_noise
-from studies.lib.fog_claims import CONSISTENT, NOT, OPEN, OTHER, _speed, claims, watch_of
+from studies.lib.fog_claims import CONSISTENT, NOT, OPEN, OTHER, _speed, claims
 from studies.lib.fog_findings import findings
+from studies.lib.fog_kurtosis import watch_of
 from studies.lib.fog_page import _by_arm, _every_run, _parity, page
 from studies.lib.fog_results import FEWEST, Line, alarm, differences, merged, outcomes
 from studies.lib.fog_seen import seen, watch_words

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from torch_fp8.table import read_markdown
 
-from .fog_results import ABOVE, DIVERGED, FEWEST, KINDS, LOST, Line, Outcome, Pairs, alone, differences, outcomes
+from .fog_judged import back_words, count_left, judged, of_the_start, steps_words, tokens_words, unheld
+from .fog_kurtosis import beside, is_good, watch_of
+from .fog_results import FEWEST, LOST, Line, Outcome, Pairs, alone, differences, outcomes
 from .fog_words import (
     MARGIN,
     OLD,
@@ -26,7 +26,6 @@ from .fog_words import (
     size_words,
     sizes_in,
     span,
-    three_digits,
     told_apart,
 )  # fmt: skip
 from .intervals import interval, pairs_needed
@@ -34,13 +33,6 @@ from .intervals import interval, pairs_needed
 PARITY = {"yes": "shown", "no": "not so", "open": "not shown"}
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed here"
 OTHER = "diverges, but in another way than the paper's"
-# What a run in FP8 did that has not left its BF16. Within the latter's steps a loss that is not finite leaves it.
-_DID = {
-    ABOVE: "rose above the loss of the first step on the way",
-    DIVERGED: "diverged by itself",
-    LOST: "came to a loss that is not finite, further than BF16 went",
-}
-EARLY = 2  # times the warm-up: a divergence before is one of the start
 FOGS = ("fog-max", "fog-opt", "fog-flash")
 SPEEDS = Path(__file__).parents[2] / "benchmarks" / "results" / "fog.md"  # what benchmarks/fog.py wrote
 OVER = "times as fast as Llama BF16 compiled, GPU / loop"  # its column
@@ -71,26 +63,6 @@ def claims(lines: Sequence[Line]) -> list[Claim]:
 
 
 # ---- what leaves -----------------------------------------------------------------------------------------------------
-
-
-def judged(found: Sequence[Outcome]) -> list[Outcome]:
-    """The runs in FP8 that count, where BF16 itself stayed sound the second time too, and was not left by itself, as
-    far as it was run."""
-    unsteady = {one.line.pair for one in found if one.line.arm == "bf16-again" and not one.holds}
-    in_fp8 = [one for one in found if one.line.arm != "bf16-again" and one.counts]
-    return [one for one in in_fp8 if one.line.pair not in unsteady]
-
-
-def count_left(of: Sequence[Outcome], noun: str = "") -> str:
-    many = plural(len(of), noun) if noun else str(len(of))
-    return f"{sum(bool(one.left) for one in of)} of {many}"
-
-
-def tally(of: Sequence[Outcome]) -> list[str]:
-    """How many runs in FP8 left BF16: of those with linears alone, and of those with attention."""
-    kinds = {"FP8 linears": [one for one in of if one.line.arm == "fp8"],
-             "FP8 attention": [one for one in of if one.attention]}  # fmt: skip
-    return [f"{name}: {count_left(runs)} left" for name, runs in kinds.items() if runs]
 
 
 def _of(found: Sequence[Outcome], name: str) -> list[Outcome]:
@@ -129,18 +101,6 @@ def _differing(one: Outcome, all_found: Sequence[Outcome]) -> list[str]:
     return why
 
 
-def of_the_start(one: Outcome) -> list[str]:
-    """Why a divergence is one of the start of training, if it is."""
-    assert one.left is not None
-    early = EARLY * one.line.spec["warm_up"]
-    if one.left <= early:
-        return ["at the start of training"]
-    jumped = one.line.jumped
-    return [f"begun at the start of training, where its gradient norm jumped (step {jumped})"] * bool(
-        jumped and jumped <= early
-    )
-
-
 def _ran(name: str, of: Sequence[Outcome], all_found: Sequence[Outcome], lonely: Sequence[Line]) -> str:
     """How many runs, at which rates, over how many tokens; and how many more say nothing."""
     all_of = _of(all_found, name)
@@ -163,14 +123,6 @@ def _lonely_words(lonely: Sequence[Line], name: str) -> list[str]:
     return [f"{count} with no BF16 beside {'it' if count == 1 else 'them'}"] * bool(count)
 
 
-def tokens_words(of: Sequence[Outcome]) -> str:
-    return f"{span([one.seen * one.line.setting[2] for one in of], millions)} tokens"
-
-
-def steps_words(of: Sequence[Outcome]) -> str:
-    return f"{span([one.seen for one in of])} steps"
-
-
 def _left(of: Sequence[Outcome]) -> str:
     if not of:
         return "–"
@@ -187,20 +139,6 @@ def _left(of: Sequence[Outcome]) -> str:
     said = f"{count_left(of)} left BF16, at {listed(where)}" if at else f"none left BF16 in {steps_words(of)}"
     said += f"; {back}" if (back := back_words(of)) else ""
     return said + "".join(f"; {count} more {words}" for count, words in unheld(of))
-
-
-def unheld(of: Sequence[Outcome]) -> list[tuple[int, str]]:
-    """How many of those that count did not leave and do not hold either, and what each of them did."""
-    faults = Counter(one.line.fault for one in of if not one.left and not one.holds)
-    return [(faults[fault], words) for fault, words in _DID.items() if faults[fault]]
-
-
-def back_words(of: Sequence[Outcome]) -> str:
-    """How many of those that left came back."""
-    left, back = sum(bool(one.left) for one in of), sum(one.came_back for one in of)
-    if not back:
-        return ""
-    return f"{back} of these came back" if back < left else f"{'it' if left == 1 else 'all'} came back"
 
 
 def _diverges(all_found: Sequence[Outcome], lonely: Sequence[Line], name: str, tokens: str) -> Claim:
@@ -363,32 +301,6 @@ def interval_words(values: Sequence[float]) -> str:
 # ---- kurtosis --------------------------------------------------------------------------------------------------------
 
 
-class Watch(NamedTuple):
-    """What the alarm did in the runs that are judged."""
-
-    left: list[Outcome]  # for good
-    blind: list[Outcome]  # of those that left: before any alarm is possible
-    announced: list[int]  # by how many steps
-    as_papers: list[Outcome]  # of those that left and were watched: not of the start
-    others: list[Outcome]  # that did not leave, watched
-    false: list[Outcome]
-
-
-def watch_of(found: Sequence[Outcome]) -> Watch:
-    of = judged(found)
-    left = [one for one in of if one.gone]  # what came back is no divergence
-    seen = [one for one in left if one.watched]
-    others = [one for one in of if not one.left and one.watched]
-    return Watch(
-        left,
-        [one for one in left if not one.watched],
-        [one.lead for one in seen if one.lead is not None and one.lead > 0],
-        [one for one in seen if not of_the_start(one)],
-        others,
-        [one for one in others if one.alarm],
-    )
-
-
 def _foretold(found: Sequence[Outcome]) -> Claim:
     words = "The kurtosis of q, k and v leaves its healthy growth long before the loss diverges (billions of tokens)"
     many = len(judged(found))
@@ -412,68 +324,6 @@ def _foretold(found: Sequence[Outcome]) -> Claim:
     return Claim(words, ran, "; ".join(said), verdict)
 
 
-def last_kurtosis(line: Line, kind: str, over: Callable[[Sequence[float]], float] = max) -> float:
-    """The median of the last five samples: the largest over layers, or another number of theirs."""
-    samples = line.kurtosis.get(kind, [])[-5:]
-    columns = [[value for value in of if value is not None] for of in zip(*samples)]
-    layers = [statistics.median(of) for of in columns if of]
-    return over(layers) if layers else math.nan
-
-
-def in_bf16(lines: Sequence[Line]) -> list[dict[str, Line]]:
-    """{architecture: its run} of the kurtosis study, of those trained alike with one seed, the first one that most
-    have; sound and finished ones."""
-    found: dict[tuple[str, ...], dict[int, dict[str, Line]]] = {}
-    for line in sorted(lines, key=lambda line: line.spec["seed"]):
-        if line.study == "kurtosis" and line.arm == "bf16" and _is_good(line):
-            seeds = found.setdefault(line.but_for("seed", "architecture"), {})
-            seeds.setdefault(line.spec["seed"], {})[line.architecture] = line
-    return [max(seeds.values(), key=len) for seeds in found.values()]
-
-
-def _is_good(line: Line) -> bool:
-    return math.isfinite(loss_of(line)) and not line.unsound
-
-
-class Beside(NamedTuple):
-    """FOG-max beside Llama 3 in BF16. gap: of its loss, in per cent. ends: {kind: (its kurtosis, Llama's)}, each in the
-    layer where it is largest; means: in the mean of layers, which the paper draws."""
-
-    line: Line
-    gap: float
-    ends: dict[str, tuple[float, float]]
-    means: dict[str, tuple[float, float]]
-
-    @property
-    def words(self) -> str:
-        return (
-            f"loss {self.gap:+.2f} %; at the end (median of the last five samples) its kurtosis, in the largest layer, "
-            f"is {_against(self.ends)}; in the mean of layers, {_against(self.means)}"
-        )
-
-
-def _against(pairs: dict[str, tuple[float, float]]) -> str:
-    lower, higher = (
-        [f"{KINDS[kind]} ({three_digits(mine)} against {three_digits(theirs)})"
-         for kind, (mine, theirs) in pairs.items() if (mine < theirs) == below] for below in (True, False)
-    )  # fmt: skip
-    said = [f"lower for {listed(lower)}"] * bool(lower) + [f"not lower for {listed(higher)}"] * bool(higher)
-    return ", ".join(said)
-
-
-def beside(lines: Sequence[Line]) -> list[Beside]:
-    found = []
-    for of in in_bf16(lines):
-        if {"llama3", "fog-max"} <= of.keys():
-            llama, fog = of["llama3"], of["fog-max"]
-            largest, mean = (
-                {kind: (last_kurtosis(fog, kind, over), last_kurtosis(llama, kind, over)) for kind in KINDS}
-                for over in (max, statistics.fmean)
-            )
-            found.append(Beside(fog, 100 * (loss_of(fog) / loss_of(llama) - 1), largest, mean))
-    return found
-
-
 def _kurtosis_claim(lines: Sequence[Line]) -> Claim:
     words = "FOG-max has as low a loss as Llama 3 in BF16, and a lower kurtosis (1.5B, more than 100 billion tokens)"
     both = beside(lines)
@@ -481,18 +331,13 @@ def _kurtosis_claim(lines: Sequence[Line]) -> Claim:
         return Claim(words, "nothing yet", "–", OPEN)
     settings = [one.line.setting for one in both]
     ran = "; ".join(f"a run of each, of {size}, {millions(steps * tokens)} tokens" for size, steps, tokens in settings)
-    bad = sum(line.study == "kurtosis" and line.result is not None and not _is_good(line) for line in lines)
+    bad = sum(line.study == "kurtosis" and line.result is not None and not is_good(line) for line in lines)
     ran += f"; {bad} more lost, or not sound" * bool(bad)
     good = [
         is_good for one in both for is_good in (one.gap < 1, *(mine < theirs for mine, theirs in one.ends.values()))
     ]
     verdict = CONSISTENT if all(good) else NOT if not any(good) else f"{OPEN}: it holds in part"
     return Claim(words, ran, "; ".join(one.words for one in both), verdict)
-
-
-def loss_of(line: Line) -> float:
-    value = (line.result or {}).get("loss")
-    return math.nan if value is None else value
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, caption, pi
 from models.fog_config import ARCHITECTURES, SIZES
 
 from .divergence import FACTOR
-from .fog_claims import count_left, needed_words, tally
+from .fog_claims import needed_words
+from .fog_judged import count_left, tally
 from .fog_results import ABOVE, DIVERGED, KINDS, LOST, Line, Outcome, current, differences, outcomes, smoothed
 from .fog_words import (
     ARMS,

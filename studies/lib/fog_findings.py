@@ -6,24 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from .fog_claims import (
-    EARLY,
-    PARITY,
-    Twins,
-    back_words,
-    beside,
-    count_left,
-    judged,
-    needed_words,
-    pairs_words,
-    parity_of,
-    speeds,
-    steps_words,
-    tokens_words,
-    twins,
-    unheld,
-    watch_of,
-)  # fmt: skip
+from .fog_claims import PARITY, Twins, needed_words, pairs_words, parity_of, speeds, twins
+from .fog_judged import EARLY, back_words, count_left, judged, steps_words, tokens_words, unheld
+from .fog_kurtosis import beside, watch_of
 from .fog_results import FEWEST, LAST, Line, Outcome, alarm, alone, current, differences, outcomes
 from .fog_words import (
     ARMS,

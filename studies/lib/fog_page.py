@@ -9,21 +9,10 @@ from collections.abc import Sequence
 from torch_fp8.table import markdown
 
 from .divergence import FACTOR, FIRST, JUMP, MEDIAN, PATIENCE, SIGMAS, WINDOW
-from .fog_claims import (
-    EARLY,
-    PARITY,
-    SPEEDS,
-    claims,
-    count_left,
-    in_bf16,
-    interval_words,
-    last_kurtosis,
-    loss_of,
-    needed_words,
-    pairs_words,
-    parity_of,
-)  # fmt: skip
+from .fog_claims import PARITY, SPEEDS, claims, interval_words, needed_words, pairs_words, parity_of
 from .fog_findings import findings, told_of_old
+from .fog_judged import EARLY, count_left
+from .fog_kurtosis import in_bf16, last_kurtosis, loss_of
 from .fog_results import FEWEST, IN_A_ROW, KINDS, LAST, Line, Outcome, alarm, differences, outcomes
 from .fog_results import SIGMAS as ALARM_SIGMAS
 from .fog_seen import leaving, seen, watch_words

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch_fp8.table import markdown
 
 from .divergence import PATIENCE
-from .fog_claims import count_left
+from .fog_judged import count_left
 from .fog_results import FEWEST, IN_A_ROW, LAST, Line, Outcome, most_in_a_row
 from .fog_words import (
     ARMS,
