@@ -31,6 +31,20 @@ def test_a_panel_shows_its_own_runs_whole(tmp_path, monkeypatch):
     assert arms == {"FP8 linears": 3, "FP8 linears and attention, as the\npaper": 3}  # BF16's, its own, the warm-up's
 
 
+def test_pictures_of_two_lengths_of_one_size_have_two_titles(tmp_path, monkeypatch):
+    def titles(*lengths):
+        runs = [line(name, arm, study=study, steps=steps, to=steps, rate=rate, away=100 * (arm == PAPER_ARM))
+                for study, name, arm in (("provoke", "llama3", "bf16"), ("provoke", "llama3", PAPER_ARM),
+                                         ("kurtosis", "llama3", "bf16")) for steps, rate in lengths]  # fmt: skip
+        figures = drawn(runs, tmp_path, monkeypatch)
+        return [figure.get_suptitle() for figure in figures.values()]
+
+    both = titles((300, 1), (400, 1))
+    assert len(both) == len(set(both)) == 8 and sum("(size tiny, 400 steps, 128 tokens" in title for title in both) == 4
+    each = titles((300, 1), (400, 3))  # of which each rate has one
+    assert len(each) == 8 and all("(size tiny, 128 tokens a step)" in title for title in each)
+
+
 def test_a_panel_says_what_bf16_itself_did(tmp_path, monkeypatch):
     for spoilt, does in ((line("op", lost=250), "is lost"), (raised(line("op"), at=200), "diverges"),
                          (spiked(line("op"), at=200), "rises above its start")):  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from .fog_words import (
     architecture_name,
     architecture_order,
     arm_order,
+    has_one_length,
     millions,
     plural,
     rate_words,
@@ -75,8 +76,8 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
     begun = [line for line in begun if id(line) not in aside]
     made: list[str] = []
 
-    def add(name: str, make: Callable[[Path, Sequence[Line]], None], of: Sequence[Line]) -> None:
-        make(folder / f"{name}.png", of)
+    def add(name: str, make: Callable[[Path, Sequence[Line], str], None], of: Sequence[Line]) -> None:
+        make(folder / f"{name}.png", of, _trained(of[0], begun))
         made.append(name)
 
     for of in _alike(begun, "provoke", "lr"):
@@ -88,7 +89,8 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
             if any(one.gone and one.counts and one.attention for one in outcomes(of_one, "provoke")):
                 add(f"arms-{name}-{architecture.replace(':', '+')}", losses_by_arm, of_one)
     if any(pairs.values for pairs in differences(begun, PAPER_ARM).values()):
-        add("parity", parity, begun)
+        parity(folder / "parity.png", begun)
+        made.append("parity")
     for of in _alike(begun, "kurtosis"):
         add(f"layers-{_name(of[0])}", kurtosis_by_layer, of)
     for path in folder.glob("*.png"):
@@ -111,9 +113,11 @@ def _name(line: Line) -> str:
     return f"{size}-{steps}x{tokens}"
 
 
-def _title(line: Line) -> str:
-    size, _, tokens = line.setting
-    return f"size {size}, {millions(tokens)} tokens a step"
+def _trained(line: Line, among: Iterable[Line]) -> str:
+    """How it was trained, for titles; for how many steps, where its study has several lengths of one size."""
+    size, steps, tokens = line.setting
+    alone = has_one_length(line, (other for other in among if other.study == line.study))
+    return f"size {size}, {'' if alone else f'{steps} steps, '}{millions(tokens)} tokens a step"
 
 
 # ---- (a) -------------------------------------------------------------------------------------------------------------
@@ -147,8 +151,7 @@ def _grid(
     columns = min(_COLUMNS, key=lambda count: (-len(panels) % count, -count))
     rows = -(-len(panels) // columns)
     width, height = max(9.5, 3.2 * columns + 0.5), 2.75 * rows + 2.1
-    line = next(of[0] for of in panels.values())
-    with picture(path, f"{title}\n({_title(line)})" + "\n" * 2, (width, height)) as figure:
+    with picture(path, title + "\n" * 2, (width, height)) as figure:
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
@@ -205,7 +208,7 @@ def _head(axes: Axes, name: str, below: Sequence[str]) -> None:
                   fontsize=8.5, color=FAINT, va="bottom")  # fmt: skip
 
 
-def losses(path: Path, lines: Sequence[Line]) -> None:
+def losses(path: Path, lines: Sequence[Line], trained: str) -> None:
     """A panel an architecture, a colour a kind of arm."""
     found = outcomes(lines, "provoke")
 
@@ -215,7 +218,7 @@ def losses(path: Path, lines: Sequence[Line]) -> None:
         _head(axes, name, [f"BF16 itself {_DOES[faults[0]]}"] if faults else tally(here))
         _plot_losses(axes, of, here, {})
 
-    title = f"Losses in FP8 beside BF16, {rate_words(lines[0])}"
+    title = f"Losses in FP8 beside BF16, {rate_words(lines[0])}\n({trained})"
     foot = f"Training loss in nats a token, the median of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
     _grid(path, title, foot, _panels(lines), _legend_of_arms(lines), plot, "loss")
 
@@ -225,7 +228,7 @@ def _panels(lines: Sequence[Line]) -> dict[str, Sequence[Line]]:
     return {architecture_name(name): [line for line in lines if line.architecture == name] for name in names}
 
 
-def losses_by_arm(path: Path, lines: Sequence[Line]) -> None:
+def losses_by_arm(path: Path, lines: Sequence[Line], trained: str) -> None:
     """Of one architecture: a panel an arm, a style a seed."""
     found, seeds = outcomes(lines, "provoke"), _seeds(lines)
     styles = {pair: style for pair, (_, style) in seeds.items()}
@@ -239,7 +242,7 @@ def losses_by_arm(path: Path, lines: Sequence[Line]) -> None:
         _plot_losses(axes, of, here, styles)
 
     panels = {ARMS[arm]: [line for line in lines if line.arm in ("bf16", arm)] for arm in arms}
-    title = f"{architecture_name(lines[0].architecture)}, arm by arm, {rate_words(lines[0])}"
+    title = f"{architecture_name(lines[0].architecture)}, arm by arm, {rate_words(lines[0])}\n({trained})"
     foot = (
         "… : FP8 linears and attention, as the paper, but with this changed. Training loss in nats a token, the median "
         f"of {SMOOTH} steps.\n{_MARKS}\n{_CUT}"
@@ -297,7 +300,7 @@ def _mark(axes: Axes, outcome: Outcome | None, line: Line, steps: Sequence[int],
         mark(line.step, "o", 6, markerfacecolor="white")
 
 
-def kurtosis_of_arms(path: Path, lines: Sequence[Line]) -> None:
+def kurtosis_of_arms(path: Path, lines: Sequence[Line], trained: str) -> None:
     found = {id(one.line): one for one in outcomes(lines, "provoke")}
 
     def plot(axes: Axes, name: str, of: Sequence[Line]) -> None:
@@ -310,7 +313,7 @@ def kurtosis_of_arms(path: Path, lines: Sequence[Line]) -> None:
             _mark(axes, found.get(id(line)), line, line.samples, largest)
         _log(axes)
 
-    title = f"Kurtosis of q, k and v, {rate_words(lines[0])}"
+    title = f"Kurtosis of q, k and v, {rate_words(lines[0])}\n({trained})"
     foot = f"{_KURTOSIS}\nOf q, k and v before any norm of theirs, in the layer where it is largest.\n{_MARKS}"
     _grid(path, title, foot, _panels(lines), _legend_of_arms(lines), plot, "kurtosis")
 
@@ -327,7 +330,7 @@ def _log(axes: Any) -> None:
 # ---- (c) -------------------------------------------------------------------------------------------------------------
 
 
-def kurtosis_by_layer(path: Path, lines: Sequence[Line]) -> None:
+def kurtosis_by_layer(path: Path, lines: Sequence[Line], trained: str) -> None:
     """Of the first seed and BF16."""
     from matplotlib.colors import to_rgb
 
@@ -335,7 +338,7 @@ def kurtosis_by_layer(path: Path, lines: Sequence[Line]) -> None:
     first = {line.architecture: line for line in sorted(lines, key=lambda line: -line.spec["seed"])
              if line.arm == "bf16"}  # fmt: skip
     names = [name for name in names if name in first]
-    title = f"Kurtosis in BF16, a line a layer ({_title(lines[0])})"
+    title = f"Kurtosis in BF16, a line a layer ({trained})"
     with picture(path, title, (max(8.0, 4.6 * len(names) + 1.2), 8.6)) as figure:
         grid = figure.subplots(3, len(names), sharex=True, sharey="row", squeeze=False)
         for column, name in enumerate(names):

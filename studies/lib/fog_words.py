@@ -73,9 +73,15 @@ def length_words(line: Line) -> str:
 def size_words(line: Line, among: Iterable[Line]) -> str:
     """Its size alone; its length too, where among these its architecture was trained in another length as well, at its
     size and learning rate."""
-    alike = [other for other in among if other.architecture == line.architecture and
-             (other.setting[0], other.spec["lr"]) == (line.setting[0], line.spec["lr"])]  # fmt: skip
-    return line.setting[0] if all(other.setting == line.setting for other in alike) else length_words(line)
+    of_its_own = [other for other in among if other.architecture == line.architecture]
+    return line.setting[0] if has_one_length(line, of_its_own) else length_words(line)
+
+
+def has_one_length(line: Line, among: Iterable[Line]) -> bool:
+    """Whether those of its size and learning rate are all as long."""
+    size, rate = line.setting[0], line.spec["lr"]
+    alike = [other for other in among if (other.setting[0], other.spec["lr"]) == (size, rate)]
+    return all(other.setting == line.setting for other in alike)
 
 
 def told_apart(lines: Iterable[Line], *but: str) -> dict[tuple[str, ...], tuple[str, ...]]:
