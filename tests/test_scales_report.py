@@ -218,6 +218,47 @@ def test_a_lost_run_is_told_and_a_lost_bf16_says_nothing_of_others():
         assert pairs([*tuned("bf16", [None] * 3), *whole], "current", "bf16", key) == {}
 
 
+def test_an_arm_that_was_lost_in_all_seeds_is_called_lost():
+    """FP16, by which the claim is judged, or FP8-AMAX; and a text where it was lost leaves open what another shows."""
+    whole, lost = [2.0, 2.0, 2.0], [None] * 3
+    fp16 = [line("finetune", arm="fp16", seed=s, result={"loss": None, "accuracy": 0.0}) for s in range(3)]
+    made = [*tuned("bf16", whole), *tuned("amax", whole), *fp16]
+    (said,) = findings(made, {})
+    assert "within 0.25 % of BF16: amax. " in said and "fp16 lost in all 3." in said
+    claim = claims(made, sizes_of(made))[1]
+    assert claim.run == "fine-tuning of gpt-31M" and claim.verdict == "cannot be claimed"
+    assert claim.found == "gpt-31M: FP16 was lost or diverged in 3, and no pair counts"
+    (said,) = findings([*tuned("bf16", whole), *fp16], {})
+    assert said == "Fine-tuning gpt-31M: no arm in FP8 has a pair. The loss against BF16's: fp16 lost in all 3."
+    claim = claims([*tuned("bf16", whole), *tuned("amax", lost)], {})[1]
+    assert claim.found == "gpt-31M: AMAX was lost or diverged in 3, and no pair counts"
+
+    kept = [
+        line("finetune", "gpt-73M", arm, s, {"loss": 2.0, "accuracy": 0.4}) for arm in ("fp16", "amax") for s in (0, 1)
+    ]
+    assert claims(kept, {})[1].verdict == "consistent"
+    both = claims([*made, *kept], {})[1]
+    assert both.run == "fine-tuning of gpt-31M, gpt-73M" and both.verdict == "cannot be claimed"
+    kept[0].result["diverged"] = 40
+    assert claims(kept, {})[1].found.endswith(
+        "seeds: 1; FP16 itself was lost or diverged in 1, of which no pair counts"
+    )
+
+
+@pytest.mark.parametrize("study, what", [("parity", "Training gpt-31M from scratch: no arm has a pair"),
+                                         ("finetune", "Fine-tuning gpt-31M: no arm in FP8 has a pair")])  # fmt: skip
+def test_bf16_that_was_lost_in_all_seeds_is_called_lost(study, what):
+    made = [line(study, arm=arm, seed=seed, result={"loss": None if arm == "bf16" else 2.0})
+            for arm in ("bf16", "current") for seed in range(3)]  # fmt: skip
+    assert findings(made, {}) == [f"{what}; BF16 itself was lost or diverged in 3, of which no pair counts."]
+
+
+def test_bf16_that_was_lost_when_it_ran_again_is_called_lost():
+    made = [line("parity", arm=arm, seed=seed, result={"loss": None if (arm, seed) == ("bf16-again", 1) else 2.0})
+            for arm in ("bf16", "bf16-again") for seed in range(2)]  # fmt: skip
+    assert "again moves BF16 by 0.00 %; BF16 run again was lost in 1." in findings(made, {})[0]
+
+
 def test_a_sweep_that_ends_within_a_window_shows_no_window():
     runs = [swept("gpt-31M", range(-3, 4)), swept("gpt-73M", range(-2, 3))]
     assert verdicts(*runs)[2] == "consistent" and "in inference consistent" in verdicts(*runs)[3]
@@ -414,6 +455,9 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
     lines[0].spec["data"] = "another text"
     assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
     assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text
+    lines[0].spec["data"] = "abc"
+    lines[-1].result["loss"] = None
+    assert "Of the gain" not in page(lines, [], {}, "data")  # nobody is left who could lose of it
 
 
 def test_a_sweep_is_condensed_with_its_policies(tmp_path):

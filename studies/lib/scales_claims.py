@@ -94,18 +94,19 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
     found = []
     for model, mine, apart in _against_bf16(lines, "finetune"):
         fp8 = sorted((arm for arm in apart if _in_fp8(arm, mine)), key=lambda arm: statistics.fmean(apart[arm]))
-        if not fp8:
+        arms = [*fp8, *(["fp16"] if "fp16" in apart else [])]
+        if not arms and not unsound_words(mine):
             continue
-        words = _each({arm: apart[arm] for arm in [*fp8, *(["fp16"] if "fp16" in apart else [])]})
+        words = _each({arm: apart[arm] for arm in arms})
         verdict = _decided({arm: apart[arm] for arm in fp8})
-        if all(within(apart[arm]) == "no" for arm in fp8):
+        if not fp8:
+            verdict = "no arm in FP8 has a pair"
+        elif all(within(apart[arm]) == "no" for arm in fp8):
             verdict = f"no arm in FP8 is within {MARGIN} % of it"
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
-        found.append(
-            f"{_gained(model, lines)}{verdict}{unsound_words(mine)}. The loss against BF16's: {words}."
-            f"{_by_product(apart)}"
-        )
+        losses = f" The loss against BF16's: {words}." if words else ""
+        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_by_product(apart)}")
     return found
 
 
@@ -133,12 +134,10 @@ def _trained(lines: Sequence[Line]) -> list[str]:
     """Of each model that was trained from scratch: which arms came near, or that too few pairs say nothing."""
     found = []
     for model, mine, apart in _against_bf16(lines, "parity"):
+        noise = _again_words(apart.get("bf16-again", [])) + unsound_words(mine)
         if not apart:
+            found += [f"Training {model} from scratch: no arm has a pair{noise}."] if noise else []
             continue
-        again = apart.get("bf16-again")
-        floor = statistics.fmean(map(abs, again)) if again and all(map(math.isfinite, again)) else None
-        noise = "" if floor is None else f"; the same seed again moves BF16 by {floor:.2f} %"
-        noise += unsound_words(mine)
         if _shows_nothing(apart.values()):
             found.append(f"Training {model} from scratch: of one pair each, which shows nothing{noise}.")
             continue
@@ -159,10 +158,22 @@ def _shows_nothing(apart: Iterable[Sequence[float]]) -> bool:
     return all(len(of) == 1 and math.isfinite(of[0]) for of in apart)
 
 
-def unsound_words(lines: Iterable[Line]) -> str:
-    """Of the runs of a study and model."""
-    bad = sum(line.spec["arm"] == "bf16" and line.result is not None and not is_sound(line.result) for line in lines)
-    return f"; BF16 itself was lost or diverged in {bad}, of which no pair counts" if bad else ""
+def _again_words(again: Sequence[float]) -> str:
+    """What the same seed does to BF16 when it is run again."""
+    kept = [abs(of) for of in again if math.isfinite(of)]
+    lost = len(again) - len(kept)
+    moves = f"; the same seed again moves BF16 by {statistics.fmean(kept):.2f} %" if kept else ""
+    return moves + (f"; BF16 run again was lost in {lost}" if lost else "")
+
+
+def unsound_words(lines: Iterable[Line], arm: str = "bf16") -> str:
+    """Of the runs of a study and model: those of ``arm`` that others are not held to."""
+    bad = _unsound(lines, arm)
+    return f"; {arm.upper()} itself was lost or diverged in {bad}, of which no pair counts" if bad else ""
+
+
+def _unsound(lines: Iterable[Line], arm: str) -> int:
+    return sum(line.spec["arm"] == arm and line.result is not None and not is_sound(line.result) for line in lines)
 
 
 def _decided(apart: Mapping[str, Sequence[float]]) -> str:
@@ -238,31 +249,42 @@ def _amax_fine_tuning(lines: Sequence[Line]) -> Claim:
     """By the paper's criterion, of accuracy; and by the margin of the loss that is this study's own."""
     words = "FP8-AMAX fine-tuning is basically equal to FP16"
     keys = ("accuracy", "accuracy_fp8", "loss")
-    found = {key: pairs(done(lines, "finetune"), "amax", "fp16", key) for key in keys}
-    if not found["accuracy"]:
+    finished = done(lines, "finetune")
+    found = {key: pairs(finished, "amax", "fp16", key) for key in keys}
+    said = {model: of for model in dict.fromkeys(line.model for line in finished)
+            if (of := _against_fp16(model, finished, {key: found[key].get(model, []) for key in keys}))}  # fmt: skip
+    if not said:
         return Claim(words, "nothing yet", "–", OPEN)
-    said = []
-    for model, values in found["accuracy"].items():
-        own = found["accuracy_fp8"].get(model)
-        in_fp8 = f", in its own FP8 {percent(own)}" if own else ""
-        losses = percent(found["loss"].get(model, []))
-        said.append(f"{model}, against FP16: accuracy {percent(values)}{in_fp8}; loss {losses}; seeds: {len(values)}")
-    accuracies = [*found["accuracy"].values(), *found["accuracy_fp8"].values()]
+    accuracies = [*(found["accuracy"].get(model, []) for model in said), *found["accuracy_fp8"].values()]
     by_accuracy = _verdict([[-v if math.isfinite(v) else v for v in of] for of in accuracies], 100 * (1 - CRITERION))
-    by_loss = _verdict(list(found["loss"].values()), MARGIN)
+    by_loss = _verdict([found["loss"].get(model, []) for model in said], MARGIN)
     apart = f"{OPEN} (by the paper's 0.5 % of accuracy: {by_accuracy}; by {MARGIN} % of the loss: {by_loss})"
     verdict = by_accuracy if by_accuracy == by_loss else apart
-    return Claim(words, f"fine-tuning of {models_of(found['accuracy'])}", "; ".join(said), verdict)
+    return Claim(words, f"fine-tuning of {models_of(said)}", "; ".join(said.values()), verdict)
+
+
+def _against_fp16(model: str, lines: Sequence[Line], apart: Mapping[str, Sequence[float]]) -> str:
+    """What came out of FP8-AMAX beside FP16; where no pair counts, which of the two was lost, if one was."""
+    mine = [line for line in lines if line.model == model]
+    if apart["accuracy"]:
+        in_fp8 = f", in its own FP8 {percent(apart['accuracy_fp8'])}" if apart["accuracy_fp8"] else ""
+        return (
+            f"{model}, against FP16: accuracy {percent(apart['accuracy'])}{in_fp8}; loss {percent(apart['loss'])}; "
+            f"seeds: {len(apart['accuracy'])}{unsound_words(mine, 'fp16')}"
+        )
+    lost = [f"{arm.upper()} was lost or diverged in {bad}" for arm in ("fp16", "amax") if (bad := _unsound(mine, arm))]
+    return f"{model}: {', '.join(lost)}, and no pair counts" if lost else ""
 
 
 def _verdict(worse: Sequence[Sequence[float]], limit: float) -> str:
-    """Of each model's differences, positive where it is worse, infinite where a run was lost: whether all are below."""
+    """Of each model's differences, positive where it is worse, infinite where a run was lost: whether all are below.
+    A model without any leaves it open."""
     if any(not math.isfinite(value) for values in worse for value in values):
         return NOT
-    intervals = [interval(values) for values in worse]
+    intervals = [interval(values) for values in worse if values]
     if any(of.low > limit for of in intervals):
         return NOT
-    return CONSISTENT if intervals and all(of.high < limit for of in intervals) else OPEN
+    return CONSISTENT if worse and all(worse) and all(of.high < limit for of in intervals) else OPEN
 
 
 def _has_window(ratios: Ratios) -> Claim:
@@ -354,7 +376,7 @@ def percent(differences: Sequence[float]) -> str:
     kept = [value for value in differences if math.isfinite(value)]
     lost = f"{len(differences) - len(kept)} lost" if len(kept) < len(differences) else ""
     if not kept:
-        return lost or "–"
+        return f"lost in all {len(differences)}" if len(differences) > 1 else lost or "–"
     of = interval(kept)
     said = f"{of.mean:+.2f} % [{of.low:+.2f}, {of.high:+.2f}]" if of.count > 1 else f"{of.mean:+.2f} %"
     return f"{said}, {lost}" if lost else said

@@ -146,6 +146,8 @@ def _gain(model: str, lines: Sequence[Line]) -> str:
         if twins:
             mine, theirs = (statistics.fmean(of) for of in zip(*twins))
             left.append(f"{arm} {100 * (mine - theirs) / (before[0] - theirs):+.1f} %")
+    if not left:
+        return ""
     return (
         f"* {model} has {before[0]:.4f} nats a token before it is fine-tuned, as the sweep of inference measured it, "
         f"on {before[1]:,} tokens of the text, where fine-tuning has {finished[0].spec['validated']:,}. Of the gain of "
