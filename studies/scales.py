@@ -16,7 +16,6 @@ Several runs share a GPU (--jobs), and all GPUs of the machine are used.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -35,6 +34,7 @@ from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
 from lib.scales_results import condensed, merged, sizes_of, told_apart
+from lib.texts import read_texts
 from lib.training import Plan, Training, check_text, in_whole_contexts
 from torch_fp8.files import replacing
 
@@ -194,7 +194,7 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
     lines = told_apart(merged(data / "runs.jsonl", new))
     sizes = sizes_of(lines)
     pictures = draw(data, lines, sizes)
-    texts = json.loads((data / "texts.json").read_text(encoding="utf-8")) if (data / "texts.json").exists() else {}
+    texts = read_texts(data / "texts.json")
     to.parent.mkdir(parents=True, exist_ok=True)
     with replacing(to) as temporary:
         temporary.write_text(page(lines, pictures, sizes, os.path.relpath(data, to.parent), texts), encoding="utf-8")

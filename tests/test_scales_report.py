@@ -33,6 +33,7 @@ from studies.lib.scales_results import (
     wanted,
     window,
 )
+from studies.lib.texts import Text, read_texts
 
 ROOT = Path(__file__).parents[1]
 SPEC = {"steps": 10, "batch": 4, "context": 32, "data": "abc", "seed": 0}
@@ -524,6 +525,29 @@ def test_the_page_says_what_is_missing():
     assert "None yet." in page([], [], {}, "data")
 
 
+def test_what_is_missing_on_a_text_that_cannot_be_made_again_is_closed():
+    lines = [line("parity", step=4), line("parity", "gpt-73M")]
+    lines[1].spec["data"] = "def"
+    texts = {digest: Text(f"text {digest}", digest != "def") for digest in ("abc", "def")}
+    text = page(lines, [], sizes_of(lines), "data", texts)
+    open_, closed = text.partition("Still missing")[2].partition("## ")[0].split("Closed, and not to be run any more")
+    assert "gpt-31M: bf16, seed 0 (4 of 10 steps)" in open_ and "gpt-73M" not in open_
+    assert "gpt-73M: bf16, seed 0" in closed and "gpt-31M" not in closed and "given again" not in closed
+    assert "* abc: text abc\n* def: text def; it cannot be made again\n" in text
+    text = page(lines[1:], [], sizes_of(lines), "data", texts)
+    assert "Still missing" not in text and "gpt-73M: bf16, seed 0" in text
+    assert "Still missing" in page(lines[1:], [], sizes_of(lines), "data")  # a text that nothing is known of
+
+
+@pytest.mark.parametrize("content", ['{"abc": "words"}', '{"abc": {"words": "w"}}', "[]", "{", "3",
+                                     '{"abc": {"words": "w", "can_be_made": "no"}}'])  # fmt: skip
+def test_texts_that_do_not_say_whether_they_can_be_made_are_refused(tmp_path, content):
+    assert read_texts(tmp_path / "texts.json") == {}
+    (tmp_path / "texts.json").write_text(content)
+    with pytest.raises(UserError, match="texts.json must have .* of each text, but has not"):
+        read_texts(tmp_path / "texts.json")
+
+
 def test_pictures_that_there_are_no_data_for_are_deleted_and_nothing_else(tmp_path):
     for name in ("window.png", "parity.png", "mine.png", "runs.jsonl"):
         (tmp_path / name).touch()
@@ -534,7 +558,7 @@ def test_the_page_in_docs_is_the_one_of_the_data():
     data = ROOT / "studies" / "results" / "scales"
     lines, pictures = told_apart(read_lines(data / "runs.jsonl", Line)), [path.stem for path in data.glob("*.png")]
     shown = (ROOT / "docs" / "scales.md").read_text(encoding="utf-8")
-    texts = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+    texts = read_texts(data / "texts.json")
     made = page(lines, pictures, sizes_of(lines), "../studies/results/scales", texts)
     assert made == shown, "run studies/scales.py report"
 

@@ -30,6 +30,7 @@ from .scales_results import (
     wanted,
     window,
 )
+from .texts import Text, is_closed
 
 PLANNED = {"gpt-124M": 5, "llama-127M": 5}  # models of training from scratch, and how many pairs of each
 
@@ -56,9 +57,13 @@ head, embeddings, norms and attention are in 16 bits."""
 
 
 def page(
-    lines: Sequence[Line], pictures: Sequence[str], sizes: Mapping[str, float], data: str, texts: Mapping[str, str] = {}
+    lines: Sequence[Line],
+    pictures: Sequence[str],
+    sizes: Mapping[str, float],
+    data: str,
+    texts: Mapping[str, Text] = {},
 ) -> str:
-    """data: the folder of runs.jsonl and the pictures, as the page links to it. texts: by digest what a text is."""
+    """data: the folder of runs.jsonl and the pictures, as the page links to it. texts: by digest."""
     again = "To be read as the table of fine-tuning."
     parts = [
         _HEAD.format(data=data),
@@ -251,8 +256,9 @@ def _figures(pictures: Sequence[str], data: str) -> str:
     )
 
 
-def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str, str]) -> str:
-    rows, missing = [], []
+def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str, Text]) -> str:
+    rows: list[list[str]] = []
+    missing: dict[bool, list[str]] = {False: [], True: []}  # by whether it is closed
     for study, what in STUDIES.items():
         of_study = [line for line in lines if line.study == study]
         for model in dict.fromkeys(line.model for line in sorted(of_study, key=lambda line: sizes.get(line.model, 0))):
@@ -263,18 +269,24 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str,
             rows.append([what, model, millions(sizes.get(model, 0)), millions(tokens) if tokens else "–",
                          f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–",
                          f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–", mine[0].spec["data"]])  # fmt: skip
-            missing += [f"* {what}, {model}: {left}" for left in _missing(mine)]
+            closed = is_closed(mine[0].spec["data"], texts)
+            missing[closed] += [f"* {what}, {model}: {left}" for left in _missing(mine)]
     if not rows:
         return "## Runs\n\nNone yet."
     head = ["study", "model", "parameters", "tokens of a training", "per parameter", "runs done", "on", "text"]
-    known = [f"* {digest}: {words}" for digest, words in texts.items() if any(row[-1] == digest for row in rows)]
+    known = [f"* {digest}: {text.words}{'; it cannot be made again' * is_closed(digest, texts)}"
+             for digest, text in texts.items() if any(row[-1] == digest for row in rows)]  # fmt: skip
     digest = "*Text* is a digest of the tokens, of which names of models have the first eight digits."
     parts = [f"## Runs\n\n{markdown(head, rows)}", "\n".join([digest, *([""] if known else []), *known])]
-    return "\n\n".join([*parts, *([_STILL + "\n".join(missing)] if missing else [])])
+    left = [(_CLOSED if closed else _STILL) + "\n".join(of) for closed, of in missing.items() if of]
+    return "\n\n".join([*parts, *left])
 
 
 _STILL = """Still missing; a run that was begun goes on, where its folder is there, when its command is given again with
 the same `--out`:
+
+"""
+_CLOSED = """Closed, and not to be run any more, since the text cannot be made again:
 
 """
 

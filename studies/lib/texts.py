@@ -1,0 +1,36 @@
+"""What the texts of a study are, by the digest of their tokens: in words, and whether one who has no copy of the tokens
+can make them again. Runs on a text that nobody can make again are closed: what they lack stays missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.gpt.errors import UserError
+
+
+class Text(NamedTuple):
+    words: str
+    can_be_made: bool
+
+
+def read_texts(path: Path) -> dict[str, Text]:
+    """None where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        found = {of: Text(**entry) for of, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+        if not all(isinstance(text.can_be_made, bool) for text in found.values()):
+            raise ValueError("can_be_made must be true or false")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{path} must have {{"words": ..., "can_be_made": true or false}} of each text, but has not: {error}'
+        ) from error
+    return found
+
+
+def is_closed(digest: str, texts: Mapping[str, Text]) -> bool:
+    """A text that has no entry may still be made."""
+    return digest in texts and not texts[digest].can_be_made
