@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.gpt.errors import UserError
-from studies.lib.intervals import interval
+from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
 from studies.lib.scales_claims import claims, findings
@@ -198,6 +198,69 @@ def test_what_each_product_costs_is_said_and_how_many_pairs_are_missing():
         {},
     )
     assert said.endswith("which shows nothing; the same seed again moves BF16 by 0.00 %.")
+
+
+def trained(model, apart, arm="current", **more):
+    """Pairs of a training from scratch, whose arm is apart from BF16 by so many per cent, None where it was lost."""
+    made = []
+    for seed, by in enumerate(apart):
+        losses = {"bf16": 2.0, arm: None if by is None else 2.0 * (1 + by / 100)}
+        made += [line("parity", model, name, seed, {"loss": loss, "accuracy": 0.4}) for name, loss in losses.items()]
+    for one in made:
+        one.spec.update(more)
+    return made
+
+
+def together(*lines):
+    return [said for said in findings(lines, {}) if " together, " in said]
+
+
+def test_models_that_were_trained_alike_are_put_together():
+    """Five pairs and three, of which each model's alone are open."""
+    gpt, llama = [0.1, -0.2, 0.2, -0.1, 0.25], [0.15, -0.15, -0.01]
+    lines = [*trained("gpt-31M", gpt), *trained("llama-49M", llama)]
+    (said,) = together(*lines)
+    assert said.startswith("gpt-31M and llama-49M together, from scratch on 0.0M tokens each, 8 pairs in all: within")
+    assert "current +0.03 % [-0.11, +0.17]. The models are not seen to differ" in said  # ± 2.365 * 0.1692 / sqrt(8)
+    assert said.endswith("Pooled after the runs were seen: the verdicts are those of each model.")
+    assert "* Models together: " in page(lines, [], sizes_of(lines), "data")
+    assert all("pairs: nothing is decided yet" in alone for alone in findings(lines, {})[:2])
+    assert "lost" in together(*lines, *trained("gpt-73M", [None, 0.0, 0.0]))[0]
+
+
+def test_models_are_put_together_where_two_have_three_pairs_of_one_length():
+    three, lines = [0.0, 0.1, -0.1], trained("gpt-31M", [0.0, 0.1, -0.1])
+    assert together(*lines) == together(*lines, *trained("llama-49M", [0.0, 0.1])) == []
+    assert together(*lines, *trained("llama-49M", three, steps=20)) == []
+    assert together(*lines, *trained("llama-49M", three, arm="bf16-again")) == []
+    assert "* Models together" not in page(lines, [], sizes_of(lines), "data")
+    twice = [*lines, *trained("gpt-31M", three, lr=0.1)]
+    assert together(*told_apart(twice)) == []  # one model, trained in two ways
+    more = [*trained("llama-49M", three), *trained("gpt-73M", three, steps=20), *trained("llama-127M", three, steps=20)]
+    assert [said.partition(" together")[0] for said in together(*lines, *more)] == [
+        "gpt-31M and llama-49M", "gpt-73M and llama-127M"]  # fmt: skip
+    (said,) = together(*lines, *trained("llama-49M", three), *trained("gpt-73M", three))
+    assert said.startswith("gpt-31M, llama-49M and gpt-73M together") and "9 pairs in all" in said
+
+
+def test_models_that_differ_are_told_where_they_are_put_together():
+    lines = [*trained("gpt-31M", [0.0, 0.01, -0.01]), *trained("llama-49M", [0.2, 0.21, 0.19])]
+    assert "With current the models differ from one another by more than their pairs scatter." in together(*lines)[0]
+
+
+@pytest.mark.parametrize(
+    "groups, differ",
+    [
+        ([[0.0, 1.0], [3.9, 4.9]], True),  # 3.9, where the interval's half is 4.303 * sqrt(1/2) = 3.04
+        ([[0.0, 1.0], [3.0, 4.0]], False),
+        ([[0.0, 1.0], [0.1, 1.1], [3.9, 4.9]], True),
+        ([[0.0], [9.0]], False),  # no scatter is known
+        ([[], [1.0, 2.0]], False),
+        ([[0.0], [2.0, 2.1]], True),  # 2.05 of 12.706 * 0.0707 * sqrt(3/2) = 1.10
+    ],
+)
+def test_means_differ_by_more_than_the_scatter(groups, differ):
+    assert means_differ(groups) == differ
 
 
 def test_no_arm_is_called_apart_that_is_not_decided():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -28,6 +29,19 @@ def interval(differences: Sequence[float]) -> Interval:
         return Interval(count, mean, -math.inf, math.inf)
     half = _quantile(count - 1) * statistics.stdev(differences) / math.sqrt(count)
     return Interval(count, mean, mean - half, mean + half)
+
+
+def means_differ(groups: Sequence[Sequence[float]]) -> bool:
+    """Whether the 95 % interval of the difference of any two groups' means leaves out 0, by Student's t and with the
+    scatter within all of the groups; False where that is not known."""
+    groups = [group for group in groups if group]
+    degrees = sum(len(group) - 1 for group in groups)
+    if degrees < 1:
+        return False
+    means = [(statistics.fmean(group), len(group)) for group in groups]
+    squares = sum((value - mean) ** 2 for group, (mean, _) in zip(groups, means) for value in group)
+    reach = _quantile(degrees) * math.sqrt(squares / degrees)
+    return any(abs(a - b) > reach * math.sqrt(1 / n + 1 / m) for (a, n), (b, m) in itertools.combinations(means, 2))
 
 
 def pairs_needed(differences: Sequence[float], margin: float) -> int | None:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .intervals import interval, pairs_needed
+from .intervals import interval, means_differ, pairs_needed
 from .scales_results import (
     CRITERION,
     Line,
@@ -27,6 +27,7 @@ from .scales_results import (
 Ratios = Mapping[str, Mapping[str, float]]
 
 MARGIN = 0.25  # per cent of the loss, fixed before the runs
+FEWEST = 3  # pairs that a model must have to be put together with others
 WIDEST = (-16, 16)  # the constants that the paper speaks of
 
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed"
@@ -45,7 +46,7 @@ class Claim(NamedTuple):
 def findings(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
     """A sentence or more each, the ones that there are data for."""
     ratios = _by_size(inference_ratios(lines), sizes)
-    found = [_amax_keeps(ratios), _constants_keep(ratios), *_fine_tuned(lines), *_trained(lines)]
+    found = [_amax_keeps(ratios), _constants_keep(ratios), *_fine_tuned(lines), *_trained(lines), *_together(lines)]
     return [sentence for sentence in found if sentence]
 
 
@@ -141,12 +142,10 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         if _shows_nothing(apart.values()):
             found.append(f"Training {model} from scratch: of one pair each, which shows nothing{noise}.")
             continue
-        counts = sorted(set(map(len, apart.values())))
-        many = f"{' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} pairs"
         verdict = _decided({arm: values for arm, values in apart.items() if arm != "bf16-again"})
         words = _each({arm: values for arm, values in apart.items() if arm != "bf16-again"})
         found.append(
-            f"Training {model} from scratch, {many}: {verdict}{noise}. The loss against BF16's: {words}."
+            f"Training {model} from scratch, {_counts(apart)}: {verdict}{noise}. The loss against BF16's: {words}."
             if words
             else f"Training {model} from scratch in BF16 alone{noise}."
         )
@@ -158,9 +157,50 @@ def _shows_nothing(apart: Iterable[Sequence[float]]) -> bool:
     return all(len(of) == 1 and math.isfinite(of[0]) for of in apart)
 
 
+def pooled(lines: Sequence[Line]) -> dict[tuple[int, tuple[str, ...]], dict[str, list[list[float]]]]:
+    """{(tokens of each training, models): {arm: of each of these models the losses against BF16's}}, of trainings from
+    scratch that are equally long, where at least two models have FEWEST pairs."""
+    apart: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for model, mine, of in _against_bf16(lines, "parity"):
+        for arm, values in of.items():
+            if arm != "bf16-again" and len(values) >= FEWEST:
+                apart.setdefault((trained_tokens(mine[0]), arm), {})[model] = values
+    found: dict[tuple[int, tuple[str, ...]], dict[str, list[list[float]]]] = {}
+    for (tokens, arm), models in apart.items():
+        if len(set(map(plain_name, models))) > 1:
+            found.setdefault((tokens, tuple(models)), {})[arm] = list(models.values())
+    return found
+
+
+def _together(lines: Sequence[Line]) -> list[str]:
+    """Of all models that were trained from scratch on as many tokens."""
+    found = []
+    for (tokens, models), arms in pooled(lines).items():
+        apart = {arm: [value for values in groups for value in values] for arm, groups in arms.items()}
+        differ = [arm for arm, groups in arms.items() if means_differ([_finite(values) for values in groups])]
+        found.append(
+            f"{' and '.join([', '.join(models[:-1]), models[-1]])} together, from scratch on {millions(tokens)} tokens "
+            f"each, {_counts(apart)} in all: {_decided(apart)}. The loss against BF16's: {_each(apart)}. "
+            + (f"With {', '.join(differ)} the models differ" if differ else "The models are not seen to differ")
+            + " from one another by more than their pairs scatter. Pooled after the runs were seen: the verdicts are "
+            "those of each model."
+        )
+    return found
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _counts(apart: Mapping[str, Sequence[float]]) -> str:
+    """How many pairs the arms have."""
+    counts = sorted(set(map(len, apart.values())))
+    return f"{' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} pairs"
+
+
 def _again_words(again: Sequence[float]) -> str:
     """What the same seed does to BF16 when it is run again."""
-    kept = [abs(of) for of in again if math.isfinite(of)]
+    kept = list(map(abs, _finite(again)))
     lost = len(again) - len(kept)
     moves = f"; the same seed again moves BF16 by {statistics.fmean(kept):.2f} %" if kept else ""
     return moves + (f"; BF16 run again was lost in {lost}" if lost else "")
@@ -358,6 +398,10 @@ def models_of(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
+def millions(count: float) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:.0f}M"
+
+
 def _range(values: Iterable[float]) -> str:
     found = list(values)
     if not found:
@@ -373,7 +417,7 @@ def _per_cent(ratios: Sequence[float]) -> str:
 
 def percent(differences: Sequence[float]) -> str:
     """Of those that are finite, and how many are not."""
-    kept = [value for value in differences if math.isfinite(value)]
+    kept = _finite(differences)
     lost = f"{len(differences) - len(kept)} lost" if len(kept) < len(differences) else ""
     if not kept:
         return f"lost in all {len(differences)}" if len(differences) > 1 else lost or "–"

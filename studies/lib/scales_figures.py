@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
 from .intervals import interval
-from .scales_claims import MARGIN
+from .scales_claims import MARGIN, millions
 from .scales_results import (
     CRITERION,
     LINEARS,
@@ -377,7 +377,3 @@ def _plain_ticks(axes: Axes, at: Sequence[float]) -> None:
         before = value if has_room else before
     axes.set_xticks(ticks, labels)
     axes.set_xticks([], minor=True)
-
-
-def millions(count: float) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:.0f}M"

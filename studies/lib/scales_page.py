@@ -12,8 +12,19 @@ from torch_fp8.table import markdown
 from .arms import words
 from .costs import costs_table
 from .divergence import FACTOR, MEDIAN, PATIENCE
-from .scales_claims import MARGIN, claims, findings, loss_before, percent, unsound_words, window_of, within
-from .scales_figures import millions
+from .scales_claims import (
+    FEWEST,
+    MARGIN,
+    claims,
+    findings,
+    loss_before,
+    millions,
+    percent,
+    pooled,
+    unsound_words,
+    window_of,
+    within,
+)
 from .scales_results import (
     CRITERION,
     Line,
@@ -115,8 +126,16 @@ def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
         *(_noise(model, finished) for model in models),
         *(_gain(model, lines) for model in models),
     ]
-    notes.append(_not_planned(finished) if study == "parity" else "")
+    notes += [_TOGETHER if pooled(lines) else "", _not_planned(finished)] if study == "parity" else []
     return "\n\n".join([f"## {title}", about, markdown(head, rows), "\n".join(filter(None, notes))]).rstrip()
+
+
+_TOGETHER = f"""* Models together: of an arm all pairs of the models that have {FEWEST} or more and were trained on as
+  many tokens, taken as one sample: its mean, in which a model counts by its pairs, with the 95 % interval by Student's
+  t, held against the same margin. Pairs are independent, since each is of a model and seed of its own. It is of these
+  models and not of others, was thought of after the runs were seen, and replaces no verdict of the table. Models
+  *differ* where the 95 % interval of the difference of the means of any two leaves out 0, by Student's t with the
+  scatter within all of them"""
 
 
 def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
