@@ -57,6 +57,23 @@ ARMS: dict[str, Spec] = {
 }
 
 
+LEVERS: dict[str, tuple[str, str]] = {  # arms that differ from another in one thing: from which, and in what
+    "current": ("delayed", "each tensor's scale from its own amax"),
+    "delayed-power-of-two": ("delayed", "powers of two as scales"),
+    "e4m3": ("delayed", "gradients in E4M3"),
+    "fprop16": ("delayed", "forward's product in 16 bits"),
+    "dgrad16": ("delayed", "the input gradient's product in 16 bits"),
+    "wgrad16": ("delayed", "the weight gradient's product in 16 bits"),
+    "recent": ("delayed", "the newest amax alone"),
+    "history16": ("delayed", "a history of 16 amaxes"),
+    "margin1": ("delayed", "a binade left free above each amax"),
+    "exact-sums": ("delayed", "forward's sums in float32"),
+    "power-of-two": ("current", "powers of two as scales"),
+    f"grad-margin{_GRAD_MARGIN}": ("current", f"{_GRAD_MARGIN} binades left free above gradients"),
+    "amax": ("power-of-two", f"{_GRAD_MARGIN} binades left free above gradients"),
+}
+
+
 def arm(name: str) -> Spec:
     """What an arm changes of a training: ``cscale:C`` has the constant C, ``gc-cscale:C`` on the paper's formats."""
     if name in ARMS:

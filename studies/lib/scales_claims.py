@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .arms import LEVERS
 from .intervals import interval, means_differ, pairs_needed
 from .scales_results import (
     CRITERION,
@@ -107,15 +108,38 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
         losses = f" The loss against BF16's: {words}." if words else ""
-        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_by_product(apart)}")
+        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine)}")
     return found
 
 
-def _by_product(apart: Mapping[str, Sequence[float]]) -> str:
-    """Which of the three products of a layer costs what, where delayed scaling was run with and without it."""
-    names = {"fprop16": "forward's", "dgrad16": "that of the input's gradient", "wgrad16": "that of the weight's"}
-    said = [f"{words} {percent(apart[arm])}" for arm, words in names.items() if arm in apart]
-    return f" Delayed scaling with one product in 16 bits: {', '.join(said)}." if said and "delayed" in apart else ""
+def _levers(model: str, lines: Sequence[Line]) -> str:
+    """Which one change of a recipe moves the loss, by how much, and which do not: of runs with and without it that have
+    all else in common."""
+    said = []
+    for base in dict.fromkeys(base for base, _ in LEVERS.values()):
+        arms = [arm for arm, (of, _) in LEVERS.items() if of == base]
+        apart = {
+            arm: v for arm in arms if (v := pairs(lines, arm, base, "loss").get(model)) and not _shows_nothing([v])
+        }
+        by_word = {word: [arm for arm, values in apart.items() if _moved(values) == word] for word in _MOVES}
+        parts = [
+            f"{word} with {', '.join(f'{arm} ({LEVERS[arm][1]}) {percent(apart[arm])}' for arm in moved)}"
+            for word, moved in by_word.items()
+            if moved
+        ]
+        said += [f" The loss against {base}'s, with one change to it: {'; '.join(parts)}."] if parts else []
+    return "".join(said)
+
+
+_MOVES = ("lower", "no difference seen", "higher", "lost")
+
+
+def _moved(differences: Sequence[float]) -> str:
+    """Where the whole interval is."""
+    if not all(map(math.isfinite, differences)):
+        return "lost"
+    of = interval(differences)
+    return "lower" if of.high < 0 else "higher" if of.low > 0 else "no difference seen"
 
 
 def _gained(model: str, lines: Sequence[Line]) -> str:
@@ -146,6 +170,7 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         words = _each({arm: values for arm, values in apart.items() if arm != "bf16-again"})
         found.append(
             f"Training {model} from scratch, {_counts(apart)}: {verdict}{noise}. The loss against BF16's: {words}."
+            f"{_levers(model, mine)}"
             if words
             else f"Training {model} from scratch in BF16 alone{noise}."
         )

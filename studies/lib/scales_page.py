@@ -104,10 +104,11 @@ def _found(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
 _ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and batches; means over pairs with their
 95 % interval by Student's t. *In BF16*: the weights that came out, validated in BF16; *in its own FP8*: validated as
 they were trained, and held against BF16 in BF16. The margin of {MARGIN} % of the loss in BF16 was fixed before the
-runs: *yes* where the whole interval is below it, *no* where it is above or a run was lost, else *open*. The largest gap
-is that of the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth. A
-run diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
-{PATIENCE} steps."""
+runs: *yes* where the whole interval is below it, *no* where it is above or a run was lost, else *open*. A recipe is
+held in the same way to the one that it is with one change: the loss is *lower* or *higher* where the whole interval is,
+and else there is *no difference seen*. The largest gap is that of the training loss between the arms' means, over
+stretches of a fiftieth of the run after its first tenth. A run diverges where its loss is not finite, or stays above
+{FACTOR} times the median of the last {MEDIAN} steps for {PATIENCE} steps."""
 
 
 def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
@@ -130,10 +131,10 @@ def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
     return "\n\n".join([f"## {title}", about, markdown(head, rows), "\n".join(filter(None, notes))]).rstrip()
 
 
-_TOGETHER = f"""* Models together: of an arm all pairs of the models that have {FEWEST} or more and were trained on as
-  many tokens, taken as one sample: its mean, in which a model counts by its pairs, with the 95 % interval by Student's
-  t, held against the same margin. Pairs are independent, since each is of a model and seed of its own. It is of these
-  models and not of others, was thought of after the runs were seen, and replaces no verdict of the table. Models
+_TOGETHER = f"""* Models together: all pairs of an arm as one sample, of the models that have {FEWEST} or more of them
+  and were trained on as many tokens. A model counts by its pairs, and pairs are independent, since each is of a model
+  and seed of its own. Their mean and its 95 % interval by Student's t are held against the same margin. They are of
+  these models and of no others, were thought of after the runs were seen, and replace no verdict of the table. Models
   *differ* where the 95 % interval of the difference of the means of any two leaves out 0, by Student's t with the
   scatter within all of them"""
 
