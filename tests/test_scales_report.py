@@ -1,15 +1,19 @@
 """What is concluded from runs: windows, pairs, verdicts, the page.
 The runs are made up, so that what they say is known."""
 
+import itertools
 import json
 import math
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch_fp8.picture import picture
 
 from examples.gpt.errors import UserError
+from studies.lib import scales_figures
 from studies.lib.arms import ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
@@ -649,6 +653,29 @@ def test_pictures_that_there_are_no_data_for_are_deleted_and_nothing_else(tmp_pa
     for name in ("window.png", "parity.png", "mine.png", "runs.jsonl"):
         (tmp_path / name).touch()
     assert draw(tmp_path, [], {}) == [] and sorted(os.listdir(tmp_path)) == ["mine.png", "runs.jsonl"]
+
+
+def drawn(monkeypatch, folder, lines):
+    """The figure of pairs of trainings from scratch, as it was saved."""
+    figures = []
+
+    @contextmanager
+    def watched(*arguments):
+        with picture(*arguments) as figure:
+            yield figure
+            figures.append(figure)
+
+    monkeypatch.setattr(scales_figures, "picture", watched)
+    assert scales_figures.paired(folder / "parity.png", lines, "parity", "bf16")
+    return figures[0]
+
+
+def test_a_picture_of_pairs_has_titles_that_do_not_meet_and_shows_what_was_lost(monkeypatch, tmp_path):
+    lines = [*trained("gpt-31M", [0.1]), *trained("gpt-124M", [0.1, 0.2, None]), *trained("llama-127M", [0.1, 0.3])]
+    axes = drawn(monkeypatch, tmp_path, lines).axes
+    boxes = [one._left_title.get_window_extent() for one in axes]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert [[text.get_text() for text in one.texts] for one in axes] == [[], ["1 lost"], []]
 
 
 def test_the_page_in_docs_is_the_one_of_the_data():

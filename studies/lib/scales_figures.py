@@ -334,6 +334,8 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             axes.axvline(MARGIN, color=FAINT, linewidth=0.8)
             axes.axvline(0, color=INK, linewidth=1)
             for i, arm in enumerate(found):
+                if lost := sum(map(math.isinf, found[arm].get(model, []))):
+                    axes.text(0.99, i, f"{lost} lost", transform=axes.get_yaxis_transform(), ha="right", va="center")
                 for of, color, marker, at in ((found, FP8, "D", i - 0.08), (own, SECOND, "s", i + 0.22)):
                     values = [value for value in of[arm].get(model, []) if math.isfinite(value)]
                     if values:
@@ -346,7 +348,7 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             axes.axvspan(low, MARGIN, color=BF16, alpha=0.25, linewidth=0)
             axes.set_xlim(low, high)
             alone = all(len(of.get(model, [])) < 2 for of in found.values())
-            axes.set_title(_in_lines(model) + (": one pair each, which shows nothing" if alone else ""))
+            axes.set_title(_in_lines(model) + "\none pair each shows nothing" * alone)
             axes.set_xlabel("% of the loss; to the right is worse")
         row[0].set_yticks(range(len(found)), list(found))
         row[0].set_ylim(len(found) - 0.5, -0.5)
