@@ -19,7 +19,7 @@ from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
 from studies.lib.scales_claims import claims, findings
-from studies.lib.scales_figures import draw
+from studies.lib.scales_figures import draw, on_the_way, paired
 from studies.lib.scales_page import page
 from studies.lib.scales_results import (
     Line,
@@ -655,8 +655,8 @@ def test_pictures_that_there_are_no_data_for_are_deleted_and_nothing_else(tmp_pa
     assert draw(tmp_path, [], {}) == [] and sorted(os.listdir(tmp_path)) == ["mine.png", "runs.jsonl"]
 
 
-def drawn(monkeypatch, folder, lines):
-    """The figure of pairs of trainings from scratch, as it was saved."""
+def drawn(monkeypatch, path, draws, *arguments):
+    """The figure that ``draws`` makes, as it was saved."""
     figures = []
 
     @contextmanager
@@ -666,16 +666,24 @@ def drawn(monkeypatch, folder, lines):
             figures.append(figure)
 
     monkeypatch.setattr(scales_figures, "picture", watched)
-    assert scales_figures.paired(folder / "parity.png", lines, "parity", "bf16")
+    assert draws(path, *arguments)
     return figures[0]
 
 
 def test_a_picture_of_pairs_has_titles_that_do_not_meet_and_shows_what_was_lost(monkeypatch, tmp_path):
     lines = [*trained("gpt-31M", [0.1]), *trained("gpt-124M", [0.1, 0.2, None]), *trained("llama-127M", [0.1, 0.3])]
-    axes = drawn(monkeypatch, tmp_path, lines).axes
+    axes = drawn(monkeypatch, tmp_path / "parity.png", paired, lines, "parity", "bf16").axes
     boxes = [one._left_title.get_window_extent() for one in axes]
     assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
     assert [[text.get_text() for text in one.texts] for one in axes] == [[], ["1 lost"], []]
+
+
+def test_arms_of_one_picture_look_different(monkeypatch, tmp_path):
+    lines = [line("finetune", arm=arm, losses=[[i, 2.0] for i in range(20)], result={"loss": 2.0})
+             for arm in ("bf16", *list(ARMS)[3:15])]  # fmt: skip
+    (axes,) = drawn(monkeypatch, tmp_path / "gaps.png", on_the_way, lines, {}).axes
+    looks = [(one.get_color(), one.get_linestyle()) for one in axes.get_lines() if one.get_label() in ARMS]
+    assert len(looks) == len(set(looks)) == 12
 
 
 def test_the_page_in_docs_is_the_one_of_the_data():

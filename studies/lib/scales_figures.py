@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -288,14 +289,15 @@ def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
     if not groups:
         return False
     arms = [arm for arm in arms_of(line for of in groups.values() for line in of) if arm != "bf16"]
-    colors = dict(zip(arms, COLORS * 9))
+    looks = dict(zip(arms, itertools.product(("-", "--", ":"), COLORS)))
     with picture(path, "Training loss on the way, against BF16", (max(11, 3.4 * len(groups)), 4.8)) as figure:
         row = figure.subplots(1, len(groups), squeeze=False)[0]
         handles: dict[str, Any] = {}
         for axes, ((study, model), of) in zip(row, groups.items()):
             for arm in arms_of(of):
                 if found := gaps(of, arm) if arm != "bf16" else []:
-                    (handles[arm],) = axes.plot(*zip(*found), color=colors[arm], label=arm)
+                    style, color = looks[arm]
+                    (handles[arm],) = axes.plot(*zip(*found), style, color=color, label=arm)
             axes.axhline(0, color=INK, linewidth=1)
             counts = [len(pairs(of, arm, "bf16", "loss").get(model, [])) for arm in arms_of(of) if arm != "bf16"]
             many = " to ".join(dict.fromkeys(str(of(filter(None, counts))) for of in (min, max)))
