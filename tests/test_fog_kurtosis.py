@@ -23,9 +23,24 @@ def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
     runs[0].rms["qkv"] = [[1.0] for _ in runs[0].samples]
     runs[2].rms["qkv"] = [[1.0 if step <= 100 else 100.0] for step in runs[2].samples]  # above twice the trend
     assert alarm(runs[2], "rms") == (115, 0) and alarm(runs[0], "rms") is None
-    assert "would have announced 1 of 1 that left, with an alarm in 0 of 0 others." in " ".join(findings(runs, ""))
+    (one,) = outcomes(runs, "provoke")
+    assert watch_words(one) == "alarm 30 steps before, at 170 (layer 2); by rms alarm 85 steps before, at 115 (layer 1)"
+    said = "announced 1 of 1 that left, 85 steps before, where it was recorded; 0 of 0 others had an alarm of it."
+    assert said in " ".join(findings(runs, ""))
     runs[2].losses[100:] = [None]
     assert outcomes(runs, "provoke")[0].left == 101 and outcomes(runs, "provoke")[0].further is None
+
+
+def test_what_rms_said_too_late_or_not_at_all_is_said():
+    def said(**how):
+        runs = [line("llama3"), line("llama3", "fp8", **how)]
+        grows = how.get("grows", 1000)
+        runs[1].rms["qkv"] = [[1.0 if step <= grows else 100.0] for step in runs[1].samples]
+        return watch_words(outcomes(runs, "provoke")[0])
+
+    assert said(away=100, grows=150).endswith("; alarm at 170; by rms alarm at 165")
+    assert said(away=100).endswith("none out of trend; by rms no alarm")
+    assert said() == "no alarm in 60 samples; by rms no alarm"
 
 
 def test_each_run_that_left_is_told_what_the_watch_said_or_why_it_could_not():

@@ -631,3 +631,8 @@ def test_readme_says_what_the_data_say():
     assert f"At the usual rate {all_usual} leave in 9.83M tokens" in readme and usual.startswith("0")
     llama = re.search(r"\*\*Llama 3 of 25M at learning rate 0.01, 10 × the usual one: (\d+ of \d+ runs)", shown)[1]
     assert f"At 25M {llama} of Llama 3 with FP8 attention leave at 10 times the rate" in readme
+    left, announced = re.search(r"Of (\d+) runs in FP8 that .* good, their kurtosis announced (\d+);", shown).groups()
+    rms = re.search(r"announced (\d+) of (\d+) that left, (\d+) to (\d+) steps before, where .* 0 of 19 others", shown)
+    told, of, fewest, most = rms.groups()
+    assert f"kurtosis announced {announced} of {left}; the rms of q, k and v {told} of the {of} of which" in readme
+    assert f"recorded, {fewest} to {most} steps before, with no false alarm" in readme

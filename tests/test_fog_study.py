@@ -71,8 +71,8 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, mo
     log = out / "fog-max_x3_bf16_0" / "log.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < 3:
         time.sleep(0.01)
-    (child,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
-    for process in (child, parent.pid):
+    children = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())  # one a GPU
+    for process in (*children, parent.pid):
         os.kill(process, signal.SIGKILL)
     parent.wait()
     rest = run(*study, tokens=tokens, out=out)

@@ -207,11 +207,25 @@ def test_a_planted_divergence_is_announced_before_the_loss_shows_it():
     noise = torch.tensor(healthy_losses[150:]).diff().std() / math.sqrt(2)  # from step to step
     gap = torch.tensor(losses) - torch.tensor(healthy_losses)
     left = next(step for step, g in enumerate(gap.tolist()) if step > 150 and g > 3 * noise)
-    assert [alarm.metric for alarm in alarms] == ["kurtosis/qkv/blocks.1.attn"] and alarms == watched.alarms
+    metrics = [alarm.metric for alarm in alarms]
+    assert metrics == ["kurtosis/qkv/blocks.1.attn", "rms/qkv/blocks.1.attn"] and alarms == watched.alarms
     alarm = alarms[0]
     assert 150 < alarm.step < left - 50
     assert alarm.layer == "blocks.1" and alarm.value > 2 * alarm.expected and alarm.tokens == (alarm.step + 1) * 8 * 16
     assert f"step {alarm.step}, {alarm.tokens:,} tokens: kurtosis/qkv/blocks.1.attn is" in str(alarm)
+
+
+def test_what_grows_as_a_whole_is_announced_by_its_rms():
+    """All of a block's q, k and v, so that no feature stands out: as before most divergences of docs/fog.md."""
+
+    def change(model, step):
+        if step >= 150:
+            model.blocks[1].attn.qkv.weight *= 1.01
+
+    model, alarms = gpt(), []
+    fp8.watch(model, every=4, on_alarm=alarms.append)
+    train(model, adamw(model), 400, change=change)
+    assert [alarm.metric for alarm in alarms] == ["rms/qkv/blocks.1.attn"]
 
 
 @pytest.mark.parametrize("optimizer", [adamw, muon], ids=["AdamW", "Muon"])
@@ -228,7 +242,7 @@ def test_no_alarm_in_a_healthy_run(optimizer, seed):
 
 def test_an_alarm_is_a_warning_in_words():
     model = gpt()
-    fp8.watch(model, every=2)
+    fp8.watch(model, every=2, metrics="kurtosis/qkv")
     with pytest.warns(UserWarning, match=r"torch_fp8: step .* tokens: kurtosis/qkv/blocks.1.attn is .* sigma above"):
         train(model, adamw(model), 80, change=outlier(30, 1.2))
 
@@ -365,8 +379,9 @@ def test_the_largest_first_so_many_at_once_and_undone(tmp_path):
     model = fp8_gpt()
     log = tmp_path / "watch.jsonl"
     watched = fp8.watch(
-        model, every=2, in_a_row=2, action="16bit", hold=10, at_most=1, log=log, on_alarm=lambda alarm: None
-    )
+        model, every=2, in_a_row=2, action="16bit", hold=10, at_most=1, log=log, metrics="kurtosis/qkv",
+        on_alarm=lambda alarm: None,
+    )  # fmt: skip
     optimizers, held = adamw(model), []
     for step in range(90):
         train(model, optimizers, 1, step, three_steps(30), sequences=2)

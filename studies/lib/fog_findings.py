@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from .fog_claims import PARITY, Twins, needed_words, pairs_words, parity_of, speeds, twins
 from .fog_judged import EARLY, back_words, count_left, judged, steps_words, tokens_words, unheld
 from .fog_kurtosis import beside, watch_of
-from .fog_results import FEWEST, LAST, Line, Outcome, alarm, alone, current, differences, outcomes
+from .fog_results import FEWEST, LAST, Line, Outcome, alone, current, differences, outcomes
 from .fog_words import (
     ARMS,
     MARGIN,
@@ -211,25 +211,29 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
     said, watch = [], watch_of(found)
     if watch.left:
         said.append(
-            f"of {plural(len(watch.left), 'run')} in FP8 that left for good, the watch announced "
+            f"of {plural(len(watch.left), 'run')} in FP8 that left for good, their kurtosis announced "
             f"{len(watch.announced)}; {len(watch.blind)} left before the {FEWEST} samples that an alarm takes; "
             f"{len(watch.as_papers)} of the others had neither left nor had their gradient norm jump within {EARLY} "
             f"times the warm-up, which is what the claim speaks of; {len(watch.false)} of {len(watch.others)} that did "
-            "not leave had an alarm"
+            "not leave had an alarm of it"
         )
-    of_rms = [one._replace(alarm=alarm(one.line, "rms")) for one in judged(found) if one.line.rms and one.watched]
+    of_rms = [one for one in (run.by_rms for run in judged(found)) if one and one.watched]
     if of_rms:
         rms = watch_of(of_rms)
-        told = f"would have announced {len(rms.announced)} of {len(rms.left)} that left"
+        told = f"announced {len(rms.announced)} of {len(rms.left)} that left{_before(rms.announced)}"
         said.append(
-            'by the rms of q, k and v (`fp8.watch(model, metrics="rms/qkv")`), where it was recorded, the watch '
-            f"{told if rms.left else 'has seen none that left'}, with an alarm in {len(rms.false)} of "
-            f"{len(rms.others)} others"
+            "the rms of q, k and v, at which `fp8.watch` looks as well since these runs, "
+            f"{told if rms.left else 'has seen none that left'}, where it was recorded; {len(rms.false)} of "
+            f"{len(rms.others)} others had an alarm of it"
         )
     for one in beside(lines):
         size, steps, tokens = one.line.setting
         said.append(f"FOG-max beside Llama 3 in BF16 ({size}, {millions(steps * tokens)} tokens): {one.words}")
-    return [f"**Kurtosis:** {_sentences(said)}"] if said else []
+    return [f"**Kurtosis and rms:** {_sentences(said)}"] if said else []
+
+
+def _before(steps: Sequence[int]) -> str:
+    return f", {span(steps)} steps before" if steps else ""
 
 
 def _speed(measured: str) -> list[str]:

@@ -51,15 +51,15 @@ _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed 
   noise is what a step adds to the trend of its neighbours, by the median over the {WINDOW} steps before.
 * *Diverged*: the loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
   {PATIENCE} steps.
-* *Alarm*: `torch_fp8.watch` as it is by default, over the recorded kurtosis of q, k and v: {IN_A_ROW} samples in a row
-  that are {ALARM_SIGMAS:g} σ above healthy growth, in any layer.
+* *Alarm*: that of `torch_fp8.watch` as it is by default, over the recorded kurtosis of q, k and v: {IN_A_ROW} samples
+  in a row that are {ALARM_SIGMAS:g} σ above healthy growth, in any layer.
 * *Diverges*: a run leaves BF16, which itself has not diverged and, run again, does not leave itself.
 * *Parity*: the whole 95 % interval of the mean difference of validation losses, over pairs with one seed, is below the
   margin of {MARGIN} % of the loss.
 
 These were written before the runs. The following came when runs had been seen. The last of them, when the suspects had
-been tried: *sound*, *norms*, *came back*, *mean of layers*, *marked{OLD}*, and in *in another way* and *blind* what
-they say of gradient norms and of the start.
+been tried: *by rms*, *sound*, *norms*, *came back*, *mean of layers*, *marked{OLD}*, and in *in another way* and
+*blind* what they say of gradient norms and of the start.
 
 * *In another way*: a run leaves, or its gradient norm jumps, within {EARLY} times the warm-up; or FP8 linears alone
   leave too, or were not run as far, so that it cannot be laid to attention. This counts in warm-ups, and the paper's
@@ -69,6 +69,8 @@ they say of gradient norms and of the start.
   step {FIRST + 1} on.
 * *Blind*: no alarm of growth is possible before {FEWEST} samples, so a run that leaves before says nothing of alarms;
   nor does one of the start of training say whether a kurtosis foretells what comes after billions of tokens.
+* *By rms*: an alarm over the root mean square of q, k and v. `torch_fp8.watch` looks at it as well since it told here
+  of runs of which kurtosis did not, so that these runs do not test that choice.
 * *Sound*: BF16, at any step that it was run and both times, has not diverged, nor been above {FACTOR} times the loss of
   its first step from step {FIRST + 1} on, where it predicts worse than random weights. Where it is not, nothing that
   leaves it or stays with it counts, for claims or parity. A run in FP8 that rises so far does not hold, though it come

@@ -254,6 +254,11 @@ class Outcome(NamedTuple):
         return self.line.result is not None and self.reference.result is not None
 
     @property
+    def by_rms(self) -> Outcome | None:
+        """With the alarm of the rms of q, k and v in place of that of their kurtosis, where it was recorded."""
+        return self._replace(alarm=alarm(self.line, "rms")) if self.line.rms else None
+
+    @property
     def samples(self) -> int:
         """Before it left, where it did."""
         return sum(self.left is None or step < self.left for step in self.line.samples)

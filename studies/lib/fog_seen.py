@@ -145,8 +145,9 @@ def _with_norms(line: Line, found: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _again(of: Sequence[Outcome], last: int) -> str:
-    again = {one.line.pair: one for one in of if one.line.arm == "bf16-again"}
-    pairs = {one.line.pair for one in of if one.left and one.line.arm != "bf16-again"}
+    # How often a run is sampled does not change it.
+    again = {one.line.but_for("every"): one for one in of if one.line.arm == "bf16-again"}
+    pairs = {one.line.but_for("every") for one in of if one.left and one.line.arm != "bf16-again"}
     if any(one.left for one in again.values()):
         return "The order of sums alone does this too: BF16, run again, leaves itself."
     if all(pair in again and again[pair].holds_to(last) for pair in pairs):
@@ -179,8 +180,22 @@ def leaving(one: Outcome) -> str:
 
 def watch_words(one: Outcome) -> str:
     """How many steps before it left the watch said so, or why it did not."""
-    if one.lead is not None and one.alarm and one.lead > 0:
-        return f"alarm {one.lead} steps before, at {one.alarm.step} (layer {one.alarm.layer + 1})"
+    by_rms = one.by_rms
+    if by_rms is None:
+        return _of_kurtosis(one)
+    at = f"alarm at {by_rms.alarm.step}" if by_rms.alarm else "no alarm"
+    return f"{_of_kurtosis(one)}; by rms {_in_time(by_rms) or at}"
+
+
+def _in_time(one: Outcome) -> str:
+    if one.lead is None or not one.alarm or one.lead <= 0:
+        return ""
+    return f"alarm {one.lead} steps before, at {one.alarm.step} (layer {one.alarm.layer + 1})"
+
+
+def _of_kurtosis(one: Outcome) -> str:
+    if in_time := _in_time(one):
+        return in_time
     later = f"; alarm at {one.alarm.step}" if one.alarm else ""
     if not one.left:
         return f"no alarm in {plural(one.samples, 'sample')}" if not one.alarm else later[2:]
