@@ -121,7 +121,7 @@ def draw(figure, tables) -> None:
     bars(axes, list(cells), series, "%.2f")
     level(axes, "Llama BF16\ncompiled")
     axes.set(ylabel="times as fast, tokens/s\nhigher is better", title=f"Forward + backward of layers, {LOOP}")
-    legend(axes)
+    legend(axes, below=True)
 
 
 def main() -> None:

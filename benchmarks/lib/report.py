@@ -159,9 +159,14 @@ def shares_of_copy(figure: Figure, rows: Sequence[Mapping[str, str]], by: str) -
     legend(axes)
 
 
-def legend(axes: Axes) -> None:
-    """One for all panels, beside the title of the first: bars leave no room inside."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=len(axes.get_legend_handles_labels()[1]))
+def legend(axes: Axes, below: bool = False) -> None:
+    """One for all panels, beside the title of the first: bars leave no room inside. below: under the bars, where names
+    are too long for that."""
+    labels = len(axes.get_legend_handles_labels()[1])
+    if below:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), borderpad=0, ncols=-(-labels // 2))
+    else:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=labels)
 
 
 def _folder() -> Path:
