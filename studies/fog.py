@@ -100,9 +100,10 @@ def specs_of(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
             for rate in args.rates:
                 for name in args.architectures:
                     lr = learning_rate(args.lr, rate)
-                    spec = {"study": args.command, "architecture": name, "arm": arm_name, "rate": times_usual(lr)}
+                    times = times_usual(lr)
+                    spec = {"study": args.command, "architecture": name, "arm": arm_name, "rate": times}
                     spec |= {"fp8": arm(arm_name), **training_spec(args, corpus, seed), "lr": lr}
-                    folder = f"{name.replace(':', '+')}_x{rate:g}_{arm_name}_{seed}"
+                    folder = f"{name.replace(':', '+')}_x{times:g}_{arm_name}_{seed}"
                     if folder in specs:
                         raise UserError(f"two runs would be called {folder}; give each architecture, arm and rate once")
                     specs[folder] = spec

@@ -25,8 +25,13 @@ def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
     assert alarm(runs[2], "rms") == (115, 0) and alarm(runs[0], "rms") is None
     (one,) = outcomes(runs, "provoke")
     assert watch_words(one) == "alarm 30 steps before, at 170 (layer 2); by rms alarm 85 steps before, at 115 (layer 1)"
-    said = "announced 1 of 1 that left, 85 steps before, where it was recorded; 0 of 0 others had an alarm of it."
+    said = (
+        "announced 1 of 1 that left, 85 steps before, of those that were sound at the start 1 of 1, where it was "
+        "recorded; 0 of 0 others had an alarm of it. The gradient norm jumped before 0 of the 1 left, and in 0 of the "
+    )
     assert said in " ".join(findings(runs, ""))
+    runs[2].grad_norms[190], runs[0].grad_norms[50] = 1e3, 1e3
+    assert "The gradient norm jumped before 1 of the 1 left, and in 0 of the 0 " in " ".join(findings(runs, ""))
     runs[2].losses[100:] = [None]
     assert outcomes(runs, "provoke")[0].left == 101 and outcomes(runs, "provoke")[0].further is None
 

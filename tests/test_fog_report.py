@@ -632,7 +632,9 @@ def test_readme_says_what_the_data_say():
     llama = re.search(r"\*\*Llama 3 of 25M at learning rate 0.01, 10 × the usual one: (\d+ of \d+ runs)", shown)[1]
     assert f"At 25M {llama} of Llama 3 with FP8 attention leave at 10 times the rate" in readme
     left, announced = re.search(r"Of (\d+) runs in FP8 that .* good, their kurtosis announced (\d+);", shown).groups()
-    rms = re.search(r"announced (\d+) of (\d+) that left, (\d+) to (\d+) steps before, where .* 0 of 19 others", shown)
+    rms = re.search(r"announced (\d+) of (\d+) that left, (\d+) to (\d+) steps before, of .* 0 of 19 others", shown)
     told, of, fewest, most = rms.groups()
     assert f"kurtosis announced {announced} of {left}; the rms of q, k and v {told} of the {of} of which" in readme
-    assert f"recorded, {fewest} to {most} steps before, with no false alarm" in readme
+    jumped = re.search(r"gradient norm jumped before (\d+) of the \d+ left, and in (\d+ of the \d+) that did", shown)
+    said = f"steps before; gradient norms jumped before {jumped[1]} of them, and in {jumped[2]} that stayed"
+    assert f"recorded, {fewest} to {most} {said}" in readme

@@ -225,6 +225,51 @@ def test_it_is_said_which_lever_moves_the_loss_and_which_does_not():
     )
 
 
+def test_a_base_that_was_lost_is_said_and_pairs_are_counted():
+    bf16, wgrad16 = tuned("bf16", [2.0, 3.0, 4.0]), tuned("wgrad16", [2.0, 3.0, 4.0])
+    (said,) = findings([*bf16, *tuned("delayed", [None] * 3), *wgrad16], {})
+    assert "Of changes to delayed nothing can be said; delayed itself was lost or diverged in 3, of which" in said
+    (said,) = findings([*bf16, *tuned("delayed", [2.0, 3.01, None]), *wgrad16, *tuned("dgrad16", [2.0, 3.0, 4.0])], {})
+    assert "-0.17 % [-2.28, +1.94]; delayed itself was lost or diverged in 1, of which no pair counts." in said
+    arms = [*tuned("delayed", [2.0, 3.01, 4.0]), *wgrad16, *tuned("dgrad16", [2.0, 3.0])]
+    (said,) = findings([*bf16, *arms], {})
+    assert "product in 16 bits) -0.17 % [-2.28, +1.94] in 2 pairs" in said and "+0.37] in 3 pairs" in said
+
+
+def test_a_run_that_diverged_and_counts_is_said_to_have_diverged():
+    bf16, current = tuned("bf16", [2.0, 3.0, 4.0]), tuned("current", [2.0, 3.0, 4.0])
+    current[1].result["diverged"] = 7
+    assert "current +0.00 % [+0.00, +0.00], 1 diverged on the way." in findings([*bf16, *current], {})[0]
+    both = [*trained("gpt-31M", [0.0] * 3), *trained("llama-49M", [0.0] * 3)]
+    both[-1].result["diverged"] = 9
+    assert "current +0.00 % [+0.00, +0.00], 1 diverged on the way." in together(*both)[0]
+
+
+def test_bf16_that_diverged_is_no_gain_of_fine_tuning():
+    lines = [*tuned("bf16", [2.0, 2.0, 9.0], validated=8), *tuned("current", [2.0, 2.0, 2.0], validated=8)]
+    lines[2].result["diverged"] = 5
+    sweep = swept("gpt-31M", range(-2, 3))
+    sweep.spec.update(study="infer", checkpoint=None, sweep_tokens=8)
+    sweep.inference["bf16"]["loss"] = 3.0
+    (said,) = [said for said in findings([*lines, sweep], {}) if "Fine-tuning" in said]
+    assert " to 2.0000, on" in said
+    assert "Of the gain of 1.0000 in BF16" in page([*lines, sweep], [], sizes_of(lines), "data")
+
+
+def test_a_sweep_whose_bf16_is_never_right_is_said():
+    sweep = swept("gpt-31M", range(-2, 3))
+    sweep.inference["bf16"]["accuracy"] = 0.0
+    assert "Of gpt-31M no ratio can be said: BF16 itself predicts no token right." in findings([sweep], {})
+
+
+def test_the_best_constant_is_of_those_that_have_constants():
+    whole, begun = swept("gpt-31M", [], amax=0.9), swept("gpt-73M", [], amax=0.8)
+    for c in range(-16, 17):
+        del begun.inference[f"cscale:{c}"]
+    claim = claims([whole, begun], {"gpt-31M": 1, "gpt-73M": 2})[0]
+    assert claim.found == "gpt-31M, gpt-73M: AMAX 0.8000 to 0.9000, the best constant of gpt-31M 0.5000"
+
+
 def test_how_many_pairs_are_missing_is_said():
     made = [line("parity", arm=arm, seed=seed, result={"loss": loss})
             for arm, losses in {"bf16": [1.0] * 3, "current": [1.003, 0.997, 1.0]}.items()
@@ -274,6 +319,8 @@ def test_models_are_put_together_where_two_have_three_pairs_of_one_length():
     assert "* Models together" not in page(lines, [], sizes_of(lines), "data")
     twice = [*lines, *trained("gpt-31M", three, lr=0.1)]
     assert together(*told_apart(twice)) == []  # one model, trained in two ways
+    assert together(*told_apart([*twice, *trained("llama-49M", three)])) == []
+    assert together(*lines, *trained("llama-49M", three, data="another text")) == []
     more = [*trained("llama-49M", three), *trained("gpt-73M", three, steps=20), *trained("llama-127M", three, steps=20)]
     assert [said.partition(" together")[0] for said in together(*lines, *more)] == [
         "gpt-31M and llama-49M", "gpt-73M and llama-127M"]  # fmt: skip
@@ -284,6 +331,8 @@ def test_models_are_put_together_where_two_have_three_pairs_of_one_length():
 def test_models_that_differ_are_told_where_they_are_put_together():
     lines = [*trained("gpt-31M", [0.0, 0.01, -0.01]), *trained("llama-49M", [0.2, 0.21, 0.19])]
     assert "With current the models differ from one another by more than their pairs scatter." in together(*lines)[0]
+    lost = [*trained("gpt-31M", [0.0, 0.01, -0.01]), *trained("llama-49M", [None] * 3)]
+    assert "With current the models differ" in together(*lost)[0]
 
 
 @pytest.mark.parametrize(

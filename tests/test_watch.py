@@ -207,8 +207,7 @@ def test_a_planted_divergence_is_announced_before_the_loss_shows_it():
     noise = torch.tensor(healthy_losses[150:]).diff().std() / math.sqrt(2)  # from step to step
     gap = torch.tensor(losses) - torch.tensor(healthy_losses)
     left = next(step for step, g in enumerate(gap.tolist()) if step > 150 and g > 3 * noise)
-    metrics = [alarm.metric for alarm in alarms]
-    assert metrics == ["kurtosis/qkv/blocks.1.attn", "rms/qkv/blocks.1.attn"] and alarms == watched.alarms
+    assert [alarm.metric for alarm in alarms] == ["kurtosis/qkv/blocks.1.attn"] and alarms == watched.alarms
     alarm = alarms[0]
     assert 150 < alarm.step < left - 50
     assert alarm.layer == "blocks.1" and alarm.value > 2 * alarm.expected and alarm.tokens == (alarm.step + 1) * 8 * 16
@@ -223,7 +222,7 @@ def test_what_grows_as_a_whole_is_announced_by_its_rms():
             model.blocks[1].attn.qkv.weight *= 1.01
 
     model, alarms = gpt(), []
-    fp8.watch(model, every=4, on_alarm=alarms.append)
+    fp8.watch(model, every=4, metrics=("kurtosis/qkv", "rms/qkv"), on_alarm=alarms.append)
     train(model, adamw(model), 400, change=change)
     assert [alarm.metric for alarm in alarms] == ["rms/qkv/blocks.1.attn"]
 
@@ -242,7 +241,7 @@ def test_no_alarm_in_a_healthy_run(optimizer, seed):
 
 def test_an_alarm_is_a_warning_in_words():
     model = gpt()
-    fp8.watch(model, every=2, metrics="kurtosis/qkv")
+    fp8.watch(model, every=2)
     with pytest.warns(UserWarning, match=r"torch_fp8: step .* tokens: kurtosis/qkv/blocks.1.attn is .* sigma above"):
         train(model, adamw(model), 80, change=outlier(30, 1.2))
 
@@ -379,9 +378,8 @@ def test_the_largest_first_so_many_at_once_and_undone(tmp_path):
     model = fp8_gpt()
     log = tmp_path / "watch.jsonl"
     watched = fp8.watch(
-        model, every=2, in_a_row=2, action="16bit", hold=10, at_most=1, log=log, metrics="kurtosis/qkv",
-        on_alarm=lambda alarm: None,
-    )  # fmt: skip
+        model, every=2, in_a_row=2, action="16bit", hold=10, at_most=1, log=log, on_alarm=lambda alarm: None
+    )
     optimizers, held = adamw(model), []
     for step in range(90):
         train(model, optimizers, 1, step, three_steps(30), sequences=2)

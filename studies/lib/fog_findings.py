@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from .fog_claims import PARITY, Twins, needed_words, pairs_words, parity_of, speeds, twins
 from .fog_judged import EARLY, back_words, count_left, judged, steps_words, tokens_words, unheld
-from .fog_kurtosis import beside, watch_of
+from .fog_kurtosis import Watch, beside, watch_of
 from .fog_results import FEWEST, LAST, Line, Outcome, alone, current, differences, outcomes
 from .fog_words import (
     ARMS,
@@ -94,7 +94,7 @@ def _above_bf16(ends: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def _at(left: Sequence[int], line: Line) -> str:
-    half = f", half of them by {statistics.median_high(left)}" if len(left) > 2 else ""
+    half = f", half of them by {statistics.median_low(left)}" if len(left) > 2 else ""
     tokens = span([step * line.setting[2] for step in left], millions)
     return f"at {'step' if left[0] == left[-1] else 'steps'} {span(left)} ({tokens} tokens){half}"
 
@@ -220,16 +220,29 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
     of_rms = [one for one in (run.by_rms for run in judged(found)) if one and one.watched]
     if of_rms:
         rms = watch_of(of_rms)
-        told = f"announced {len(rms.announced)} of {len(rms.left)} that left{_before(rms.announced)}"
+        told = f"announced {len(rms.announced)} of {len(rms.left)} that left{_before(rms.announced)}{_of_papers(rms)}"
         said.append(
-            "the rms of q, k and v, at which `fp8.watch` looks as well since these runs, "
+            'the rms of q, k and v (`fp8.watch(model, metrics="rms/qkv")`) '
             f"{told if rms.left else 'has seen none that left'}, where it was recorded; {len(rms.false)} of "
             f"{len(rms.others)} others had an alarm of it"
+        )
+    if watch.left:
+        first = sum(one.line.jumped is not None and one.line.jumped < (one.left or 0) for one in watch.left)
+        stayed = sum(one.line.jumped is not None for one in watch.others)
+        said.append(
+            f"the gradient norm jumped before {first} of the {len(watch.left)} left, and in {stayed} of the "
+            f"{len(watch.others)} that did not"
         )
     for one in beside(lines):
         size, steps, tokens = one.line.setting
         said.append(f"FOG-max beside Llama 3 in BF16 ({size}, {millions(steps * tokens)} tokens): {one.words}")
-    return [f"**Kurtosis and rms:** {_sentences(said)}"] if said else []
+    return [f"**Kurtosis, rms and gradient norms:** {_sentences(said)}"] if said else []
+
+
+def _of_papers(watch: Watch) -> str:
+    """Of those whose start was sound, how many it announced."""
+    told = sum(one.lead is not None and one.lead > 0 for one in watch.as_papers)
+    return f", of those that were sound at the start {told} of {len(watch.as_papers)}"
 
 
 def _before(steps: Sequence[int]) -> str:

@@ -69,8 +69,9 @@ been tried: *by rms*, *sound*, *norms*, *came back*, *mean of layers*, *marked{O
   step {FIRST + 1} on.
 * *Blind*: no alarm of growth is possible before {FEWEST} samples, so a run that leaves before says nothing of alarms;
   nor does one of the start of training say whether a kurtosis foretells what comes after billions of tokens.
-* *By rms*: an alarm over the root mean square of q, k and v. `torch_fp8.watch` looks at it as well since it told here
-  of runs of which kurtosis did not, so that these runs do not test that choice.
+* *By rms*: the same alarm over the root mean square of q, k and v. Chosen since it tells here of runs of which kurtosis
+  does not, so that these runs do not test it. In warm-ups longer than those here it has false alarms where no norm
+  stands before attention, as in OLMo 2: q, k and v then grow faster than tokens, in health too.
 * *Sound*: BF16, at any step that it was run and both times, has not diverged, nor been above {FACTOR} times the loss of
   its first step from step {FIRST + 1} on, where it predicts worse than random weights. Where it is not, nothing that
   leaves it or stays with it counts, for claims or parity. A run in FP8 that rises so far does not hold, though it come

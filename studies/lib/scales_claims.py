@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ class Claim(NamedTuple):
 def findings(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
     """A sentence or more each, the ones that there are data for."""
     ratios = _by_size(inference_ratios(lines), sizes)
-    found = [_amax_keeps(ratios), _constants_keep(ratios), *_fine_tuned(lines), *_trained(lines), *_together(lines)]
+    found = [_amax_keeps(ratios), _constants_keep(ratios), _no_ratio(lines)]
+    found += [*_fine_tuned(lines), *_trained(lines), *_together(lines)]
     return [sentence for sentence in found if sentence]
 
 
@@ -82,6 +84,12 @@ def _constants_keep(ratios: Ratios) -> str:
     return f"One constant scale for all tensors, FP8-CSCALE: {'; '.join(said)}." if said else ""
 
 
+def _no_ratio(lines: Sequence[Line]) -> str:
+    models = [line.model for line in lines if "bf16" in line.inference and not line.inference["bf16"]["accuracy"]]
+    models = list(dict.fromkeys(models))
+    return f"Of {models_of(models)} no ratio can be said: BF16 itself predicts no token right." if models else ""
+
+
 def _against_bf16(lines: Sequence[Line], study: str) -> Iterator[tuple[str, list[Line], dict[str, list[float]]]]:
     """Of each model that a study has finished runs of: its name, these, and of each arm the losses against BF16's."""
     finished = done(lines, study)
@@ -99,7 +107,7 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         arms = [*fp8, *(["fp16"] if "fp16" in apart else [])]
         if not arms and not unsound_words(mine):
             continue
-        words = _each({arm: apart[arm] for arm in arms})
+        words = _each({arm: apart[arm] for arm in arms}, mine)
         verdict = _decided({arm: apart[arm] for arm in fp8})
         if not fp8:
             verdict = "no arm in FP8 has a pair"
@@ -122,13 +130,24 @@ def _levers(model: str, lines: Sequence[Line]) -> str:
             arm: v for arm in arms if (v := pairs(lines, arm, base, "loss").get(model)) and not _shows_nothing([v])
         }
         by_word = {word: [arm for arm, values in apart.items() if _moved(values) == word] for word in _MOVES}
+        counts = {arm: _in_pairs(apart, arm) for arm in apart}
         parts = [
-            f"{word} with {', '.join(f'{arm} ({LEVERS[arm][1]}) {percent(apart[arm])}' for arm in moved)}"
+            f"{word} with {', '.join(f'{arm} ({LEVERS[arm][1]}) {percent(apart[arm])}{counts[arm]}' for arm in moved)}"
             for word, moved in by_word.items()
             if moved
         ]
-        said += [f" The loss against {base}'s, with one change to it: {'; '.join(parts)}."] if parts else []
+        bad = unsound_words(lines, base)
+        if parts:
+            said.append(f" The loss against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
+        elif bad and any(arm in LEVERS and LEVERS[arm][0] == base for arm in arms_of(lines)):
+            said.append(f" Of changes to {base} nothing can be said{bad}.")
     return "".join(said)
+
+
+def _in_pairs(apart: Mapping[str, Sequence[float]], arm: str) -> str:
+    """Of how many pairs, where that is not the same of all arms."""
+    count = len(apart[arm])
+    return f" in {count} pair{'s' * (count > 1)}" if len(set(map(len, apart.values()))) > 1 else ""
 
 
 _MOVES = ("lower", "no difference seen", "higher", "lost")
@@ -143,12 +162,11 @@ def _moved(differences: Sequence[float]) -> str:
 
 
 def _gained(model: str, lines: Sequence[Line]) -> str:
-    losses = [line.result["loss"] for line in done(lines, "finetune") if _is(line, model, "bf16")]
-    after = statistics.fmean(losses) if losses and None not in losses else None
+    sound = [line for line in done(lines, "finetune") if _is(line, model, "bf16") and is_sound(line.result)]
     before = loss_before(model, lines)
-    if before is None or after is None:
+    if before is None or not sound:
         return f"Fine-tuning {model}: "
-    tokens = next(line.spec["validated"] for line in done(lines, "finetune") if _is(line, model, "bf16"))
+    after, tokens = statistics.fmean(line.result["loss"] for line in sound), sound[0].spec["validated"]
     return (
         f"Fine-tuning in BF16 takes the loss of {model} from {before[0]:.4f} nats a token, on {before[1]:,} of the "
         f"text, to {after:.4f}, on {tokens:,}; "
@@ -166,10 +184,10 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         if _shows_nothing(apart.values()):
             found.append(f"Training {model} from scratch: of one pair each, which shows nothing{noise}.")
             continue
-        verdict = _decided({arm: values for arm, values in apart.items() if arm != "bf16-again"})
-        words = _each({arm: values for arm, values in apart.items() if arm != "bf16-again"})
+        fp8 = {arm: values for arm, values in apart.items() if arm != "bf16-again"}
+        verdict, words = _decided(fp8), _each(fp8, mine)
         found.append(
-            f"Training {model} from scratch, {_counts(apart)}: {verdict}{noise}. The loss against BF16's: {words}."
+            f"Training {model} from scratch, {_counts(fp8)}: {verdict}{noise}. The loss against BF16's: {words}."
             f"{_levers(model, mine)}"
             if words
             else f"Training {model} from scratch in BF16 alone{noise}."
@@ -184,15 +202,17 @@ def _shows_nothing(apart: Iterable[Sequence[float]]) -> bool:
 
 def pooled(lines: Sequence[Line]) -> dict[tuple[int, tuple[str, ...]], dict[str, list[list[float]]]]:
     """{(tokens of each training, models): {arm: of each of these models the losses against BF16's}}, of trainings from
-    scratch that are equally long, where at least two models have FEWEST pairs."""
-    apart: dict[tuple[int, str], dict[str, list[float]]] = {}
+    scratch that are equally long and of one text, where at least two models have FEWEST pairs. Not where a model is
+    there in two ways: its runs share their seeds, and are not independent."""
+    apart: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for model, mine, of in _against_bf16(lines, "parity"):
+        alike = trained_tokens(mine[0]), *(mine[0].spec.get(key) for key in ("data", "split", "validated"))
         for arm, values in of.items():
             if arm != "bf16-again" and len(values) >= FEWEST:
-                apart.setdefault((trained_tokens(mine[0]), arm), {})[model] = values
+                apart.setdefault((*alike, arm), {})[model] = values
     found: dict[tuple[int, tuple[str, ...]], dict[str, list[list[float]]]] = {}
-    for (tokens, arm), models in apart.items():
-        if len(set(map(plain_name, models))) > 1:
+    for (tokens, *_, arm), models in apart.items():
+        if len(set(map(plain_name, models))) == len(models) > 1:
             found.setdefault((tokens, tuple(models)), {})[arm] = list(models.values())
     return found
 
@@ -202,15 +222,22 @@ def _together(lines: Sequence[Line]) -> list[str]:
     found = []
     for (tokens, models), arms in pooled(lines).items():
         apart = {arm: [value for values in groups for value in values] for arm, groups in arms.items()}
-        differ = [arm for arm, groups in arms.items() if means_differ([_finite(values) for values in groups])]
+        differ = [arm for arm, groups in arms.items() if _differ(groups)]
+        words = _each(apart, [line for line in lines if line.study == "parity" and line.model in models])
         found.append(
             f"{' and '.join([', '.join(models[:-1]), models[-1]])} together, from scratch on {millions(tokens)} tokens "
-            f"each, {_counts(apart)} in all: {_decided(apart)}. The loss against BF16's: {_each(apart)}. "
+            f"each, {_counts(apart)} in all: {_decided(apart)}. The loss against BF16's: {words}. "
             + (f"With {', '.join(differ)} the models differ" if differ else "The models are not seen to differ")
             + " from one another by more than their pairs scatter. Pooled after the runs were seen: the verdicts are "
             "those of each model."
         )
     return found
+
+
+def _differ(groups: Sequence[Sequence[float]]) -> bool:
+    """Whether models are seen to differ: where all runs of one were lost and not of another, too."""
+    kept = list(filter(None, map(_finite, groups)))
+    return 0 < len(kept) < len(groups) or means_differ(kept)
 
 
 def _finite(values: Iterable[float]) -> list[float]:
@@ -220,7 +247,7 @@ def _finite(values: Iterable[float]) -> list[float]:
 def _counts(apart: Mapping[str, Sequence[float]]) -> str:
     """How many pairs the arms have."""
     counts = sorted(set(map(len, apart.values())))
-    return f"{' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} pairs"
+    return f"{' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} pair{'s' * (counts != [1])}"
 
 
 def _again_words(again: Sequence[float]) -> str:
@@ -234,7 +261,8 @@ def _again_words(again: Sequence[float]) -> str:
 def unsound_words(lines: Iterable[Line], arm: str = "bf16") -> str:
     """Of the runs of a study and model: those of ``arm`` that others are not held to."""
     bad = _unsound(lines, arm)
-    return f"; {arm.upper()} itself was lost or diverged in {bad}, of which no pair counts" if bad else ""
+    name = arm.upper() if arm in ("bf16", "fp16") else arm
+    return f"; {name} itself was lost or diverged in {bad}, of which no pair counts" if bad else ""
 
 
 def _unsound(lines: Iterable[Line], arm: str) -> int:
@@ -252,17 +280,18 @@ def _decided(apart: Mapping[str, Sequence[float]]) -> str:
     return "; ".join(said) or "nothing is decided yet"
 
 
-def _each(apart: Mapping[str, Sequence[float]]) -> str:
-    """Of each arm how far it is from BF16; of how many pairs, where that is not the same of all; and how many it takes,
-    where that many do not decide."""
+def _each(apart: Mapping[str, Sequence[float]], lines: Iterable[Line]) -> str:
+    """Of each arm how far it is from BF16; of how many pairs, where that is not the same of all; how many of ``lines``
+    diverged and came back to a loss that counts; and how many it takes, where that many do not decide."""
     said = []
+    back = Counter(line.spec["arm"] for line in lines if (line.result or {}).get("diverged") and line.result["loss"])
     for arm, values in apart.items():
         open_ = within(values) == "open"
         needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
-        many = f" in {len(values)} pair{'s' * (len(values) > 1)}" if len({len(of) for of in apart.values()}) > 1 else ""
+        diverged = f", {back[arm]} diverged on the way" if back[arm] else ""
         takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
-        said.append(f"{arm} {percent(values)}{many}{', open' * open_}{takes}")
-    return ("; " if any(", open" in one for one in said) else ", ").join(said)
+        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{diverged}{', open' * open_}{takes}")
+    return ("; " if any(", " in one.partition("]")[2] for one in said) else ", ").join(said)
 
 
 def loss_before(model: str, lines: Sequence[Line]) -> tuple[float, int] | None:
@@ -300,11 +329,12 @@ def _amax_inference(ratios: Ratios) -> Claim:
     best = {model: max(c.values()) for model, of in ratios.items() if (c := constants(of))}
     good = {m for m in amax if amax[m] > CRITERION and best.get(m, amax[m]) > CRITERION}
     groups = [group for group in ([m for m in amax if m in good], [m for m in amax if m not in good]) if group]
-    said = [
-        f"{models_of(group)}: AMAX {_range(amax[m] for m in group)}, the best constant "
-        f"{_range(best[m] for m in group if m in best)}"
-        for group in groups
-    ]
+    said = []
+    for group in groups:
+        swept = [m for m in group if m in best]
+        whose = f" of {models_of(swept)}" if 0 < len(swept) < len(group) else ""
+        constant = f"the best constant{whose} {_range(best[m] for m in swept)}"
+        said.append(f"{models_of(group)}: AMAX {_range(amax[m] for m in group)}, {constant}")
     values = [value > CRITERION for value in [*amax.values(), *best.values()]]
     verdict = CONSISTENT if all(values) else NOT if not any(values) else OPEN
     return Claim(words, models_of(amax), "; ".join(said), verdict)

@@ -132,8 +132,9 @@ def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
 
 
 _TOGETHER = f"""* Models together: all pairs of an arm as one sample, of the models that have {FEWEST} or more of them
-  and were trained on as many tokens. A model counts by its pairs, and pairs are independent, since each is of a model
-  and seed of its own. Their mean and its 95 % interval by Student's t are held against the same margin. They are of
+  and were trained on as many tokens of one text, each at the learning rate of its runs; none where a model is there in
+  two ways. A model counts by its pairs, and pairs are independent, since each is of a model and seed of its own. Their
+  mean and its 95 % interval by Student's t are held against the same margin. They are of
   these models and of no others, were thought of after the runs were seen, and replace no verdict of the table. Models
   *differ* where the 95 % interval of the difference of the means of any two leaves out 0, by Student's t with the
   scatter within all of them"""
@@ -160,6 +161,7 @@ def _gain(model: str, lines: Sequence[Line]) -> str:
     """Of fine-tuning, and what share of it each arm in FP8 leaves out."""
     before = loss_before(model, lines)
     finished = [line for line in done(lines, "finetune") if line.model == model and line.result["loss"] is not None]
+    finished = [line for line in finished if line.spec["arm"] != "bf16" or is_sound(line.result)]
     losses = {(line.spec["arm"], line.pair): line.result["loss"] for line in finished}
     bf16 = [loss for (arm, _), loss in losses.items() if arm == "bf16"]
     if before is None or not bf16 or before[0] <= statistics.fmean(bf16):

@@ -50,7 +50,7 @@ def watch(
     model: nn.Module,
     every: int = 50,
     *,
-    metrics: Sequence[str] = ("kurtosis/qkv", "rms/qkv"),
+    metrics: Sequence[str] = ("kurtosis/qkv",),
     tokens: int | None = None,
     points: Points | None = None,
     in_a_row: int = 3,
@@ -78,10 +78,12 @@ def watch(
 
     metrics: which series are watched, by name ("kurtosis", "kurtosis/qkv", "rms/block", "grad_norm", "loss") or by
         pattern of the whole tag ("kurtosis/*/layers.3*"); all that ``activations`` has but mean and outliers, which
-        may be 0 or negative. The kurtosis of q, k and v is what the paper speaks of: it sees features that grow beyond
-        the others. Their rms sees what grows as a whole, such as attention's logits or activations under a learning
-        rate that is too high, and told of most divergences of ``docs/fog.md``, where kurtosis told of few. The others
-        may jump in a healthy run, as an FFN learns to switch features on; then they raise an alarm too.
+        may be 0 or negative. The default is what the paper speaks of. It sees features that grow beyond the others, not
+        what grows as a whole, such as attention's logits or activations under a learning rate that is too high:
+        "rms/qkv" sees that, and told of most divergences of ``docs/fog.md``, where kurtosis told of few. It raises
+        an alarm in healthy runs too where no norm stands before attention (OLMo 2): there q, k and v grow faster than
+        tokens while the learning rate warms up. The others may jump in a healthy run, as an FFN learns to switch
+        features on; then they raise an alarm too.
     tokens: of an optimizer step, over all micro-batches and ranks. None: counted in sampled steps where the model looks
         them up in its embedding (the one with most look-ups in a step), on this rank; steps between have as many.
         ``note`` tells others. Give them where a GradScaler skips steps: tokens of skipped ones are counted with the
@@ -113,7 +115,7 @@ class Watch(Activations):
     expected and sigmas); ``in_16_bits`` has the layers that are held, and until which step."""
 
     def __init__(
-        self, model: nn.Module, every: int = 50, *, metrics: Sequence[str] = ("kurtosis/qkv", "rms/qkv"),
+        self, model: nn.Module, every: int = 50, *, metrics: Sequence[str] = ("kurtosis/qkv",),
         tokens: int | None = None, points: Points | None = None, in_a_row: int = 3, sigmas: float = 6.0,
         action: str | None = None, hold: int = 200, at_most: int = 2, tau: float = 10.0, writer: Any = None,
         log: StrPath | None = None, on_alarm: Callable[[Alarm], None] | None = None,
