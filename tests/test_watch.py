@@ -807,16 +807,52 @@ def test_arguments_of_another_kind_are_refused():
     for options, match in (
         ({"metrics": [1]}, "metrics must be names"), ({"metrics": None}, "metrics must be names"),
         ({"writer": 3}, "writer must be what has add_scalar"), ({"on_alarm": 3}, "on_alarm must be a function"),
-        ({"points": "x"}, "points must be"), ({"log": 3}, "log must be a path"),
+        ({"points": "x"}, "points must be"), ({"log": 3}, "log must be a path"), ({"sigmas": True}, "sigmas must be"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             fp8.watch(model, **options)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    for no_model in (None, [model]):
+        with pytest.raises(ValueError, match="model must be an nn.Module"):
+            fp8.watch(no_model)
     watched = fp8.watch(model)
     for told in ({"loss": "a"}, {"grad_norm": [1.0]}, {"loss": torch.ones(2)}):
         with pytest.raises(ValueError, match=f"{next(iter(told))} must be a number"):
             watched.note(**told)
     assert not watched._told
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("trends", lambda trends: trends.update({3: trends.popitem()[1]})),
+        ("trends", lambda trends: trends.popitem()[1].update(_inside=[1, 2])),
+        ("trends", lambda trends: trends.popitem()[1].update(_lowest=3)),
+        ("trends", lambda trends: trends.popitem()[1].update(values="abc")),
+        ("trends", lambda trends: trends.popitem()[1].update(beyond=None)),
+        ("trends", lambda trends: trends.popitem()[1].update(_record="x")),
+        ("alarms", lambda alarms: alarms[0].update(value="x")),
+        ("alarms", lambda alarms: alarms[0].update(layer=3)),
+        ("alarms", lambda alarms: alarms[0].update(step=None)),
+        ("readings", lambda readings: readings[0].__setitem__(0, "1")),
+        ("readings", lambda readings: readings[0][2].update(loss="x")),
+        ("held", lambda held: held[next(iter(held))].update(modules=[3])),
+    ],
+)
+def test_a_damaged_state_is_refused_before_it_breaks_a_training(part, change):
+    model, optimizers, watched = resumable()
+    train(model, optimizers, 40, change=three_steps(30), sequences=2)
+    good = watched.state_dict()
+    bad = json.loads(json.dumps(good))
+    last = next(reversed(bad["trends"]))
+    damaged = bad["trends"][last]
+    change(bad[part])
+    if part == "trends":  # popitem took it
+        bad["trends"].setdefault(last, damaged)
+    with pytest.raises(ValueError, match=f"torch_fp8: a watch's state .*{part}"):
+        watched.load_state_dict(bad)
+    assert watched.state_dict() == good and in_16_bits(model) == set(good["held"])
+    watched.load_state_dict(json.loads(json.dumps(good)))
 
 
 @pytest.mark.parametrize("part", ["trends", "alarms", "readings", "held", "step"])

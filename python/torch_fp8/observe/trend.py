@@ -12,8 +12,11 @@ A loss begins at its highest instead. It is healthy as long as it is near the lo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
+
+from ..checks import is_int
 
 LEAST_SIGMA = 0.15  # of log(value): however quiet a series is, less than this is no reason for an alarm
 LEAST_SIGMA_OF_FALLING = 0.05  # a loss that came down by half cannot rise by much more than that
@@ -71,3 +74,25 @@ class Trend:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+    @staticmethod
+    def is_state(state: Any) -> bool:
+        """Whether ``state_dict`` may have given it, as far as types tell."""
+        if not isinstance(state, Mapping) or set(state) != set(vars(Trend())):
+            return False
+        points, lowest, expected = state["_inside"], state["_lowest"], state["expected"]
+        return (
+            isinstance(state["falls"], bool)
+            and is_int(state["beyond"], 0, 2**62)
+            and are_numbers(state["values"])
+            and isinstance(points, list)
+            and all(are_numbers(point, 2) for point in points)
+            and (lowest is None or are_numbers(lowest, 2))
+            and (expected is None or are_numbers([expected]))
+            and are_numbers([state["_record"], state["excess"]])
+        )
+
+
+def are_numbers(values: Any, count: int | None = None) -> bool:
+    is_row = isinstance(values, list | tuple) and (count is None or len(values) == count)
+    return is_row and all(isinstance(value, float | int) and not isinstance(value, bool) for value in values)

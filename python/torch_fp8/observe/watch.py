@@ -22,7 +22,7 @@ from ..layers.mlp import Look
 from ..layers.scaled import Scaled, scaled_modules
 from .activations import METRICS, Activations, Reading, in_training_forward
 from .points import Points, clean, unwrapped
-from .trend import Trend
+from .trend import Trend, are_numbers
 from .watch_png import draw
 
 
@@ -120,8 +120,9 @@ class Watch(Activations):
         action: str | None = None, hold: int = 200, at_most: int = 2, tau: float = 10.0, writer: Any = None,
         log: StrPath | None = None, on_alarm: Callable[[Alarm], None] | None = None,
     ) -> None:  # fmt: skip
+        check(isinstance(model, nn.Module), "model", "an nn.Module", model)
         check(tokens is None or is_int(tokens, 1, 2**62), "tokens", "a positive number, of one optimizer step", tokens)
-        check(isinstance(sigmas, float | int) and sigmas > 0, "sigmas", "a positive number", sigmas)
+        check(are_numbers([sigmas]) and sigmas > 0, "sigmas", "a positive number", sigmas)
         check(action in (None, "16bit"), "action", 'None or "16bit"', action)
         for name, value in (("in_a_row", in_a_row), ("hold", hold), ("at_most", at_most)):
             check(is_int(value, 1, 2**62), name, "a positive number", value)
@@ -358,7 +359,7 @@ class Watch(Activations):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, actions under way too. Raises ValueError, with the watch as it was, for
-        what is no such state, or that of another model."""
+        what is no such state, or has layers that this model has not."""
         wanted = {"step", "tokens", "of_step", "trends", "alarms", "held", "readings"}
         if not isinstance(state, Mapping) or set(state) != wanted:
             got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -470,21 +471,39 @@ def _part_that_is_none(state: Mapping[str, Any]) -> str | None:
         each = values.values() if isinstance(values, Mapping) else values
         return isinstance(values, kind) and all(is_one(value) for value in each)
 
+    def is_named(values: Mapping[Any, Any]) -> bool:
+        return all(isinstance(name, str) for name in values)
+
     def is_held(value: Any) -> bool:
         return (
-            has(value, ("modules", "until")) and isinstance(value["modules"], list) and is_int(value["until"], 0, 2**62)
+            has(value, ("modules", "until"))
+            and isinstance(value["modules"], list)
+            and all(isinstance(name, str) for name in value["modules"])
+            and is_int(value["until"], 0, 2**62)
         )
 
     def is_reading(value: Any) -> bool:
-        return isinstance(value, list | tuple) and len(value) == 3 and isinstance(value[2], Mapping)
+        if not isinstance(value, list | tuple) or len(value) != 3 or not isinstance(value[2], Mapping):
+            return False
+        step, tokens, values = value
+        named = all(isinstance(tag, str) for tag in values) and are_numbers([*values.values()])
+        return is_int(step, 0, 2**62) and (tokens is None or is_int(tokens, 0, 2**62)) and named
+
+    def is_alarm(value: Any) -> bool:
+        if not has(value, Alarm.__dataclass_fields__):
+            return False
+        counts, words = (value["step"], value["tokens"]), (value["metric"], value["layer"])
+        sizes = [value["value"], value["sigmas"], *([] if value["expected"] is None else [value["expected"]])]
+        said = all(isinstance(word, str) for word in words)
+        return all(is_int(count, 0, 2**62) for count in counts) and said and are_numbers(sizes)
 
     is_good = {
         "step": is_int(state["step"], 0, 2**62),
         "tokens": is_int(state["tokens"], 0, 2**62),
         "of_step": state["of_step"] is None or is_int(state["of_step"], 0, 2**62),
-        "trends": all_of(state["trends"], Mapping, lambda value: has(value, vars(Trend()))),
-        "alarms": all_of(state["alarms"], list, lambda value: has(value, Alarm.__dataclass_fields__)),
-        "held": all_of(state["held"], Mapping, is_held),
+        "trends": all_of(state["trends"], Mapping, Trend.is_state) and is_named(state["trends"]),
+        "alarms": all_of(state["alarms"], list, is_alarm),
+        "held": all_of(state["held"], Mapping, is_held) and is_named(state["held"]),
         "readings": all_of(state["readings"], list, is_reading),
     }
     return next((part for part, good in is_good.items() if not good), None)
