@@ -627,12 +627,49 @@ def test_gradients_with_a_loss_scale_that_moves_are_not_shown():
     assert [biases_of(one, "training") for one in both] == [records, []]
 
 
+def on_its_way(arm, seed, losses, result=None):
+    one = line("parity", arm=arm, seed=seed, losses=losses, result=result)
+    one.spec["steps"] = 20
+    return one
+
+
 def test_gaps_are_of_the_seeds_that_both_arms_have():
-    lines = [line("finetune", seed=seed, losses=[[i, 2.0] for i in range(1, 21)]) for seed in range(2)]
-    lines += [line("finetune", arm="amax", seed=s, losses=[[i, 2.0 + i * s] for i in range(1, 21)]) for s in (1, 2)]
+    lines = [on_its_way("bf16", seed, [[i, 2.0] for i in range(1, 21)]) for seed in range(2)]
+    lines += [on_its_way("amax", s, [[i, 2.0 + i * s] for i in range(1, 21)]) for s in (1, 2)]
     found = gaps(lines, "amax")
     assert found[0] == (3, pytest.approx(150.0)) and found[-1] == (20, pytest.approx(1000.0)) and len(found) == 18
     assert gaps(lines, "fp16") == []
+
+
+def test_gaps_of_other_seeds_stay_where_one_is_lost():
+    """A lost run is cut into stretches of its own length, which are not those of BF16."""
+    end, lost = {"loss": 2.0}, {"loss": None, "diverged": 5}
+    whole = [on_its_way("bf16", seed, [[i, 2.0] for i in range(2, 21, 2)], end) for seed in range(3)]
+    lines = [*whole, *(on_its_way("amax", seed, [[i, 2.4] for i in range(2, 21, 2)], end) for seed in range(2))]
+    lines.append(on_its_way("amax", 2, [[i, 9.0] for i in range(1, 5)], lost))
+    assert gaps(lines, "amax") == [(i, pytest.approx(20.0)) for i in range(4, 21, 2)]
+    (row,) = [row for row in page(lines, [], {"gpt-31M": 31e6}, "data").splitlines() if "| amax | 3 |" in row]
+    assert "| +20.00 % | 1 |" in row
+    unfinished = [*lines[:5], on_its_way("amax", 2, [[i, 9.0] for i in range(1, 5)])]
+    assert gaps(unfinished, "amax") == gaps(lines, "amax")  # step 4 is one step there, and the mean of two in BF16
+
+
+def test_gaps_are_of_equal_steps_of_each_seed_after_the_first_tenth():
+    lines = []
+    for seed, steps in enumerate([range(1, 21), [*range(1, 10), *range(11, 21)]]):  # one step there was not finite
+        lines += [on_its_way("bf16", seed, [[i, 2.0] for i in steps])]
+        lines += [on_its_way("amax", seed, [[i, 2.2 + seed * i / 10] for i in steps])]
+    expected = [(i, pytest.approx(10 + (0 if i == 10 else 2.5 * i))) for i in range(3, 21)]
+    assert gaps(lines, "amax") == expected
+
+
+@pytest.mark.parametrize("unsound", [{"loss": None, "diverged": 5}, {"loss": 2.0, "diverged": 5}])
+def test_gaps_are_not_to_a_bf16_that_diverged(unsound):
+    steps = [[i, 2.0] for i in range(1, 21)]
+    lines = [on_its_way("bf16", 0, [[i, 1.0] for i in range(1, 21)], unsound), on_its_way("amax", 0, steps)]
+    assert gaps(lines, "amax") == []
+    lines += [on_its_way("bf16", 1, steps, {"loss": 2.0}), on_its_way("amax", 1, steps)]
+    assert {apart for _, apart in gaps(lines, "amax")} == {0.0}
 
 
 # ---- the file, the page, the pictures --------------------------------------------------------------------------------

@@ -244,16 +244,27 @@ def is_sound(result: dict[str, Any]) -> bool:
 
 def gaps(lines: Iterable[Line], arm: str) -> list[tuple[int, float]]:
     """[(step, by how many per cent the training loss up to it is above BF16's)] of one study and model, after the first
-    tenth: of means over the seeds that both arms have."""
-    of = {(line.spec["arm"], line.pair): line.losses for line in lines}
-    both = [pair for name, pair in of if name == arm and ("bf16", pair) in of]
-    together = [
-        [(a[0], a[1], b[1]) for a, b in zip(of[arm, pair], of["bf16", pair]) if a[0] == b[0]][
-            len(of[arm, pair]) // 10 :
-        ]
-        for pair in both
-    ]
-    return [(at[0][0], 100 * (sum(a for _, a, _ in at) / sum(b for _, _, b in at) - 1)) for at in zip(*together)]
+    tenth: at each step of means over the seeds that both arms have there. Seeds whose BF16 diverged do not count, nor
+    do lost runs, not even with what they have until they were lost: they are in stretches of other lengths, and the
+    mean of one step is not held to that of fifteen."""
+    of = {(line.spec["arm"], line.pair): line for line in lines}
+    at: dict[int, list[tuple[float, float]]] = {}
+    for (name, pair), mine in of.items():
+        theirs = of.get(("bf16", pair))
+        lost = mine.result is not None and mine.result["loss"] is None
+        if name != arm or lost or theirs is None or not (theirs.result is None or is_sound(theirs.result)):
+            continue
+        a, b = _stretches(mine), _stretches(theirs)
+        for begin, end in a.keys() & b.keys():
+            if end > mine.spec["steps"] / 10:
+                at.setdefault(end, []).append((a[begin, end], b[begin, end]))
+    return [(end, 100 * (sum(a for a, _ in at[end]) / sum(b for _, b in at[end]) - 1)) for end in sorted(at)]
+
+
+def _stretches(line: Line) -> dict[tuple[int, int], float]:
+    """{(after which step, up to which step): the mean loss}."""
+    ends = [int(end) for end, _ in line.losses]
+    return {of: loss for of, (_, loss) in zip(itertools.pairwise([0, *ends]), line.losses)}
 
 
 def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
