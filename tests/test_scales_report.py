@@ -13,7 +13,7 @@ import pytest
 from torch_fp8.picture import picture
 
 from examples.gpt.errors import UserError
-from studies.lib import scales_figures
+from studies.lib import fog_results, scales_figures
 from studies.lib.arms import ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
@@ -167,6 +167,42 @@ def test_a_run_in_another_folder_is_the_same(tmp_path):
     one = line("parity", result={"loss": 1.0})
     copy = Line("elsewhere", one.spec, 10, one.result, [], [])
     assert merged(tmp_path / "runs.jsonl", [one, copy]) == [copy]
+
+
+@pytest.mark.parametrize("both_new", [False, True])
+def test_of_a_run_that_was_made_twice_the_first_result_is_kept_and_said(tmp_path, capsys, both_new):
+    path = tmp_path / "runs.jsonl"
+    first, second = (line("parity", arm="amax", result={"loss": loss, "seconds": 9.0}) for loss in (1.5, 2.5))
+    second.biases.append({"step": 5, "biases": {}})  # records of another result
+    before = merged(path, [first])
+    assert merged(path, [first, second] if both_new else [second]) == [first] == before
+    said = capsys.readouterr().err
+    assert said == (
+        f"the run parity, gpt-31M, amax, seed 0 was made twice, with another result: loss 1.5 is kept, which {path} "
+        "has, and loss 2.5 is left out\n"
+    )
+    path.unlink()
+    assert merged(path, [second, first]) == [second]
+    assert "loss 2.5 is kept, which was read first, and loss 1.5 is left out" in capsys.readouterr().err
+
+
+def test_of_a_run_that_was_made_twice_with_one_result_nothing_is_said(tmp_path, capsys):
+    first, second = (line("parity", result={"loss": 1.5, "seconds": seconds}) for seconds in (9.0, 8.0))
+    half = line("parity", step=3)
+    assert merged(tmp_path / "runs.jsonl", [half, first, second, first, half]) == [first]
+    assert capsys.readouterr().err == ""
+    second.biases.append({"step": 5, "biases": {}})
+    assert merged(tmp_path / "runs.jsonl", [second]) == [second]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_fog_that_was_made_twice_keeps_its_first_result(tmp_path, capsys):
+    spec = {**SPEC, "study": "provoke", "architecture": "op", "arm": "bf16", "lr": 0.003, "fp8": {}, "size": "tiny"}
+    results = [{"loss": loss, "diverged": 0} for loss in (1.5, None)]
+    first, second = (fog_results.Line(spec, 10, result, [], [], [], {}) for result in results)
+    assert fog_results.merged(tmp_path / "runs.jsonl", [first, second]) == [first]
+    said = capsys.readouterr().err
+    assert "the run provoke, op, bf16, lr 0.003, seed 0 was made twice" in said and "loss None is left out" in said
 
 
 def test_runs_that_differ_in_their_records_alone_are_one(tmp_path):

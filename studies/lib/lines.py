@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -47,22 +48,54 @@ def merge_lines(
     meaning: Callable[[Line], Any],
     rank: Callable[[Line], Any] = lambda line: (line.result is not None, line.step),
 ) -> list[Line]:
-    """The file with what is new; of the same run the one with the highest ``rank``, the later one of equals; in the
-    order of keys, which have a run's spec, since runs that differ in it are two.
+    """The file with what is new; of the same run the one with the highest ``rank``, the later one of equals, which may
+    be condensed anew; in the order of keys, which have a run's spec, since runs that differ in it are two. Where a run
+    was made twice, with another result, the first one stays, which the file has, and that is said.
     meaning: what a line's arm is. UserError, with nothing written, where arms of one name are two things: runs of both
     would be counted as one."""
     lines: dict[Any, Line] = {}
     arms: dict[str, Any] = {}
-    for line in [*(read_lines(path, kind) if path.exists() else ()), *new]:
+    there = read_lines(path, kind) if path.exists() else []
+    said = []
+    for line in [*there, *new]:
         name, this = line.spec["arm"], meaning(line)
         if arms.setdefault(name, this) != this:
             raise UserError(f"{path} and the new runs have two arms called {name}: {arms[name]} and {this}; "
                             "give one of them another name, or the new runs another --data")  # fmt: skip
         before = lines.get(key(line))
-        if before is None or rank(line) >= rank(before):
+        if before is None or before.result is None or line.result is None:
+            again = before is None or rank(line) >= rank(before)
+        elif other := _differing(before.result, line.result):
+            again = False
+            has = f"which {path} has" if before in there else "which was read first"
+            said.append(
+                f"the run {_name(line.spec)} was made twice, with another result: "
+                f"{other} {_short(before.result[other])} is kept, {has}, and {other} {_short(line.result[other])} is left out"
+            )
+        else:  # in two runs that came to the same, other clocks
+            again = rank(line) > rank(before) or (line.result == before.result and rank(line) == rank(before))
+        if again:
             lines[key(line)] = line
+    for words in said:
+        print(words, file=sys.stderr)
     kept = [lines[of] for of in sorted(lines)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(asdict(line), separators=(",", ":")) + "\n" for line in kept))
     return kept
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    """The first thing that both results have, and not the same, but for how long they took on which GPU."""
+    keys = [key for key in ("loss", *a) if key in a and key in b and key not in ("seconds", "gpu")]
+    return next((key for key in keys if a[key] != b[key]), None)
+
+
+def _short(value: Any) -> str:
+    words = str(value)
+    return words if len(words) <= 40 else f"{words[:40]}..."
+
+
+def _name(spec: Spec) -> str:
+    words = [str(spec[key]) for key in ("study", "model", "architecture", "arm") if key in spec]
+    return ", ".join([*words, *(f"{key} {spec[key]}" for key in ("lr", "seed") if key in spec)])
