@@ -25,7 +25,7 @@ import torch_fp8 as fp8
 from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
-from lib.fog_results import USUAL, condensed, learning_rate, merged, times_usual
+from lib.fog_results import STUDIES, USUAL, condensed, learning_rate, merged, times_usual
 from lib.kurtosis import Kurtosis
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
@@ -184,7 +184,6 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-STUDIES = ("provoke", "parity", "kurtosis")
 _FOGS = ["fog-max", "fog-opt", "fog-flash"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fp8 as fp8
+from scripts import script
 from studying import PLAN, ROOT, SCALES, run, write_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -592,3 +593,98 @@ def test_what_fp8_saves_in_the_largest_models():
     assert gpt.weights == 40 * 12 * 5120**2 and gpt.inputs == 40 * 7 * 5120
     assert llama.inputs == 80 * (3 * 8192 + 28672) and llama.head == 2 * 8192 * 32_000
     assert gpt.attention == 40 * 2 * 5120 * 2049 and llama.parameters == 68_976_648_192
+
+
+# ---- the file of runs ------------------------------------------------------------------------------------------------
+
+ONE = {
+    "run": "a", "step": 10, "result": {"loss": 1.5, "diverged": 0}, "losses": [[10, 1.5]], "biases": [],
+    "spec": {"study": "parity", "arm": "amax", "model": "gpt-31M", "seed": 0, "steps": 10, "batch": 4, "context": 32,
+             "data": "abc", "recipe": {"kind": "CurrentScaling"}},
+}  # fmt: skip
+GONE = object()
+
+
+def changed(one, where, value):
+    one = json.loads(json.dumps(one))
+    *path, last = where.split(".")
+    at = one
+    for key in path:
+        at = at[key]
+    if value is GONE:
+        del at[last]
+    else:
+        at[last] = value
+    return one
+
+
+def refused_lines(study, folder, *lines):
+    """What a report says of a file of these lines; nothing else is written."""
+    (folder / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    before = (folder / "runs.jsonl").read_bytes()
+    with pytest.raises(UserError) as caught:
+        script(f"studies/{study}.py").report([], folder, folder / "page.md")
+    assert [path.name for path in folder.iterdir()] == ["runs.jsonl"]
+    assert (folder / "runs.jsonl").read_bytes() == before and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+SPECS_OF_SCALES = [
+    *((f"spec.{key}", GONE) for key in ("study", "arm", "model", "seed", "steps", "batch", "context", "data")),
+    ("spec.study", "another"), ("spec.study", ["parity"]), ("spec.seed", "0"), ("spec.seed", 1.5), ("spec.seed", True),
+    ("spec.data", 3), ("spec.checkpoint", 3), ("spec.sweep", 3), ("spec.sweep", ["a"]),
+    ("spec.recipe", {"kind": "NoScaling"}), ("spec.recipe", {"kind": "convert"}), ("spec.recipe", {"kind": 3}),
+    ("spec.recipe", {}), ("spec.recipe", 3),
+    ("spec.recipe", {"kind": "CurrentScaling", "colour": 1}),
+    ("spec.recipe", {"kind": "DelayedScaling", "margin": "a"}),
+    ("spec.emulation", {}), ("spec.emulation", {"rule": "none", "family": "ocp", "constant": 0, "margin": 3}),
+]  # fmt: skip
+RESULTS = [
+    ("result.loss", GONE), ("result.diverged", GONE), ("result.loss", "low"), ("result.loss", math.nan),
+    ("result.loss", True), ("result.diverged", None), ("result.accuracy", "high"), ("result.loss_fp8", [1]),
+    ("result", 3), ("step", "a"), ("losses", GONE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "where, value",
+    [*SPECS_OF_SCALES, *RESULTS, ("losses", [1.5]), ("losses", [[1, "a"]]), ("biases", [3]), ("policies", 3)],
+)
+def test_a_line_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, where, value):
+    said = refused_lines("scales", tmp_path, ONE, changed(ONE, where, value))
+    assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 2 does not: ")
+
+
+@pytest.mark.parametrize(
+    "study, where, value",
+    [
+        ("infer", "spec.checkpoint", GONE),
+        ("infer", "spec.sweep_tokens", GONE),
+        ("window", "spec.model", "nameless"),
+        *((study, "result.inference", value) for study in ("infer", "window") for value in (3, {"bf16": {}})),
+    ],
+)
+def test_a_line_of_a_sweep_that_is_wrong_is_refused(tmp_path, study, where, value):
+    spec = {**ONE["spec"], "study": study, "arm": "bf16", "checkpoint": None, "sweep": [0], "sweep_tokens": 64}
+    result = {"inference": {"bf16": {"loss": 1.5, "accuracy": 0.4}}}
+    result |= {"loss": 1.5, "diverged": 0} if study == "window" else {}
+    one = changed({**ONE, "spec": spec, "result": result}, "spec.recipe", GONE)
+    (tmp_path / "runs.jsonl").write_text(json.dumps(one) + "\n")
+    assert len(read_lines(tmp_path / "runs.jsonl", scales_results.Line)) == 1
+    assert "but line 1 does not: " in refused_lines("scales", tmp_path, changed(one, where, value))
+
+
+@pytest.mark.parametrize(
+    "where, value",
+    [*((f"spec.{key}", GONE) for key in ("study", "architecture", "arm", "seed", "steps", "batch", "context")),
+     *((f"spec.{key}", GONE) for key in ("size", "lr", "fp8")),
+     ("spec.study", "another"), ("spec.seed", "0"), ("spec.lr", "high"), ("spec.fp8", None), *RESULTS,
+     ("losses", ["a"]), ("grad_norms", 3), ("samples", [1.5]), ("kurtosis", [])],
+)  # fmt: skip
+def test_a_line_of_fog_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, where, value):
+    spec = {key: of for key, of in ONE["spec"].items() if key not in ("model", "recipe")}
+    spec |= {"study": "provoke", "architecture": "op", "arm": "bf16", "size": "tiny", "lr": 1e-3, "fp8": {}}
+    one = {"spec": spec, "step": 1, "result": ONE["result"], "losses": [1.5], "grad_norms": [1.0], "samples": [],
+           "kurtosis": {}}  # fmt: skip
+    said = refused_lines("fog", tmp_path, one, changed(one, where, value))
+    assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 2 does not: ")

@@ -101,7 +101,11 @@ def make_emulation(how: Spec) -> Emulation:
 
 
 def make_recipe(recipe: Spec) -> fp8.Recipe:
-    return getattr(fp8, recipe["kind"])(**{name: value for name, value in recipe.items() if name != "kind"})
+    """ValueError where no recipe has this kind."""
+    kinds = {kind.__name__: kind for kind in (fp8.DelayedScaling, fp8.CurrentScaling, fp8.ConstantScaling)}
+    if recipe["kind"] not in kinds:
+        raise ValueError(f"a recipe's kind must be one of {', '.join(kinds)}, got {recipe['kind']}")
+    return kinds[recipe["kind"]](**{name: value for name, value in recipe.items() if name != "kind"})
 
 
 def make_model(

@@ -23,9 +23,10 @@ from torch_fp8.observe.trend import FIRST, Trend
 from examples.gpt.errors import UserError
 
 from .divergence import PATIENCE, WINDOW, Divergence, Loss, above_start, jump, leaves, step_noise
-from .lines import merge_lines
+from .lines import NUMBER, OBJECT, TEXT, WHOLE, check_all, check_common, check_type, merge_lines
 from .runs import Run, Spec, check_steps
 
+STUDIES = ("provoke", "parity", "kurtosis")
 IN_A_ROW, SIGMAS = 3, 6.0  # of an alarm, as torch_fp8.watch has them by default
 FEWEST = FIRST + IN_A_ROW - 1  # samples before which nothing can raise an alarm
 KINDS = {"qkv": "q, k and v", "ffn": "input of the FFN's second projection", "block": "output of the block"}
@@ -53,6 +54,18 @@ class Line:
     samples: list[int]
     kurtosis: dict[str, list[list[Loss]]]
     rms: dict[str, list[list[Loss]]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """ValueError where it is not what this file says of a line."""
+        needed = {"architecture": TEXT, "size": TEXT, "lr": NUMBER, "fp8": OBJECT}
+        check_common(self, STUDIES, needed)
+        if not (self.spec["lr"] or 0) > 0:
+            raise ValueError("lr of the spec must be a positive number")
+        check_all("losses", self.losses, NUMBER)
+        check_all("grad_norms", self.grad_norms, NUMBER)
+        check_all("samples", self.samples, WHOLE)
+        check_type("kurtosis", self.kurtosis, OBJECT)
+        check_type("rms", self.rms, OBJECT)
 
     @property
     def study(self) -> str:

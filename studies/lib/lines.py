@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from torch_fp8.files import replacing
@@ -17,9 +18,61 @@ from .runs import Spec, with_split
 
 Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
 
+WHOLE, TEXT, OBJECT = "a whole number", "a text", "an object"
+NUMBER = "a number, or null where it was not finite"
+_TYPES: dict[str, tuple[type, ...]] = {
+    WHOLE: (int,), TEXT: (str,), OBJECT: (dict,), NUMBER: (int, float, NoneType)
+}  # fmt: skip
+
 
 def read_lines(path: Path, kind: type[Line]) -> list[Line]:
-    return _read(path, lambda line: kind(**{**line, "spec": with_split(line["spec"])}))
+    """UserError with the number of a line that is none; ``kind.check`` raises ValueError where one is whole and wrong,
+    so that what reads lines need not look again."""
+
+    def checked(line: dict[str, Any]) -> Line:
+        found = kind(**{**line, "spec": with_split(line["spec"])})
+        found.check()
+        return found
+
+    return _read(path, checked)
+
+
+def check_entries(where: str, entries: Any, needed: Mapping[str, str], allowed: Mapping[str, str] = {}) -> None:
+    """ValueError where ``entries`` is no object with what is needed, or has it or what is allowed of another type."""
+    check_type(where, entries, OBJECT)
+    for key, type_ in {**needed, **{key: of for key, of in allowed.items() if key in entries}}.items():
+        if key not in entries:
+            raise ValueError(f"{where} has no {key}")
+        check_type(f"{key} of {where}", entries[key], type_)
+
+
+def check_type(what: str, value: Any, type_: str) -> None:
+    if not isinstance(value, _TYPES[type_]) or isinstance(value, bool):
+        raise ValueError(f"{what} must be {type_}, got {_short(value)}")
+
+
+def check_all(what: str, values: Any, type_: str) -> None:
+    """Of a list."""
+    if not isinstance(values, list):
+        raise ValueError(f"{what} must be a list, got {_short(values)}")
+    for value in values:
+        check_type(f"what is in {what}", value, type_)
+
+
+def check_common(line: Any, studies: Collection[str], needed: Mapping[str, str]) -> None:
+    """What lines of both studies have: a study of these in the spec, and what else the spec needs; how far it is; of a
+    training that is done its loss."""
+    check_type("step", line.step, WHOLE)
+    whole = dict.fromkeys(("seed", "steps", "batch", "context"), WHOLE)
+    check_entries("the spec", line.spec, {"study": TEXT, "arm": TEXT, **whole, **needed})
+    if line.study not in studies:
+        raise ValueError(f"its study must be one of {', '.join(studies)}, got {_short(line.study)}")
+    if line.result is not None:
+        numbers = ("accuracy", "loss_fp8", "accuracy_fp8", "seconds")
+        training = {"loss": NUMBER, "diverged": WHOLE} if line.study != "infer" else {}
+        check_entries(
+            "the result", line.result, training, {**dict.fromkeys(numbers, NUMBER), "parameters": WHOLE, "gpu": TEXT}
+        )
 
 
 def finished_specs(path: Path) -> list[Spec]:
@@ -32,12 +85,16 @@ def _read(path: Path, of: Callable[[dict[str, Any]], Line]) -> list[Line]:
     lines = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            lines.append(of(json.loads(line)))
+            lines.append(of(json.loads(line, parse_constant=_not_finite)))
         except (ValueError, TypeError, LookupError) as error:
             raise UserError(
                 f"{path} must hold a run a line, but line {number} does not: {error}; write it anew from the runs"
             ) from error
     return lines
+
+
+def _not_finite(word: str) -> None:
+    raise ValueError(f"what is not finite must be null, got {word}")
 
 
 def merge_lines(
@@ -70,7 +127,8 @@ def merge_lines(
             has = f"which {path} has" if before in there else "which was read first"
             said.append(
                 f"the run {_name(line.spec)} was made twice, with another result: "
-                f"{other} {_short(before.result[other])} is kept, {has}, and {other} {_short(line.result[other])} is left out"
+                f"{other} {_short(before.result[other])} is kept, {has}, "
+                f"and {other} {_short(line.result[other])} is left out"
             )
         else:  # in two runs that came to the same, other clocks
             again = rank(line) > rank(before) or (line.result == before.result and rank(line) == rank(before))

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 from models.names import MODELS, parameter_count
 
+from .arms import make_emulation, make_recipe
 from .inference import policies
-from .lines import merge_lines
+from .lines import NUMBER, OBJECT, TEXT, WHOLE, check_all, check_common, check_entries, check_type, merge_lines
 from .runs import Run, Spec, check_steps
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
 OF_ARMS = ("recipe", "emulation", "dtype", "loss_scale")  # what of a spec an arm is
+STUDIES = ("parity", "window", "infer", "finetune")
 STRETCHES, LOOKS = 50, 60  # of a run's losses and of its records of biases, as many are kept
 
 
@@ -36,6 +38,33 @@ class Line:
     losses: list[list[float]]
     biases: list[dict[str, Any]]
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """ValueError where it is not what this file says of a line, or has what none of its readers can use."""
+        check_common(self, STUDIES, {"model": TEXT, "data": TEXT})
+        check_type("run", self.run, TEXT)
+        if self.study == "infer":
+            check_entries("the spec", self.spec, {"sweep_tokens": WHOLE})
+            if "checkpoint" not in self.spec:
+                raise ValueError("the spec has no checkpoint; null stands for random weights")
+        if self.spec.get("checkpoint") is not None:
+            check_type("checkpoint of the spec", self.spec["checkpoint"], TEXT)
+        if self.spec.get("sweep") is not None:
+            check_all("sweep of the spec", self.spec["sweep"], WHOLE)
+        if self.study == "window" and self.model not in sizes_of([self]):
+            raise ValueError(f"the model's name must have its size, as in gpt-31M, got {self.model}")
+        _check_arm(self.spec)
+        check_all("losses", [entry for stretch in self.losses for entry in stretch], NUMBER)
+        if any(len(stretch) != 2 or None in stretch for stretch in self.losses):
+            raise ValueError("losses must be pairs of a step and a loss")
+        check_all("biases", self.biases, OBJECT)
+        for record in self.biases:
+            check_entries("a record of biases", record, {"step": WHOLE, "biases": OBJECT})
+        if self.result is not None:
+            check_entries("the result", self.result, {}, {"inference": OBJECT, "biases": OBJECT})
+        check_type("policies", self.policies, OBJECT)
+        for name, entry in self.inference.items():
+            check_entries(f"the policy {name}", entry, {"accuracy": NUMBER}, {"loss": NUMBER})
 
     @property
     def study(self) -> str:
@@ -59,6 +88,16 @@ class Line:
     @property
     def pair(self) -> str:
         return json.dumps(self.shared)
+
+
+def _check_arm(spec: Spec) -> None:
+    try:
+        if "recipe" in spec:
+            make_recipe(spec["recipe"])
+        if "emulation" in spec:
+            make_emulation(spec["emulation"])
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"its arm is none: {error}") from error
 
 
 def condensed(run: Run) -> Line:
