@@ -185,6 +185,7 @@ def perform(
 
 def report(runs: Sequence[Path], data: Path, to: Path) -> None:
     """Add what these folders of runs have to ``data``/runs.jsonl, draw its pictures beside it and write the page."""
+    texts = read_texts(data / "texts.json")
     new = []
     for folder in runs:
         found = [run for run in all_runs(folder) if run.spec.get("study") in SPECS and "model" in run.spec]
@@ -194,7 +195,6 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
     lines = told_apart(merged(data / "runs.jsonl", new))
     sizes = sizes_of(lines)
     pictures = draw(data, lines, sizes)
-    texts = read_texts(data / "texts.json")
     to.parent.mkdir(parents=True, exist_ok=True)
     with replacing(to) as temporary:
         temporary.write_text(page(lines, pictures, sizes, os.path.relpath(data, to.parent), texts), encoding="utf-8")

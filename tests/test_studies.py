@@ -30,7 +30,7 @@ from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.lines import read_lines
-from studies.lib.pool import _last_words
+from studies.lib.pool import _last_words, how_it_ended, work
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
 
@@ -231,7 +231,7 @@ def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
 def test_a_run_that_could_say_nothing_is_told_with_the_room_on_its_disk(tmp_path):
     (one,) = claim(tmp_path, {"a": {"steps": 5}})
     one.output.touch()
-    assert re.match(r"it said nothing, with [\d,]+ bytes left on the disk", _last_words(one))
+    assert re.match(r"it said nothing, with [\d,]+ bytes left on the disk", _last_words(one, 1))
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -688,3 +688,45 @@ def test_a_line_of_fog_that_is_whole_and_wrong_is_refused_with_its_number(tmp_pa
            "kurtosis": {}}  # fmt: skip
     said = refused_lines("fog", tmp_path, one, changed(one, where, value))
     assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 2 does not: ")
+
+
+# ---- reports that are refused, and last words ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("study", ["scales", "fog"])
+@pytest.mark.parametrize("there", [None, ""])
+def test_a_report_of_no_runs_is_refused(tmp_path, study, there):
+    data = tmp_path / "data"
+    if there is not None:
+        data.mkdir()
+        (data / "runs.jsonl").write_text(there)
+    with pytest.raises(UserError, match="runs.jsonl has no run, and --runs gave none; "):
+        script(f"studies/{study}.py").report([], data, tmp_path / "page.md")
+    assert [path.name for path in tmp_path.rglob("*")] == ([] if there is None else ["data", "runs.jsonl"])
+
+
+@pytest.mark.parametrize("words", ["", " ", "two\nlines", "a line\n", 3, None])
+def test_words_of_texts_are_read_before_anything_is_written(tmp_path, words):
+    (tmp_path / "texts.json").write_text(json.dumps({"abc": {"words": words, "can_be_made": True}}))
+    (tmp_path / "runs.jsonl").write_text(json.dumps(ONE) + "\n")
+    with pytest.raises(UserError, match="texts.json must have .* of each text, but has not: words must be"):
+        script("studies/scales.py").report([], tmp_path, tmp_path / "page.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs.jsonl", "texts.json"]
+    assert (tmp_path / "runs.jsonl").read_text() == json.dumps(ONE) + "\n"
+
+
+def test_a_run_that_was_killed_is_told_by_its_signal():
+    assert how_it_ended(-signal.SIGKILL) == (
+        "was killed by signal 9 (SIGKILL), for which the machine's memory running out is the common cause"
+    )
+    assert how_it_ended(-signal.SIGSEGV) == "was killed by signal 11 (SIGSEGV)"
+    assert how_it_ended(-99) == "was killed by signal 99" and how_it_ended(2) == "failed with 2"
+
+
+def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsys):
+    script_ = tmp_path / "killed.py"
+    script_.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    specs = {"a": {"steps": 5, "device": "cpu"}}
+    assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", jobs=1, minutes=None) == 1
+    said = capsys.readouterr().err
+    assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said

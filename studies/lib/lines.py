@@ -108,8 +108,8 @@ def merge_lines(
     """The file with what is new; of the same run the one with the highest ``rank``, the later one of equals, which may
     be condensed anew; in the order of keys, which have a run's spec, since runs that differ in it are two. Where a run
     was made twice, with another result, the first one stays, which the file has, and that is said.
-    meaning: what a line's arm is. UserError, with nothing written, where arms of one name are two things: runs of both
-    would be counted as one."""
+    meaning: what a line's arm is. UserError, with nothing written, where there is no run, or where arms of one name are
+    two things: runs of both would be counted as one."""
     lines: dict[Any, Line] = {}
     arms: dict[str, Any] = {}
     there = read_lines(path, kind) if path.exists() else []
@@ -134,6 +134,8 @@ def merge_lines(
             again = rank(line) > rank(before) or (line.result == before.result and rank(line) == rank(before))
         if again:
             lines[key(line)] = line
+    if not lines:
+        raise UserError(f"{path} has no run, and --runs gave none; give folders of runs, or another --data")
     for words in said:
         print(words, file=sys.stderr)
     kept = [lines[of] for of in sorted(lines)]

@@ -89,7 +89,7 @@ def work(
                     interrupted = True
     print(say_missing(runs), flush=True)
     for run, code in failed:
-        print(f"{run.name} failed with {code}: {_last_words(run)}", file=sys.stderr)
+        print(f"{run.name} {how_it_ended(code)}: {_last_words(run, code)}", file=sys.stderr)
     return _INTERRUPTED if interrupted else 1 if failed else 0
 
 
@@ -110,10 +110,20 @@ def _steps(runs: Sequence[Run]) -> int:
     return sum(run.step() for run in runs)
 
 
-def _last_words(run: Run) -> str:
+def how_it_ended(code: int) -> str:
+    """In words, by a process's exit code, which is negative of one that a signal ended."""
+    if code >= 0:
+        return f"failed with {code}"
+    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""
+    memory = ", for which the machine's memory running out is the common cause" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code}{name}{memory}"
+
+
+def _last_words(run: Run, code: int) -> str:
+    """Of one that said nothing, unless a signal ended it, with the room on its disk: a full one leaves no words."""
     lines = run.output.read_text(errors="replace").strip().splitlines()
-    free = shutil.disk_usage(run.folder).free
-    return f"{lines[-1] if lines else f'it said nothing, with {free:,} bytes left on the disk'} ({run.output})"
+    room = f", with {shutil.disk_usage(run.folder).free:,} bytes left on the disk" if code >= 0 else ""
+    return f"{lines[-1] if lines else f'it said nothing{room}'} ({run.output})"
 
 
 def serve(arguments: Sequence[str], perform: Perform) -> int:
