@@ -730,3 +730,17 @@ def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsy
     assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", jobs=1, minutes=None) == 1
     said = capsys.readouterr().err
     assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said
+
+
+def test_tokens_of_a_checkpoint_without_a_tokenizer_are_refused_in_words(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    made = [*SCALES, "tokens", "--checkpoint", tmp_path / "llama", "--tokens", tmp_path / "tokens"]
+    refused = subprocess.run(made, capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
+    said = refused.stderr.splitlines()[-1]
+    assert f"--checkpoint: {tmp_path}/llama has no tokenizer that transformers can read" in said
+    assert "put its tokenizer.json and tokenizer_config.json there" in said and not (tmp_path / "tokens").exists()

@@ -43,7 +43,16 @@ class Checkpoint:
 
     def codec(self) -> Codec:
         where, arguments = self._source()
-        return Codec(_transformers().AutoTokenizer.from_pretrained(where, **arguments))
+        transformers = _transformers()
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
+        except (ValueError, OSError, TypeError, LookupError, ImportError) as error:
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"--checkpoint: {self._path} has no tokenizer that transformers can read; put its tokenizer.json and "
+                f"tokenizer_config.json there, or take another checkpoint ({what})"
+            ) from error
+        return Codec(tokenizer)
 
     def _source(self) -> tuple[Path, dict[str, Any]]:
         is_file = self._path.is_file()
