@@ -598,7 +598,8 @@ def test_what_fp8_saves_in_the_largest_models():
 # ---- the file of runs ------------------------------------------------------------------------------------------------
 
 ONE = {
-    "run": "a", "step": 10, "result": {"loss": 1.5, "diverged": 0}, "losses": [[10, 1.5]], "biases": [],
+    "run": "a", "step": 10, "result": {"loss": 1.5, "diverged": 0, "gpu": "CPU"},
+    "losses": [[10, 1.5]], "biases": [],
     "spec": {"study": "parity", "arm": "amax", "model": "gpt-31M", "seed": 0, "steps": 10, "batch": 4, "context": 32,
              "data": "abc", "recipe": {"kind": "CurrentScaling"}},
 }  # fmt: skip
@@ -640,7 +641,8 @@ SPECS_OF_SCALES = [
     ("spec.emulation", {}), ("spec.emulation", {"rule": "none", "family": "ocp", "constant": 0, "margin": 3}),
 ]  # fmt: skip
 RESULTS = [
-    ("result.loss", GONE), ("result.diverged", GONE), ("result.loss", "low"), ("result.loss", math.nan),
+    ("result.gpu", GONE), ("result.loss", GONE), ("result.diverged", GONE),
+    ("result.loss", "low"), ("result.loss", math.nan),
     ("result.loss", True), ("result.diverged", None), ("result.accuracy", "high"), ("result.loss_fp8", [1]),
     ("result", 3), ("step", "a"), ("losses", GONE),
 ]  # fmt: skip
@@ -666,7 +668,7 @@ def test_a_line_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, whe
 )
 def test_a_line_of_a_sweep_that_is_wrong_is_refused(tmp_path, study, where, value):
     spec = {**ONE["spec"], "study": study, "arm": "bf16", "checkpoint": None, "sweep": [0], "sweep_tokens": 64}
-    result = {"inference": {"bf16": {"loss": 1.5, "accuracy": 0.4}}}
+    result = {"gpu": "CPU", "inference": {"bf16": {"loss": 1.5, "accuracy": 0.4}}}
     result |= {"loss": 1.5, "diverged": 0} if study == "window" else {}
     one = changed({**ONE, "spec": spec, "result": result}, "spec.recipe", GONE)
     (tmp_path / "runs.jsonl").write_text(json.dumps(one) + "\n")
@@ -677,13 +679,21 @@ def test_a_line_of_a_sweep_that_is_wrong_is_refused(tmp_path, study, where, valu
 @pytest.mark.parametrize(
     "where, value",
     [*((f"spec.{key}", GONE) for key in ("study", "architecture", "arm", "seed", "steps", "batch", "context")),
-     *((f"spec.{key}", GONE) for key in ("size", "lr", "fp8")),
+     *((f"spec.{key}", GONE) for key in ("size", "lr", "warm_up", "fp8")),
      ("spec.study", "another"), ("spec.seed", "0"), ("spec.lr", "high"), ("spec.fp8", None), *RESULTS,
      ("losses", ["a"]), ("grad_norms", 3), ("samples", [1.5]), ("kurtosis", [])],
 )  # fmt: skip
 def test_a_line_of_fog_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, where, value):
     spec = {key: of for key, of in ONE["spec"].items() if key not in ("model", "recipe")}
-    spec |= {"study": "provoke", "architecture": "op", "arm": "bf16", "size": "tiny", "lr": 1e-3, "fp8": {}}
+    spec |= {
+        "study": "provoke",
+        "architecture": "op",
+        "arm": "bf16",
+        "size": "tiny",
+        "lr": 1e-3,
+        "warm_up": 1,
+        "fp8": {},
+    }
     one = {"spec": spec, "step": 1, "result": ONE["result"], "losses": [1.5], "grad_norms": [1.0], "samples": [],
            "kurtosis": {}}  # fmt: skip
     said = refused_lines("fog", tmp_path, one, changed(one, where, value))

@@ -57,7 +57,7 @@ class Line:
 
     def check(self) -> None:
         """ValueError where it is not what this file says of a line."""
-        needed = {"architecture": TEXT, "size": TEXT, "lr": NUMBER, "fp8": OBJECT}
+        needed = {"architecture": TEXT, "size": TEXT, "lr": NUMBER, "warm_up": WHOLE, "fp8": OBJECT}
         check_common(self, STUDIES, needed)
         if not (self.spec["lr"] or 0) > 0:
             raise ValueError("lr of the spec must be a positive number")

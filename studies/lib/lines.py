@@ -70,9 +70,8 @@ def check_common(line: Any, studies: Collection[str], needed: Mapping[str, str])
     if line.result is not None:
         numbers = ("accuracy", "loss_fp8", "accuracy_fp8", "seconds")
         training = {"loss": NUMBER, "diverged": WHOLE} if line.study != "infer" else {}
-        check_entries(
-            "the result", line.result, training, {**dict.fromkeys(numbers, NUMBER), "parameters": WHOLE, "gpu": TEXT}
-        )
+        allowed = {**dict.fromkeys(numbers, NUMBER), "parameters": WHOLE}
+        check_entries("the result", line.result, {"gpu": TEXT, **training}, allowed)
 
 
 def finished_specs(path: Path) -> list[Spec]:

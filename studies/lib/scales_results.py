@@ -47,6 +47,8 @@ class Line:
             check_entries("the spec", self.spec, {"sweep_tokens": WHOLE})
             if "checkpoint" not in self.spec:
                 raise ValueError("the spec has no checkpoint; null stands for random weights")
+        if self.study == "finetune":
+            check_entries("the spec", self.spec, {"validated": WHOLE})
         if self.spec.get("checkpoint") is not None:
             check_type("checkpoint of the spec", self.spec["checkpoint"], TEXT)
         if self.spec.get("sweep") is not None:
