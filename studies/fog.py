@@ -27,6 +27,7 @@ from lib.fog_figures import draw
 from lib.fog_page import page
 from lib.fog_results import STUDIES, USUAL, condensed, learning_rate, merged, times_usual
 from lib.kurtosis import Kurtosis
+from lib.lines import new_lines
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.training import Plan, Training, check_text, in_whole_contexts
@@ -173,7 +174,7 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
         found = [run for run in all_runs(folder) if run.spec.get("study") in STUDIES and "architecture" in run.spec]
         if not found:
             raise UserError(f"--runs must be folders of runs of this study, {folder} has none")
-        new += [condensed(run) for run in found]
+        new += new_lines(found, condensed)
     lines = merged(data / "runs.jsonl", new)
     pictures = draw(data, lines)
     to.parent.mkdir(parents=True, exist_ok=True)

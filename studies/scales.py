@@ -29,6 +29,7 @@ from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
 from lib.inference import check_sweep, infer, policies, sweep
+from lib.lines import new_lines
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
@@ -191,7 +192,7 @@ def report(runs: Sequence[Path], data: Path, to: Path) -> None:
         found = [run for run in all_runs(folder) if run.spec.get("study") in SPECS and "model" in run.spec]
         if not found:
             raise UserError(f"--runs must be folders of runs of this study, {folder} has none")
-        new += [condensed(run) for run in found]
+        new += new_lines(found, condensed)
     lines = told_apart(merged(data / "runs.jsonl", new))
     sizes = sizes_of(lines)
     pictures = draw(data, lines, sizes)

@@ -29,7 +29,7 @@ from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
-from studies.lib.lines import read_lines
+from studies.lib.lines import new_lines, read_lines
 from studies.lib.pool import _last_words, how_it_ended, work
 from studies.lib.runs import all_runs, claim, missing, say_missing
 from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
@@ -226,6 +226,24 @@ def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
     (tmp_path / "known" / "spec.json").write_text("3")
     with pytest.raises(UserError, match="a spec must be a JSON object, got 3"):
         all_runs(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
+@pytest.mark.parametrize("key", ["lr", "seed", "steps", "batch", "data"])
+@pytest.mark.parametrize("value", [None, [1], "gone"])
+def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, kind, key, value):
+    study = "fog" if kind is fog_results else "scales"
+    spec = dict(read_lines(ROOT / "studies" / "results" / study / "runs.jsonl", kind.Line)[-1].spec)
+    spec[key] = value
+    if value == "gone":
+        del spec[key]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "spec.json").write_text(json.dumps(spec))
+    if (study, key) in (("scales", "lr"), ("fog", "data")):  # that nothing reads; a split without data is unknown
+        assert new_lines(all_runs(tmp_path), kind.condensed)
+        return
+    with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json"):
+        new_lines(all_runs(tmp_path), kind.condensed)
 
 
 def test_a_run_that_could_say_nothing_is_told_with_the_room_on_its_disk(tmp_path):

@@ -14,7 +14,7 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 
-from .runs import Spec, with_split
+from .runs import Run, Spec, with_split
 
 Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
 
@@ -35,6 +35,22 @@ def read_lines(path: Path, kind: type[Line]) -> list[Line]:
         return found
 
     return _read(path, checked)
+
+
+def new_lines(runs: Iterable[Run], condensed: Callable[[Run], Line]) -> list[Line]:
+    """What is condensed of each run, checked as ``read_lines`` checks a line: one that is wrong would go into the file,
+    and be in the way of all that read it. UserError with the folder."""
+    found = []
+    for run in runs:
+        try:
+            found.append(condensed(run))
+            found[-1].check()
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"{run.folder} must hold a run of this study, but its spec.json or its log does not: {error!r:.200}; "
+                "bring them back, or move the folder elsewhere"
+            ) from error
+    return found
 
 
 def check_entries(where: str, entries: Any, needed: Mapping[str, str], allowed: Mapping[str, str] = {}) -> None:

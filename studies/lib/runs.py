@@ -94,7 +94,7 @@ def with_split(spec: Spec) -> Spec:
     """A spec that was read, with the ``split`` of its text, its number of training tokens, where that is known."""
     if not isinstance(spec, dict):
         raise ValueError(f"a spec must be a JSON object, got {spec!r}")
-    split = _SPLITS.get(spec.get("data", ""))
+    split = _SPLITS.get(str(spec.get("data")))
     return spec if "split" in spec or split is None else {**spec, "split": split}
 
 
