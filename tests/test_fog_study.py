@@ -84,7 +84,9 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, mo
     assert {kind: len(layers) for kind, layers in records[1]["kurtosis"].items()} == {"qkv": 2, "ffn": 2, "block": 2}
     assert "loss_fp8" in records[-1]["result"]
 
-    for other in (["--lr", "1e-2"], ["--steps", "13"]):
+    otherwise = run(*study[:-1], "1", "--lr", "3e-3", tokens=tokens, out=out)  # the same learning rate
+    assert otherwise.returncode == 0 and "all 2 runs are done" in otherwise.stdout, otherwise.stderr
+    for other in (["--cooldown", "0.5"], ["--steps", "13"]):
         monkeypatch.setattr(sys, "argv", command(*study, *other, tokens=tokens, out=out)[1:])
         with pytest.raises(UserError, match="holds another run: it differs in"):
             fog.main()
