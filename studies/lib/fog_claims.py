@@ -316,7 +316,7 @@ def _foretold(found: Sequence[Outcome]) -> Claim:
     if not watch.as_papers:
         verdict = f"{OPEN}: what left began to at the start of training" if watch.left else OPEN
         return Claim(words, ran, "; ".join(said), verdict)
-    early = sum(one.lead is not None and one.lead > 0 for one in watch.as_papers)
+    early = sum(one.announced > 0 for one in watch.as_papers)
     some = (
         f"{OPEN}: it told of {early} of the {len(watch.as_papers)} whose loss and gradient norm were sound at the start"
     )

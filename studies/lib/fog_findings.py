@@ -241,7 +241,7 @@ def _kurtosis(found: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
 
 def _of_papers(watch: Watch) -> str:
     """Of those whose start was sound, how many it announced."""
-    told = sum(one.lead is not None and one.lead > 0 for one in watch.as_papers)
+    told = sum(one.announced > 0 for one in watch.as_papers)
     return f", of those that were sound at the start {told} of {len(watch.as_papers)}"
 
 

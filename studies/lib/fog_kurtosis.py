@@ -31,7 +31,7 @@ def watch_of(found: Sequence[Outcome]) -> Watch:
     return Watch(
         left,
         [one for one in left if not one.watched],
-        [one.lead for one in seen if one.lead is not None and one.lead > 0],
+        [one.announced for one in seen if one.announced],
         [one for one in seen if not of_the_start(one)],
         others,
         [one for one in others if one.alarm],

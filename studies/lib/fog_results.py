@@ -263,6 +263,11 @@ class Outcome(NamedTuple):
         return None if self.left is None or self.alarm is None else self.left - self.alarm.step
 
     @property
+    def announced(self) -> int:
+        """The same where that was in time, else 0."""
+        return max(self.lead or 0, 0)
+
+    @property
     def finished(self) -> bool:
         return self.line.result is not None and self.reference.result is not None
 

@@ -188,9 +188,9 @@ def watch_words(one: Outcome) -> str:
 
 
 def _in_time(one: Outcome) -> str:
-    if one.lead is None or not one.alarm or one.lead <= 0:
+    if not one.alarm or not one.announced:
         return ""
-    return f"alarm {one.lead} steps before, at {one.alarm.step} (layer {one.alarm.layer + 1})"
+    return f"alarm {one.announced} steps before, at {one.alarm.step} (layer {one.alarm.layer + 1})"
 
 
 def _of_kurtosis(one: Outcome) -> str:

@@ -471,14 +471,14 @@ def _part_that_is_none(state: Mapping[str, Any]) -> str | None:
         each = values.values() if isinstance(values, Mapping) else values
         return isinstance(values, kind) and all(is_one(value) for value in each)
 
-    def is_named(values: Mapping[Any, Any]) -> bool:
+    def are_names(values: Iterable[Any]) -> bool:
         return all(isinstance(name, str) for name in values)
 
     def is_held(value: Any) -> bool:
         return (
             has(value, ("modules", "until"))
             and isinstance(value["modules"], list)
-            and all(isinstance(name, str) for name in value["modules"])
+            and are_names(value["modules"])
             and is_int(value["until"], 0, 2**62)
         )
 
@@ -486,24 +486,23 @@ def _part_that_is_none(state: Mapping[str, Any]) -> str | None:
         if not isinstance(value, list | tuple) or len(value) != 3 or not isinstance(value[2], Mapping):
             return False
         step, tokens, values = value
-        named = all(isinstance(tag, str) for tag in values) and are_numbers([*values.values()])
-        return is_int(step, 0, 2**62) and (tokens is None or is_int(tokens, 0, 2**62)) and named
+        counted = is_int(step, 0, 2**62) and (tokens is None or is_int(tokens, 0, 2**62))
+        return counted and are_names(values) and are_numbers([*values.values()])
 
     def is_alarm(value: Any) -> bool:
         if not has(value, Alarm.__dataclass_fields__):
             return False
-        counts, words = (value["step"], value["tokens"]), (value["metric"], value["layer"])
+        counted = all(is_int(value[key], 0, 2**62) for key in ("step", "tokens"))
         sizes = [value["value"], value["sigmas"], *([] if value["expected"] is None else [value["expected"]])]
-        said = all(isinstance(word, str) for word in words)
-        return all(is_int(count, 0, 2**62) for count in counts) and said and are_numbers(sizes)
+        return counted and are_names([value["metric"], value["layer"]]) and are_numbers(sizes)
 
     is_good = {
         "step": is_int(state["step"], 0, 2**62),
         "tokens": is_int(state["tokens"], 0, 2**62),
         "of_step": state["of_step"] is None or is_int(state["of_step"], 0, 2**62),
-        "trends": all_of(state["trends"], Mapping, Trend.is_state) and is_named(state["trends"]),
+        "trends": all_of(state["trends"], Mapping, Trend.is_state) and are_names(state["trends"]),
         "alarms": all_of(state["alarms"], list, is_alarm),
-        "held": all_of(state["held"], Mapping, is_held) and is_named(state["held"]),
+        "held": all_of(state["held"], Mapping, is_held) and are_names(state["held"]),
         "readings": all_of(state["readings"], list, is_reading),
     }
     return next((part for part, good in is_good.items() if not good), None)
