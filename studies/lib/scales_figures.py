@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
 from .intervals import interval
-from .scales_claims import MARGIN, millions
+from .scales_claims import MARGIN, millions, pooled
 from .scales_results import (
     CRITERION,
     LINEARS,
@@ -268,7 +268,7 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
         axes.annotate(f"the paper's {CRITERION}", (0.005, CRITERION), xycoords=("axes fraction", "data"),
                       xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
         axes.axhline(1, color=FAINT, linewidth=1, linestyle=":")
-        axes.set_xticks(range(len(ratios)), [f"{fill(m, 18)}\n{millions(sizes.get(m, 0))}" for m in ratios])
+        axes.set_xticks(range(len(ratios)), [f"{fill(m, 16)}\n{millions(sizes.get(m, 0))}" for m in ratios])
         axes.set_xlim(-0.5, len(ratios) - 0.5)
         axes.grid(axis="x", visible=False)
         axes.set(ylabel="next-token accuracy over that of BF16")
@@ -318,7 +318,8 @@ TITLES = {"parity": "Training from scratch", "finetune": "Fine-tuning"}
 
 
 def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
-    """Differences of an arm from BF16 with the same seed: each pair, their mean, its interval."""
+    """Differences of an arm from BF16 with the same seed: each pair, their mean, its interval. Models that were trained
+    alike are there once more, together."""
     of_study = [line for line in lines if line.study == study]
     arms = [arm for arm in arms_of(of_study) if arm != against]
     found = {arm: pairs(of_study, arm, against, "loss") for arm in arms}
@@ -327,6 +328,11 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
     if not models:
         return False
     own = {arm: pairs(of_study, arm, against, "loss_fp8") for arm in found}
+    together = pooled(of_study)
+    for (_, alike), of_arms in together.items():
+        models.append(f"{', '.join(alike)} (together)")
+        for arm, groups in of_arms.items():
+            found[arm] = {**found[arm], models[-1]: list(itertools.chain.from_iterable(groups))}
     title = TITLES[study]
     with picture(
         path, f"{title}: validation loss against BF16 of the same seed", (11, 0.55 * len(found) + 2.6)
@@ -358,7 +364,8 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             figure,
             "Diamonds: validated in BF16; squares: in the FP8 of the training, against BF16 in BF16. Each is the mean\n"
             "of pairs of runs (grey points), with its 95 % interval by Student's t where there are several.\n"
-            f"Grey: below the margin of {MARGIN} %, fixed before the runs; a diamond's whole interval has to be there.",
+            + "Together: pooled after the runs were seen, in BF16.\n" * bool(together)
+            + f"Grey: below the margin of {MARGIN} %, fixed before the runs, where a diamond's interval has to end.",
         )
     return True
 
