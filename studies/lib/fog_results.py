@@ -209,6 +209,8 @@ def _watched(line: Line, metric: str) -> Iterator[tuple[int, int, int]]:
     trends: dict[int, Trend] = {}
     for step, layers in zip(line.samples, getattr(line, metric).get("qkv", [])):
         for layer, value in enumerate(layers):
+            if value is not None and value <= 0:  # no trend is of what is 0 throughout
+                continue
             trend = trends.setdefault(layer, Trend())
             trend.add(step * tokens, math.inf if value is None else value, SIGMAS)
             yield step, layer, trend.beyond
