@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import check_counts, check_type
 from .llama import Shape, rms_norm, rotation_of
 
 Attend = Callable[[Tensor], Tensor]  # of what qkv gives, to (1, heads, tokens, head)
@@ -74,6 +75,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Shape, layers: int, vocabulary: int) -> None:
         super().__init__()
+        check_type("shape", shape, Shape)
+        check_counts(layers=layers, vocabulary=vocabulary)
         self.shape, self.by_modules = shape, False
         self.embedding = nn.Embedding(vocabulary, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(layers))

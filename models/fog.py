@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import check_counts, check_type
 from .fog_config import STD, Architecture, Shape, architecture
 from .llama import rotate, rotation_of
 
@@ -186,7 +187,9 @@ class LM(nn.Module):
 
     def __init__(self, arch: Architecture | str, shape: Shape, *, vocab: int) -> None:
         super().__init__()
-        arch = architecture(arch) if isinstance(arch, str) else arch
+        arch = arch if isinstance(arch, Architecture) else architecture(arch)
+        check_type("shape", shape, Shape)
+        check_counts(vocab=vocab)
         padded = -(-vocab // 64) * 64  # GEMMs like round sizes
         self.shape, self.factor = shape, 1 / STD if arch.unit_input else 1.0
         self.embedding = nn.Embedding(padded, shape.hidden)

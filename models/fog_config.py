@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .checks import check_counts, check_type
+
 Qk = Literal["none", "rms", "frozen_rms", "tanh"]
 Post = Literal["none", "rms", "layer_scale"]
 Activation = Literal["swiglu", "smooth_swiglu_token", "smooth_swiglu_channel", "gelu", "xielu"]
@@ -91,6 +93,7 @@ ARCHITECTURES = {
 
 def architecture(name: str) -> Architecture:
     """By name; a wrong one is a ValueError with the near ones."""
+    check_type("an architecture's name", name, str)
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=3)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
@@ -114,9 +117,7 @@ class Shape:
     head: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "ffn", "heads", "kv_heads", "head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(**{name: of for name, of in vars(self).items() if name not in ("scale", "tied")})
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
         if self.heads * self.head != self.hidden:
@@ -126,8 +127,8 @@ class Shape:
             )
         if self.head % 2 or self.ffn % 2:
             raise ValueError(f"head and ffn must be even, got {self.head} and {self.ffn}")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {self.scale}")
+        if not (isinstance(self.scale, float | int) and 0 < self.scale < math.inf):
+            raise ValueError(f"scale must be positive and finite, got {self.scale!r}")
 
     def ffn_of(self, architecture: Architecture) -> int:
         return self.ffn if architecture.gated else self.ffn * 3 // 2

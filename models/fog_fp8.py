@@ -29,6 +29,10 @@ def to_fp8(
     :class:`torch_fp8.ScaledDotProductAttention` has them, scaled by attention_recipe, or else as the linear layers.
     shared_scale: q, k and v have one scale, as in the paper. fuse: norms, FFNs and blocks in fewer passes, or FFNs
     alone, where a compiler is to fuse the rest."""
+    # What this refuses, and a wrong fuse, are refused before the model changes.
+    fp8.ScaledDotProductAttention(attention_recipe or recipe, mode=attention)
+    if fuse not in ("all", "ffn", "none"):
+        raise ValueError(f"fuse must be one of all, ffn, none, got {fuse!r}")
     fp8.convert(model, recipe, lambda module, name: name != "head")
     for part in model.modules():
         if isinstance(part, Attention):

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from torch import Tensor, arange, nn
 from torch.nn import functional as F
 
+from .checks import check_counts, check_type
+
 
 @dataclass(frozen=True)
 class Shape:
     n_layer: int
     n_head: int
     n_embd: int
+
+    def __post_init__(self) -> None:
+        check_counts(**vars(self))
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head must divide n_embd, got {self.n_head} and {self.n_embd}")
 
 
 # Cerebras-GPT (arXiv 2304.03208, table 1): GPT-2's architecture with a vocabulary of 50,257 and a context of 2,048.
@@ -68,6 +75,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, shape: Shape, *, vocab: int, context: int) -> None:
         super().__init__()
+        check_type("shape", shape, Shape)
+        check_counts(vocab=vocab, context=context)
         padded = -(-vocab // 64) * 64  # GEMMs like round sizes: GPT-2's 50257 becomes 50304
         self.tokens = nn.Embedding(padded, shape.n_embd)
         self.positions = nn.Embedding(context, shape.n_embd)

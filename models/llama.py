@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .checks import check_counts, check_type
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -17,6 +19,13 @@ class Shape:
     ffn: int = 14336
     heads: int = 32
     kv_heads: int = 8
+
+    def __post_init__(self) -> None:
+        check_counts(**vars(self))
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads, got {self.kv_heads} and {self.heads}")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(f"hidden must be heads of an even size, got {self.hidden} and {self.heads} heads")
 
     @property
     def head(self) -> int:
@@ -88,6 +97,8 @@ class Llama(nn.Module):
 
     def __init__(self, shape: Shape, layers: int, vocabulary: int, recompute: bool = False) -> None:
         super().__init__()
+        check_type("shape", shape, Shape)
+        check_counts(layers=layers, vocabulary=vocabulary)
         self.embedding = nn.Embedding(vocabulary, shape.hidden)
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(layers))
         self.norm = nn.Parameter(torch.ones(shape.hidden))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import gpt, llama
+from .checks import check_type
 
 
 class Named(NamedTuple):
@@ -62,6 +63,7 @@ def named(name: str) -> Named:
 
 def as_written(name: str) -> str:
     """The name in MODELS of a model that was typed in capitals, as ``named`` takes it too."""
+    check_type("a model's name", name, str)
     lower = {known.lower(): known for known in MODELS}
     if name.lower() in lower:
         return lower[name.lower()]
@@ -73,6 +75,7 @@ def as_written(name: str) -> str:
 
 def parameter_count(model: Named) -> int:
     """Of the model as published, whose vocabulary is not padded."""
+    check_type("model", model, Named)
     with torch.device("meta"):
         built = model.build()
     width = model.shape.n_embd if isinstance(model.shape, gpt.Shape) else model.shape.hidden

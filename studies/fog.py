@@ -25,7 +25,7 @@ import torch_fp8 as fp8
 from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
-from lib.fog_results import STUDIES, USUAL, condensed, learning_rate, merged, times_usual
+from lib.fog_results import STUDIES, USUAL, Line, condensed, learning_rate, merged, times_usual
 from lib.kurtosis import Kurtosis
 from lib.lines import new_lines
 from lib.pool import exit_code, serve, work
@@ -258,7 +258,9 @@ def main() -> int:
     specs = specs_of(args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
-    return work(__file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, kept=args.kept)
+    return work(
+        __file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, kept=args.kept, kind=Line
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

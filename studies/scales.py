@@ -34,7 +34,7 @@ from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
 from lib.scales_page import page
-from lib.scales_results import condensed, merged, sizes_of, told_apart
+from lib.scales_results import Line, condensed, merged, sizes_of, told_apart
 from lib.texts import read_texts
 from lib.training import Plan, Training, check_text, in_whole_contexts
 from torch_fp8.files import replacing
@@ -357,6 +357,7 @@ def main() -> int:
         jobs=args.jobs,
         minutes=args.minutes,
         kept=args.kept,
+        kind=Line,
         checkpoint=checkpoint,
     )
 

@@ -1,5 +1,7 @@
 """Bad input: an error that names what was expected, what came and the mend, before any kernel ran."""
 
+import contextlib
+
 import pytest
 import torch
 import torch_fp8 as fp8
@@ -208,6 +210,23 @@ class TestUpdate:
     def test_model_without_fp8_layers(self):
         with pytest.raises(ValueError, match="Linear has no FP8 layer to update; torch_fp8.convert it first"):
             fp8.update_scales(torch.nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("name", ["activations", "convert", "disabled", "freeze", "fuse", "monitor", "reduce_amaxes",
+                                  "revert", "state_dict", "summary", "unfuse", "update_scales", "watch"])  # fmt: skip
+@pytest.mark.parametrize("model", [None, [torch.nn.Linear(16, 16)]])
+def test_what_is_no_model_is_refused(name, model):
+    with pytest.raises(ValueError, match="torch_fp8: model must be an nn.Module, got"), contextlib.ExitStack() as stack:
+        of = getattr(fp8, name)(model)
+        stack.enter_context(of)  # disabled begins here
+
+
+def test_what_is_no_model_is_refused_beside_another_argument(tmp_path):
+    for name, other in (("calibrate", []), ("load_state_dict", {}), ("save_pretrained", tmp_path / "out")):
+        with pytest.raises(ValueError, match="torch_fp8: model must be an nn.Module, got None"):
+            getattr(fp8, name)(None, other)
+    with pytest.raises(TypeError, match="torch_fp8: share_input takes FP8 layers, got NoneType; convert it first"):
+        fp8.share_input(None)
 
 
 def test_other_gpus_are_refused():

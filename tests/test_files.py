@@ -1,4 +1,5 @@
-"""What the package writes is there whole or not at all, and on the disk before it takes its name."""
+"""What the package writes is there whole or not at all, and on the disk before it takes its name; where it cannot be
+written or is none of the package's, that is said."""
 
 import os
 import stat
@@ -6,7 +7,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+import torch_fp8 as fp8
 from torch_fp8.files import new_folder, replacing
+from torch_fp8.observe.watch import read_log
 from torch_fp8.tuning import file as tuning_file
 
 
@@ -86,3 +90,49 @@ def test_several_may_write_one_file_at_once(tmp_path):
     with ThreadPoolExecutor(len(texts)) as pool:
         list(pool.map(write, texts))
     assert path.read_text() in texts and os.listdir(tmp_path) == ["a"]
+
+
+def sampled():
+    """A model's monitor and watch, each with a sample."""
+    model = fp8.convert(torch.nn.Sequential(torch.nn.Linear(64, 64)), tokens=None)
+    looks = fp8.monitor(model), fp8.watch(model, tokens=1, points={"all": "0"}, metrics="rms/all")
+    optimizer = torch.optim.SGD(model.parameters())
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    return looks
+
+
+@pytest.mark.parametrize("name", ["monitor.save_json", "monitor.save_png", "watch.save_png", "tuning"])
+def test_a_file_in_a_folder_that_is_missing_or_in_place_of_a_folder_is_refused(tmp_path, name):
+    monitor, watch = sampled()
+    save = {
+        "monitor.save_json": monitor.save_json,
+        "monitor.save_png": monitor.save_png,
+        "watch.save_png": watch.save_png,
+        "tuning": lambda path: tuning_file.write(path, {}, []),
+    }[name]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match="torch_fp8: its folder does not exist; make it first: .*none/a.png"):
+        save(tmp_path / "none" / "a.png")
+    with pytest.raises(IsADirectoryError, match="torch_fp8: this is a folder; give the path of a file: .*folder"):
+        save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+    save(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["3", "null", "[1]", '"step"', "{}", '{"step": "3"}', '{"step": -1}', '{"event": "resume", "step": 1}',
+     '{"event": "resume", "step": 1, "left": null}'],
+)  # fmt: skip
+def test_a_log_that_no_watch_has_written_is_refused(tmp_path, line):
+    (tmp_path / "log").write_text(f'{{"event": "begin", "step": 0}}\n{line}\n')
+    with pytest.raises(ValueError, match="torch_fp8: .*log must be the log of a watch, but line 2 is .*; give another"):
+        read_log(tmp_path / "log")
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 1, "rms', b"\xff\xfe", b"[" * 100_000, b""])
+def test_what_is_torn_in_a_log_is_left_out(tmp_path, torn):
+    (tmp_path / "log").write_bytes(b'{"event": "begin", "step": 0}\n' + torn + b'\n{"step": 5}\n')
+    assert read_log(tmp_path / "log") == [{"step": 5}]

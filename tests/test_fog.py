@@ -17,10 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch_fp8.layers.fused import FusedBlock, FusedMlp, fused_modules
 
+from models import gpt, llama
+from models.decoder import Decoder
 from models.fog import LM, XIELU, Block
 from models.fog_config import ARCHITECTURES, SIZES, Architecture, Shape, architecture
 from models.fog_fp8 import to_fp8
 from models.llama import rotation_of
+from models.names import named, parameter_count
 
 train = script("examples/train.py")
 
@@ -371,9 +374,11 @@ def test_wrong_options_are_answered_in_one_line(tmp_path, options, words, monkey
         ({"heads": 3}, r"kv_heads must divide heads, got 2 and 3"),
         ({"heads": 8}, r"got 8 x 8 = 64 and hidden 32"),
         ({"hidden": 40}, r"must fill hidden, got 4 x 8 = 32 and hidden 40"),
-        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"layers": 0}, "layers must be a whole number of at least 1, got 0"),
+        ({"ffn": 48.0}, "ffn must be a whole number of at least 1, got 48.0"),
         ({"ffn": 49}, "must be even, got 8 and 49"),
         ({"scale": float("nan")}, "scale must be positive and finite, got nan"),
+        ({"scale": None}, "scale must be positive and finite, got None"),
     ],
 )
 def test_a_shape_that_disagrees_is_refused(change, words):
@@ -395,6 +400,41 @@ def test_a_shape_that_disagrees_is_refused(change, words):
 def test_an_architecture_that_disagrees_is_refused(change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         Architecture(**change)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: LM(None, TINY, vocab=64), "an architecture's name must be of the type str, got None"),
+        (lambda: LM("op", None, vocab=64), "shape must be of the type models.fog_config.Shape, got None"),
+        (lambda: LM("op", llama.Shape(), vocab=64), "shape must be of the type models.fog_config.Shape, got Shape("),
+        (lambda: LM("op", TINY, vocab=None), "vocab must be a whole number of at least 1, got None"),
+        (lambda: gpt.GPT(None, vocab=64, context=8), "shape must be of the type models.gpt.Shape, got None"),
+        (lambda: gpt.GPT(gpt.Shape(1, 2, 64), vocab=64, context=0), "context must be a whole number of at least 1"),
+        (lambda: gpt.Shape(1, 3, 64), "n_head must divide n_embd, got 3 and 64"),
+        (lambda: gpt.Shape(None, 2, 64), "n_layer must be a whole number of at least 1, got None"),
+        (lambda: llama.Llama(None, 1, 64), "shape must be of the type models.llama.Shape, got None"),
+        (lambda: llama.Llama(llama.Shape(), None, 64), "layers must be a whole number of at least 1, got None"),
+        (lambda: llama.Shape(64, 128, 4, 3), "kv_heads must divide heads, got 3 and 4"),
+        (lambda: llama.Shape(60, 128, 4, 2), "hidden must be heads of an even size, got 60 and 4 heads"),
+        (lambda: Decoder(llama.Shape(), 1, "64"), "vocabulary must be a whole number of at least 1, got '64'"),
+        (lambda: Decoder(gpt.Shape(1, 2, 64), 1, 64), "shape must be of the type models.llama.Shape"),
+        (lambda: named(None), "a model's name must be of the type str, got None"),
+        (lambda: parameter_count("gpt-tiny"), "model must be of the type models.names.Named, got 'gpt-tiny'"),
+        (lambda: to_fp8(None), "model must be an nn.Module, got None"),
+    ],
+)
+def test_models_of_what_is_no_shape_are_refused_in_words(make, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make()
+
+
+@pytest.mark.parametrize("options", [{"attention": "fp9"}, {"attention": None}, {"fuse": "some"}])
+def test_what_is_no_way_to_fp8_is_refused_and_the_model_is_as_it_was(options):
+    model = LM("op", TINY, vocab=64)
+    with pytest.raises(ValueError, match="must be one of"):
+        to_fp8(model, **options)
+    assert not fp8.state_dict(model) and type(model.blocks[0].ffn.up) is torch.nn.Linear
 
 
 def test_a_wrong_architecture_is_answered_with_the_near_ones():

@@ -24,6 +24,8 @@ def test_a_run_that_leaves_is_held_to_its_own_twin_and_was_announced():
     runs[2].rms["qkv"] = [[1.0 if step <= 100 else 100.0] for step in runs[2].samples]  # above twice the trend
     assert alarm(runs[2], "rms") == (115, 0) and alarm(runs[0], "rms") is None
     (one,) = outcomes(runs, "provoke")
+    runs[2].rms["qkv"][3][0] = 0.0  # a watch leaves out what is 0 throughout
+    assert alarm(runs[2], "rms") == (115, 0)
     assert watch_words(one) == "alarm 30 steps before, at 170 (layer 2); by rms alarm 85 steps before, at 115 (layer 1)"
     said = (
         "announced 1 of 1 that left, 85 steps before, of those that were sound at the start 1 of 1, where it was "

@@ -85,6 +85,15 @@ def test_pictures_that_are_no_longer_drawn_are_deleted_and_nothing_else(tmp_path
     assert left == {*theirs, *figures, "runs", "below/parity"} and len(figures) == 2
 
 
+def test_a_picture_of_layers_is_of_runs_in_bf16_that_have_a_sample(tmp_path, monkeypatch):
+    begun = line("llama3", study="kurtosis", to=3)
+    assert not begun.samples
+    begun.kurtosis.clear()
+    assert drawn([begun, line("fog-max", "fp8", study="kurtosis")], tmp_path, monkeypatch) == {}
+    (figure,) = drawn([begun, line("fog-max", study="kurtosis")], tmp_path, monkeypatch).values()
+    assert {axes.get_title("left").partition(":")[0] for axes in figure.axes} == {"FOG-max"}
+
+
 def test_whatever_draw_may_write_is_a_picture_of_its_own(tmp_path, monkeypatch):
     runs = [line(name, arm, rate=rate, away=200 * (arm == PAPER_ARM), study=study)
             for name in ("llama3", "fog-max:no-qk-norm", "op-frozen-qk") for arm in ("bf16", PAPER_ARM)

@@ -651,6 +651,10 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
     assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
     assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text
     lines[0].spec["data"] = "abc"
+    for before in ({"loss": None, "accuracy": 0.0}, {"accuracy": 0.4}):  # not finite, or not recorded
+        of_none = [unfinished({**done, "bf16": before}), *lines[1:]]
+        assert "nats a token;" not in "".join(findings(of_none, {}))
+        assert "Of the gain" not in page(of_none, [], {}, "data")
     lines[-1].result["loss"] = None
     assert "Of the gain" not in page(lines, [], {}, "data")  # nobody is left who could lose of it
 

@@ -173,11 +173,21 @@ def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):
     )
     assert "0 of 1 runs are done in" in longer.stdout and all_runs(tmp_path / "longer")
 
-    kept.write_text(kept.read_text() + '{"spec": {}}\n')
-    for path, said in {kept: "must hold a run a line", tmp_path / "gone": "No such file"}.items():
-        refused = run(*study, "bf16", "--kept", path, tokens=tokens, out=tmp_path / "none")
+    one = kept.read_text().splitlines()[0]
+    for name, line in {
+        "none": '{"spec": {}}',
+        "wrong": one.replace('"gpu":', '"card":'),
+        "latin": '{"run": "\xe9"}',
+    }.items():
+        (tmp_path / name).write_text(f"{one}\n{line}\n", encoding="latin-1")
+    (tmp_path / "deep").write_text(f"{one}\n{'[' * 100_000}\n")
+    bad = {
+        tmp_path / name: "must hold a run a line, but line 2 does not" for name in ("none", "wrong", "latin", "deep")
+    }
+    for path, said in {**bad, tmp_path / "gone": "No such file"}.items():
+        refused = run(*study, "bf16", "--kept", path, tokens=tokens, out=tmp_path / "not made")
         assert refused.returncode == 2 and said in refused.stderr and str(path) in refused.stderr, refused.stderr
-        assert refused.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
+        assert refused.stderr.count("\n") == 1 and not (tmp_path / "not made").exists()
 
 
 def test_a_text_is_not_replaced_by_its_tokens(tmp_path):
@@ -639,7 +649,8 @@ def changed(one, where, value):
 
 def refused_lines(study, folder, *lines):
     """What a report says of a file of these lines; nothing else is written."""
-    (folder / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    written = (one if isinstance(one, bytes) else json.dumps(one).encode() for one in lines)
+    (folder / "runs.jsonl").write_bytes(b"".join(one + b"\n" for one in written))
     before = (folder / "runs.jsonl").read_bytes()
     with pytest.raises(UserError) as caught:
         script(f"studies/{study}.py").report([], folder, folder / "page.md")
@@ -651,7 +662,8 @@ def refused_lines(study, folder, *lines):
 SPECS_OF_SCALES = [
     *((f"spec.{key}", GONE) for key in ("study", "arm", "model", "seed", "steps", "batch", "context", "data")),
     ("spec.study", "another"), ("spec.study", ["parity"]), ("spec.seed", "0"), ("spec.seed", 1.5), ("spec.seed", True),
-    ("spec.data", 3), ("spec.checkpoint", 3), ("spec.sweep", 3), ("spec.sweep", ["a"]),
+    ("spec.data", 3), ("spec.checkpoint", 3), ("spec.sweep", 3), ("spec.sweep", ["a"]), ("spec.steps", 0),
+    ("spec.split", [1]), ("spec.arm", "two\nlines"), ("spec.device", "\ud800"),
     ("spec.recipe", {"kind": "NoScaling"}), ("spec.recipe", {"kind": "convert"}), ("spec.recipe", {"kind": 3}),
     ("spec.recipe", {}), ("spec.recipe", 3),
     ("spec.recipe", {"kind": "CurrentScaling", "colour": 1}),
@@ -660,7 +672,7 @@ SPECS_OF_SCALES = [
 ]  # fmt: skip
 RESULTS = [
     ("result.gpu", GONE), ("result.loss", GONE), ("result.diverged", GONE),
-    ("result.loss", "low"), ("result.loss", math.nan),
+    ("result.loss", "low"), ("result.loss", math.nan), ("result.loss", 1e300), ("result.parameters", 0),
     ("result.loss", True), ("result.diverged", None), ("result.accuracy", "high"), ("result.loss_fp8", [1]),
     ("result", 3), ("step", "a"), ("losses", GONE),
 ]  # fmt: skip
@@ -668,8 +680,11 @@ RESULTS = [
 
 @pytest.mark.parametrize(
     "where, value",
-    [*SPECS_OF_SCALES, *RESULTS, ("losses", [1.5]), ("losses", [[1, "a"]]), ("biases", [3]), ("policies", 3)],
-)
+    [*SPECS_OF_SCALES, *RESULTS, ("losses", [1.5]), ("losses", [[1, "a"]]), ("biases", [3]), ("policies", 3),
+     ("biases", [{"step": 1, "biases": {"blocks.0.mlp.up": 3}}]),
+     ("biases", [{"step": 1, "biases": {"blocks.0.mlp.up": {"x": [1]}}}]),
+     ("result.biases", {"blocks.0.mlp.up": {"x": "a"}}), ("result.inference", {"cscale:a": {"accuracy": 0.4}})],
+)  # fmt: skip
 def test_a_line_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, where, value):
     said = refused_lines("scales", tmp_path, ONE, changed(ONE, where, value))
     assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 2 does not: ")
@@ -699,7 +714,11 @@ def test_a_line_of_a_sweep_that_is_wrong_is_refused(tmp_path, study, where, valu
     [*((f"spec.{key}", GONE) for key in ("study", "architecture", "arm", "seed", "steps", "batch", "context")),
      *((f"spec.{key}", GONE) for key in ("size", "lr", "warm_up", "fp8")),
      ("spec.study", "another"), ("spec.seed", "0"), ("spec.lr", "high"), ("spec.fp8", None), *RESULTS,
-     ("losses", ["a"]), ("grad_norms", 3), ("samples", [1.5]), ("kurtosis", [])],
+     ("spec.arm", "bf17"), ("spec.size", "huge"), ("spec.architecture", "ops"), ("spec.architecture", "op:tanh"),
+     *((f"result.{key}", value) for key in ("seconds", "parameters") for value in (GONE, None)),
+     ("losses", ["a"]), ("grad_norms", 3), ("samples", [1.5]), ("samples", [0]), ("samples", [1, 2]), ("kurtosis", []),
+     ("kurtosis", {}), ("kurtosis.ffn", GONE), *((f"kurtosis.{kind}", of) for kind in ("qkv", "block")
+     for of in (3, [], [3], [["a"]], [[1.0]] * 2)), ("rms", {"qkv": [3]}), ("rms", {"qkv": []})],
 )  # fmt: skip
 def test_a_line_of_fog_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, where, value):
     spec = {key: of for key, of in ONE["spec"].items() if key not in ("model", "recipe")}
@@ -712,10 +731,20 @@ def test_a_line_of_fog_that_is_whole_and_wrong_is_refused_with_its_number(tmp_pa
         "warm_up": 1,
         "fp8": {},
     }
-    one = {"spec": spec, "step": 1, "result": ONE["result"], "losses": [1.5], "grad_norms": [1.0], "samples": [],
-           "kurtosis": {}}  # fmt: skip
+    result = {**ONE["result"], "seconds": 1.0, "parameters": 1000}
+    one = {"spec": spec, "step": 1, "result": result, "losses": [1.5], "grad_norms": [1.0], "samples": [1],
+           "kurtosis": {kind: [[3.0, None]] for kind in ("qkv", "ffn", "block")}}  # fmt: skip
     said = refused_lines("fog", tmp_path, one, changed(one, where, value))
     assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 2 does not: ")
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"run": "\xe9"}', "\ufeff{}".encode("utf-16"), b"[" * 100_000, b"\x89PNG\x00", b"3"]
+)
+@pytest.mark.parametrize("study", ["scales", "fog"])
+def test_a_file_of_runs_that_is_none_is_refused(tmp_path, study, line):
+    said = refused_lines(study, tmp_path, line)
+    assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 1 does not: ")
 
 
 # ---- reports that are refused, and last words ------------------------------------------------------------------------

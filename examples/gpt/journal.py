@@ -50,7 +50,7 @@ def read_journal(path: Path) -> list[Record]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [_record(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} must hold a JSON object with a step a line ({error}); move it elsewhere to go on without it"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -16,8 +17,13 @@ StrPath = str | os.PathLike[str]
 @contextlib.contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to. It takes the place of ``path`` at the end of the block, once it is
-    on the disk, in one step. An error in the block leaves ``path`` as it was."""
+    on the disk, in one step. An error in the block leaves ``path`` as it was. OSError before it where ``path`` can be
+    no file."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "torch_fp8: its folder does not exist; make it first", str(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "torch_fp8: this is a folder; give the path of a file", str(path))
     # A name of its own for each writer, since several may write one file at once.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

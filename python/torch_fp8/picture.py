@@ -52,12 +52,11 @@ def picture(path: StrPath, title: str, size: tuple[float, float]) -> Iterator[Fi
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(_STYLE), replacing(path) as temporary:
         figure = Figure(figsize=size, layout="constrained")  # without pyplot, so without a display
         figure.suptitle(title, x=0.012, ha="left")
         yield figure
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def caption(figure: Figure, text: str) -> None:

@@ -91,7 +91,7 @@ def draw(folder: Path, lines: Sequence[Line]) -> list[str]:
     if any(pairs.values for pairs in differences(begun, PAPER_ARM).values()):
         parity(folder / "parity.png", begun)
         made.append("parity")
-    for of in _alike(begun, "kurtosis"):
+    for of in _alike([line for line in begun if line.arm == "bf16" and line.samples], "kurtosis"):
         add(f"layers-{_name(of[0])}", kurtosis_by_layer, of)
     for path in folder.glob("*.png"):
         if _DRAWN.fullmatch(path.stem) and path.stem not in made:
@@ -331,13 +331,11 @@ def _log(axes: Any) -> None:
 
 
 def kurtosis_by_layer(path: Path, lines: Sequence[Line], trained: str) -> None:
-    """Of the first seed and BF16."""
+    """Of the first seed."""
     from matplotlib.colors import to_rgb
 
     names = sorted({line.architecture for line in lines}, key=architecture_order)
-    first = {line.architecture: line for line in sorted(lines, key=lambda line: -line.spec["seed"])
-             if line.arm == "bf16"}  # fmt: skip
-    names = [name for name in names if name in first]
+    first = {line.architecture: line for line in sorted(lines, key=lambda line: -line.spec["seed"])}
     title = f"Kurtosis in BF16, a line a layer ({trained})"
     with picture(path, title, (max(8.0, 4.6 * len(names) + 1.2), 8.6)) as figure:
         grid = figure.subplots(3, len(names), sharex=True, sharey="row", squeeze=False)

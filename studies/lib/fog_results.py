@@ -21,9 +21,24 @@ from typing import Any, NamedTuple
 from torch_fp8.observe.trend import FIRST, Trend
 
 from examples.gpt.errors import UserError
+from models.fog_config import ARCHITECTURES, SIZES
 
 from .divergence import PATIENCE, WINDOW, Divergence, Loss, above_start, jump, leaves, step_noise
-from .lines import NUMBER, OBJECT, TEXT, WHOLE, check_all, check_common, check_type, merge_lines
+from .fog_words import ARMS, CHANGES
+from .lines import (
+    FINITE,
+    LIST,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    WHOLE,
+    check_all,
+    check_common,
+    check_entries,
+    check_known,
+    merge_lines,
+)
 from .runs import Run, Spec, check_steps
 
 STUDIES = ("provoke", "parity", "kurtosis")
@@ -57,15 +72,27 @@ class Line:
 
     def check(self) -> None:
         """ValueError where it is not what this file says of a line."""
-        needed = {"architecture": TEXT, "size": TEXT, "lr": NUMBER, "warm_up": WHOLE, "fp8": OBJECT}
+        needed = {"architecture": TEXT, "size": TEXT, "lr": FINITE, "warm_up": WHOLE, "fp8": OBJECT}
         check_common(self, STUDIES, needed)
-        if not (self.spec["lr"] or 0) > 0:
+        if self.spec["lr"] <= 0:
             raise ValueError("lr of the spec must be a positive number")
+        check_known("arm of the spec", self.arm, ARMS)
+        check_known("size of the spec", self.spec["size"], SIZES)
+        name, _, change = self.architecture.partition(":")
+        check_known("architecture of the spec", name, ARCHITECTURES)
+        check_known("what follows the architecture's colon", change, CHANGES)
+        if self.result is not None:
+            check_entries("the result", self.result, {"seconds": FINITE, "parameters": POSITIVE})
         check_all("losses", self.losses, NUMBER)
         check_all("grad_norms", self.grad_norms, NUMBER)
-        check_all("samples", self.samples, WHOLE)
-        check_type("kurtosis", self.kurtosis, OBJECT)
-        check_type("rms", self.rms, OBJECT)
+        check_all("samples", self.samples, POSITIVE)
+        check_entries("kurtosis", self.kurtosis, dict.fromkeys(KINDS if self.samples else (), LIST))
+        check_entries("rms", self.rms, {}, {"qkv": LIST})
+        for kind, of_samples in (*self.kurtosis.items(), *self.rms.items()):
+            for layers in of_samples:
+                check_all(f"a sample of {kind}", layers, NUMBER)
+            if len(of_samples) != len(self.samples) or len({len(layers) for layers in of_samples}) > 1:
+                raise ValueError(f"{kind} must have a number of each layer in each sample")
 
     @property
     def study(self) -> str:
@@ -209,6 +236,8 @@ def _watched(line: Line, metric: str) -> Iterator[tuple[int, int, int]]:
     trends: dict[int, Trend] = {}
     for step, layers in zip(line.samples, getattr(line, metric).get("qkv", [])):
         for layer, value in enumerate(layers):
+            if value is not None and value <= 0:  # no trend is of what is 0 throughout
+                continue
             trend = trends.setdefault(layer, Trend())
             trend.add(step * tokens, math.inf if value is None else value, SIGMAS)
             yield step, layer, trend.beyond

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.fog_config import ARCHITECTURES, SIZES
 
 from .divergence import Loss
-from .fog_results import Line
+
+if TYPE_CHECKING:
+    from .fog_results import Line
 
 NAMES = {
     "llama3": "Llama 3", "olmo2": "OLMo 2", "op": "OP", "op-frozen-qk": "OP + frozen QK", "fog-max": "FOG-max",

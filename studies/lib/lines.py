@@ -18,23 +18,31 @@ from .runs import Run, Spec, with_split
 
 Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
 
-WHOLE, TEXT, OBJECT = "a whole number", "a text", "an object"
-NUMBER = "a number, or null where it was not finite"
+WHOLE, POSITIVE, TEXT, OBJECT, LIST = (
+    "a whole number", "a positive whole number", "a text of one line", "an object", "a list"
+)  # fmt: skip
+WHOLE_OR_NULL, FINITE, NUMBER = "a whole number, or null", "a number", "a number, or null where it was not finite"
 _TYPES: dict[str, tuple[type, ...]] = {
-    WHOLE: (int,), TEXT: (str,), OBJECT: (dict,), NUMBER: (int, float, NoneType)
+    WHOLE: (int,), POSITIVE: (int,), TEXT: (str,), OBJECT: (dict,), LIST: (list,), WHOLE_OR_NULL: (int, NoneType),
+    FINITE: (int, float), NUMBER: (int, float, NoneType),
 }  # fmt: skip
+_LARGEST = 2.0**128  # what is measured is float32; and products of three such whole numbers are still finite floats
 
 
 def read_lines(path: Path, kind: type[Line]) -> list[Line]:
     """UserError with the number of a line that is none; ``kind.check`` raises ValueError where one is whole and wrong,
     so that what reads lines need not look again."""
-
-    def checked(line: dict[str, Any]) -> Line:
-        found = kind(**{**line, "spec": with_split(line["spec"])})
-        found.check()
-        return found
-
-    return _read(path, checked)
+    lines = []
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            line = json.loads(text, parse_constant=_not_finite)
+            lines.append(kind(**{**line, "spec": with_split(line["spec"])}))
+            lines[-1].check()
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise UserError(
+                f"{path} must hold a run a line, but line {number} does not: {error}; write it anew from the runs"
+            ) from error
+    return lines
 
 
 def new_lines(runs: Iterable[Run], condensed: Callable[[Run], Line]) -> list[Line]:
@@ -63,49 +71,41 @@ def check_entries(where: str, entries: Any, needed: Mapping[str, str], allowed: 
 
 
 def check_type(what: str, value: Any, type_: str) -> None:
-    if not isinstance(value, _TYPES[type_]) or isinstance(value, bool):
+    fits = isinstance(value, _TYPES[type_]) and not isinstance(value, bool)
+    if isinstance(value, int | float):
+        fits = fits and abs(value) < _LARGEST and (type_ != POSITIVE or value > 0)
+    if isinstance(value, str):
+        fits = fits and value.isprintable() and bool(value.strip())
+    if not fits:
         raise ValueError(f"{what} must be {type_}, got {_short(value)}")
 
 
 def check_all(what: str, values: Any, type_: str) -> None:
     """Of a list."""
-    if not isinstance(values, list):
-        raise ValueError(f"{what} must be a list, got {_short(values)}")
+    check_type(what, values, LIST)
     for value in values:
         check_type(f"what is in {what}", value, type_)
+
+
+def check_known(what: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(filter(None, known))}, got {_short(value)}")
 
 
 def check_common(line: Any, studies: Collection[str], needed: Mapping[str, str]) -> None:
     """What lines of both studies have: a study of these in the spec, and what else the spec needs; how far it is; of a
     training that is done its loss."""
     check_type("step", line.step, WHOLE)
-    whole = dict.fromkeys(("seed", "steps", "batch", "context"), WHOLE)
-    check_entries("the spec", line.spec, {"study": TEXT, "arm": TEXT, **whole, **needed})
-    if line.study not in studies:
-        raise ValueError(f"its study must be one of {', '.join(studies)}, got {_short(line.study)}")
+    counts = dict.fromkeys(("steps", "batch", "context"), POSITIVE)
+    texts = {key: TEXT for key, value in line.spec.items() if isinstance(value, str)}  # any may come into the page
+    needed = {"study": TEXT, "arm": TEXT, "seed": WHOLE, **counts, **needed}
+    check_entries("the spec", line.spec, {**texts, **needed}, {"split": POSITIVE})
+    check_known("study of the spec", line.study, studies)
     if line.result is not None:
         numbers = ("accuracy", "loss_fp8", "accuracy_fp8", "seconds")
         training = {"loss": NUMBER, "diverged": WHOLE} if line.study != "infer" else {}
-        allowed = {**dict.fromkeys(numbers, NUMBER), "parameters": WHOLE}
+        allowed = {**dict.fromkeys(numbers, NUMBER), "parameters": POSITIVE}
         check_entries("the result", line.result, {"gpu": TEXT, **training}, allowed)
-
-
-def finished_specs(path: Path) -> list[Spec]:
-    """Of the runs that are done, of whichever study."""
-    read = _read(path, lambda line: (with_split(line["spec"]), line["result"]))
-    return [spec for spec, result in read if result is not None]
-
-
-def _read(path: Path, of: Callable[[dict[str, Any]], Line]) -> list[Line]:
-    lines = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            lines.append(of(json.loads(line, parse_constant=_not_finite)))
-        except (ValueError, TypeError, LookupError) as error:
-            raise UserError(
-                f"{path} must hold a run a line, but line {number} does not: {error}; write it anew from the runs"
-            ) from error
-    return lines
 
 
 def _not_finite(word: str) -> None:
@@ -167,7 +167,7 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> str | None:
 
 
 def _short(value: Any) -> str:
-    words = str(value)
+    words = repr(value)  # of one line
     return words if len(words) <= 40 else f"{words[:40]}..."
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch_fp8.progress import bar
@@ -23,7 +24,7 @@ from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 
 from .corpus import read_corpus, text_of
-from .lines import finished_specs
+from .lines import read_lines
 from .runs import Run, Spec, claim, missing, open_run, plain, say_missing
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -40,11 +41,13 @@ def work(
     jobs: int,
     minutes: float | None,
     kept: Path | None = None,
+    kind: Any = None,
     checkpoint: Path | None = None,
 ) -> int:
     """Claim the runs of ``specs`` and do what is missing of them, in their order, as ``script run FOLDER``; the exit
     code. Says what is left.
-    kept: a runs.jsonl; what is done there is left out. checkpoint: a file or folder that the runs begin from."""
+    kept: a runs.jsonl, whose lines are of ``kind``; what is done there is left out.
+    checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     if minutes is not None and not minutes > 0:
@@ -56,7 +59,7 @@ def work(
     if not specs:
         raise UserError("the study is empty: give at least one model, arm, seed and constant")
     if kept is not None:
-        done_before = finished_specs(kept)
+        done_before = [line.spec for line in read_lines(kept, kind) if line.result is not None]
         asked, specs = len(specs), {name: spec for name, spec in specs.items() if plain(spec) not in done_before}
         print(f"{asked - len(specs)} of {asked} runs are done in {kept}", flush=True)
         if not specs:

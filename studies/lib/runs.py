@@ -63,7 +63,7 @@ class Run:
         for line in reversed(lines):
             try:
                 return int(json.loads(line)["step"])
-            except (ValueError, TypeError, KeyError):  # half a line; or another thing, which ``records`` refuses
+            except (ValueError, TypeError, KeyError, RecursionError):  # half a line; or what ``records`` refuses
                 continue
         return 0
 
@@ -81,7 +81,7 @@ def open_run(folder: Path) -> Run:
     """A run whose ``spec.json`` is there."""
     try:
         return Run(folder, with_split(json.loads((folder / "spec.json").read_text())))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} must be the folder of a run, with its spec.json: {error}") from error
 
 

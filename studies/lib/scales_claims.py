@@ -299,8 +299,8 @@ def loss_before(model: str, lines: Sequence[Line]) -> tuple[float, int] | None:
     many tokens it is."""
     of = ("checkpoint", "data", "split")
     tuned = [[line.spec.get(key) for key in of] for line in lines if line.study == "finetune" and line.model == model]
-    told = [(line.inference["bf16"]["loss"], line.spec["sweep_tokens"]) for line in lines
-            if line.study == "infer" and "bf16" in line.inference
+    told = [(loss, line.spec["sweep_tokens"]) for line in lines
+            if line.study == "infer" and (loss := line.inference.get("bf16", {}).get("loss")) is not None
             and tuned and all([line.spec.get(key) for key in of] == one for one in tuned)]  # fmt: skip
     return told[0] if told else None
 

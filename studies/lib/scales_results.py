@@ -20,7 +20,20 @@ from models.names import MODELS, parameter_count
 
 from .arms import make_emulation, make_recipe
 from .inference import policies
-from .lines import NUMBER, OBJECT, TEXT, WHOLE, check_all, check_common, check_entries, check_type, merge_lines
+from .lines import (
+    FINITE,
+    LIST,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    WHOLE,
+    WHOLE_OR_NULL,
+    check_all,
+    check_common,
+    check_entries,
+    check_type,
+    merge_lines,
+)
 from .runs import Run, Spec, check_steps
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
@@ -56,17 +69,21 @@ class Line:
         if self.study == "window" and self.model not in sizes_of([self]):
             raise ValueError(f"the model's name must have its size, as in gpt-31M, got {self.model}")
         _check_arm(self.spec)
-        check_all("losses", [entry for stretch in self.losses for entry in stretch], NUMBER)
-        if any(len(stretch) != 2 or None in stretch for stretch in self.losses):
+        check_all("losses", [entry for stretch in self.losses for entry in stretch], FINITE)
+        if any(len(stretch) != 2 for stretch in self.losses):
             raise ValueError("losses must be pairs of a step and a loss")
-        check_all("biases", self.biases, OBJECT)
-        for record in self.biases:
-            check_entries("a record of biases", record, {"step": WHOLE, "biases": OBJECT})
         if self.result is not None:
             check_entries("the result", self.result, {}, {"inference": OBJECT, "biases": OBJECT})
+        check_type("biases", self.biases, LIST)
+        for record in [*self.biases, *biases_of(self, "inference")]:
+            check_entries("a record of biases", record, {"step": WHOLE, "biases": OBJECT})
+            for layer, roles in record["biases"].items():
+                check_entries(f"biases of {layer}", roles, {}, dict.fromkeys(("x", "w", "dy"), WHOLE_OR_NULL))
         check_type("policies", self.policies, OBJECT)
         for name, entry in self.inference.items():
             check_entries(f"the policy {name}", entry, {"accuracy": NUMBER}, {"loss": NUMBER})
+            if not re.fullmatch(r"[^:]+(:-?\d+)?", name):
+                raise ValueError(f"a policy's constant must be a whole number, as in cscale:-3, got {name!r}")
 
     @property
     def study(self) -> str:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from examples.gpt.errors import UserError
 
+from .lines import TEXT, check_type
+
 
 class Text(NamedTuple):
     words: str
@@ -24,17 +26,13 @@ def read_texts(path: Path) -> dict[str, Text]:
         found = {of: Text(**entry) for of, entry in json.loads(path.read_text(encoding="utf-8")).items()}
         if not all(isinstance(text.can_be_made, bool) for text in found.values()):
             raise ValueError("can_be_made must be true or false")
-        if not all(isinstance(text.words, str) and _is_line(text.words) for text in found.values()):
-            raise ValueError("words must be a text of one line")
-    except (ValueError, TypeError, AttributeError) as error:
+        for text in found.values():
+            check_type("words", text.words, TEXT)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path} must have {{"words": ..., "can_be_made": true or false}} of each text, but has not: {error}'
         ) from error
     return found
-
-
-def _is_line(words: str) -> bool:
-    return words.splitlines() == [words] and bool(words.strip())
 
 
 def is_closed(digest: str, texts: Mapping[str, Text]) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
-from ..checks import check
+from ..checks import check, modules_of
 from ..recipe import CurrentScaling, DelayedScaling, Recipe
 from ..state import Role, State, role_of
 from . import dtensor
@@ -418,4 +418,4 @@ def scaled_dot_product_attention(
 
 def attentions(model: nn.Module) -> dict[str, ScaledDotProductAttention]:
     """The attentions of a model by name; one that occurs twice has its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ScaledDotProductAttention)}
+    return {name: module for name, module in modules_of(model) if isinstance(module, ScaledDotProductAttention)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from .. import _C
+from ..checks import modules_of
 from ..format import BLOCK, E4M3
 from .given import codes_for, codes_in_graph
 
@@ -195,7 +196,7 @@ class FrozenLinear(FrozenState, nn.Linear):
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenLinear]:
     """The frozen layers of a model by name; a layer that occurs twice has its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    return {name: module for name, module in modules_of(model) if isinstance(module, FrozenLinear)}
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..checks import modules_of
 from .mlp import has_hooks, mlp, result_dtype, xielu_alphas
 from .norm import Norm, can_norm, norm
 from .rewired import rewired
@@ -250,4 +251,4 @@ def _new_module(base: type[Fused], plain: type[nn.Module]) -> Fused:
 
 
 def fused_modules(model: nn.Module) -> dict[str, Fused]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    return {name: module for name, module in modules_of(model) if isinstance(module, Fused)}

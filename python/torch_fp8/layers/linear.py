@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
+from ..checks import modules_of
 from ..recipe import DelayedScaling, Recipe
 from ..state import LayerState
 from . import dtensor, traced
@@ -223,4 +224,4 @@ def linear_layer(layer: Layer) -> _C.LinearLayer:
 
 def fp8_layers(model: nn.Module) -> dict[str, Layer]:
     """The FP8 layers of a model by name; a layer that occurs twice has its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    return {name: module for name, module in modules_of(model) if isinstance(module, Layer)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import modules_of
 from ..recipe import Recipe
 from ..state import State
 
@@ -91,4 +92,4 @@ def alive_modules() -> list[Scaled]:
 
 def scaled_modules(model: nn.Module) -> dict[str, Scaled]:
     """The modules of a model that have a scaling state, by name; one that occurs twice has its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Scaled)}
+    return {name: module for name, module in modules_of(model) if isinstance(module, Scaled)}

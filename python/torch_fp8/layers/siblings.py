@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..state import InputGroup
@@ -27,7 +27,7 @@ def share_input(layers: Sequence[Layer]) -> None:
 
     Raises TypeError for what is no FP8 layer and ValueError where they differ; nothing is changed then.
     """
-    layers = list(layers)
+    layers = list(layers) if isinstance(layers, Iterable) else [layers]
     for layer in layers:
         if not isinstance(layer, Layer):
             raise TypeError(f"torch_fp8: share_input takes FP8 layers, got {type(layer).__name__}; convert it first")

@@ -7,13 +7,13 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _C
+from ..files import StrPath, replacing
 from ..layers.attention import ScaledDotProductAttention
 from ..layers.dtensor import is_dtensor
 from ..layers.linear import SUPPORTED_DTYPES, Layer
@@ -214,11 +214,12 @@ class Monitor(Sampled):
             for name, value in quantities.items():
                 writer.add_scalar(f"fp8/{name}/{s.role}/{s.layer}", value, s.step)
 
-    def save_json(self, path: str | Path) -> None:
+    def save_json(self, path: StrPath) -> None:
         """All samples, one JSON object a line."""
-        Path(path).write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in self.samples))
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in self.samples))
 
-    def save_png(self, path: str | Path) -> None:
+    def save_png(self, path: StrPath) -> None:
         """For each role the distribution of the layers' scales over the steps (as the figures of arXiv 2309.17224 show
         it) and the largest and median shares that saturate and that become zero. Needs matplotlib."""
         from matplotlib.figure import Figure
@@ -249,7 +250,8 @@ class Monitor(Sampled):
         figure.axes[0].set_title("scales over the layers: median, 10 to 90 %, all")
         figure.axes[1].set_title("what the casts lose")
         figure.axes[1].legend(fontsize="small")
-        figure.savefig(path, dpi=120)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
 
 
 _NOTHING = "torch_fp8.monitor: no step was sampled yet (the hooks of compiled code and of CUDA graphs do not run)"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..checks import modules_of
 from ..layers.siblings import SIBLINGS
 
 # Modules below one parent whose outputs are q, k and v; then those that give all three.
@@ -102,7 +103,7 @@ def named_points(model: nn.Module, points: Points) -> list[Point]:
     """The user's: {kind: pattern or patterns of modules' names}, with ``*`` for any characters. Several patterns of one
     kind match equally many modules, which are taken side by side, first with first. A pattern that ends in ":input"
     means the first argument of its modules, another one their outputs."""
-    modules = {clean(name): module for name, module in model.named_modules()}
+    modules = {clean(name): module for name, module in modules_of(model)}
     found: list[Point] = []
     if not isinstance(points, Mapping):
         raise _not_points(points)

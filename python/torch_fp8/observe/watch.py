@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn, optim
@@ -359,7 +360,7 @@ class Watch(Activations):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, actions under way too. Raises ValueError, with the watch as it was, for
-        what is no such state, or has layers that this model has not."""
+        what is no such state, or has layers that this model has not. Layers that the state has not begin anew."""
         wanted = {"step", "tokens", "of_step", "trends", "alarms", "held", "readings"}
         if not isinstance(state, Mapping) or set(state) != wanted:
             got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -438,23 +439,27 @@ class Watch(Activations):
 def read_log(path: StrPath) -> list[dict[str, Any]]:
     """The lines of a watch's log, of one run: what a run wrote after the checkpoint from which it was resumed, or to
     which it was rolled back, is left out, as are runs that began before the last one, and half a line that a kill
-    left."""
+    left. Raises ValueError for a whole line that no watch has written."""
     before: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            event = line.get("event")
-            if event == "begin":
-                before, lines = lines or before, []
-            elif event == "resume":  # rolled back, or where the run has begun again just before
-                rolled_back = line["step"] <= line["left"]
-                lines = [old for old in (lines if rolled_back else before) if old["step"] < line["step"]]
-            else:
-                lines.append(line)
+    for number, text in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        event = line.get("event") if isinstance(line, dict) else None
+        counts = ("step", "left") if event == "resume" else ("step",)
+        if not isinstance(line, dict) or not all(is_int(line.get(count), 0, 2**62) for count in counts):
+            raise ValueError(
+                f"torch_fp8: {path} must be the log of a watch, but line {number} is {text[:40]!r}; give another file"
+            )
+        if event == "begin":
+            before, lines = lines or before, []
+        elif event == "resume":  # rolled back, or where the run has begun again just before
+            rolled_back = line["step"] <= line["left"]
+            lines = [old for old in (lines if rolled_back else before) if old["step"] < line["step"]]
+        else:
+            lines.append(line)
     return lines
 
 

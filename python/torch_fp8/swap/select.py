@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import _C
+from ..checks import modules_of
 from ..layers.classes import conv1d, is_conv1d, shape_of
 from ..layers.dtensor import is_dtensor
 from ..layers.experts import is_experts
@@ -35,7 +36,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, nn.parameter.Buffer)
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer in 16 or 32 bits and every ``Layer``, by name."""
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    modules = {name: m for name, m in modules_of(model) if isinstance(m, nn.Linear) or is_conv1d(m)}
     return {name: module for name, module in modules.items() if not isinstance(module, FrozenLinear)}
 
 
