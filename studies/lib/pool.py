@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch_fp8.progress import bar
@@ -24,7 +23,7 @@ from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 
 from .corpus import read_corpus, text_of
-from .lines import read_lines
+from .lines import Line, read_lines
 from .runs import Run, Spec, claim, missing, open_run, plain, say_missing
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -40,8 +39,8 @@ def work(
     *,
     jobs: int,
     minutes: float | None,
-    kept: Path | None = None,
-    kind: Any = None,
+    kept: Path | None,
+    kind: type[Line],
     checkpoint: Path | None = None,
 ) -> int:
     """Claim the runs of ``specs`` and do what is missing of them, in their order, as ``script run FOLDER``; the exit
