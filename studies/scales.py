@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from lib.arms import ARMS, arm, inner_layers, make_model, words
+from lib.arms import ARMS, DEFAULT_ARMS, arm, inner_layers, make_model, words
 from lib.biases import Biases
 from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
@@ -223,7 +223,7 @@ def parse_arguments() -> argparse.Namespace:
     parity = commands.add_parser("parity", allow_abbrev=False, help="FP8 beside BF16, with paired seeds")
     _add_training(parity, seeds=5, train_tokens=100e6, record=0)
     _add_models(parity, ["gpt-124M", "llama-127M"])
-    _add_arms(parity, "bf16", "bf16-again", "delayed", "current", "amax", "cscale:2", "e4m3", "wgrad16")
+    _add_arms(parity, DEFAULT_ARMS["parity"])
 
     window = commands.add_parser("window", allow_abbrev=False, help="which constants CSCALE works with")
     _add_training(window, seeds=1, train_tokens=20e6, record=100)
@@ -240,7 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     finetune = commands.add_parser("finetune", allow_abbrev=False, help="a checkpoint, beside BF16 and FP16")
     _add_training(finetune, seeds=3, train_tokens=4e6, record=20, batch=16, lr=1e-4, val_tokens=1 << 20)
     finetune.add_argument("--checkpoint", type=Path, required=True, metavar="PATH", help="a .gguf file, or a folder")
-    _add_arms(finetune, "bf16", "bf16-again", "fp16", "delayed", "current", "amax", "cscale:-3", "e4m3")
+    _add_arms(finetune, DEFAULT_ARMS["finetune"])
 
     commands.add_parser("models", allow_abbrev=False, help="what FP8 saves in every model by name")
 
@@ -292,9 +292,9 @@ def _add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None
     parser.add_argument("--models", nargs="+", default=list(default), metavar="NAME", help=words)
 
 
-def _add_arms(parser: argparse.ArgumentParser, *default: str) -> None:
+def _add_arms(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     each = "; ".join(f"{name}: {words(spec).strip('`')}" for name, spec in ARMS.items())
-    help = f"{each}; cscale:C, gc-cscale:C: a constant (default: {' '.join(default)})"
+    help = f"{each}; cscale:C, gc-cscale:C: a constant, the loss scaled by 2^16 (default: {' '.join(default)})"
     parser.add_argument("--arms", nargs="+", default=list(default), metavar="ARM", help=help)
 
 
@@ -344,6 +344,8 @@ def main() -> int:
         args.models = [_known(model) for model in args.models]
     corpus = read_corpus(args.tokens)
     specs = SPECS[args.command](args, corpus)
+    if "bf16" not in getattr(args, "arms", ["bf16"]):
+        raise UserError(f"--arms must have bf16, which the others are held to, got {' '.join(args.arms)}")
     for spec in specs.values():
         if "sweep" in spec:
             check_sweep(corpus, spec)

@@ -524,6 +524,7 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["parity", "--train-tokens", "-1", *TINY], "--train-tokens must be positive and finite, got -1"),
         (["parity", "--lr", "-1", *QUICK], "--lr must be positive and finite, got -1"),
         (["parity", "--lr", "nan", *QUICK], "--lr must be positive and finite, got nan"),
+        (["parity", "--arms", "delayed", *QUICK], "--arms must have bf16, which the others are held to, got delayed"),
         (["parity", "--record", "-1", *QUICK], "--record must not be negative, got -1"),
         (["parity", "--val-tokens", "1000000"], "give a smaller --val-tokens"),
         (["parity", "--val-tokens", "0", "--steps", "1"], "--val-tokens must be at least 1, got 0"),

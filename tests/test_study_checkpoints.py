@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from studying import PLAN, ROOT, SCALES, run, write_tokens
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus, fingerprint
+from studies.lib.arms import make_model
 from studies.lib.checkpoints import Checkpoint
 from studies.lib.corpus import read_corpus, save_corpus
 from studies.lib.runs import all_runs
@@ -133,3 +135,7 @@ def test_texts_are_tokenised_as_the_checkpoint_has_it(tmp_path, checkpoint):
     assert made.returncode == 0, made.stderr
     corpus = read_corpus(tmp_path / "tokens")
     assert corpus.train.tolist() == [5, 6, 7, 6, 8, 7] and corpus.val.tolist() == [6, 6, 7]
+    make_model({}, corpus, torch.device("cpu"), Checkpoint(folder))
+    other = replace(corpus, vocab=corpus.vocab - 1)  # which its embedding has rows for
+    with pytest.raises(UserError, match="the tokens are of 3 kinds and model knows 4: make them"):
+        make_model({}, other, torch.device("cpu"), Checkpoint(folder))

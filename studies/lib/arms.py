@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -74,6 +75,12 @@ LEVERS: dict[str, tuple[str, str]] = {  # arms that differ from another in one t
 }
 
 
+DEFAULT_ARMS = {
+    "parity": ("bf16", "bf16-again", "delayed", "current", "amax", "cscale:2", "e4m3", "wgrad16"),
+    "finetune": ("bf16", "bf16-again", "fp16", "delayed", "current", "amax", "cscale:-3", "e4m3"),
+}
+
+
 def arm(name: str) -> Spec:
     """What an arm changes of a training: ``cscale:C`` has the constant C, ``gc-cscale:C`` on the paper's formats."""
     if name in ARMS:
@@ -87,11 +94,13 @@ def arm(name: str) -> Spec:
 
 def words(spec: Spec) -> str:
     """What an arm is, for readers: its recipe, where it has one."""
+    exponent = round(math.log2(spec.get("loss_scale", 1)))
+    scaled = f" with the loss scaled by 2^{exponent}" if exponent else ""
     if "recipe" in spec:
-        return f"`{make_recipe(spec['recipe'])!r}`"
+        return f"`{make_recipe(spec['recipe'])!r}`{scaled}"
     if "emulation" in spec:
         formats = "the paper's formats" if spec["emulation"]["family"] == "graphcore" else "this hardware's formats"
-        return f"{spec['emulation']['rule']} in emulation, {formats}"
+        return f"{spec['emulation']['rule']} in emulation, {formats}{scaled}"
     return "FP16" if spec.get("dtype") == "float16" else "BF16"
 
 
@@ -120,11 +129,11 @@ def make_model(
     model: Any
     if checkpoint:
         model = checkpoint.model(dtype, device)
-        rows = model.get_input_embeddings().num_embeddings
-        if corpus.vocab > rows:
+        rows, kinds = model.get_input_embeddings().num_embeddings, checkpoint.kinds_of_tokens()
+        if corpus.vocab > rows or kinds not in (corpus.vocab, None):
             raise UserError(
-                f"the tokens are of {corpus.vocab:,} kinds and {checkpoint.name} knows {rows:,}: make them with the "
-                "command tokens --checkpoint"
+                f"the tokens are of {corpus.vocab:,} kinds and {checkpoint.name} knows {kinds or rows:,}: make them "
+                "with the command tokens --checkpoint"
             )
     else:
         before = torch.get_default_dtype()

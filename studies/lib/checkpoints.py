@@ -54,6 +54,13 @@ class Checkpoint:
             ) from error
         return Codec(tokenizer)
 
+    def kinds_of_tokens(self) -> int | None:
+        """None without a tokenizer that can be read."""
+        try:
+            return self.codec().vocab
+        except UserError:
+            return None
+
     def _source(self) -> tuple[Path, dict[str, Any]]:
         is_file = self._path.is_file()
         return (self._path.parent, {"gguf_file": self._path.name}) if is_file else (self._path, {})

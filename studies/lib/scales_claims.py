@@ -111,18 +111,18 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         verdict = _decided({arm: apart[arm] for arm in fp8})
         if not fp8:
             verdict = "no arm in FP8 has a pair"
-        elif all(within(apart[arm]) == "no" for arm in fp8):
-            verdict = f"no arm in FP8 is within {MARGIN} % of it"
+        elif all(no_worse(apart[arm]) == "no" for arm in fp8):
+            verdict = f"no arm in FP8 ends at most {MARGIN} % above it"
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
         losses = f" The loss against BF16's: {words}." if words else ""
-        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine)}")
+        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine, apart)}")
     return found
 
 
-def _levers(model: str, lines: Sequence[Line]) -> str:
+def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequence[float]]) -> str:
     """Which one change of a recipe moves the loss, by how much, and which do not: of runs with and without it that have
-    all else in common."""
+    all else in common. Of how many pairs is said where that is not the same of all arms."""
     said = []
     for base in dict.fromkeys(base for base, _ in LEVERS.values()):
         arms = [arm for arm, (of, _) in LEVERS.items() if of == base]
@@ -130,7 +130,7 @@ def _levers(model: str, lines: Sequence[Line]) -> str:
             arm: v for arm in arms if (v := pairs(lines, arm, base, "loss").get(model)) and not _shows_nothing([v])
         }
         by_word = {word: [arm for arm, values in apart.items() if _moved(values) == word] for word in _MOVES}
-        counts = {arm: _in_pairs(apart, arm) for arm in apart}
+        counts = {arm: _in_pairs({**against_bf16, **apart}, arm) for arm in apart}
         parts = [
             f"{word} with {', '.join(f'{arm} ({LEVERS[arm][1]}) {percent(apart[arm])}{counts[arm]}' for arm in moved)}"
             for word, moved in by_word.items()
@@ -188,7 +188,7 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         verdict, words = _decided(fp8), _each(fp8, mine)
         found.append(
             f"Training {model} from scratch, {_counts(fp8)}: {verdict}{noise}. The loss against BF16's: {words}."
-            f"{_levers(model, mine)}"
+            f"{_levers(model, mine, fp8)}"
             if words
             else f"Training {model} from scratch in BF16 alone{noise}."
         )
@@ -223,13 +223,13 @@ def _together(lines: Sequence[Line]) -> list[str]:
     for (tokens, models), arms in pooled(lines).items():
         apart = {arm: [value for values in groups for value in values] for arm, groups in arms.items()}
         differ = [arm for arm, groups in arms.items() if _differ(groups)]
-        words = _each(apart, [line for line in lines if line.study == "parity" and line.model in models])
+        words = _each(apart, [line for line in lines if line.study == "parity" and line.model in models], judged=False)
         found.append(
             f"{' and '.join([', '.join(models[:-1]), models[-1]])} together, from scratch on {millions(tokens)} tokens "
-            f"each, {_counts(apart)} in all: {_decided(apart)}. The loss against BF16's: {words}. "
+            f"each, {_counts(apart)} in all, pooled after the runs were seen, so that the verdicts stay those of each "
+            f"model: {words}. "
             + (f"With {', '.join(differ)} the models differ" if differ else "The models are not seen to differ")
-            + " from one another by more than their pairs scatter. Pooled after the runs were seen: the verdicts are "
-            "those of each model."
+            + " from one another by more than their pairs scatter."
         )
     return found
 
@@ -270,23 +270,22 @@ def _unsound(lines: Iterable[Line], arm: str) -> int:
 
 
 def _decided(apart: Mapping[str, Sequence[float]]) -> str:
-    """Which arms are within the margin and which are not, as far as that is known."""
-    words = {word: [arm for arm, values in apart.items() if within(values) == word] for word in ("yes", "no")}
-    said = [
-        f"{'' if word == 'yes' else 'not '}within {MARGIN} % of BF16: {', '.join(arms)}"
-        for word, arms in words.items()
-        if arms
-    ]
+    """Which arms end below the margin and which above, as far as that is known."""
+    near, far = ([arm for arm, values in apart.items() if no_worse(values) == word] for word in ("yes", "no"))
+    lost = ", or lost" * any(math.isinf(value) for arm in far for value in apart[arm])
+    said = [f"at most {MARGIN} % above BF16: {', '.join(near)}"] * bool(near)
+    said += [f"more than {MARGIN} % above BF16{lost}: {', '.join(far)}"] * bool(far)
     return "; ".join(said) or "nothing is decided yet"
 
 
-def _each(apart: Mapping[str, Sequence[float]], lines: Iterable[Line]) -> str:
+def _each(apart: Mapping[str, Sequence[float]], lines: Iterable[Line], *, judged: bool = True) -> str:
     """Of each arm how far it is from BF16; of how many pairs, where that is not the same of all; how many of ``lines``
-    diverged and came back to a loss that counts; and how many it takes, where that many do not decide."""
+    diverged and came back to a loss that counts; and how many it takes, where it is judged and that many do not
+    decide."""
     said = []
     back = Counter(line.spec["arm"] for line in lines if (line.result or {}).get("diverged") and line.result["loss"])
     for arm, values in apart.items():
-        open_ = within(values) == "open"
+        open_ = judged and no_worse(values) == "open"
         needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
         diverged = f", {back[arm]} diverged on the way" if back[arm] else ""
         takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
@@ -423,7 +422,9 @@ def _smaller(ratios: Ratios, lines: Sequence[Line], sizes: Mapping[str, float]) 
     rows = [list(of.values()) for of in families.values()]
     falls = all(row[0] > row[-1] and all(a >= b for a, b in itertools.pairwise(row)) for row in rows)
     rises = all(row[-1] > row[0] for row in rows)
-    note = "in inference consistent" if falls else "in inference not" if rises else "in inference no trend"
+    note = (
+        "in inference no larger one's is wider" if falls else "in inference not" if rises else "in inference no trend"
+    )
     if any(_is_cut(constants(ratios[model])) for of in families.values() for model in of):
         note = "a window may go on where its sweep ends"
     models = models_of(model for of in families.values() for model in of)
@@ -481,8 +482,8 @@ def percent(differences: Sequence[float]) -> str:
     return f"{said}, {lost}" if lost else said
 
 
-def within(differences: Sequence[float]) -> str:
-    """Whether losses are within MARGIN of BF16's, in a word."""
+def no_worse(differences: Sequence[float]) -> str:
+    """Whether losses are at most MARGIN above BF16's, in a word."""
     if not differences or not all(map(math.isfinite, differences)):
         return "no" if differences else "–"
     if len(differences) == 1:

@@ -83,11 +83,12 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
         grid = figure.subplots(2, len(models), sharex=True, sharey=True, squeeze=False)
         for row, (phase, of) in zip(grid, phases.items()):
             for axes, model in zip(row, models):
+                of_phase = [line for line in lines if line.model == model and biases_of(line, phase)]
                 for role, (name, color) in ROLES.items():
                     if counts := _counts(of.get(model, []), role):
                         shares = [100 * share for share in counts.values()]
                         axes.bar(list(counts), shares, 0.85, color=color, alpha=0.6, edgecolor=color, label=name)
-                axes.set_title(f"{_in_lines(model)}\n{_phase(model, phase, lines)}")
+                axes.set_title(f"{_in_lines(model)}\n{_phase(phase, of_phase)}")
                 if model not in of:
                     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=FAINT)
             row[0].set_ylabel("% of tensors")
@@ -102,34 +103,33 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
     return True
 
 
-def _largest(lines: Sequence[Line], phase: str = "training") -> list[tuple[str, list[dict[str, Any]]]]:
-    """The largest model of each family that has records, with those of its first seed."""
-    found: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+def _largest(lines: Sequence[Line], phase: str = "training") -> list[Line]:
+    """Of the largest model of each family that has records: its first run with them."""
+    found: dict[str, Line] = {}
     for line in lines:  # the last one of a family is the largest
-        records = biases_of(line, phase)
         name = family(line.model)
-        if records and not (name in found and found[name][0] == line.model):
-            found[name] = line.model, records
+        if biases_of(line, phase) and not (name in found and found[name].model == line.model):
+            found[name] = line
     return list(found.values())
 
 
-def _phase(model: str, phase: str, lines: Sequence[Line]) -> str:
-    """A training by its name: of a checkpoint it is fine-tuning."""
-    studies = {line.study for line in lines if line.model == model and biases_of(line, phase)}
-    return "fine-tuning" if phase == "training" and studies == {"finetune"} else phase
+def _phase(phase: str, lines: Sequence[Line]) -> str:
+    """Of these runs: a checkpoint's training is fine-tuning; and which arms they are, but BF16 alone."""
+    studies, arms = {line.study for line in lines}, arms_of(lines)
+    name = "fine-tuning" if phase == "training" and studies == {"finetune"} else phase
+    return name if arms in ([], ["bf16"]) else f"{name}, {arms[0] if len(arms) == 1 else f'{len(arms)} arms'}"
 
 
 def depth(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
-    rows = [(model, "training", records) for model, records in _largest(lines)]
-    rows += [(model, "inference", records) for model, records in _largest(lines, "inference")]
+    rows = [(line, phase) for phase in ("training", "inference") for line in _largest(lines, phase)]
     if not rows:
         return False
     with picture(path, "Scales by depth and kind of layer", (11, 3.1 * len(rows) + 0.8)) as figure:
         grid = figure.subplots(len(rows), 3, sharey="col", squeeze=False)
-        for row, (model, phase, records) in zip(grid, rows):
+        for row, (line, phase) in zip(grid, rows):
             for axes, (role, (name, _)) in zip(row, ROLES.items()):
-                _by_depth(axes, records, role)
-                axes.set_title(f"{name}, {_phase(model, phase, lines)}\n{_in_lines(model)}")
+                _by_depth(axes, biases_of(line, phase), role)
+                axes.set_title(f"{name}\n{_in_lines(line.model)}\n{_phase(phase, [line])}")
                 axes.set_xlabel("layer, from the input to the output")
                 if phase == "inference" and role == "dy":
                     axes.set_visible(False)
@@ -164,7 +164,8 @@ def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> 
         return False
     with picture(path, "Scales over a training", (11, 4.6 * len(rows) + 0.8)) as figure:
         grid = figure.subplots(len(rows), 3, squeeze=False)
-        for row, (model, records) in zip(grid, rows):
+        for row, line in zip(grid, rows):
+            records = biases_of(line, "training")
             steps = [record["step"] for record in records]
             for axes, (role, (name, _)) in zip(row, ROLES.items()):
                 layers = [
@@ -192,7 +193,7 @@ def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> 
                 marks = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
                 axes.set_xticks(marks, [str(steps[i]) for i in marks])
                 axes.grid(visible=False)
-                axes.set_title(f"{name}, {_phase(model, 'training', lines)}\n{_in_lines(model)}")
+                axes.set_title(f"{name}\n{_in_lines(line.model)}\n{_phase('training', [line])}")
                 axes.set_xlabel("step")
         caption(
             figure, f"{BIAS}.\nA row is a layer; within a kind of layer they go from the first (above) to the last."

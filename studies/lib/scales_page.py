@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch_fp8.table import markdown
 
-from .arms import words
+from .arms import DEFAULT_ARMS, words
 from .costs import costs_table
 from .divergence import FACTOR, MEDIAN, PATIENCE
 from .scales_claims import (
@@ -19,11 +20,11 @@ from .scales_claims import (
     findings,
     loss_before,
     millions,
+    no_worse,
     percent,
     pooled,
     unsound_words,
     window_of,
-    within,
 )
 from .scales_results import (
     CRITERION,
@@ -104,11 +105,11 @@ def _found(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
 _ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and batches; means over pairs with their
 95 % interval by Student's t. *In BF16*: the weights that came out, validated in BF16; *in its own FP8*: validated as
 they were trained, and held against BF16 in BF16. The margin of {MARGIN} % of the loss in BF16 was fixed before the
-runs: *yes* where the whole interval is below it, *no* where it is above or a run was lost, else *open*. A recipe is
-held in the same way to the one that it is with one change: the loss is *lower* or *higher* where the whole interval is,
-and else there is *no difference seen*. The largest gap is that of the training loss between the arms' means, over
-stretches of a fiftieth of the run after its first tenth. A run diverges where its loss is not finite, or stays above
-{FACTOR} times the median of the last {MEDIAN} steps for {PATIENCE} steps."""
+runs: *yes* where the whole interval is below it, however far, *no* where it is above or a run was lost, else *open*. A
+recipe is held in the same way to the one that it is with one change: the loss is *lower* or *higher* where the whole
+interval is, and else there is *no difference seen*. The largest gap is that of the training loss between the arms'
+means, over stretches of a fiftieth of the run after its first tenth. A run diverges where its loss is not finite, or
+stays above {FACTOR} times the median of the last {MEDIAN} steps for {PATIENCE} steps."""
 
 
 def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
@@ -121,23 +122,24 @@ def _parity(lines: Sequence[Line], study: str, title: str, about: str) -> str:
     if not rows:
         return f"## {title}\n\nNot run yet: `python studies/scales.py {study}` makes the runs."
     head = ["model", "arm", "pairs", "loss in BF16 [95 %]", "loss in its own FP8", "accuracy in BF16"]
-    head += ["accuracy in its own FP8", "largest gap on the way", "diverged", f"within {MARGIN} %"]
+    head += ["accuracy in its own FP8", "largest gap on the way", "diverged", f"at most {MARGIN} % above"]
     notes = [
         _arms(finished),
+        *(_gpus(model, finished) for model in models),
         *(_noise(model, finished) for model in models),
         *(_gain(model, lines) for model in models),
     ]
-    notes += [_TOGETHER if pooled(lines) else "", _not_planned(finished)] if study == "parity" else []
+    notes += [_TOGETHER if pooled(lines) else "", _added(finished), _not_planned(finished)] if study == "parity" else []
+    notes.append(_arms_left(study, models, finished))
     return "\n\n".join([f"## {title}", about, markdown(head, rows), "\n".join(filter(None, notes))]).rstrip()
 
 
 _TOGETHER = f"""* Models together: all pairs of an arm as one sample, of the models that have {FEWEST} or more of them
   and were trained on as many tokens of one text, each at the learning rate of its runs; none where a model is there in
   two ways. A model counts by its pairs, and pairs are independent, since each is of a model and seed of its own. Their
-  mean and its 95 % interval by Student's t are held against the same margin. They are of
-  these models and of no others, were thought of after the runs were seen, and replace no verdict of the table. Models
-  *differ* where the 95 % interval of the difference of the means of any two leaves out 0, by Student's t with the
-  scatter within all of them"""
+  mean and its 95 % interval by Student's t are of these models and of no others, and replace no verdict of the table.
+  Models *differ* where the 95 % interval of the difference of the means of any two leaves out 0, by Student's t with
+  the scatter within all of them"""
 
 
 def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
@@ -153,7 +155,7 @@ def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
         *map(percent, apart.values()),
         "–" if gap is None else f"{gap:+.2f} %",
         str(diverged),
-        within(apart["loss"]),
+        no_worse(apart["loss"]),
     ]
 
 
@@ -198,6 +200,36 @@ def _not_planned(finished: Sequence[Line]) -> str:
         if left
         else ""
     )
+
+
+def _added(finished: Sequence[Line]) -> str:
+    """Pairs beyond those that were planned."""
+    more = [
+        f"{arm} of {model}"
+        for arm in arms_of(finished)
+        for model, of in pairs(finished, arm, "bf16", "loss").items()
+        if arm != "bf16" and len(of) > PLANNED.get(plain_name(model), math.inf)
+    ]
+    return f"* More pairs than were planned, added after the first had been seen: {', '.join(more)}" if more else ""
+
+
+def _arms_left(study: str, models: Sequence[str], finished: Sequence[Line]) -> str:
+    """Of those that the study has by default."""
+    left = []
+    for model in models:
+        counts = {arm: len(pairs(finished, arm, "bf16", "loss").get(model, [])) for arm in DEFAULT_ARMS[study]}
+        if arms := [arm for arm, count in counts.items() if arm != "bf16" and count < 2]:
+            left.append(f"{', '.join(arms)} of {model}")
+    return f"* Arms of the study's default that have no two pairs: {'; '.join(left)}" if left else ""
+
+
+def _gpus(model: str, finished: Sequence[Line]) -> str:
+    """In which pairs the arm and BF16 ran on two kinds of GPU."""
+    on = {(line.spec["arm"], line.pair): line.result["gpu"] for line in finished if line.model == model}
+    apart = Counter(arm for (arm, pair), gpu in on.items() if on.get(("bf16", pair), gpu) != gpu)
+    said = ", ".join(f"{arm} in {count}" for arm, count in sorted(apart.items()))
+    alone = "" if "bf16-again" in apart else "; what that does alone was not measured"
+    return f"* {model}, pairs whose two runs were on two kinds of GPU: {said}{alone}" if said else ""
 
 
 def _arms(finished: Sequence[Line]) -> str:
@@ -338,6 +370,7 @@ many.
 def _not_claimed(lines: Sequence[Line]) -> str:
     longest = max(map(trained_tokens, lines), default=0)
     most = f" The longest\n  training here is of {millions(longest)} tokens." if longest else ""
+    left = _not_trained(lines)
     names = dict.fromkeys(plain_name(line.model) for line in lines)
     few = [model for model in names if re.search(r"\bQ\d", model)]
     begun = (
@@ -353,4 +386,16 @@ def _not_claimed(lines: Sequence[Line]) -> str:
 * Nothing of long trainings: published divergences in FP8 come after 0.7 to 200 billion tokens.{most}
 * Nothing of the paper's tasks, GLUE or MMLU: next-token accuracy on one text is not those.
 * Nothing of size alone: where models of several sizes were trained on as many tokens, the larger ones are trained less.
-* Nothing of how a ratio or a window scatters over trainings, but where several seeds were run.{begun}"""
+* Nothing of how a ratio or a window scatters over trainings, but where several seeds were run.{left}{begun}"""
+
+
+def _not_trained(lines: Sequence[Line]) -> str:
+    """Which of the paper's policies no model has two pairs of from scratch."""
+    trained = done(lines, "parity")
+    policies = {"FP8-AMAX": ["amax"], "FP8-CSCALE": [arm for arm in arms_of(trained) if arm.startswith("cscale:")]}
+    few = [
+        policy
+        for policy, arms in policies.items()
+        if all(len(of) < 2 for arm in arms for of in pairs(trained, arm, "bf16", "loss").values())
+    ]
+    return f"\n* Nothing of training from scratch with {' or '.join(few)}: no model has two pairs." if few else ""

@@ -331,7 +331,8 @@ def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
     names = {line.model: plain_name(line.model) for line in lines}
     written = {model: re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([MB])(?![a-zA-Z])", name) for model, name in names.items()}
     sizes = {model: float(of[1]) * {"M": 1e6, "B": 1e9}[of[2]] for model, of in written.items() if of}
-    sizes |= {line.model: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
+    counted = {names[line.model]: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
+    sizes |= {model: counted[name] for model, name in names.items() if name in counted}
     of_checkpoints = {line.model for line in lines if line.spec.get("checkpoint")}
     published = {model: name for model, name in names.items() if name in MODELS and model not in of_checkpoints}
     return sizes | {model: parameter_count(MODELS[name]) for model, name in published.items()}
