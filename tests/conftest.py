@@ -44,6 +44,15 @@ def pytest_ignore_collect(collection_path):
     return None
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test begins first: at the end one process would wait for the other one that has it."""
+    items.sort(key=lambda item: item.name != "test_pip_install_of_the_sdist")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays; each compilation collects garbage, and would look through all of it
+
+
 def _need_cuda() -> None:
     if torch.cuda.is_available() and fp8.build_info()["cuda"]:
         return
@@ -78,6 +87,8 @@ def _compiles_afresh(monkeypatch):
     monkeypatch.setattr("torch_fp8.layers.traced._traced_training", False)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+        # Each compilation times its guards for a log, and flushes the processor's caches before.
+        monkeypatch.setattr("torch._dynamo.guards.profile_guard_manager", lambda *args: 0.0, raising=False)
         if torch._dynamo.eval_frame._stance.stance != "default":
             gc.collect()  # a model that an earlier test left in a sampled step, in a cycle, keeps compiled code eager
 

@@ -1,15 +1,16 @@
 """What tests of studies share: a text, a plan, and how a study is called."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from scripts import called, script
 
 from examples.gpt.tokens import Bytes
 from studies.lib.corpus import make_tokens, save_corpus
 
 ROOT = Path(__file__).parents[1]
+scales = script("studies/scales.py")
 SCALES = [sys.executable, str(ROOT / "studies" / "scales.py")]
 PLAN = {
     **{"seed": 0, "steps": 10, "batch": 4, "micro_batch": 2, "context": 16, "lr": 1e-2, "warm_up": 2, "cooldown": 4},
@@ -27,6 +28,10 @@ def write_tokens(folder):
     return folder / "tokens.xz"
 
 
+def command(*arguments):
+    return called(lambda: scales.exit_code(scales.main), SCALES[1], *arguments)
+
+
 def run(*arguments, tokens, out):
-    command = [*SCALES, *map(str, arguments), "--tokens", str(tokens), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    """A study; each of its runs is a process of its own, as ever."""
+    return command(*arguments, "--tokens", tokens, "--out", out)

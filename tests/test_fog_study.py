@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from fog_runs import fog, line
+from scripts import called
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
@@ -46,7 +47,8 @@ def command(*arguments, tokens, out):
 
 
 def run(*arguments, tokens, out):
-    return subprocess.run(command(*arguments, tokens=tokens, out=out), capture_output=True, text=True, cwd=ROOT)
+    """The study; each of its runs is a process of its own, as ever."""
+    return called(lambda: fog.exit_code(fog.main), *command(*arguments, tokens=tokens, out=out)[1:])
 
 
 def records_of(out):
@@ -217,7 +219,7 @@ def test_a_page_is_written_from_runs_and_again_from_the_data_alone(tmp_path, tok
         assert made.returncode == 0, made.stderr
     to = ["--data", tmp_path / "data", "--page", tmp_path / "page" / "fog.md"]
     folders = ["--runs", *(tmp_path / study for study in ("provoke", "parity", "kurtosis"))]
-    made = subprocess.run([*FOG, "report", *map(str, [*folders, *to])], capture_output=True, text=True)
+    made = called(lambda: fog.exit_code(fog.main), FOG[1], "report", *folders, *to)
     assert made.returncode == 0 and "6 of 6 runs, 4 pictures" in made.stdout, made.stderr
     text = (tmp_path / "page" / "fog.md").read_text()
     for drawn in re.findall(r"!\[.*?\]\((.*?)\)", text):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch_fp8 as fp8
+from scripts import called, script
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "fsdp.py"
 ENVIRONMENT = {
@@ -34,10 +35,12 @@ def test_both_arms_learn_alike():
     assert losses["FP8"][-1] < losses["FP8"][0] - 0.5
 
 
-def test_bad_starts_are_refused_in_words():
+def test_bad_starts_are_refused_in_words(monkeypatch):
     alone = ("--precision", "bf16", "--reduce-amaxes")
     refused = "--reduce-amaxes is of the FP8 arm, which --precision bf16 leaves out"
-    starts = [((), "start it with torchrun", {}), (("--write",), "torchrun", {}), (alone, refused, {"RANK": "0"})]
-    for arguments, complaint, more in starts:
-        ended = run(SCRIPT, *arguments, **more)
+    monkeypatch.delenv("RANK", raising=False)
+    for arguments, complaint in (((), "start it with torchrun"), (("--write",), "torchrun"), (alone, refused)):
+        if arguments == alone:
+            monkeypatch.setenv("RANK", "0")
+        ended = called(script("examples/fsdp.py").main, SCRIPT, *arguments)
         assert ended.returncode == 2 and complaint in ended.stderr

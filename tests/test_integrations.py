@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fp8 as fp8
+from scripts import called
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -59,10 +60,11 @@ def test_examples_learn_across_a_restart(name, library, tmp_path):
     ("name", "library"),
     [("trainer", "transformers"), ("accelerate_train", "accelerate"), ("lightning_train", "lightning")],
 )
-def test_examples_tell_how_to_call_them(name, library, tmp_path):
+def test_examples_tell_how_to_call_them(name, library, tmp_path, monkeypatch, one_gpu):
     pytest.importorskip(library)
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--help"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    example = ROOT / "examples" / f"{name}.py"
+    run = called(lambda: runpy.run_path(str(example), run_name="__main__"), example, "--help")
     assert run.returncode == 0 and run.stdout.startswith(f"usage: {name}.py [-h] [folder] [text]")
     assert not list(tmp_path.iterdir())  # nothing was trained
 

@@ -1,6 +1,7 @@
 """What is concluded from runs: windows, pairs, verdicts, the page.
 The runs are made up, so that what they say is known."""
 
+import functools
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from torch_fp8.picture import picture
 
 from examples.gpt.errors import UserError
-from studies.lib import fog_results, scales_figures
+from studies.lib import fog_results, scales_figures, scales_page
 from studies.lib.arms import ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
@@ -42,6 +43,14 @@ from studies.lib.texts import Text, read_texts
 
 ROOT = Path(__file__).parents[1]
 SPEC = {"steps": 10, "batch": 4, "context": 32, "data": "abc", "seed": 0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _costs_are_counted_once():
+    """The last table of a page is of all models by name, whatever was run, and takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scales_page, "costs_table", functools.cache(scales_page.costs_table))
+        yield
 
 
 def line(study="window", model="gpt-31M", arm="bf16", seed=0, result=None, **more):

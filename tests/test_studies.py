@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from scripts import script
-from studying import PLAN, ROOT, SCALES, run, write_tokens
+from studying import PLAN, ROOT, SCALES, command, run, write_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -159,8 +159,8 @@ def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):
     half.log.write_text('{"step": 1, "loss": 2.0}\n')
     spec = {**half.spec, "arm": "delayed", "recipe": arm("delayed")["recipe"]}
     (half.folder / "spec.json").write_text(json.dumps(spec))
-    report = [*SCALES, "report", "--runs", tmp_path / "first", "--data", kept.parent, "--page", tmp_path / "page"]
-    subprocess.run(report, check=True)
+    report = ["report", "--runs", tmp_path / "first", "--data", kept.parent, "--page", tmp_path / "page"]
+    assert command(*report).returncode == 0
 
     again = run(*study, "bf16", "--kept", kept, tokens=tokens, out=tmp_path / "none")
     assert again.returncode == 0 and f"1 of 1 runs are done in {kept}\n" == again.stdout, again.stderr
@@ -279,8 +279,8 @@ def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, li
     (one,) = all_runs(tmp_path)
     one.log.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
     assert one.step() == 1
-    report = [*SCALES, "report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
-    for made in (run(*study, tokens=tokens, out=tmp_path), subprocess.run(report, capture_output=True, text=True)):
+    report = ["report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
+    for made in (run(*study, tokens=tokens, out=tmp_path), command(*report)):
         assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
         assert f"{one.log} must hold a JSON object with a step a line (it has {line})" in made.stderr
 
@@ -431,8 +431,8 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
     assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
 
     out = tmp_path / "killed"
-    command = [*SCALES, *study, "--tokens", str(tokens), "--out", str(out)]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = [*SCALES, *study, "--tokens", str(tokens), "--out", str(out)]
+    parent = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = out / "gpt-tiny_bf16_0" / "log.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < 5:
         time.sleep(0.02)
@@ -494,16 +494,14 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     # And the report on it, while another study is still to be done.
     out, data = tmp_path / "other", tmp_path / "kept"
     run("parity", *TINY, "--arms", "bf16", "amax", "--steps", "9", "--minutes", "0.0001", tokens=tokens, out=out)
-    command = [*SCALES, "report", "--runs", tmp_path, out, "--data", data, "--page", tmp_path / "page.md"]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    report = [*SCALES, "report", "--runs", tmp_path, out, "--data", data, "--page", tmp_path / "page.md"]
+    said = subprocess.run(report, capture_output=True, text=True, cwd=ROOT)
     assert said.returncode == 0 and "1 of 3 runs" in said.stdout, said.stderr
     text = (tmp_path / "page.md").read_text()
     assert "gpt-tiny: bf16, seed 0; amax, seed 0\n" in text
     pictures = {"histograms", "depth", "time", "window", "amax"}
     assert {path.stem for path in data.glob("*.png")} == pictures == set(re.findall(r"!\[(\w+)\]\(kept/", text))
-    empty = subprocess.run(
-        [*SCALES, "report", "--runs", data, "--page", tmp_path / "none"], capture_output=True, text=True
-    )
+    empty = command("report", "--runs", data, "--page", tmp_path / "none")
     assert empty.returncode == 2 and "must be folders of runs" in empty.stderr and not (tmp_path / "none").exists()
 
 
@@ -796,8 +794,7 @@ def test_tokens_of_a_checkpoint_without_a_tokenizer_are_refused_in_words(tmp_pat
         vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    made = [*SCALES, "tokens", "--checkpoint", tmp_path / "llama", "--tokens", tmp_path / "tokens"]
-    refused = subprocess.run(made, capture_output=True, text=True, cwd=ROOT)
+    refused = command("tokens", "--checkpoint", tmp_path / "llama", "--tokens", tmp_path / "tokens")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
     said = refused.stderr.splitlines()[-1]
     assert f"--checkpoint: {tmp_path}/llama has no tokenizer that transformers can read" in said

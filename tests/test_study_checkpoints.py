@@ -3,12 +3,11 @@
 import json
 import math
 import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from studying import PLAN, ROOT, SCALES, run, write_tokens
+from studying import PLAN, command, run, write_tokens
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus, fingerprint
@@ -131,7 +130,7 @@ def test_texts_are_tokenised_as_the_checkpoint_has_it(tmp_path, checkpoint):
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     (tmp_path / "text").write_text("a b\n<|endoftext|>\nb c\n<|endoftext|>\nb b\n")
     arguments = ["tokens", "--data", tmp_path / "text", "--checkpoint", folder, "--tokens", tmp_path / "tokens"]
-    made = subprocess.run([*SCALES, *arguments, "--val-share", "0.4"], capture_output=True, text=True, cwd=ROOT)
+    made = command(*arguments, "--val-share", "0.4")
     assert made.returncode == 0, made.stderr
     corpus = read_corpus(tmp_path / "tokens")
     assert corpus.train.tolist() == [5, 6, 7, 6, 8, 7] and corpus.val.tolist() == [6, 6, 7]

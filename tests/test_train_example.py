@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fp8 as fp8
+from scripts import called, script
 from torch_fp8.picture import picture
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
@@ -358,7 +359,8 @@ def test_bad_arguments_are_refused(text, tmp_path, arguments, named):
 
 def assert_refused(arguments: list, folder: Path, named: str) -> None:
     before = contents(folder)
-    code, _, stderr = run(*arguments)
-    assert code == 2, stderr
-    assert named in stderr and stderr.startswith("train.py: ") and stderr.count("\n") == 1
+    refused = called(script("examples/train.py").main, TRAIN, *arguments)
+    assert refused.returncode == 2, refused.stderr
+    complaint = refused.stderr
+    assert named in complaint and complaint.startswith("train.py: ") and complaint.count("\n") == 1
     assert contents(folder) == before
