@@ -229,6 +229,36 @@ def test_what_is_no_model_is_refused_beside_another_argument(tmp_path):
         fp8.share_input(None)
 
 
+@pytest.mark.parametrize(
+    "swap",
+    [lambda model, names: fp8.convert(model, filter=names), lambda model, names: fp8.freeze(model, filter=names)],
+)
+def test_filter(swap):
+    with pytest.raises(TypeError, match=r"filter must be a function of \(module, name\) or a list of names, got 3"):
+        swap(torch.nn.Sequential(torch.nn.Linear(16, 16)), 3)
+    names = (name for name in ["0"])
+    assert type(swap(torch.nn.Sequential(torch.nn.Linear(16, 16)), names)[0]) is not torch.nn.Linear
+
+
+@pytest.mark.parametrize("batches", [None, 3])
+def test_batches(batches):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16)).train()
+    with pytest.raises(TypeError, match="torch_fp8: batches must be inputs of the model, one after the other, got"):
+        fp8.calibrate(model, batches)
+    assert model.training
+
+
+def test_batches_by_index():
+    """What a for loop takes, such as a map-style dataset of torch."""
+
+    class Rows:
+        def __getitem__(self, index):
+            return torch.ones(2, 16)[index : index + 1] if index < 2 else [][index]
+
+    model = fp8.calibrate(torch.nn.Sequential(torch.nn.Linear(16, 16)), Rows())
+    fp8.freeze(model, activations="static")
+
+
 def test_other_gpus_are_refused():
     if not fp8.build_info()["cuda"]:
         with pytest.raises(RuntimeError, match="built for the CPU only"):
