@@ -6,6 +6,10 @@ import pytest
 import torch
 import torch_fp8 as fp8
 from oracle import E4M3, E5M2
+from torch_fp8 import files
+from torch_fp8.checkpoints.folder import Folder
+from torch_fp8.observe.watch import read_log
+from torch_fp8.tuning import file as tuning_file
 
 ops = torch.ops.torch_fp8
 
@@ -257,6 +261,32 @@ def test_batches_by_index():
 
     model = fp8.calibrate(torch.nn.Sequential(torch.nn.Linear(16, 16)), Rows())
     fp8.freeze(model, activations="static")
+
+
+@pytest.mark.parametrize("path", [None, 3, True, b"x", ["x"]])
+def test_what_is_no_path_is_refused(path):
+    for call in (files.check_free, Folder, read_log, lambda path: tuning_file.read(path, {})):
+        with pytest.raises(TypeError, match="torch_fp8: a path must be a str or an os.PathLike, got "):
+            call(path)
+    for writing in (files.replacing, files.new_folder):
+        with pytest.raises(TypeError, match="torch_fp8: a path must be a str or an os.PathLike, got "), writing(path):
+            raise AssertionError
+
+
+def test_a_checkpoint_of_another_library_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    model = fp8.freeze(torch.nn.Sequential(torch.nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match="torch_fp8: a checkpoint holds a model of transformers, .*got Sequential"):
+        fp8.save_pretrained(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="torch_fp8: a path must be a str or an os.PathLike, got None"):
+        fp8.load_pretrained(None)
+
+
+@pytest.mark.parametrize("model", [None, {}])
+def test_a_scaling_state_of_no_model(model):
+    with pytest.raises(ValueError, match="torch_fp8: model must be an nn.Module, got"):
+        fp8.ScalingState(model)
 
 
 def test_other_gpus_are_refused():
