@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 import torch_fp8 as fp8
@@ -233,6 +234,85 @@ def test_what_is_no_model_is_refused_beside_another_argument(tmp_path):
         fp8.share_input(None)
 
 
+RECIPES = {
+    "Linear": lambda recipe: fp8.Linear(16, 16, recipe=recipe),
+    "MLP": lambda recipe: fp8.MLP(16, 16, recipe=recipe),
+    "Attention": lambda recipe: fp8.Attention(32, 2, recipe=recipe),
+    "TransformerBlock": lambda recipe: fp8.TransformerBlock(32, 2, 32, recipe=recipe),
+    "ScaledDotProductAttention": lambda recipe: fp8.ScaledDotProductAttention(recipe),
+    "convert": lambda recipe: fp8.convert(torch.nn.Linear(16, 16), recipe, tokens=None),
+}
+
+
+@pytest.mark.parametrize("of", RECIPES)
+@pytest.mark.parametrize("recipe", ["x", 3, fp8.DelayedScaling])
+def test_what_is_no_recipe_is_refused(of, recipe):
+    with pytest.raises(TypeError, match="torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScal"):
+        RECIPES[of](recipe)
+
+
+SIZES = {
+    "in_features": [lambda n: fp8.Linear(n, 3), lambda n: fp8.FrozenLinear(n, 3)],
+    "out_features": [lambda n: fp8.Linear(3, n), lambda n: fp8.FrozenLinear(3, n)],
+    "hidden_size": [lambda n: fp8.MLP(n, 16), lambda n: fp8.Attention(n, 2), lambda n: fp8.TransformerBlock(n, 2, 16)],
+    "intermediate_size": [lambda n: fp8.MLP(16, n), lambda n: fp8.TransformerBlock(32, 2, n)],
+    "num_heads": [lambda n: fp8.Attention(32, n), lambda n: fp8.TransformerBlock(32, n, 16)],
+    "num_kv_heads": [lambda n: fp8.Attention(32, 2, num_kv_heads=n)],
+    "head_dim": [lambda n: fp8.Attention(32, 2, head_dim=n)],
+    "dim": [fp8.RMSNorm, fp8.LayerNorm],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("size", [None, "a", -1, True, 2.5, (2, 16)])
+def test_what_is_no_size_is_refused(name, size):
+    if size is None and name in ("num_kv_heads", "head_dim"):
+        return  # as the other sizes say
+    for make in SIZES[name]:
+        with pytest.raises(ValueError, match=f"torch_fp8: {name} must be a whole number of at least 0, got"):
+            make(size)
+
+
+def test_sizes_that_torch_takes_are_sizes():
+    size = np.int64(32)
+    assert fp8.Linear(size, torch.tensor(3)).weight.shape == fp8.FrozenLinear(size, 3).weight.shape == (3, 32)
+    assert fp8.TransformerBlock(size, 2, size)(torch.ones(1, 2, 32)).shape == (1, 2, 32)
+    assert fp8.RMSNorm((32,)).weight.shape == fp8.LayerNorm([size]).weight.shape == (32,)
+    assert fp8.FrozenLinear(32, 0)(torch.ones(2, 32)).shape == (2, 0)
+
+
+OPTIONS = [
+    (lambda **o: fp8.convert(torch.nn.Linear(16, 16), tokens=None, **o), ["auto_update", "fuse_main_grad"]),
+    (lambda **o: fp8.fuse(fp8.MLP(16, 16), **o), ["recompute"]),
+    (lambda **o: fp8.Linear(16, 16, **o), ["bias", "auto_update", "fuse_main_grad"]),
+    (lambda **o: fp8.FrozenLinear(16, 16, **o), ["bias"]),
+    (lambda **o: fp8.MLP(16, 16, **o), ["gated", "bias", "recompute"]),
+    (lambda **o: fp8.Attention(32, 2, **o), ["bias"]),
+    (lambda **o: fp8.TransformerBlock(32, 2, 16, **o), ["norm_first", "gated", "bias", "recompute"]),
+    (fp8.ScaledDotProductAttention, ["shared_scale", "auto_update"]),
+    (lambda **o: fp8.RMSNorm(16, **o), ["elementwise_affine"]),
+    (lambda **o: fp8.LayerNorm(16, **o), ["elementwise_affine", "bias"]),
+    (fp8.DelayedScaling, ["power_of_two"]),
+    (fp8.CurrentScaling, ["power_of_two"]),
+]
+
+
+@pytest.mark.parametrize("call, names", OPTIONS)
+@pytest.mark.parametrize("value", ["False", None, 1])
+def test_what_is_no_bool_is_refused(call, names, value):
+    for name in names:
+        with pytest.raises(ValueError, match=f"torch_fp8: {name} must be a bool, got {value!r}"):
+            call(**{name: value})
+
+
+def test_a_wrong_option_leaves_the_model_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    for change in ({"recipe": "x"}, {"fuse_main_grad": "x"}, {"auto_update": 1}, {"filter": 3}):
+        with pytest.raises((ValueError, TypeError), match="torch_fp8: "):
+            fp8.convert(model, tokens=None, **change)
+    assert type(model[0]) is torch.nn.Linear
+
+
 @pytest.mark.parametrize(
     "swap",
     [lambda model, names: fp8.convert(model, filter=names), lambda model, names: fp8.freeze(model, filter=names)],
@@ -287,6 +367,13 @@ def test_a_checkpoint_of_another_library_is_refused(tmp_path):
 def test_a_scaling_state_of_no_model(model):
     with pytest.raises(ValueError, match="torch_fp8: model must be an nn.Module, got"):
         fp8.ScalingState(model)
+
+
+@pytest.mark.parametrize("x", [None, "x", 3, [1.0]])
+@pytest.mark.parametrize("make", [lambda: fp8.Linear(32, 32), lambda: fp8.Attention(32, 2)])
+def test_what_is_no_tensor_is_refused(make, x):
+    with pytest.raises(TypeError, match=f"torch_fp8: the input must be a tensor, got {type(x).__name__}"):
+        make()(x)
 
 
 def test_other_gpus_are_refused():
