@@ -30,7 +30,8 @@ def to_fp8(
     shared_scale: q, k and v have one scale, as in the paper. fuse: norms, FFNs and blocks in fewer passes, or FFNs
     alone, where a compiler is to fuse the rest."""
     # What this refuses, and a wrong fuse, are refused before the model changes.
-    fp8.ScaledDotProductAttention(attention_recipe or recipe, mode=attention)
+    inside = recipe if attention_recipe is None else attention_recipe
+    fp8.ScaledDotProductAttention(inside, mode=attention, shared_scale=shared_scale)
     if fuse not in ("all", "ffn", "none"):
         raise ValueError(f"fuse must be one of all, ffn, none, got {fuse!r}")
     fp8.convert(model, recipe, lambda module, name: name != "head")
@@ -38,8 +39,7 @@ def to_fp8(
         if isinstance(part, Attention):
             part.rotary = rotary if fuse == "all" else part.rotary
             if attention != "16bit":
-                how = attention_recipe or recipe
-                attend = fp8.ScaledDotProductAttention(how, mode=attention, shared_scale=shared_scale)
+                attend = fp8.ScaledDotProductAttention(inside, mode=attention, shared_scale=shared_scale)
                 part.attend = attend.goes_with(part.q, part.k, part.v)
         elif isinstance(part, Block) and fuse == "ffn":
             fp8.fuse(part.ffn)

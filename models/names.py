@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import gpt, llama
-from .checks import check_type
+from .checks import check_counts, check_type
 
 
 class Named(NamedTuple):
@@ -23,8 +23,10 @@ class Named(NamedTuple):
 
     def build(self, vocabulary: int | None = None, context: int | None = None) -> nn.Module:
         """Random weights to train from, on the default device. Both families pad their vocabulary to a multiple of 64;
-        ``model(tokens)`` gives logits (batch, time, padded vocabulary)."""
-        vocabulary, context = vocabulary or self.vocabulary, context or self.context
+        ``model(tokens)`` gives logits (batch, time, padded vocabulary). None: as published."""
+        vocabulary = self.vocabulary if vocabulary is None else vocabulary
+        context = self.context if context is None else context
+        check_counts(vocabulary=vocabulary, context=context)
         if isinstance(self.shape, gpt.Shape):
             return gpt.GPT(self.shape, vocab=vocabulary, context=context)
         model = llama.Llama(self.shape, self.layers, -(-vocabulary // 64) * 64)

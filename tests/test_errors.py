@@ -2,10 +2,15 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 import torch_fp8 as fp8
 from oracle import E4M3, E5M2
+from torch_fp8 import files
+from torch_fp8.checkpoints.folder import Folder
+from torch_fp8.observe.watch import read_log
+from torch_fp8.tuning import file as tuning_file
 
 ops = torch.ops.torch_fp8
 
@@ -227,6 +232,148 @@ def test_what_is_no_model_is_refused_beside_another_argument(tmp_path):
             getattr(fp8, name)(None, other)
     with pytest.raises(TypeError, match="torch_fp8: share_input takes FP8 layers, got NoneType; convert it first"):
         fp8.share_input(None)
+
+
+RECIPES = {
+    "Linear": lambda recipe: fp8.Linear(16, 16, recipe=recipe),
+    "MLP": lambda recipe: fp8.MLP(16, 16, recipe=recipe),
+    "Attention": lambda recipe: fp8.Attention(32, 2, recipe=recipe),
+    "TransformerBlock": lambda recipe: fp8.TransformerBlock(32, 2, 32, recipe=recipe),
+    "ScaledDotProductAttention": lambda recipe: fp8.ScaledDotProductAttention(recipe),
+    "convert": lambda recipe: fp8.convert(torch.nn.Linear(16, 16), recipe, tokens=None),
+}
+
+
+@pytest.mark.parametrize("of", RECIPES)
+@pytest.mark.parametrize("recipe", ["x", 3, fp8.DelayedScaling])
+def test_what_is_no_recipe_is_refused(of, recipe):
+    with pytest.raises(TypeError, match="torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScal"):
+        RECIPES[of](recipe)
+
+
+SIZES = {
+    "in_features": [lambda n: fp8.Linear(n, 3), lambda n: fp8.FrozenLinear(n, 3)],
+    "out_features": [lambda n: fp8.Linear(3, n), lambda n: fp8.FrozenLinear(3, n)],
+    "hidden_size": [lambda n: fp8.MLP(n, 16), lambda n: fp8.Attention(n, 2), lambda n: fp8.TransformerBlock(n, 2, 16)],
+    "intermediate_size": [lambda n: fp8.MLP(16, n), lambda n: fp8.TransformerBlock(32, 2, n)],
+    "num_heads": [lambda n: fp8.Attention(32, n), lambda n: fp8.TransformerBlock(32, n, 16)],
+    "num_kv_heads": [lambda n: fp8.Attention(32, 2, num_kv_heads=n)],
+    "head_dim": [lambda n: fp8.Attention(32, 2, head_dim=n)],
+    "dim": [fp8.RMSNorm, fp8.LayerNorm],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("size", [None, "a", -1, True, 2.5, (2, 16)])
+def test_what_is_no_size_is_refused(name, size):
+    if size is None and name in ("num_kv_heads", "head_dim"):
+        return  # as the other sizes say
+    for make in SIZES[name]:
+        with pytest.raises(ValueError, match=f"torch_fp8: {name} must be a whole number of at least 0, got"):
+            make(size)
+
+
+def test_sizes_that_torch_takes_are_sizes():
+    size = np.int64(32)
+    assert fp8.Linear(size, torch.tensor(3)).weight.shape == fp8.FrozenLinear(size, 3).weight.shape == (3, 32)
+    assert fp8.TransformerBlock(size, 2, size)(torch.ones(1, 2, 32)).shape == (1, 2, 32)
+    assert fp8.RMSNorm((32,)).weight.shape == fp8.LayerNorm([size]).weight.shape == (32,)
+    assert fp8.FrozenLinear(32, 0)(torch.ones(2, 32)).shape == (2, 0)
+
+
+OPTIONS = [
+    (lambda **o: fp8.convert(torch.nn.Linear(16, 16), tokens=None, **o), ["auto_update", "fuse_main_grad"]),
+    (lambda **o: fp8.fuse(fp8.MLP(16, 16), **o), ["recompute"]),
+    (lambda **o: fp8.Linear(16, 16, **o), ["bias", "auto_update", "fuse_main_grad"]),
+    (lambda **o: fp8.FrozenLinear(16, 16, **o), ["bias"]),
+    (lambda **o: fp8.MLP(16, 16, **o), ["gated", "bias", "recompute"]),
+    (lambda **o: fp8.Attention(32, 2, **o), ["bias"]),
+    (lambda **o: fp8.TransformerBlock(32, 2, 16, **o), ["norm_first", "gated", "bias", "recompute"]),
+    (fp8.ScaledDotProductAttention, ["shared_scale", "auto_update"]),
+    (lambda **o: fp8.RMSNorm(16, **o), ["elementwise_affine"]),
+    (lambda **o: fp8.LayerNorm(16, **o), ["elementwise_affine", "bias"]),
+    (fp8.DelayedScaling, ["power_of_two"]),
+    (fp8.CurrentScaling, ["power_of_two"]),
+]
+
+
+@pytest.mark.parametrize("call, names", OPTIONS)
+@pytest.mark.parametrize("value", ["False", None, 1])
+def test_what_is_no_bool_is_refused(call, names, value):
+    for name in names:
+        with pytest.raises(ValueError, match=f"torch_fp8: {name} must be a bool, got {value!r}"):
+            call(**{name: value})
+
+
+def test_a_wrong_option_leaves_the_model_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    for change in ({"recipe": "x"}, {"fuse_main_grad": "x"}, {"auto_update": 1}, {"filter": 3}):
+        with pytest.raises((ValueError, TypeError), match="torch_fp8: "):
+            fp8.convert(model, tokens=None, **change)
+    assert type(model[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    "swap",
+    [lambda model, names: fp8.convert(model, filter=names), lambda model, names: fp8.freeze(model, filter=names)],
+)
+def test_filter(swap):
+    with pytest.raises(TypeError, match=r"filter must be a function of \(module, name\) or a list of names, got 3"):
+        swap(torch.nn.Sequential(torch.nn.Linear(16, 16)), 3)
+    names = (name for name in ["0"])
+    assert type(swap(torch.nn.Sequential(torch.nn.Linear(16, 16)), names)[0]) is not torch.nn.Linear
+
+
+@pytest.mark.parametrize("batches", [None, 3])
+def test_batches(batches):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16)).train()
+    with pytest.raises(TypeError, match="torch_fp8: batches must be inputs of the model, one after the other, got"):
+        fp8.calibrate(model, batches)
+    assert model.training
+
+
+def test_batches_by_index():
+    """What a for loop takes, such as a map-style dataset of torch."""
+
+    class Rows:
+        def __getitem__(self, index):
+            return torch.ones(2, 16)[index : index + 1] if index < 2 else [][index]
+
+    model = fp8.calibrate(torch.nn.Sequential(torch.nn.Linear(16, 16)), Rows())
+    fp8.freeze(model, activations="static")
+
+
+@pytest.mark.parametrize("path", [None, 3, True, b"x", ["x"]])
+def test_what_is_no_path_is_refused(path):
+    for call in (files.check_free, Folder, read_log, lambda path: tuning_file.read(path, {})):
+        with pytest.raises(TypeError, match="torch_fp8: a path must be a str or an os.PathLike, got "):
+            call(path)
+    for writing in (files.replacing, files.new_folder):
+        with pytest.raises(TypeError, match="torch_fp8: a path must be a str or an os.PathLike, got "), writing(path):
+            raise AssertionError
+
+
+def test_a_checkpoint_of_another_library_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    model = fp8.freeze(torch.nn.Sequential(torch.nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match="torch_fp8: a checkpoint holds a model of transformers, .*got Sequential"):
+        fp8.save_pretrained(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(TypeError, match="torch_fp8: a path must be a str or an os.PathLike, got None"):
+        fp8.load_pretrained(None)
+
+
+@pytest.mark.parametrize("model", [None, {}])
+def test_a_scaling_state_of_no_model(model):
+    with pytest.raises(ValueError, match="torch_fp8: model must be an nn.Module, got"):
+        fp8.ScalingState(model)
+
+
+@pytest.mark.parametrize("x", [None, "x", 3, [1.0]])
+@pytest.mark.parametrize("make", [lambda: fp8.Linear(32, 32), lambda: fp8.Attention(32, 2)])
+def test_what_is_no_tensor_is_refused(make, x):
+    with pytest.raises(TypeError, match=f"torch_fp8: the input must be a tensor, got {type(x).__name__}"):
+        make()(x)
 
 
 def test_other_gpus_are_refused():

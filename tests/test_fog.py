@@ -429,10 +429,28 @@ def test_models_of_what_is_no_shape_are_refused_in_words(make, words):
         make()
 
 
-@pytest.mark.parametrize("options", [{"attention": "fp9"}, {"attention": None}, {"fuse": "some"}])
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny"])
+@pytest.mark.parametrize("count", ["vocabulary", "context"])
+@pytest.mark.parametrize("value", [0, -5, 1.5, True, False, "", "a", []])
+def test_a_named_model_refuses_what_is_no_count_in_words(name, count, value):
+    with pytest.raises(ValueError, match=re.escape(f"{count} must be a whole number of at least 1, got {value!r}")):
+        named(name).build(**{count: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "fp9"},
+        {"attention": None},
+        {"fuse": "some"},
+        {"shared_scale": "False"},
+        {"recipe": ""},
+        {"attention_recipe": ""},
+    ],
+)
 def test_what_is_no_way_to_fp8_is_refused_and_the_model_is_as_it_was(options):
     model = LM("op", TINY, vocab=64)
-    with pytest.raises(ValueError, match="must be one of"):
+    with pytest.raises((ValueError, TypeError), match="must be "):
         to_fp8(model, **options)
     assert not fp8.state_dict(model) and type(model.blocks[0].ffn.up) is torch.nn.Linear
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
@@ -17,6 +17,19 @@ def modules_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """With their names. ValueError where it is no model: what looks for modules does so before it changes any."""
     check(isinstance(model, nn.Module), "model", "an nn.Module", model)
     return model.named_modules()
+
+
+def check_bools(**options: Any) -> None:
+    """A string would be true, "False" too."""
+    for name, value in options.items():
+        check(isinstance(value, bool), name, "a bool", value)
+
+
+def check_sizes(**sizes: Any) -> None:
+    """What PyTorch takes as one: a number of numpy's too, and 0."""
+    for name, value in sizes.items():
+        is_whole = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+        check(is_whole and value >= 0, name, "a whole number of at least 0", value)
 
 
 def is_int(value: Any, low: int, high: int) -> bool:

@@ -14,12 +14,18 @@ from pathlib import Path
 StrPath = str | os.PathLike[str]
 
 
+def as_path(path: StrPath) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"torch_fp8: a path must be a str or an os.PathLike, got {path!r}")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to. It takes the place of ``path`` at the end of the block, once it is
     on the disk, in one step. An error in the block leaves ``path`` as it was. OSError before it where ``path`` can be
     no file."""
-    path = Path(path)
+    path = as_path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "torch_fp8: its folder does not exist; make it first", str(path))
     if path.is_dir():
@@ -40,7 +46,7 @@ def replacing(path: StrPath) -> Iterator[Path]:
 def new_folder(path: StrPath) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill. It takes the name ``path`` at the end of the block, once all of its
     files are on the disk, in one step. An error in the block leaves nothing. Raises FileExistsError."""
-    path = Path(path)
+    path = as_path(path)
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -59,7 +65,7 @@ def new_folder(path: StrPath) -> Iterator[Path]:
 
 def check_free(path: StrPath) -> None:
     """Raise FileExistsError where something would be overwritten."""
-    path = Path(path)
+    path = as_path(path)
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"torch_fp8: {path} exists already; choose another name, or delete it")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from . import _C
-from .checks import check, is_int
+from .checks import check, check_bools, is_int
 
 _GEMMS = ("fprop", "dgrad", "wgrad")
 _MAX_MARGIN = 31
@@ -113,7 +113,7 @@ class DelayedScaling(Recipe):
             self.amax_compute_algo,
         )
         check(is_int(self.margin, 0, _MAX_MARGIN), "margin", f"an integer from 0 to {_MAX_MARGIN}", self.margin)
-        check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
+        check_bools(power_of_two=self.power_of_two)
 
     @property
     def history_length(self) -> int:
@@ -145,7 +145,7 @@ class CurrentScaling(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(isinstance(self.power_of_two, bool), "power_of_two", "a bool", self.power_of_two)
+        check_bools(power_of_two=self.power_of_two)
         check(
             is_int(self.grad_margin, 0, _MAX_MARGIN),
             "grad_margin",
@@ -204,3 +204,15 @@ class ConstantScaling(Recipe):
 
     def options(self) -> _C.LinearOptions:
         return self._options(_C.Scaling.constant, power_of_two=True)
+
+
+def recipe_of(recipe: Recipe | None) -> Recipe:
+    """What was given, or the default; TypeError for what is no recipe."""
+    if recipe is None:
+        return DelayedScaling()
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            "torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScaling, got "
+            f"{type(recipe).__name__}"
+        )
+    return recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import progress
-from ..files import StrPath, new_folder
+from ..files import StrPath, as_path, new_folder
 from .config import read as read_json
 from .config import text as json_text
 from .errors import CheckpointError
@@ -33,7 +33,7 @@ class Folder:
     headers have been checked, no tensor has been read. Raises CheckpointError."""
 
     def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
+        self.path = as_path(path)
         if not self.path.is_dir():
             raise CheckpointError(self.path, "is no folder")
         self.config = read_json(self.file(CONFIG))

@@ -45,7 +45,8 @@ def save_pretrained(
     files_from: the folder that the tokenizer and other files are copied from; that of ``load_pretrained`` by default.
         Tensors that were put aside then are written too.
 
-    Raises ValueError where the format cannot hold the model, FileExistsError where ``path`` is taken.
+    Raises ValueError where the format cannot hold the model, or it is none of transformers; FileExistsError where
+    ``path`` is taken.
     """
     need_transformers()
     from .names import written_names
@@ -75,9 +76,16 @@ def save_pretrained(
 def state_to_write(model: PreTrainedModel, format: str) -> dict[str, Tensor]:
     """The state of a model with its FP8 layers as a format has them, by the names that it has in the model. Raises
     ValueError where the format cannot hold it."""
+    from transformers import PreTrainedModel
+
     layers, mixtures = frozen_layers(model), frozen_experts(model)
     if not layers and not mixtures:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no FrozenLinear layer; torch_fp8.freeze it first")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "torch_fp8: a checkpoint holds a model of transformers, without wrappers, got "
+            f"{type(model).__name__}; save another model's state_dict(), and freeze alike what it is loaded into"
+        )
     weight, activations = kind_of(model)
     scheme.check_writable(format, weight, activations)
     state = dict(model.state_dict())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import check_sizes
 from ..recipe import Recipe
 from .attention import ScaledDotProductAttention
 from .linear import Linear
@@ -37,6 +38,8 @@ class Attends(nn.Module):
         qk_norm: QkNorm, mode: str, scale: float | None, of_layer: dict[str, Any],
     ) -> None:  # fmt: skip
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=kv_heads)
+        check_sizes(head_dim=0 if head_dim is None else head_dim)
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"torch_fp8: num_kv_heads must divide num_heads, got {kv_heads} and {num_heads}")
         if head_dim is None and hidden_size % num_heads:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
-from ..checks import check, modules_of
-from ..recipe import CurrentScaling, DelayedScaling, Recipe
+from ..checks import check, check_bools, modules_of
+from ..recipe import CurrentScaling, Recipe, recipe_of
 from ..state import Role, State, role_of
 from . import dtensor
 from .dtensor import has_whole_heads, is_dtensor
@@ -128,7 +128,7 @@ class ScaledDotProductAttention(Scaled):
     The scaling state is an object of its own, ``fp8_state``, as that of ``fp8.Linear``; it goes where the queries are.
     Which optimizer's step ends its step is said by ``goes_with``.
 
-    Raises ValueError for another mode or p_scale, TypeError for another recipe.
+    Raises ValueError for another mode or p_scale, or an option that is no bool; TypeError for another recipe.
     """
 
     def __init__(
@@ -141,12 +141,8 @@ class ScaledDotProductAttention(Scaled):
         auto_update: bool = True,
     ) -> None:
         super().__init__()
-        recipe = DelayedScaling() if recipe is None else recipe
-        if not isinstance(recipe, Recipe):
-            raise TypeError(
-                "torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScaling, got "
-                f"{type(recipe).__name__}"
-            )
+        recipe = recipe_of(recipe)
+        check_bools(shared_scale=shared_scale, auto_update=auto_update)
         check(mode in MODES, "mode", f"one of {MODES}", mode)
         is_power = isinstance(p_scale, int | float) and 2.0**-31 <= p_scale <= 256 and math.frexp(p_scale)[0] == 0.5
         is_power = is_power and not isinstance(p_scale, bool)
@@ -158,7 +154,7 @@ class ScaledDotProductAttention(Scaled):
         self.fp8_owners = Owners()
         device = torch.get_default_device()
         self.fp8_state: AttentionState = AttentionState(
-            recipe, device, bool(shared_scale), None if p_scale is None else float(p_scale)
+            recipe, device, shared_scale, None if p_scale is None else float(p_scale)
         )
 
     def goes_with(self, *owners: nn.Module | Tensor) -> ScaledDotProductAttention:

@@ -9,12 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_bools, check_sizes
 from ..recipe import Recipe
 from .attend import Attends, QkNorm
 from .linear import Layer, Linear
 from .mlp import NAMES, has_hooks, mlp, result_dtype, xielu_alphas
 from .norm import Norm, can_norm, feed, norm
 from .siblings import share_input
+
+
+def _check_dim(dim: Any) -> None:
+    check_sizes(dim=dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim)  # as PyTorch's norms take it
 
 
 class _Norm(nn.Module):
@@ -62,6 +67,8 @@ class RMSNorm(_Norm, nn.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_dim(dim)
+        check_bools(elementwise_affine=elementwise_affine)
         super().__init__(dim, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
@@ -84,6 +91,8 @@ class LayerNorm(_Norm, nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_dim(dim)
+        check_bools(elementwise_affine=elementwise_affine, bias=bias)
         super().__init__(dim, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
@@ -120,6 +129,8 @@ class MLP(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
+        check_bools(gated=gated, bias=bias, recompute=recompute)
         if activation not in NAMES:
             raise ValueError(f"torch_fp8: activation must be one of {', '.join(NAMES)}, got {activation!r}")
         self.activation = activation
@@ -191,6 +202,7 @@ class TransformerBlock(Attends):
         super().__init__()
         if norm not in ("rms", "layer"):
             raise ValueError(f'torch_fp8: norm must be "rms" or "layer", got {norm!r}')
+        check_bools(norm_first=norm_first)
         self.norm_first = norm_first
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         of_layer: dict[str, Any] = {**made, "bias": bias, "recipe": recipe}

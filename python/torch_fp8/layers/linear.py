@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
-from ..checks import modules_of
-from ..recipe import DelayedScaling, Recipe
+from ..checks import check_bools, check_sizes, modules_of
+from ..recipe import Recipe, recipe_of
 from ..state import LayerState
 from . import dtensor, traced
 from .dtensor import is_dtensor
@@ -88,6 +88,10 @@ class Layer(Scaled):
                 input, weight, bias, state.slots, state.options, state.memo, self.training, main_grad, dummy,
                 state.place,
             )  # fmt: skip
+        except TypeError:
+            if isinstance(input, Tensor):
+                raise
+            raise TypeError(f"torch_fp8: the input must be a tensor, got {type(input).__name__}") from None
         except RuntimeError as error:
             if torch.jit.is_tracing():
                 raise RuntimeError(
@@ -181,7 +185,8 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]  # nn.Linear's stubs take 
     ``grad_added_to_main_grad``, that becomes True and autograd receives a gradient without meaning, so that hooks which
     wait for one run.
 
-    Raises TypeError for other dtypes, RuntimeError for shapes or devices that do not fit, all before any kernel runs.
+    Raises TypeError for other dtypes, RuntimeError for shapes or devices that do not fit, all before any kernel runs;
+    the constructor ValueError for what is no size or bool, TypeError for what is no recipe.
     """
 
     plain_class = nn.Linear
@@ -198,8 +203,11 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]  # nn.Linear's stubs take 
         auto_update: bool = True,
         fuse_main_grad: bool = False,
     ) -> None:
+        check_sizes(in_features=in_features, out_features=out_features)
+        check_bools(bias=bias, auto_update=auto_update, fuse_main_grad=fuse_main_grad)
+        recipe = recipe_of(recipe)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._make_fp8(DelayedScaling() if recipe is None else recipe, auto_update, fuse_main_grad)
+        self._make_fp8(recipe, auto_update, fuse_main_grad)
 
     def reset_parameters(self) -> None:
         """``nn.Linear``'s initialisation of weight and bias; the scaling state starts anew."""

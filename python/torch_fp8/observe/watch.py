@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn, optim
 
 from ..checks import check, is_int
-from ..files import StrPath
+from ..files import StrPath, as_path
 from ..layers.mlp import Look
 from ..layers.scaled import Scaled, scaled_modules
 from .activations import METRICS, Activations, Reading, in_training_forward
@@ -442,7 +441,7 @@ def read_log(path: StrPath) -> list[dict[str, Any]]:
     left. Raises ValueError for a whole line that no watch has written."""
     before: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, text in enumerate(as_path(path).read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

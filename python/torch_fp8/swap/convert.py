@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..checks import check_bools
 from ..layers.attention import attentions
 from ..layers.classes import fp8_class_of, is_conv1d, plain_class_of
 from ..layers.frozen import frozen_layers
 from ..layers.linear import Layer, fp8_layers
 from ..layers.scaled import scaled_modules
 from ..layers.siblings import SIBLINGS, share_input
-from ..recipe import DelayedScaling, Recipe
+from ..recipe import Recipe, recipe_of
 from ..state import LayerState
 from .attention import attach_attentions
 from .fuse import feed_blocks
@@ -65,17 +66,13 @@ def convert(
     linear_types: subclasses of ``nn.Linear`` with a forward of their own that you vouch for: it computes what
         ``nn.Linear``'s does, but for casts. An FP8 layer's forward takes its place, until ``revert``.
 
-    Raises ValueError where nothing would be converted, or a listed name matches no linear layer or one that FP8
-    cannot take, or tokens is not positive; TypeError for another type of filter, recipe or tokens, or what is no
-    subclass of ``nn.Linear`` in linear_types; RuntimeError for a layer on a GPU that this build cannot run on. The
-    model is then as it was.
+    Raises ValueError where nothing would be converted, a listed name matches no linear layer or one that FP8 cannot
+    take, tokens is not positive, or auto_update or fuse_main_grad is no bool; TypeError for another type of filter,
+    recipe or tokens, or what is no subclass of ``nn.Linear`` in linear_types; RuntimeError for a layer on a GPU that
+    this build cannot run on. The model is then as it was.
     """
-    recipe = DelayedScaling() if recipe is None else recipe
-    if not isinstance(recipe, Recipe):
-        raise TypeError(
-            "torch_fp8: recipe must be a DelayedScaling, CurrentScaling or ConstantScaling, got "
-            f"{type(recipe).__name__}"
-        )
+    recipe = recipe_of(recipe)
+    check_bools(auto_update=auto_update, fuse_main_grad=fuse_main_grad)
     check_tokens(tokens)
     types = check_types(linear_types)
     layers = linear_layers(model)

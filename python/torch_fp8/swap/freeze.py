@@ -116,12 +116,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     are moved to the model's device. A second call starts anew. Of the model only those amaxes change: it runs in eval
     mode without gradients, and is put back.
 
-    Raises ValueError where the model has no linear layer, there was no batch, or a layer saw Inf or NaN.
+    Raises ValueError where the model has no linear layer, there was no batch, or a layer saw Inf or NaN; TypeError for
+    what are no batches.
     """
     layers = linear_layers(model)
     mixtures = {name: module for name, module in experts_in(model).items() if not why_not_experts(module)}
     if not layers and not mixtures:
         raise ValueError(f"torch_fp8: {type(model).__name__} has no linear layer to calibrate")
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):  # a dataset may have the second alone
+        raise TypeError(
+            f"torch_fp8: batches must be inputs of the model, one after the other, got {type(batches).__name__}; give "
+            "a list of them, or a loader"
+        )
     seen: dict[str, Tensor] = {}  # for experts the amaxes of both projections' inputs
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

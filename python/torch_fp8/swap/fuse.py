@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..checks import check_bools
 from ..layers.frozen import FrozenLinear, frozen_layers
 from ..layers.fused import Fused, FusedAttention, FusedBlock, FusedMlp, FusedNorm, fused_class, fused_modules
 from ..layers.linear import Layer, fp8_layers
@@ -59,8 +60,9 @@ def fuse(model: nn.Module, *, recompute: bool = False, attention: str | None = N
         :class:`ScaledDotProductAttention`; of transformers' models (whose ``attn_implementation`` becomes "torch_fp8")
         and of ``fp8.Attention``. None: as before. Of a model without FP8 layers this is all that is changed.
 
-    Raises ValueError, with the model as it was, where nothing can be fused, no layer is in FP8, or no attention could
-    run so."""
+    Raises ValueError, with the model as it was, where nothing can be fused, no layer is in FP8, no attention could
+    run so, or recompute is no bool."""
+    check_bools(recompute=recompute)
     if attention is not None:
         check_attention(model, attention)
     if not fp8_layers(model) and not frozen_layers(model):

@@ -171,10 +171,12 @@ def _declared_head(module: nn.Module) -> nn.Module | None:
 
 
 def by_patterns(patterns: Sequence[str], layers: dict[str, nn.Module], cannot: dict[str, str]) -> set[str]:
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    is_list = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    names = list(patterns) if is_list else []
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise TypeError(f"torch_fp8: filter must be a function of (module, name) or a list of names, got {patterns!r}")
     chosen: set[str] = set()
-    for pattern in patterns:
+    for pattern in names:
         matches = [name for name in layers if fnmatch.fnmatchcase(name, pattern)]
         if not matches:
             close = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.3)

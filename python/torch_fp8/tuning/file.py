@@ -15,11 +15,10 @@ import math
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..checks import is_int
-from ..files import StrPath, replacing
+from ..files import StrPath, as_path, replacing
 
 _HEAD = {"format": "torch_fp8 tuning", "version": 2}
 _OPERANDS = ("float8_e4m3fn", "float8_e5m2")
@@ -38,7 +37,7 @@ def write(path: StrPath, place: dict[str, Any], entries: list[dict[str, Any]]) -
 def read(path: StrPath, place: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of a file that was made in this place, each with all of its fields and the right types."""
     try:
-        file = json.loads(Path(path).read_bytes())
+        file = json.loads(as_path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         refuse(path, "a whole JSON file", f"one that does not parse ({error})", error)
     if not isinstance(file, dict):
