@@ -284,14 +284,10 @@ def test_sizes_that_torch_takes_are_sizes():
 OPTIONS = [
     (lambda **o: fp8.convert(torch.nn.Linear(16, 16), tokens=None, **o), ["auto_update", "fuse_main_grad"]),
     (lambda **o: fp8.fuse(fp8.MLP(16, 16), **o), ["recompute"]),
-    (lambda **o: fp8.Linear(16, 16, **o), ["bias", "auto_update", "fuse_main_grad"]),
-    (lambda **o: fp8.FrozenLinear(16, 16, **o), ["bias"]),
-    (lambda **o: fp8.MLP(16, 16, **o), ["gated", "bias", "recompute"]),
-    (lambda **o: fp8.Attention(32, 2, **o), ["bias"]),
-    (lambda **o: fp8.TransformerBlock(32, 2, 16, **o), ["norm_first", "gated", "bias", "recompute"]),
+    (lambda **o: fp8.Linear(16, 16, **o), ["auto_update", "fuse_main_grad"]),
+    (lambda **o: fp8.MLP(16, 16, **o), ["gated", "recompute"]),
+    (lambda **o: fp8.TransformerBlock(32, 2, 16, **o), ["norm_first", "gated", "recompute"]),
     (fp8.ScaledDotProductAttention, ["shared_scale", "auto_update"]),
-    (lambda **o: fp8.RMSNorm(16, **o), ["elementwise_affine"]),
-    (lambda **o: fp8.LayerNorm(16, **o), ["elementwise_affine", "bias"]),
     (fp8.DelayedScaling, ["power_of_two"]),
     (fp8.CurrentScaling, ["power_of_two"]),
 ]
@@ -303,6 +299,13 @@ def test_what_is_no_bool_is_refused(call, names, value):
     for name in names:
         with pytest.raises(ValueError, match=f"torch_fp8: {name} must be a bool, got {value!r}"):
             call(**{name: value})
+
+
+@pytest.mark.parametrize("value", [None, 0, 1])
+def test_a_bias_may_be_said_as_with_nn_linear(value):
+    """As configurations have it."""
+    for make in (torch.nn.Linear, fp8.Linear, fp8.FrozenLinear):
+        assert (make(16, 16, bias=value).bias is not None) == bool(value)
 
 
 def test_a_wrong_option_leaves_the_model_as_it_was():

@@ -549,7 +549,7 @@ def test_the_length_of_a_training_is_said_once(tmp_path, tokens):
 
 def test_intervals_are_those_of_students_t():
     found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found.mean == 3 and found.high - 3 == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-4)
+    assert found.mean == 3 and found.high - 3 == pytest.approx(2.77645 * math.sqrt(2.5 / 5), rel=1e-6)
     assert interval([1.0]).high == math.inf
 
 
@@ -783,7 +783,8 @@ def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsy
     script_ = tmp_path / "killed.py"
     script_.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     specs = {"a": {"steps": 5, "device": "cpu"}}
-    assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", jobs=1, minutes=None) == 1
+    how = {"jobs": 1, "minutes": None, "kept": None, "kind": scales_results.Line}
+    assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
     said = capsys.readouterr().err
     assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said
 

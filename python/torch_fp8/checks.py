@@ -20,7 +20,7 @@ def modules_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def check_bools(**options: Any) -> None:
-    """A string would be true, "False" too."""
+    """A string would be true, "False" too. What nn.Linear has, bias, is taken as it takes it."""
     for name, value in options.items():
         check(isinstance(value, bool), name, "a bool", value)
 

@@ -68,7 +68,6 @@ class RMSNorm(_Norm, nn.RMSNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_dim(dim)
-        check_bools(elementwise_affine=elementwise_affine)
         super().__init__(dim, eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
@@ -92,7 +91,6 @@ class LayerNorm(_Norm, nn.LayerNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_dim(dim)
-        check_bools(elementwise_affine=elementwise_affine, bias=bias)
         super().__init__(dim, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
@@ -130,7 +128,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size)
-        check_bools(gated=gated, bias=bias, recompute=recompute)
+        check_bools(gated=gated, recompute=recompute)
         if activation not in NAMES:
             raise ValueError(f"torch_fp8: activation must be one of {', '.join(NAMES)}, got {activation!r}")
         self.activation = activation

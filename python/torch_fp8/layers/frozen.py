@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from .. import _C
-from ..checks import check_bools, check_sizes, modules_of
+from ..checks import check_sizes, modules_of
 from ..format import BLOCK, E4M3
 from .given import codes_for, codes_in_graph
 
@@ -133,7 +133,6 @@ class FrozenLinear(FrozenState, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a Parameter
         check_sizes(in_features=in_features, out_features=out_features)
-        check_bools(bias=bias)
         check_choices(activations, weight)
         codes = torch.zeros(out_features, in_features, device=device, dtype=E4M3)
         scale = torch.ones(scale_shape(weight, out_features, in_features), device=device, dtype=torch.float32)

@@ -204,7 +204,7 @@ class Linear(Layer, nn.Linear):  # type: ignore[misc]  # nn.Linear's stubs take 
         fuse_main_grad: bool = False,
     ) -> None:
         check_sizes(in_features=in_features, out_features=out_features)
-        check_bools(bias=bias, auto_update=auto_update, fuse_main_grad=fuse_main_grad)
+        check_bools(auto_update=auto_update, fuse_main_grad=fuse_main_grad)
         recipe = recipe_of(recipe)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._make_fp8(recipe, auto_update, fuse_main_grad)
