@@ -590,7 +590,7 @@ def test_a_speed_is_that_of_the_layers_step():
 
 def test_pairs_are_counted_by_students_t():
     assert pairs_needed([-1.0, 1.0], 0.25) == 126 and pairs_needed([1.0], 0.25) is None
-    assert scatter_allowed(3, 0.25) == pytest.approx(0.25 * 3**0.5 / 4.303)
+    assert scatter_allowed(3, 0.25) == pytest.approx(0.25 * 3**0.5 / 4.30265)
     for count in (3, 31, 32, 200):  # at the standard deviation that so many allow, one more is enough, one less is not
         one = scatter_allowed(count, 0.25) / 2**0.5  # of [-one, one]
         assert pairs_needed([-one * 0.999, one * 0.999], 0.25) == count

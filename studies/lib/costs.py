@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -80,6 +81,7 @@ def _read(model: nn.Module, layers: dict[str, nn.Linear]) -> Iterable[Tensor]:
     return read.values()
 
 
+@functools.cache
 def costs_table() -> str:
     """Of every model by name, in Markdown."""
     head = [
