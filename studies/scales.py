@@ -105,7 +105,7 @@ def window_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
 
 def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
     constants = _constants(args)
-    given = Checkpoint(args.checkpoint) if args.checkpoint else None
+    given = _checkpoint(args.checkpoint, corpus) if args.checkpoint else None
     models = [given.name] if given else args.models
     tokens = in_whole_contexts(args.sweep_tokens, args.context)
     every = {
@@ -128,7 +128,7 @@ def infer_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
 
 
 def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
-    checkpoint = Checkpoint(args.checkpoint)
+    checkpoint = _checkpoint(args.checkpoint, corpus)
     specs = {}
     for seed in range(args.seeds):
         for name in args.arms:
@@ -139,6 +139,13 @@ def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
 
 
 SPECS = {"parity": parity_specs, "window": window_specs, "infer": infer_specs, "finetune": finetune_specs}
+
+
+def _checkpoint(path: Path, corpus: Corpus) -> Checkpoint:
+    """Looked at once for all runs, before any begins: a tokenizer takes seconds to read."""
+    checkpoint = Checkpoint(path)
+    checkpoint.check_tokens(corpus.vocab)
+    return checkpoint
 
 
 def _known(model: str) -> str:

@@ -11,7 +11,6 @@ from studying import PLAN, command, run, write_tokens
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus, fingerprint
-from studies.lib.arms import make_model
 from studies.lib.checkpoints import Checkpoint
 from studies.lib.corpus import read_corpus, save_corpus
 from studies.lib.runs import all_runs
@@ -134,7 +133,9 @@ def test_texts_are_tokenised_as_the_checkpoint_has_it(tmp_path, checkpoint):
     assert made.returncode == 0, made.stderr
     corpus = read_corpus(tmp_path / "tokens")
     assert corpus.train.tolist() == [5, 6, 7, 6, 8, 7] and corpus.val.tolist() == [6, 6, 7]
-    make_model({}, corpus, torch.device("cpu"), Checkpoint(folder))
-    other = replace(corpus, vocab=corpus.vocab - 1)  # which its embedding has rows for
-    with pytest.raises(UserError, match="the tokens are of 3 kinds and model knows 4: make them"):
-        make_model({}, other, torch.device("cpu"), Checkpoint(folder))
+    Checkpoint(folder).check_tokens(corpus.vocab)
+    save_corpus(tmp_path / "other", replace(corpus, vocab=corpus.vocab - 1))  # which its embedding has rows for
+    for study in ("infer", "finetune"):
+        made = run(study, "--checkpoint", folder, "--context", "2", tokens=tmp_path / "other", out=tmp_path / "out")
+        assert made.returncode == 2 and "the tokens are of 3 kinds and model knows 4: make them" in made.stderr
+        assert not (tmp_path / "out").exists()

@@ -129,12 +129,9 @@ def make_model(
     model: Any
     if checkpoint:
         model = checkpoint.model(dtype, device)
-        rows, kinds = model.get_input_embeddings().num_embeddings, checkpoint.kinds_of_tokens()
-        if corpus.vocab > rows or kinds not in (corpus.vocab, None):
-            raise UserError(
-                f"the tokens are of {corpus.vocab:,} kinds and {checkpoint.name} knows {kinds or rows:,}: make them "
-                "with the command tokens --checkpoint"
-            )
+        rows = model.get_input_embeddings().num_embeddings
+        if corpus.vocab > rows:
+            raise checkpoint.other_tokens(corpus.vocab, rows)
     else:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

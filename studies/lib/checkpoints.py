@@ -54,12 +54,20 @@ class Checkpoint:
             ) from error
         return Codec(tokenizer)
 
-    def kinds_of_tokens(self) -> int | None:
-        """None without a tokenizer that can be read."""
+    def check_tokens(self, kinds: int) -> None:
+        """UserError where its tokenizer has another number of them; without one that can be read nothing is known."""
         try:
-            return self.codec().vocab
+            knows = self.codec().vocab
         except UserError:
-            return None
+            return
+        if knows != kinds:
+            raise self.other_tokens(kinds, knows)
+
+    def other_tokens(self, kinds: int, knows: int) -> UserError:
+        return UserError(
+            f"the tokens are of {kinds:,} kinds and {self.name} knows {knows:,}: make them with the command tokens "
+            "--checkpoint"
+        )
 
     def _source(self) -> tuple[Path, dict[str, Any]]:
         is_file = self._path.is_file()
