@@ -13,9 +13,13 @@ def check(condition: bool, field: str, expected: str, value: Any) -> None:
         raise ValueError(f"torch_fp8: {field} must be {expected}, got {value!r}")
 
 
+def check_model(model: Any) -> None:
+    check(isinstance(model, nn.Module), "model", "an nn.Module", model)
+
+
 def modules_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """With their names. ValueError where it is no model: what looks for modules does so before it changes any."""
-    check(isinstance(model, nn.Module), "model", "an nn.Module", model)
+    check_model(model)
     return model.named_modules()
 
 
@@ -34,3 +38,8 @@ def check_sizes(**sizes: Any) -> None:
 
 def is_int(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_count(value: Any) -> bool:
+    """Of steps or tokens."""
+    return is_int(value, 0, 2**62)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _C
-from .checks import check
+from .checks import check_model
 from .layers.scaled import Scaled, alive_modules, scaled_modules
 from .layers.traced import traced_training
 from .state import State
@@ -283,7 +283,7 @@ class ScalingState:
     ``register_for_checkpointing`` and the Stateful protocol of torch.distributed.checkpoint ask for."""
 
     def __init__(self, model: nn.Module) -> None:
-        check(isinstance(model, nn.Module), "model", "an nn.Module", model)
+        check_model(model)
         self.model = model
 
     def state_dict(self) -> dict[str, torch.Tensor]:

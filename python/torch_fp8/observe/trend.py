@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from ..checks import is_int
+from ..checks import is_count
 
 LEAST_SIGMA = 0.15  # of log(value): however quiet a series is, less than this is no reason for an alarm
 LEAST_SIGMA_OF_FALLING = 0.05  # a loss that came down by half cannot rise by much more than that
@@ -83,7 +83,7 @@ class Trend:
         points, lowest, expected = state["_inside"], state["_lowest"], state["expected"]
         return (
             isinstance(state["falls"], bool)
-            and is_int(state["beyond"], 0, 2**62)
+            and is_count(state["beyond"])
             and are_numbers(state["values"])
             and isinstance(points, list)
             and all(are_numbers(point, 2) for point in points)

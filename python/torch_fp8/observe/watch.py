@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn, optim
 
-from ..checks import check, is_int
+from ..checks import check, check_model, is_count, is_int
 from ..files import StrPath, as_path
 from ..layers.mlp import Look
 from ..layers.scaled import Scaled, scaled_modules
@@ -120,7 +120,7 @@ class Watch(Activations):
         action: str | None = None, hold: int = 200, at_most: int = 2, tau: float = 10.0, writer: Any = None,
         log: StrPath | None = None, on_alarm: Callable[[Alarm], None] | None = None,
     ) -> None:  # fmt: skip
-        check(isinstance(model, nn.Module), "model", "an nn.Module", model)
+        check_model(model)
         check(tokens is None or is_int(tokens, 1, 2**62), "tokens", "a positive number, of one optimizer step", tokens)
         check(are_numbers([sigmas]) and sigmas > 0, "sigmas", "a positive number", sigmas)
         check(action in (None, "16bit"), "action", 'None or "16bit"', action)
@@ -192,7 +192,7 @@ class Watch(Activations):
     ) -> None:
         """What the watch cannot see of the optimizer step that comes next: its loss, the norm of its gradients before
         clipping, its number of tokens. May be called in every step, or in any."""
-        check(tokens is None or is_int(tokens, 0, 2**62), "tokens", "a number", tokens)
+        check(tokens is None or is_count(tokens), "tokens", "a number", tokens)
         for name, value in (("loss", loss), ("grad_norm", grad_norm)):
             is_one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real | None)
             check(is_one, name, "a number or a tensor of one", value)
@@ -448,7 +448,7 @@ def read_log(path: StrPath) -> list[dict[str, Any]]:
             continue
         event = line.get("event") if isinstance(line, dict) else None
         counts = ("step", "left") if event == "resume" else ("step",)
-        if not isinstance(line, dict) or not all(is_int(line.get(count), 0, 2**62) for count in counts):
+        if not isinstance(line, dict) or not all(is_count(line.get(count)) for count in counts):
             raise ValueError(
                 f"torch_fp8: {path} must be the log of a watch, but line {number} is {text[:40]!r}; give another file"
             )
@@ -483,27 +483,27 @@ def _part_that_is_none(state: Mapping[str, Any]) -> str | None:
             has(value, ("modules", "until"))
             and isinstance(value["modules"], list)
             and are_names(value["modules"])
-            and is_int(value["until"], 0, 2**62)
+            and is_count(value["until"])
         )
 
     def is_reading(value: Any) -> bool:
         if not isinstance(value, list | tuple) or len(value) != 3 or not isinstance(value[2], Mapping):
             return False
         step, tokens, values = value
-        counted = is_int(step, 0, 2**62) and (tokens is None or is_int(tokens, 0, 2**62))
+        counted = is_count(step) and (tokens is None or is_count(tokens))
         return counted and are_names(values) and are_numbers([*values.values()])
 
     def is_alarm(value: Any) -> bool:
         if not has(value, Alarm.__dataclass_fields__):
             return False
-        counted = all(is_int(value[key], 0, 2**62) for key in ("step", "tokens"))
+        counted = all(is_count(value[key]) for key in ("step", "tokens"))
         sizes = [value["value"], value["sigmas"], *([] if value["expected"] is None else [value["expected"]])]
         return counted and are_names([value["metric"], value["layer"]]) and are_numbers(sizes)
 
     is_good = {
-        "step": is_int(state["step"], 0, 2**62),
-        "tokens": is_int(state["tokens"], 0, 2**62),
-        "of_step": state["of_step"] is None or is_int(state["of_step"], 0, 2**62),
+        "step": is_count(state["step"]),
+        "tokens": is_count(state["tokens"]),
+        "of_step": state["of_step"] is None or is_count(state["of_step"]),
         "trends": all_of(state["trends"], Mapping, Trend.is_state) and are_names(state["trends"]),
         "alarms": all_of(state["alarms"], list, is_alarm),
         "held": all_of(state["held"], Mapping, is_held) and are_names(state["held"]),
