@@ -71,7 +71,7 @@ def watch(
     and above all that the series had until then; or are not finite. Sigma is the series' own noise in log(value), at
     least 0.15: with the default an alarm is a rise to 2.5 times what is healthy, at least. Of the first ten samples
     only those that are not finite raise one. Of a loss, which falls, the trend is the lowest level so far, and sigma at
-    least 0.05: an alarm is a rise to 1.35 times that, at least. By ``tests/test_watch.py`` 0 of 200 synthetic healthy
+    least 0.05: an alarm is a rise to 1.35 times that, at least. By ``tests/test_trend.py`` 0 of 200 synthetic healthy
     series raise an alarm (logarithms, powers up to 0.6, logarithms that begin late with up to twice the slope of the
     level before, noise of 1 to 30 %, cooldowns), and 9 of 300 diverging ones do not (exponential, a power of 2 to 4, a
     step to 4 to 100 times).
