@@ -58,6 +58,7 @@ SPECS_OF_SCALES = [
 RESULTS = [
     ("result.gpu", GONE), ("result.loss", GONE), ("result.diverged", GONE),
     ("result.loss", "low"), ("result.loss", math.nan), ("result.loss", 1e300), ("result.parameters", 0),
+    *((f"result.{key}", loss) for key in ("loss", "loss_fp8") for loss in (0, 0.0, -1.5, 1e-300)),
     ("result.loss", True), ("result.diverged", None), ("result.accuracy", "high"), ("result.loss_fp8", [1]),
     ("result", 3), ("step", "a"), ("losses", GONE),
 ]  # fmt: skip
@@ -65,7 +66,8 @@ RESULTS = [
 
 @pytest.mark.parametrize(
     "where, value",
-    [*SPECS_OF_SCALES, *RESULTS, ("losses", [1.5]), ("losses", [[1, "a"]]), ("biases", [3]), ("policies", 3),
+    [*SPECS_OF_SCALES, *RESULTS, ("losses", [1.5]), ("losses", [[1, "a"]]), ("losses", [[1]]),
+     *(("losses", [[10, loss]]) for loss in (0, -1.5, 1e-300, None)), ("biases", [3]), ("policies", 3),
      ("biases", [{"step": 1, "biases": {"blocks.0.mlp.up": 3}}]),
      ("biases", [{"step": 1, "biases": {"blocks.0.mlp.up": {"x": [1]}}}]),
      ("result.biases", {"blocks.0.mlp.up": {"x": "a"}}), ("result.inference", {"cscale:a": {"accuracy": 0.4}})],
@@ -81,7 +83,11 @@ def test_a_line_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, whe
         ("infer", "spec.checkpoint", GONE),
         ("infer", "spec.sweep_tokens", GONE),
         ("window", "spec.model", "nameless"),
-        *((study, "result.inference", value) for study in ("infer", "window") for value in (3, {"bf16": {}})),
+        *(
+            (study, "result.inference", value)
+            for study in ("infer", "window")
+            for value in (3, {"bf16": {}}, {"bf16": {"loss": 0, "accuracy": 0.4}})
+        ),
     ],
 )
 def test_a_line_of_a_sweep_that_is_wrong_is_refused(tmp_path, study, where, value):

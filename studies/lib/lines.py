@@ -22,11 +22,13 @@ WHOLE, POSITIVE, TEXT, OBJECT, LIST = (
     "a whole number", "a positive whole number", "a text of one line", "an object", "a list"
 )  # fmt: skip
 WHOLE_OR_NULL, FINITE, NUMBER = "a whole number, or null", "a number", "a number, or null where it was not finite"
+LOSS, LOSS_OR_NULL = "a positive number", "a positive number, or null where it was not finite"  # others are held to it
 _TYPES: dict[str, tuple[type, ...]] = {
     WHOLE: (int,), POSITIVE: (int,), TEXT: (str,), OBJECT: (dict,), LIST: (list,), WHOLE_OR_NULL: (int, NoneType),
-    FINITE: (int, float), NUMBER: (int, float, NoneType),
+    FINITE: (int, float), NUMBER: (int, float, NoneType), LOSS: (int, float), LOSS_OR_NULL: (int, float, NoneType),
 }  # fmt: skip
-_LARGEST = 2.0**128  # what is measured is float32; and products of three such whole numbers are still finite floats
+# What is measured is float32; and products of three such whole numbers, and ratios of losses, are still finite floats.
+_LARGEST, _LEAST = 2.0**128, 2.0**-149
 
 
 def read_lines(path: Path, kind: type[Line]) -> list[Line]:
@@ -73,7 +75,7 @@ def check_entries(where: str, entries: Any, needed: Mapping[str, str], allowed: 
 def check_type(what: str, value: Any, type_: str) -> None:
     fits = isinstance(value, _TYPES[type_]) and not isinstance(value, bool)
     if isinstance(value, int | float):
-        fits = fits and abs(value) < _LARGEST and (type_ != POSITIVE or value > 0)
+        fits = fits and abs(value) < _LARGEST and (type_ not in (POSITIVE, LOSS, LOSS_OR_NULL) or value >= _LEAST)
     if isinstance(value, str):
         fits = fits and value.isprintable() and bool(value.strip())
     if not fits:
@@ -102,9 +104,9 @@ def check_common(line: Any, studies: Collection[str], needed: Mapping[str, str])
     check_entries("the spec", line.spec, {**texts, **needed}, {"split": POSITIVE})
     check_known("study of the spec", line.study, studies)
     if line.result is not None:
-        numbers = ("accuracy", "loss_fp8", "accuracy_fp8", "seconds")
-        training = {"loss": NUMBER, "diverged": WHOLE} if line.study != "infer" else {}
-        allowed = {**dict.fromkeys(numbers, NUMBER), "parameters": POSITIVE}
+        training = {"loss": LOSS_OR_NULL, "diverged": WHOLE} if line.study != "infer" else {}
+        allowed = {**dict.fromkeys(("accuracy", "accuracy_fp8", "seconds"), NUMBER), "loss_fp8": LOSS_OR_NULL}
+        allowed["parameters"] = POSITIVE
         check_entries("the result", line.result, {"gpu": TEXT, **training}, allowed)
 
 

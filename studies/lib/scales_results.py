@@ -23,6 +23,8 @@ from .inference import policies
 from .lines import (
     FINITE,
     LIST,
+    LOSS,
+    LOSS_OR_NULL,
     NUMBER,
     OBJECT,
     TEXT,
@@ -72,6 +74,7 @@ class Line:
         check_all("losses", [entry for stretch in self.losses for entry in stretch], FINITE)
         if any(len(stretch) != 2 for stretch in self.losses):
             raise ValueError("losses must be pairs of a step and a loss")
+        check_all("losses", [loss for _, loss in self.losses], LOSS)
         if self.result is not None:
             check_entries("the result", self.result, {}, {"inference": OBJECT, "biases": OBJECT})
         check_type("biases", self.biases, LIST)
@@ -81,7 +84,7 @@ class Line:
                 check_entries(f"biases of {layer}", roles, {}, dict.fromkeys(("x", "w", "dy"), WHOLE_OR_NULL))
         check_type("policies", self.policies, OBJECT)
         for name, entry in self.inference.items():
-            check_entries(f"the policy {name}", entry, {"accuracy": NUMBER}, {"loss": NUMBER})
+            check_entries(f"the policy {name}", entry, {"accuracy": NUMBER}, {"loss": LOSS_OR_NULL})
             if not re.fullmatch(r"[^:]+(:-?\d+)?", name):
                 raise ValueError(f"a policy's constant must be a whole number, as in cscale:-3, got {name!r}")
 
