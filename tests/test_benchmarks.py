@@ -87,6 +87,14 @@ def test_a_table_is_read_as_it_was_written():
     assert read_markdown(text) == [rows, []]
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_bar_in_a_cell_ends_no_cell(aligned):
+    text = markdown(["model|text", "loss"], [["a|b (x)", "1|"], ["|", "2"]], aligned=aligned)
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()}
+    assert bars == {3} and r"a\|b (x)" in text
+    assert read_markdown(text) == [[{"model|text": "a|b (x)", "loss": "1|"}, {"model|text": "|", "loss": "2"}]]
+
+
 def test_a_cached_decode_step_gives_the_logits_of_the_whole_prompt(monkeypatch):
     """What decode.py times must be a Llama: positions, mask, grouped queries and the cache, against one prefill."""
     monkeypatch.syspath_prepend(str(ROOT))

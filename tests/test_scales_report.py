@@ -6,6 +6,7 @@ import re
 
 import pytest
 from scales_lines import ROOT, SPEC, line, swept, tuned, verdicts
+from torch_fp8.table import read_markdown
 
 from examples.gpt.errors import UserError
 from studies.lib import fog_results
@@ -352,6 +353,13 @@ def test_the_page_says_what_is_missing():
         and "Not run yet: `python studies/scales.py finetune`" in text
     )
     assert "None yet." in page([], [], {}, "data")
+
+
+def test_a_bar_in_the_name_of_a_checkpoint_ends_no_cell_of_the_page():
+    lines = [*tuned("bf16", [1.0, 1.0], model="a|b-31M"), *tuned("amax", [1.1, 1.1], model="a|b-31M")]
+    rows = [row for table in read_markdown(page(lines, [], sizes_of(lines), "data")) for row in table]
+    ours = [row for row in rows if row.get("model") == "a|b-31M"]
+    assert [(row.get("pairs"), row.get("runs done")) for row in ours] == [("2", None), (None, "4 of 4")]
 
 
 def test_what_is_missing_on_a_text_that_cannot_be_made_again_is_closed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -20,7 +21,7 @@ def plain(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], *, aligned: bool = False) -> str:
     """A table of Markdown. aligned: with columns that line up, to be read in a terminal too."""
-    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]  # a bar alone ends a cell
     if aligned:
         widths = _widths(lines)
         lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
@@ -47,7 +48,8 @@ def read_markdown(text: str) -> list[list[dict[str, str]]]:
         if not line.startswith("|"):
             head = None
             continue
-        cells = [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
+        cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
+        cells = [cell.strip().replace("**", "").replace(r"\|", "|") for cell in cells]
         if head is None:
             head = cells
             tables.append([])
