@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch_fp8.picture import picture
 
-from studies.lib import scales_figures
+from studies.lib import scales_paired
 from studies.lib.scales_claims import claims, findings
 from studies.lib.scales_results import Line, sizes_of
 
@@ -70,6 +70,6 @@ def drawn(monkeypatch, path, draws, *arguments):
             yield figure
             figures.append(figure)
 
-    monkeypatch.setattr(scales_figures, "picture", watched)
+    monkeypatch.setattr(scales_paired, "picture", watched)
     assert draws(path, *arguments)
     return figures[0]

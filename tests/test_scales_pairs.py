@@ -1,16 +1,14 @@
 """What is concluded from pairs of runs, of which one has an arm and the other BF16: verdicts, levers, what was lost."""
 
-import itertools
 import math
 
 import pytest
-from scales_lines import ROOT, drawn, line, on_its_way, swept, together, trained, tuned, verdicts
+from scales_lines import ROOT, line, on_its_way, swept, together, trained, tuned, verdicts
 
 from studies.lib.arms import ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
 from studies.lib.scales_claims import claims, findings, no_worse
-from studies.lib.scales_figures import on_the_way, paired
 from studies.lib.scales_page import page
 from studies.lib.scales_results import Line, done, gaps, pairs, sizes_of, told_apart
 
@@ -176,14 +174,6 @@ def test_models_are_put_together_where_two_have_three_pairs_of_one_length():
         "gpt-31M and llama-49M", "gpt-73M and llama-127M"]  # fmt: skip
     (said,) = together(*lines, *trained("llama-49M", three), *trained("gpt-73M", three))
     assert said.startswith("gpt-31M, llama-49M and gpt-73M together") and "9 pairs in all" in said
-
-
-def test_models_that_are_put_together_have_a_picture_of_all_their_pairs(monkeypatch, tmp_path):
-    lines = [*trained("gpt-31M", [0.0, 0.1, 0.2]), *trained("llama-49M", [0.3, 0.4, 0.5])]
-    *_, last = drawn(monkeypatch, tmp_path / "parity.png", paired, lines, "parity", "bf16").axes
-    assert last.get_title(loc="left") == "gpt-31M, llama-49M\n(together)"
-    (points,) = (line.get_xdata() for line in last.get_lines() if len(line.get_xdata()) > 2)
-    assert sorted(points) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_models_that_differ_are_told_where_they_are_put_together():
@@ -376,22 +366,6 @@ def test_gaps_are_not_to_a_bf16_that_diverged(unsound):
     assert gaps(lines, "amax") == []
     lines += [on_its_way("bf16", 1, steps, {"loss": 2.0}), on_its_way("amax", 1, steps)]
     assert {apart for _, apart in gaps(lines, "amax")} == {0.0}
-
-
-def test_a_picture_of_pairs_has_titles_that_do_not_meet_and_shows_what_was_lost(monkeypatch, tmp_path):
-    lines = [*trained("gpt-31M", [0.1]), *trained("gpt-124M", [0.1, 0.2, None]), *trained("llama-127M", [0.1, 0.3])]
-    axes = drawn(monkeypatch, tmp_path / "parity.png", paired, lines, "parity", "bf16").axes
-    boxes = [one._left_title.get_window_extent() for one in axes]
-    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
-    assert [[text.get_text() for text in one.texts] for one in axes] == [[], ["1 lost"], []]
-
-
-def test_arms_of_one_picture_look_different(monkeypatch, tmp_path):
-    lines = [line("finetune", arm=arm, losses=[[i, 2.0] for i in range(20)], result={"loss": 2.0})
-             for arm in ("bf16", *list(ARMS)[3:15])]  # fmt: skip
-    (axes,) = drawn(monkeypatch, tmp_path / "gaps.png", on_the_way, lines, {}).axes
-    looks = [(one.get_color(), one.get_linestyle()) for one in axes.get_lines() if one.get_label() in ARMS]
-    assert len(looks) == len(set(looks)) == 12
 
 
 def test_readme_says_what_trainings_came_to():

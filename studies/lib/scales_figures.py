@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
-from .intervals import interval
-from .scales_claims import MARGIN, millions, pooled
+from .scales_claims import millions
+from .scales_paired import in_lines, on_the_way, paired
 from .scales_results import (
     CRITERION,
     LINEARS,
@@ -21,11 +20,8 @@ from .scales_results import (
     arms_of,
     biases_of,
     constants,
-    done,
     family,
-    gaps,
     inference_ratios,
-    pairs,
     place,
     window,
 )
@@ -88,7 +84,7 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
                     if counts := _counts(of.get(model, []), role):
                         shares = [100 * share for share in counts.values()]
                         axes.bar(list(counts), shares, 0.85, color=color, alpha=0.6, edgecolor=color, label=name)
-                axes.set_title(f"{_in_lines(model)}\n{_phase(phase, of_phase)}")
+                axes.set_title(f"{in_lines(model)}\n{_phase(phase, of_phase)}")
                 if model not in of:
                     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=FAINT)
             row[0].set_ylabel("% of tensors")
@@ -129,7 +125,7 @@ def depth(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool
         for row, (line, phase) in zip(grid, rows):
             for axes, (role, (name, _)) in zip(row, ROLES.items()):
                 _by_depth(axes, biases_of(line, phase), role)
-                axes.set_title(f"{name}\n{_in_lines(line.model)}\n{_phase(phase, [line])}")
+                axes.set_title(f"{name}\n{in_lines(line.model)}\n{_phase(phase, [line])}")
                 axes.set_xlabel("layer, from the input to the output")
                 if phase == "inference" and role == "dy":
                     axes.set_visible(False)
@@ -193,7 +189,7 @@ def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> 
                 marks = sorted({round(i * (len(steps) - 1) / 4) for i in range(5)})
                 axes.set_xticks(marks, [str(steps[i]) for i in marks])
                 axes.grid(visible=False)
-                axes.set_title(f"{name}\n{_in_lines(line.model)}\n{_phase('training', [line])}")
+                axes.set_title(f"{name}\n{in_lines(line.model)}\n{_phase('training', [line])}")
                 axes.set_xlabel("step")
         caption(
             figure, f"{BIAS}.\nA row is a layer; within a kind of layer they go from the first (above) to the last."
@@ -214,7 +210,7 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
             ours = constants(of)
             face = color if model in trained else "white"
             left.plot(list(ours), [_clipped(r) for r in ours.values()], color=color, marker="o", markersize=3.5,
-                      markerfacecolor=face, label=_in_lines(model))  # fmt: skip
+                      markerfacecolor=face, label=in_lines(model))  # fmt: skip
             theirs = constants(of, "gc-cscale")
             left.plot(list(theirs), [_clipped(r) for r in theirs.values()], "x", color=color, markersize=8)
             found = window(ours)
@@ -279,101 +275,6 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
             "The paper's formats are emulated, and so is the histogram: the scale of least estimated squared error.",
         )
     return True
-
-
-def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
-    """The training loss against that of BF16 over the steps, an axis a study and model."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in [*done(lines, "finetune"), *done(lines, "parity")]:
-        groups.setdefault((line.study, line.model), []).append(line)
-    groups = {key: of for key, of in groups.items() if any(gaps(of, arm) for arm in arms_of(of) if arm != "bf16")}
-    if not groups:
-        return False
-    arms = [arm for arm in arms_of(line for of in groups.values() for line in of) if arm != "bf16"]
-    looks = dict(zip(arms, itertools.product(("-", "--", ":"), COLORS)))
-    with picture(path, "Training loss on the way, against BF16", (max(11, 3.4 * len(groups)), 4.8)) as figure:
-        row = figure.subplots(1, len(groups), squeeze=False)[0]
-        handles: dict[str, Any] = {}
-        for axes, ((study, model), of) in zip(row, groups.items()):
-            for arm in arms_of(of):
-                if found := gaps(of, arm) if arm != "bf16" else []:
-                    style, color = looks[arm]
-                    (handles[arm],) = axes.plot(*zip(*found), style, color=color, label=arm)
-            axes.axhline(0, color=INK, linewidth=1)
-            counts = [len(pairs(of, arm, "bf16", "loss").get(model, [])) for arm in arms_of(of) if arm != "bf16"]
-            many = " to ".join(dict.fromkeys(str(of(filter(None, counts))) for of in (min, max)))
-            seeds = "one pair each, which shows nothing" if max(counts) == 1 else f"means of {many} pairs"
-            axes.set_title(f"{TITLES[study]}\n{_in_lines(model)}\n{seeds}", fontsize="medium")
-            axes.set_xlabel("step")
-        row[0].set_ylabel("% of the loss; above is worse")
-        figure.legend(handles.values(), list(handles), loc="outside upper right", ncols=4)
-        caption(
-            figure,
-            "Of the same seeds. A loss is of the arm's own forward pass, in FP8 where it trains so.\n"
-            "The first tenth is left out.",
-        )
-    return True
-
-
-TITLES = {"parity": "Training from scratch", "finetune": "Fine-tuning"}
-
-
-def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
-    """Differences of an arm from BF16 with the same seed: each pair, their mean, its interval. Models that were trained
-    alike are there once more, together."""
-    of_study = [line for line in lines if line.study == study]
-    arms = [arm for arm in arms_of(of_study) if arm != against]
-    found = {arm: pairs(of_study, arm, against, "loss") for arm in arms}
-    found = {arm: models for arm, models in found.items() if models}
-    models = list(dict.fromkeys(line.model for line in of_study if any(line.model in of for of in found.values())))
-    if not models:
-        return False
-    own = {arm: pairs(of_study, arm, against, "loss_fp8") for arm in found}
-    together = pooled(of_study)
-    for (_, alike), of_arms in together.items():
-        models.append(f"{', '.join(alike)} (together)")
-        for arm, groups in of_arms.items():
-            found[arm] = {**found[arm], models[-1]: list(itertools.chain.from_iterable(groups))}
-    title = TITLES[study]
-    with picture(
-        path, f"{title}: validation loss against BF16 of the same seed", (11, 0.55 * len(found) + 2.6)
-    ) as figure:
-        row = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-        for axes, model in zip(row, models):
-            axes.axvline(MARGIN, color=FAINT, linewidth=0.8)
-            axes.axvline(0, color=INK, linewidth=1)
-            for i, arm in enumerate(found):
-                if lost := sum(map(math.isinf, found[arm].get(model, []))):
-                    axes.text(0.99, i, f"{lost} lost", transform=axes.get_yaxis_transform(), ha="right", va="center")
-                for of, color, marker, at in ((found, FP8, "D", i - 0.08), (own, SECOND, "s", i + 0.22)):
-                    values = [value for value in of[arm].get(model, []) if math.isfinite(value)]
-                    if values:
-                        mean = interval(values)
-                        axes.plot([mean.mean], [at], marker, color=color, markersize=6)
-                        if math.isfinite(mean.low):
-                            axes.plot(values, [at - 0.16] * len(values), "o", color=BF16, markersize=4)
-                            axes.plot([mean.low, mean.high], [at, at], color=color, linewidth=2)
-            low, high = axes.get_xlim()
-            axes.axvspan(low, MARGIN, color=BF16, alpha=0.25, linewidth=0)
-            axes.set_xlim(low, high)
-            alone = all(len(of.get(model, [])) < 2 for of in found.values())
-            axes.set_title(_in_lines(model) + "\none pair each shows nothing" * alone)
-            axes.set_xlabel("% of the loss; to the right is worse")
-        row[0].set_yticks(range(len(found)), list(found))
-        row[0].set_ylim(len(found) - 0.5, -0.5)
-        caption(
-            figure,
-            "Diamonds: validated in BF16; squares: in the FP8 of the training, against BF16 in BF16. Each is the mean\n"
-            "of pairs of runs (grey points), with its 95 % interval by Student's t where there are several.\n"
-            + "Together: pooled after the runs were seen, in BF16.\n" * bool(together)
-            + f"Grey: below the margin of {MARGIN} %, fixed before the runs, where a diamond's interval has to end.",
-        )
-    return True
-
-
-def _in_lines(model: str) -> str:
-    """What tells its runs apart, below its name."""
-    return model.replace(" (", "\n(")
 
 
 def _clipped(ratio: float) -> float:
