@@ -10,7 +10,7 @@ from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
 from studies.lib.scales_claims import claims, findings, no_worse
 from studies.lib.scales_page import page
-from studies.lib.scales_results import Line, done, gaps, pairs, sizes_of, told_apart
+from studies.lib.scales_results import Line, arms_of, done, gaps, pairs, sizes_of, told_apart
 
 
 def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
@@ -380,9 +380,9 @@ def test_readme_says_what_trainings_came_to():
     )
     assert f"{said}there {interval(fprop16).mean:.2f} % with" in readme
     finetune = done(lines, "finetune")
-    others = ("amax", "current", "dgrad16", "power-of-two", "wgrad16", "cscale:-3")
+    others = set(arms_of(finetune)) - {"bf16", "bf16-again", "fp16", "fprop16", "delayed"}
     least = min(interval(pairs(finetune, arm, "bf16", "loss")[model]).mean for arm in others)
-    assert f"scales of another recipe, leave {least:.2f} % and more" in readme
+    assert f"or a recipe of other scales, history or margin leave {least:.2f} % and more" in readme
     own = pairs(finetune, "delayed", "bf16", "loss_fp8")
     one, another = sorted((interval(values).mean for values in own.values()), reverse=True)
     assert f"in the FP8 of the training the first two are {one:.2f} and {another:.2f} % above" in readme
@@ -395,3 +395,9 @@ def test_readme_says_what_trainings_came_to():
         f"llama-127M {llama.mean:.2f} % above (± {other:.2f} %, {llama.count} pairs): too few yet to say that neither"
     )
     assert f"{said} ends 0.25 % above." in readme and all(no_worse(parity[model]) == "open" for model in of)
+    arms = set(arms_of(done(lines, "parity"))) - {"bf16", "bf16-again", "delayed"}
+    found = [pairs(done(lines, "parity"), arm, "bf16", "loss")["gpt-124M"] for arm in arms]
+    fewest, most = (of(map(len, found)) for of in (min, max))
+    said = f"Nor is one of the five other recipes tried on gpt-124M, in {fewest} to {most} pairs each, told apart"
+    assert said in readme and len(found) == 5
+    assert all(interval(values).low < 0 < interval(values).high for values in found)
