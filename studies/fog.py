@@ -7,7 +7,15 @@
 
 TOKENS is what ``studies/scales.py tokens`` wrote. The first three each write a folder of runs, print what is still
 missing, and go on where they were interrupted when they are called again with the same arguments; what a runs.jsonl
-has of them is left out (--kept). Several runs share a GPU (--jobs), and all GPUs of the machine are used.
+has of them is left out (--kept). Several runs share a GPU (--jobs), and all GPUs of the machine are used. Each command
+has an --out of its own.
+
+The defaults are for GPUs. On a CPU, in a minute, on the source of Python's standard library:
+
+    python studies/scales.py tokens --tokens text.tokens
+    python studies/fog.py parity --tokens text.tokens --out parity --architectures fog-max --size tiny --seeds 1 \\
+        --steps 60 --batch 8 --context 128 --val-tokens 16384
+    python studies/fog.py report --runs parity --data data --page fog.md
 """
 
 from __future__ import annotations
@@ -215,7 +223,7 @@ def _add_training(
     add = parser.add_argument
     ends = " and ".join(filter(None, QK))
     add("--tokens", type=Path, required=True, metavar="FILE", help="what `studies/scales.py tokens` wrote")
-    add("--out", type=Path, required=True, metavar="DIR", help="a folder of runs; what is done there is not repeated")
+    add("--out", type=Path, required=True, metavar="DIR", help="of this command's runs; what is done is not repeated")
     add("--architectures", nargs="+", default=architectures, metavar="NAME",
         help=f"of models/fog_config.py, also with {ends} behind; default: {' '.join(architectures)}")  # fmt: skip
     add("--arms", nargs="+", default=arms, metavar="ARM", help=f"{', '.join(ARMS)}; default: {' '.join(arms)}")
@@ -230,7 +238,7 @@ def _add_training(
     add("--context", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
     add("--val-tokens", type=int, default=1 << 20, metavar="N", help="of validation at the end (default: 1,048,576)")
     add("--every", type=int, default=10, metavar="N", help="steps from sample to sample of kurtosis (default: 10)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU")
+    add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU (default: 1)")
     add("--kept", type=Path, metavar="FILE", help="runs.jsonl of `report`: what is done there is not repeated")
     add("--minutes", type=float, metavar="N", help="stop, and save what is on its way, after so many")
 

@@ -10,7 +10,14 @@
 
 parity, window, infer and finetune write a folder of runs, print what is still missing, and go on where they were
 interrupted when they are called again with the same arguments; what a runs.jsonl has of them is left out (--kept).
-Several runs share a GPU (--jobs), and all GPUs of the machine are used.
+Several runs share a GPU (--jobs), and all GPUs of the machine are used. Each command has an --out of its own.
+
+The defaults are for GPUs. On a CPU, in a few minutes, on the source of Python's standard library:
+
+    python studies/scales.py tokens --tokens text.tokens
+    python studies/scales.py window --tokens text.tokens --out window --models gpt-tiny --steps 200 --batch 16 \\
+        --context 128 --val-tokens 16384 --sweep-tokens 300000 --constants -8 10
+    python studies/scales.py report --runs window --data data --page window.md
 """
 
 from __future__ import annotations
@@ -263,10 +270,10 @@ def parse_arguments() -> argparse.Namespace:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--tokens", type=Path, required=True, metavar="FILE", help="what the command `tokens` wrote")
-    add("--out", type=Path, required=True, metavar="DIR", help="a folder of runs; what is done there is not repeated")
+    add("--out", type=Path, required=True, metavar="DIR", help="of this command's runs; what is done is not repeated")
     add("--context", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
     add("--micro-batch", type=int, default=16, metavar="N", help="sequences of a pass (default: 16)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU")
+    add("--jobs", type=int, default=1, metavar="N", help="runs beside one another on each GPU (default: 1)")
     add("--kept", type=Path, metavar="FILE", help="runs.jsonl of `report`: what is done there is not repeated")
     add("--minutes", type=float, metavar="N", help="stop, and save what is on its way, after so many")
 
@@ -291,7 +298,8 @@ def _add_training(
     add("--batch", type=int, default=batch, metavar="N", help=f"sequences of an optimizer step (default: {batch})")
     add("--lr", type=float, default=lr, metavar="X", help=f"peak learning rate; default: {lr or 'by the width'}")
     add("--val-tokens", type=int, default=val_tokens, metavar="N", help=f"at the end (default: {val_tokens:,})")
-    add("--record", type=int, default=record, metavar="N", help="record the biases of each so many steps; 0: never")
+    words = f"record the biases of each so many steps; 0: never (default: {record})"
+    add("--record", type=int, default=record, metavar="N", help=words)
 
 
 def _add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -307,8 +315,10 @@ def _add_arms(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--constants", type=int, nargs=2, default=(-16, 16), metavar=("LOW", "HIGH"))
-    add("--sweep-tokens", type=int, default=1 << 19, metavar="N", help="of inference under each policy")
+    words = "of CSCALE, c as the paper has it (default: -16 16)"
+    add("--constants", type=int, nargs=2, default=(-16, 16), metavar=("LOW", "HIGH"), help=words)
+    words = f"of inference under each policy (default: {1 << 19:,})"
+    add("--sweep-tokens", type=int, default=1 << 19, metavar="N", help=words)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
