@@ -7,7 +7,8 @@ from pathlib import Path
 from torch_fp8.picture import picture
 
 from studies.lib import scales_paired
-from studies.lib.scales_claims import claims, findings
+from studies.lib.scales_claims import claims
+from studies.lib.scales_findings import findings
 from studies.lib.scales_results import Line, sizes_of
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,11 @@ from scales_lines import ROOT, line, on_its_way, swept, together, trained, tuned
 from studies.lib.arms import ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
-from studies.lib.scales_claims import claims, findings, no_worse
+from studies.lib.scales_claims import claims
+from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import Line, arms_of, done, gaps, pairs, sizes_of, told_apart
+from studies.lib.scales_words import no_worse
 
 
 def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():

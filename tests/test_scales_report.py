@@ -12,15 +12,14 @@ from examples.gpt.errors import UserError
 from studies.lib import fog_results
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
-from studies.lib.scales_claims import claims, findings
+from studies.lib.scales_claims import claims
 from studies.lib.scales_figures import draw
+from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import (
     Line,
     biases_of,
     condensed,
-    constants,
-    inference_ratios,
     merged,
     pairs,
     place,
@@ -28,8 +27,8 @@ from studies.lib.scales_results import (
     told_apart,
     trained_tokens,
     wanted,
-    window,
 )
+from studies.lib.scales_sweeps import constants, inference_ratios, window
 from studies.lib.texts import Text, read_texts
 
 

@@ -11,20 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
-from .scales_claims import millions
 from .scales_paired import in_lines, on_the_way, paired
-from .scales_results import (
-    CRITERION,
-    LINEARS,
-    Line,
-    arms_of,
-    biases_of,
-    constants,
-    family,
-    inference_ratios,
-    place,
-    window,
-)
+from .scales_results import CRITERION, LINEARS, Line, arms_of, biases_of, family, place
+from .scales_sweeps import constants, inference_ratios, window
+from .scales_words import millions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
