@@ -1,12 +1,12 @@
 """Runs of studies/scales.py that were never made, so that what they say is known, and what is said and drawn of them,
 for tests."""
 
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch_fp8.picture import picture
 
-from studies.lib import scales_paired
 from studies.lib.scales_claims import claims
 from studies.lib.scales_findings import findings
 from studies.lib.scales_results import Line, sizes_of
@@ -71,6 +71,6 @@ def drawn(monkeypatch, path, draws, *arguments):
             yield figure
             figures.append(figure)
 
-    monkeypatch.setattr(scales_paired, "picture", watched)
+    monkeypatch.setattr(sys.modules[draws.__module__], "picture", watched)
     assert draws(path, *arguments)
     return figures[0]

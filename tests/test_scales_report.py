@@ -78,6 +78,8 @@ def test_a_sweep_finds_the_biases_of_fine_tuning_at_whatever_rate():
     slow.biases.append({"step": 1, "biases": {"layer": {"x": 3}}})
     fast.biases.append({"step": 1, "biases": {"layer": {"x": 5}}})
     slow.spec["lr"], fast.spec["lr"] = 1e-4, 1e-3
+    for one in (sweep, slow, fast):
+        one.spec["checkpoint"] = "abc"
     assert wanted(told_apart([sweep, slow, fast]), "x")["gpt-31M"] == (3, 5)
 
 

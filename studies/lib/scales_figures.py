@@ -90,10 +90,11 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
 
 
 def _largest(lines: Sequence[Line], phase: str = "training") -> list[Line]:
-    """Of the largest model of each family that has records: its first run with them."""
-    found: dict[str, Line] = {}
+    """Of the largest model of each family that has records, and of the largest with random weights: its first run with
+    them."""
+    found: dict[tuple[str, bool], Line] = {}
     for line in lines:  # the last one of a family is the largest
-        name = family(line.model)
+        name = family(line.model), line.is_random
         if biases_of(line, phase) and not (name in found and found[name].model == line.model):
             found[name] = line
     return list(found.values())

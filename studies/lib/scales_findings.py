@@ -53,8 +53,8 @@ def _constants_keep(ratios: Ratios) -> str:
 
 
 def _no_ratio(lines: Sequence[Line]) -> str:
-    models = [line.model for line in lines if "bf16" in line.inference and not line.inference["bf16"]["accuracy"]]
-    models = list(dict.fromkeys(models))
+    trained = [line for line in lines if "bf16" in line.inference and not line.is_random]
+    models = dict.fromkeys(line.model for line in trained if not line.inference["bf16"]["accuracy"])
     return f"Of {models_of(models)} no ratio can be said: BF16 itself predicts no token right." if models else ""
 
 

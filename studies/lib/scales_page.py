@@ -75,26 +75,34 @@ def _found(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
 def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     ratios = {m: of for m, of in inference_ratios(lines).items() if constants(of)}
     title = "## The window of FP8-CSCALE in inference"
-    if not ratios:
+    want = {role: wanted(lines, role) for role in ("x", "w")}
+    random = {line.model for line in lines if line.is_random and any(line.model in of for of in want.values())}
+    if not ratios and not random:
         return f"{title}\n\nNot run yet: `python studies/scales.py window` makes the runs."
     rows = []
-    want = {role: wanted(lines, role) for role in ("x", "w")}
-    for model in sorted(ratios, key=lambda model: sizes.get(model, 0)):
-        ours = constants(ratios[model])
-        found = window(ours)
-        best = max(ours, key=lambda c: ours[c])
+    for model in sorted([*ratios, *sorted(random)], key=lambda model: sizes.get(model, 0)):
+        found = ["–"] * 4 if model in random else _window_row(constants(ratios[model]))
         wants = [f"{of[model][0]} … {of[model][1]}" if model in of else "–" for of in want.values()]
-        rows.append([model, millions(sizes.get(model, 0)), window_of(found, ours),
-                     f"{found[0] + 1} … {found[1] + 1}" if found else "–", str(found[1] - found[0] + 1 if found else 0),
-                     f"{best} ({ours[best]:.4f})", *wants])  # fmt: skip
+        rows.append([model, millions(sizes.get(model, 0)), *found, *wants])
     head = ["model", "parameters", "window, c", "as biases of this hardware", "width", "best c (ratio)"]
     head += ["biases that inputs want", "that weights want"]
-    return f"{title}\n\n{_ABOUT_WINDOWS}\n\n" + markdown(head, rows)
+    about = _ABOUT_WINDOWS + _OF_RANDOM * bool(random)
+    return f"{title}\n\n{about}\n\n" + markdown(head, rows)
+
+
+def _window_row(ratios: Mapping[int, float]) -> list[str]:
+    found = window(ratios)
+    best = max(ratios, key=lambda c: ratios[c])
+    biases = f"{found[0] + 1} … {found[1] + 1}" if found else "–"
+    width = found[1] - found[0] + 1 if found else 0
+    return [window_of(found, ratios), biases, str(width), f"{best} ({ratios[best]:.4f})"]
 
 
 _ABOUT_WINDOWS = f"""Constants in a row with a ratio of at least {CRITERION}. A tensor *wants* the bias that FP8-AMAX
 has for it: with more its largest values saturate, with less its smallest ones lose bits. Shown are the least and the
 greatest of all layers in inference or, where that was not recorded, in the first step of fine-tuning."""
+_OF_RANDOM = """ Random
+weights predict nothing, so that they have no accuracy to keep and no window; the biases they want are shown."""
 
 
 def _policies(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:

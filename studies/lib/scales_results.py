@@ -101,6 +101,11 @@ class Line:
         return self.spec["model"]
 
     @property
+    def is_random(self) -> bool:
+        """Whether its weights are random: they have no accuracy to keep, and want other biases than trained ones."""
+        return self.study == "infer" and not self.spec.get("checkpoint")
+
+    @property
     def shared(self) -> Spec:
         """What its spec says but for its arm: runs that have it in common have seed, weights at the start and batches
         in common."""
@@ -171,15 +176,16 @@ _USUAL = {"dtype": "bfloat16", "loss_scale": 1.0}
 def told_apart(lines: Sequence[Line]) -> list[Line]:
     """The same, but where runs of a model are no pairs their model is called by what tells them apart as well: that it
     is a checkpoint where it was trained here too, its text where it has several, and of one study what else differs
-    than arm and seed."""
-    origins: dict[str, set[_Origin]] = {}
+    than arm and seed. That weights are random is always said."""
+    origins: dict[tuple[str, bool], set[_Origin]] = {}
     alike: dict[tuple[str, str, _Origin], list[Spec]] = {}
     for line in lines:
-        origins.setdefault(line.model, set()).add(_origin(line))
+        origins.setdefault((line.model, line.is_random), set()).add(_origin(line))
         alike.setdefault((line.study, line.model, _origin(line)), []).append(line.shared)
     told = []
     for line in lines:
-        parts = _origin_words(_origin(line), origins[line.model])
+        parts = ["random weights"] * line.is_random
+        parts += _origin_words(_origin(line), origins[line.model, line.is_random])
         parts += _differing(line, alike[line.study, line.model, _origin(line)])
         name = f"{line.model} ({', '.join(parts)})" if parts else line.model
         told.append(replace(line, spec={**line.spec, "model": name}))

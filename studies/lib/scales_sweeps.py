@@ -16,7 +16,7 @@ def inference_ratios(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
     sweep that is not finished has those of the policies that are done; of constants only where all of them are."""
     found: dict[str, dict[str, list[float]]] = {}
     for line in lines:
-        if line.study not in ("window", "infer") or (line.study == "infer" and not line.spec["checkpoint"]):
+        if line.study not in ("window", "infer") or line.is_random:
             continue
         whole = line.inference.get("bf16", {}).get("accuracy")
         lacking = {name.partition(":")[0] for name in lacking_policies(line)}
