@@ -154,7 +154,10 @@ def test_what_a_pair_does_not_know_of_is_said():
     assert "two kinds of GPU" not in page(lines, [], {}, "data")
     lines[0].result["gpu"] = "NVIDIA H200"
     said = page(lines, [], {}, "data")
-    assert "* gpt-124M, pairs whose two runs were on two kinds of GPU: cscale:2 in 1, current in 1; what" in said
+    assert (
+        "* gpt-124M, pairs whose two runs were on two kinds of GPU: against bf16 cscale:2 in 1, current in 1; what"
+        in said
+    )
     assert "* More pairs than were planned, added after the first had been seen: current of gpt-124M\n" in said
     assert "* Arms of the study's default that have no two pairs: bf16-again, delayed, amax, e4m3, wgrad16 of" in said
     assert "cscale:2 is `ConstantScaling(bias=3, grad_margin=4)` with the loss scaled by 2^16" in said

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .intervals import interval
-from .scales_results import CRITERION, Line, done, family, pairs, plain_name, trained_tokens
+from .scales_results import CRITERION, Line, done, family, on_two_gpus, pairs, plain_name, trained_tokens
 from .scales_sweeps import Ratios, by_size, constants, inference_ratios, window
-from .scales_words import MARGIN, models_of, percent, unsound, unsound_words, window_of
+from .scales_words import MARGIN, gpu_words, models_of, percent, unsound, unsound_words, window_of
 
 WIDEST = (-16, 16)  # the constants that the paper speaks of
 
@@ -71,9 +71,10 @@ def _against_fp16(model: str, lines: Sequence[Line], apart: Mapping[str, Sequenc
     mine = [line for line in lines if line.model == model]
     if apart["accuracy"]:
         in_fp8 = f", in its own FP8 {percent(apart['accuracy_fp8'])}" if apart["accuracy_fp8"] else ""
+        gpus = gpu_words(on_two_gpus(mine, "amax", "fp16").get(model, 0), len(apart["loss"]))
         return (
             f"{model}, against FP16: accuracy {percent(apart['accuracy'])}{in_fp8}; loss {percent(apart['loss'])}; "
-            f"seeds: {len(apart['accuracy'])}{unsound_words(mine, 'fp16')}"
+            f"seeds: {len(apart['accuracy'])}{gpus}{unsound_words(mine, 'fp16')}"
         )
     lost = [f"{arm.upper()} was lost or diverged in {bad}" for arm in ("fp16", "amax") if (bad := unsound(mine, arm))]
     return f"{model}: {', '.join(lost)}, and no pair counts" if lost else ""

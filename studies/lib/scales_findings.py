@@ -10,9 +10,9 @@ from typing import Any
 
 from .arms import LEVERS
 from .intervals import interval, means_differ, pairs_needed
-from .scales_results import CRITERION, Line, arms_of, done, is_sound, pairs, plain_name, trained_tokens
+from .scales_results import CRITERION, Line, arms_of, done, is_sound, on_two_gpus, pairs, plain_name, trained_tokens
 from .scales_sweeps import Ratios, by_size, constants, inference_ratios, window
-from .scales_words import MARGIN, finite, millions, models_of, no_worse, percent, unsound_words
+from .scales_words import MARGIN, finite, gpu_words, millions, models_of, no_worse, percent, unsound_words
 
 FEWEST = 3  # pairs that a model must have to be put together with others
 
@@ -90,19 +90,24 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
 
 def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequence[float]]) -> str:
     """Which one change of a recipe moves the loss, by how much, and which do not: of runs with and without it that have
-    all else in common. Of how many pairs is said where that is not the same of all arms."""
+    all else in common. Of how many pairs is said where that is not the same of all arms. A difference is the change's
+    where pairs on one kind of GPU show it by themselves."""
     said = []
     for base in dict.fromkeys(base for base, _ in LEVERS.values()):
         arms = [arm for arm, (of, _) in LEVERS.items() if of == base]
         apart = {
             arm: v for arm in arms if (v := pairs(lines, arm, base, "loss").get(model)) and not _shows_nothing([v])
         }
-        by_word = {word: [arm for arm, values in apart.items() if _moved(values) == word] for word in _MOVES}
-        counts = {arm: _in_pairs({**against_bf16, **apart}, arm) for arm in apart}
+        words = {arm: _moved(apart[arm], pairs(lines, arm, base, "loss", one_gpu=True).get(model, [])) for arm in apart}
+        said_of = {
+            arm: f"{arm} ({LEVERS[arm][1]}) {percent(apart[arm])}{_in_pairs({**against_bf16, **apart}, arm)}"
+            + gpu_words(on_two_gpus(lines, arm, base).get(model, 0), len(apart[arm]))
+            for arm in apart
+        }
         parts = [
-            f"{word} with {', '.join(f'{arm} ({LEVERS[arm][1]}) {percent(apart[arm])}{counts[arm]}' for arm in moved)}"
-            for word, moved in by_word.items()
-            if moved
+            f"{word} {', '.join(said_of[arm] for arm in moved)}"
+            for word in _MOVES
+            if (moved := [arm for arm in apart if words[arm] == word])
         ]
         bad = unsound_words(lines, base)
         if parts:
@@ -118,15 +123,22 @@ def _in_pairs(apart: Mapping[str, Sequence[float]], arm: str) -> str:
     return f" in {count} pair{'s' * (count > 1)}" if len(set(map(len, apart.values()))) > 1 else ""
 
 
-_MOVES = ("lower", "no difference seen", "higher", "lost")
+_LOWER, _NONE_SEEN, _HIGHER, _LOST = "lower with", "no difference seen with", "higher with", "lost with"
+_UNTOLD = "not told from a change of GPU:"
+_MOVES = (_LOWER, _NONE_SEEN, _HIGHER, _LOST, _UNTOLD)
 
 
-def _moved(differences: Sequence[float]) -> str:
-    """Where the whole interval is."""
+def _moved(differences: Sequence[float], on_one_gpu: Sequence[float]) -> str:
+    """Where the whole interval is, and that of the pairs on one kind of GPU alone."""
+    word = _where(differences)
+    return word if word in (_NONE_SEEN, _LOST) or word == _where(on_one_gpu) else _UNTOLD
+
+
+def _where(differences: Sequence[float]) -> str:
     if not all(map(math.isfinite, differences)):
-        return "lost"
-    of = interval(differences)
-    return "lower" if of.high < 0 else "higher" if of.low > 0 else "no difference seen"
+        return _LOST
+    of = interval(differences) if differences else None
+    return _NONE_SEEN if of is None or of.low <= 0 <= of.high else _LOWER if of.high < 0 else _HIGHER
 
 
 def _gained(model: str, lines: Sequence[Line]) -> str:
@@ -231,10 +243,10 @@ def _decided(apart: Mapping[str, Sequence[float]]) -> str:
     return "; ".join(said) or "nothing is decided yet"
 
 
-def _each(apart: Mapping[str, Sequence[float]], lines: Iterable[Line], *, judged: bool = True) -> str:
-    """Of each arm how far it is from BF16; of how many pairs, where that is not the same of all; how many of ``lines``
-    diverged and came back to a loss that counts; and how many it takes, where it is judged and that many do not
-    decide."""
+def _each(apart: Mapping[str, Sequence[float]], lines: Sequence[Line], *, judged: bool = True) -> str:
+    """Of each arm how far it is from BF16; of how many pairs, where that is not the same of all; how many are on two
+    kinds of GPU; how many of ``lines`` diverged and came back to a loss that counts; and how many it takes, where it is
+    judged and that many do not decide."""
     said = []
     back = Counter(line.spec["arm"] for line in lines if (line.result or {}).get("diverged") and line.result["loss"])
     for arm, values in apart.items():
@@ -242,7 +254,8 @@ def _each(apart: Mapping[str, Sequence[float]], lines: Iterable[Line], *, judged
         needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
         diverged = f", {back[arm]} diverged on the way" if back[arm] else ""
         takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
-        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{diverged}{', open' * open_}{takes}")
+        gpus = gpu_words(sum(on_two_gpus(lines, arm, "bf16").values()), len(values))
+        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{gpus}{diverged}{', open' * open_}{takes}")
     return ("; " if any(", " in one.partition("]")[2] for one in said) else ", ").join(said)
 
 

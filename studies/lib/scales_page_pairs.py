@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 
 from torch_fp8.table import markdown
 
-from .arms import DEFAULT_ARMS, words
+from .arms import DEFAULT_ARMS, LEVERS, words
 from .divergence import FACTOR, MEDIAN, PATIENCE
 from .scales_findings import FEWEST, loss_before, pooled
-from .scales_results import Line, arms_of, done, gaps, is_sound, pairs, plain_name, trained_tokens
+from .scales_results import Line, arms_of, done, gaps, is_sound, on_two_gpus, pairs, plain_name, trained_tokens
 from .scales_words import MARGIN, no_worse, percent, unsound_words
 
 PLANNED = {"gpt-124M": 5, "llama-127M": 5}  # models of training from scratch, and how many pairs of each
@@ -22,9 +21,10 @@ ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and 
 they were trained, and held against BF16 in BF16. The margin of {MARGIN} % of the loss in BF16 was fixed before the
 runs: *yes* where the whole interval is below it, however far, *no* where it is above or a run was lost, else *open*. A
 recipe is held in the same way to the one that it is with one change: the loss is *lower* or *higher* where the whole
-interval is, and else there is *no difference seen*. The largest gap is that of the training loss between the arms'
-means, over stretches of a fiftieth of the run after its first tenth. A run diverges where its loss is not finite, or
-stays above {FACTOR} times the median of the last {MEDIAN} steps for {PATIENCE} steps."""
+interval is, and else there is *no difference seen*; one that the pairs on one kind of GPU do not show by themselves is
+*not told from a change of GPU*. The largest gap is that of the training loss between the arms' means, over stretches of
+a fiftieth of the run after its first tenth. A run diverges where its loss is not finite, or stays above {FACTOR} times
+the median of the last {MEDIAN} steps for {PATIENCE} steps."""
 
 
 def pairs_section(lines: Sequence[Line], study: str, title: str, about: str) -> str:
@@ -139,12 +139,16 @@ def _arms_left(study: str, models: Sequence[str], finished: Sequence[Line]) -> s
 
 
 def _gpus(model: str, finished: Sequence[Line]) -> str:
-    """In which pairs the arm and BF16 ran on two kinds of GPU."""
-    on = {(line.spec["arm"], line.pair): line.result["gpu"] for line in finished if line.model == model}
-    apart = Counter(arm for (arm, pair), gpu in on.items() if on.get(("bf16", pair), gpu) != gpu)
-    said = ", ".join(f"{arm} in {count}" for arm, count in sorted(apart.items()))
-    alone = "" if "bf16-again" in apart else "; what that does alone was not measured"
-    return f"* {model}, pairs whose two runs were on two kinds of GPU: {said}{alone}" if said else ""
+    """In which of all pairs that are compared on this page the two ran on two kinds of GPU."""
+    compared = {"bf16": [arm for arm in arms_of(finished) if arm != "bf16"], "fp16": ["amax"]}
+    for arm, (base, _) in LEVERS.items():
+        compared.setdefault(base, []).append(arm)
+    said = []
+    for base, arms in compared.items():
+        if two := {arm: count for arm in sorted(arms) if (count := on_two_gpus(finished, arm, base).get(model))}:
+            said.append(f"against {base} {', '.join(f'{arm} in {count}' for arm, count in two.items())}")
+    alone = "" if on_two_gpus(finished, "bf16-again", "bf16").get(model) else "; what that does alone was not measured"
+    return f"* {model}, pairs whose two runs were on two kinds of GPU: {'; '.join(said)}{alone}" if said else ""
 
 
 def _arms(finished: Sequence[Line]) -> str:

@@ -243,10 +243,10 @@ def done(lines: Iterable[Line], *studies: str) -> list[Line]:
     return [line for line in lines if line.result is not None and line.study in studies]
 
 
-def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, list[float]]:
+def pairs(lines: Iterable[Line], arm: str, against: str, key: str, *, one_gpu: bool = False) -> dict[str, list[float]]:
     """{model: relative differences of ``result[key]``, one for each two runs that differ in their arm alone, in per
     cent}. That of a run that was lost is infinite; where the other was, or diverged, there is none. What an arm has in
-    its own FP8, ``loss_fp8``, is held against ``loss``."""
+    its own FP8, ``loss_fp8``, is held against ``loss``. one_gpu: without pairs on two kinds of GPU."""
     alike: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
@@ -254,10 +254,19 @@ def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, 
     found: dict[str, list[float]] = {}
     for (model, _), arms in sorted(alike.items(), key=lambda item: item[0]):
         theirs = arms.get(against, {}).get(key.removesuffix("_fp8"))
-        if theirs and is_sound(arms[against]) and key in arms.get(arm, {}):
+        apart = one_gpu and arms.get(arm, {}).get("gpu") != arms.get(against, {}).get("gpu")
+        if theirs and is_sound(arms[against]) and key in arms.get(arm, {}) and not apart:
             lost = arms[arm][key] is None or arms[arm]["loss"] is None
             found.setdefault(model, []).append(float("inf") if lost else 100 * (arms[arm][key] / theirs - 1))
     return found
+
+
+def on_two_gpus(lines: Sequence[Line], arm: str, against: str) -> dict[str, int]:
+    """{model: how many of the pairs are of runs on two kinds of GPU}, where there are any: what comes out between them
+    can be the GPU's."""
+    one = pairs(lines, arm, against, "loss", one_gpu=True)
+    every = pairs(lines, arm, against, "loss")
+    return {model: count for model, of in every.items() if (count := len(of) - len(one.get(model, [])))}
 
 
 def is_sound(result: dict[str, Any]) -> bool:

@@ -30,6 +30,11 @@ def percent(differences: Sequence[float]) -> str:
     return f"{said}, {lost}" if lost else said
 
 
+def gpu_words(two: int, count: int) -> str:
+    """Said beside each comparison of so many pairs, of which ``two`` are on two kinds of GPU."""
+    return f" ({two} of {count} pair{'s' * (count > 1)} on two kinds of GPU)" if two else ""
+
+
 def no_worse(differences: Sequence[float]) -> str:
     """Whether losses are at most MARGIN above BF16's, in a word."""
     if not differences or not all(map(math.isfinite, differences)):
