@@ -21,11 +21,13 @@ def line(study="window", model="gpt-31M", arm="bf16", seed=0, result=None, **mor
     return Line(f"{model}_{arm}_{seed}", spec, more.pop("step", 10), result, more.pop("losses", []), [], **more)
 
 
-def swept(model, works, amax=0.999):
+def swept(model, works, amax=0.999, tokens=1 << 19):
     """A run whose constants ``works`` keep all of an accuracy of 0.4, and the others half."""
     inference = {"bf16": {"accuracy": 0.4}, "amax": {"accuracy": 0.4 * amax}}
     inference |= {f"cscale:{c}": {"accuracy": 0.4 if c in works else 0.2} for c in range(-16, 17)}
-    return line(model=model, result={"inference": inference})
+    one = line(model=model, result={"inference": inference})
+    one.spec["sweep_tokens"] = tokens
+    return one
 
 
 def verdicts(*lines):

@@ -267,7 +267,7 @@ def test_windows_of_two_families_are_not_put_in_a_row():
 
 def unfinished(policies, model="Other-135M-Q4"):
     spec = {**SPEC, "study": "infer", "model": model, "arm": "bf16", "checkpoint": "abc", "sweep": list(range(-4, 5))}
-    spec |= {"sweep_tokens": 9_000}
+    spec |= {"sweep_tokens": 900_000}
     return Line(f"{model}_infer", spec, len(policies), None, [], [], policies)
 
 
@@ -287,10 +287,11 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
         "Other-135M-Q4: unfinished, histogram, gc-amax, gc-histogram, gc-cscale:-4, gc-cscale:0, gc-cscale:4 missing\n"
         in text
     )
-    assert "from 2.0000 nats a token, on 9,000 of the text, to 1.5000, on 512; one pair each shows nothing" in "".join(
-        findings(lines, {})
+    assert (
+        "from 2.0000 nats a token, on 900,000 of the text, to 1.5000, on 512; one pair each shows nothing"
+        in "".join(findings(lines, {}))
     )
-    assert "on 9,000 tokens of the text, where fine-tuning has 512. Of the gain of 0.5000 in BF16" in text
+    assert "on 900,000 tokens of the text, where fine-tuning has 512. Of the gain of 0.5000 in BF16" in text
     lines[0].spec["data"] = "another text"
     assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
     assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text

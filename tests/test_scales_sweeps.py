@@ -1,12 +1,15 @@
 """What is concluded from sweeps of inference: ratios, windows and the scales that tensors want."""
 
-from scales_lines import drawn, swept
+import pytest
+from scales_lines import ROOT, drawn, swept, verdicts
 
+from studies.lib.lines import read_lines
 from studies.lib.scales_claims import claims
-from studies.lib.scales_figures import depth, histograms
+from studies.lib.scales_figures import depth, histograms, policies, windows
 from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
-from studies.lib.scales_results import sizes_of, told_apart, wanted
+from studies.lib.scales_results import Line, sizes_of, told_apart, wanted
+from studies.lib.scales_sweeps import Baseline, baselines
 
 
 def biased(one, bias):
@@ -56,3 +59,31 @@ def test_random_weights_have_panels_of_their_own(monkeypatch, tmp_path):
     assert [one.get_title(loc="left") for one in axes[::3]] == [
         f"inputs\n{of}\ninference" for of in (names[0], names[2])
     ]
+
+
+def test_a_sweep_tells_where_its_tokens_resolve_the_criterion():
+    """Of an accuracy of 0.4 the half-width of 230,490 tokens is 0.5 %: 0.6 / 0.4 * (1.96 / 0.005)^2 = 230,496."""
+    assert Baseline(0.4, 230_500).tells and not Baseline(0.4, 230_490).tells and not Baseline(0.4, 0).tells
+    assert Baseline(0.4, 10_000).half_width == pytest.approx(0.0096, rel=1e-3)
+    kept = told_apart(read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line))
+    assert len(baselines(kept)) == 6 and all(of.tells for of in baselines(kept).values())
+
+
+def test_a_sweep_of_few_tokens_is_marked_and_of_no_verdict_or_finding(monkeypatch, tmp_path):
+    few, many = swept("gpt-31M", range(-2, 3), tokens=64), swept("gpt-73M", range(-3, 4), amax=0.9)
+    assert verdicts(few) == ["cannot be claimed"] * 4 and findings([few], {}) == []
+    assert all(claim.run in ("nothing yet that can tell", claims([], {})[-1].run) for claim in claims([few], {}))
+    both, sizes = [few, many], sizes_of([few, many])
+    assert claims(both, sizes) == claims([many], sizes) and findings(both, sizes) == findings([many], sizes)
+    text = page(both, [], sizes, "data")
+    assert "| gpt-31M | 31M | too few tokens to tell | – | – | – | – | – |\n" in text
+    assert "| gpt-31M | – | 0.9990 | – | – | – | 0.4000 ± 0.1200 | 64, too few tokens to tell |\n" in text
+    assert "| gpt-73M | – | 0.9000 | – | – | – | 0.4000 ± 0.0013 | 524,288 |\n" in text
+    left, right = drawn(
+        monkeypatch, tmp_path / "window.png", windows, [few, many], {"gpt-31M": 31e6, "gpt-73M": 73e6}
+    ).axes
+    assert left.get_legend_handles_labels()[1] == ["gpt-31M\ntoo few tokens to tell", "gpt-73M"]
+    assert [text.get_text() for text in right.texts] == ["-3…3"]
+    (axes,) = drawn(monkeypatch, tmp_path / "amax.png", policies, both, sizes).axes
+    assert [tick.get_text().count("few") for tick in axes.get_xticklabels()] == [1, 0]
+    drawn(monkeypatch, tmp_path / "window.png", windows, [few], sizes)

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from .intervals import interval
 from .scales_results import CRITERION, Line, done, family, on_two_gpus, pairs, plain_name, trained_tokens
-from .scales_sweeps import Ratios, by_size, constants, inference_ratios, window
+from .scales_sweeps import Ratios, constants, telling_ratios, window
 from .scales_words import MARGIN, gpu_words, models_of, percent, unsound, unsound_words, window_of
 
 WIDEST = (-16, 16)  # the constants that the paper speaks of
 
 CONSISTENT, NOT, OPEN = "consistent", "not", "cannot be claimed"
+NOTHING = "nothing yet that can tell"
 
 
 class Claim(NamedTuple):
@@ -25,7 +26,7 @@ class Claim(NamedTuple):
 
 
 def claims(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[Claim]:
-    ratios = by_size(inference_ratios(lines), sizes)
+    ratios = telling_ratios(lines, sizes)
     return [_amax_inference(ratios), _amax_fine_tuning(lines), _has_window(ratios), _smaller(ratios, lines, sizes)]
 
 
@@ -33,7 +34,7 @@ def _amax_inference(ratios: Ratios) -> Claim:
     words = "FP8-AMAX, and FP8-CSCALE inside its window, keep more than 99.5 % of 16 bits in inference"
     amax = {model: of["amax"] for model, of in ratios.items() if "amax" in of}
     if not amax:
-        return Claim(words, "nothing yet", "–", OPEN)
+        return Claim(words, NOTHING, "–", OPEN)
     best = {model: max(c.values()) for model, of in ratios.items() if (c := constants(of))}
     good = {m for m in amax if amax[m] > CRITERION and best.get(m, amax[m]) > CRITERION}
     groups = [group for group in ([m for m in amax if m in good], [m for m in amax if m not in good]) if group]
@@ -57,7 +58,7 @@ def _amax_fine_tuning(lines: Sequence[Line]) -> Claim:
     said = {model: of for model in dict.fromkeys(line.model for line in finished)
             if (of := _against_fp16(model, finished, {key: found[key].get(model, []) for key in keys}))}  # fmt: skip
     if not said:
-        return Claim(words, "nothing yet", "–", OPEN)
+        return Claim(words, NOTHING, "–", OPEN)
     accuracies = [*(found["accuracy"].get(model, []) for model in said), *found["accuracy_fp8"].values()]
     by_accuracy = _verdict([[-v if math.isfinite(v) else v for v in of] for of in accuracies], 100 * (1 - CRITERION))
     by_loss = _verdict([found["loss"].get(model, []) for model in said], MARGIN)
@@ -95,7 +96,7 @@ def _has_window(ratios: Ratios) -> Claim:
     words = "FP8-CSCALE works for the constants of a window alone, which depends on the model (inference)"
     swept = {model: constants(of) for model, of in ratios.items() if constants(of)}
     if not swept:
-        return Claim(words, "nothing yet", "–", OPEN)
+        return Claim(words, NOTHING, "–", OPEN)
     found = {model: window(of) for model, of in swept.items()}
     said = "; ".join(f"{model}: {window_of(w, swept[model])}" for model, w in found.items())
     inside = [w is not None and w[1] - w[0] + 1 < len(swept[model]) for model, w in found.items()]

@@ -11,7 +11,7 @@ from typing import Any
 from .arms import LEVERS
 from .intervals import interval, means_differ, pairs_needed
 from .scales_results import CRITERION, Line, arms_of, done, is_sound, on_two_gpus, pairs, plain_name, trained_tokens
-from .scales_sweeps import Ratios, by_size, constants, inference_ratios, window
+from .scales_sweeps import Ratios, constants, telling_ratios, window
 from .scales_words import MARGIN, finite, gpu_words, millions, models_of, no_worse, percent, unsound_words
 
 FEWEST = 3  # pairs that a model must have to be put together with others
@@ -19,7 +19,7 @@ FEWEST = 3  # pairs that a model must have to be put together with others
 
 def findings(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
     """A sentence or more each, the ones that there are data for."""
-    ratios = by_size(inference_ratios(lines), sizes)
+    ratios = telling_ratios(lines, sizes)
     found = [_amax_keeps(ratios), _constants_keep(ratios), _no_ratio(lines)]
     found += [*_fine_tuned(lines), *_trained(lines), *_together(lines)]
     return [sentence for sentence in found if sentence]

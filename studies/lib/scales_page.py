@@ -12,8 +12,8 @@ from .scales_claims import claims
 from .scales_findings import findings
 from .scales_page_pairs import ABOUT_PAIRS, pairs_section
 from .scales_results import CRITERION, Line, arms_of, done, pairs, plain_name, trained_tokens, wanted
-from .scales_sweeps import constants, inference_ratios, lacking_policies, window
-from .scales_words import millions, window_of
+from .scales_sweeps import baselines, by_size, constants, inference_ratios, lacking_policies, window
+from .scales_words import TOO_FEW, millions, window_of
 from .texts import Text, is_closed
 
 STUDIES = {
@@ -80,8 +80,11 @@ def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     if not ratios and not random:
         return f"{title}\n\nNot run yet: `python studies/scales.py window` makes the runs."
     rows = []
-    for model in sorted([*ratios, *sorted(random)], key=lambda model: sizes.get(model, 0)):
-        found = ["–"] * 4 if model in random else _window_row(constants(ratios[model]))
+    of = baselines(lines)
+    for model in by_size([*ratios, *sorted(random)], sizes):
+        found = ["–"] * 4
+        if model not in random:
+            found = _window_row(constants(ratios[model])) if of[model].tells else [TOO_FEW, *found[1:]]
         wants = [f"{of[model][0]} … {of[model][1]}" if model in of else "–" for of in want.values()]
         rows.append([model, millions(sizes.get(model, 0)), *found, *wants])
     head = ["model", "parameters", "window, c", "as biases of this hardware", "width", "best c (ratio)"]
@@ -110,11 +113,21 @@ def _policies(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     if not ratios:
         return ""
     names = ["current", "amax", "gc-amax", "histogram", "gc-histogram"]
-    rows = [
-        [model, *(f"{ratios[model][name]:.4f}" if name in ratios[model] else "–" for name in names)]
-        for model in sorted(ratios, key=lambda model: sizes.get(model, 0))
-    ]
-    return "## Policies that look at the tensor, in inference\n\nRatios.\n\n" + markdown(["model", *names], rows)
+    rows = []
+    for model in by_size(ratios, sizes):
+        of = baselines(lines)[model]
+        told = [f"{ratios[model][name]:.4f}" if name in ratios[model] else "–" for name in names]
+        few = "" if of.tells else f", {TOO_FEW}"
+        rows.append([model, *told, f"{of.accuracy:.4f} ± {of.half_width:.4f}", f"{of.tokens:,}{few}"])
+    title = "## Policies that look at the tensor, in inference"
+    return f"{title}\n\n{_ABOUT_POLICIES}\n\n" + markdown(["model", *names, "BF16's accuracy", "tokens"], rows)
+
+
+_ABOUT_POLICIES = f"""Ratios, and the accuracy in BF16 that they are of, with half of its 95 % interval as a share of
+so many tokens, as if each were independent of the others. Where that half is {100 * (1 - CRITERION):.1f} % of the
+accuracy or more there are *{TOO_FEW}*, and no finding or verdict is of such a model. The rule is on the safe side: a
+ratio is known better, since its two accuracies are of the same tokens. A model that always predicts the commonest token
+has a ratio of 1 under every policy, so that ratios say little where the accuracy beside them is no higher than that."""
 
 
 _SHOWS = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from .inference import policies
 from .scales_results import CRITERION, Line
@@ -16,9 +18,7 @@ def inference_ratios(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
     sweep that is not finished has those of the policies that are done; of constants only where all of them are."""
     found: dict[str, dict[str, list[float]]] = {}
     for line in lines:
-        if line.study not in ("window", "infer") or line.is_random:
-            continue
-        whole = line.inference.get("bf16", {}).get("accuracy")
+        whole = _of_bf16(line)
         lacking = {name.partition(":")[0] for name in lacking_policies(line)}
         for policy, entry in line.inference.items():
             if policy.partition(":")[0] in lacking:
@@ -29,8 +29,50 @@ def inference_ratios(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
     return {model: {name: statistics.fmean(r) for name, r in of.items()} for model, of in found.items()}
 
 
-def by_size(ratios: Ratios, sizes: Mapping[str, float]) -> Ratios:
-    return {model: ratios[model] for model in sorted(ratios, key=lambda model: sizes.get(model, 0))}
+def _of_bf16(line: Line) -> float | None:
+    """Its accuracy in a sweep of trained weights."""
+    is_sweep = line.study in ("window", "infer") and not line.is_random
+    return line.inference.get("bf16", {}).get("accuracy") if is_sweep else None
+
+
+class Baseline(NamedTuple):
+    """What ratios are of: BF16's accuracy on so many tokens."""
+
+    accuracy: float
+    tokens: int
+
+    @property
+    def half_width(self) -> float:
+        """Of its 95 % interval, as a binomial share of the tokens."""
+        return 1.96 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.tokens) if self.tokens else math.inf
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is known to less of itself than a ratio of CRITERION lacks. The ratio is known better, since both
+        of its accuracies are of the same tokens."""
+        return self.half_width < (1 - CRITERION) * self.accuracy
+
+
+def baselines(lines: Iterable[Line]) -> dict[str, Baseline]:
+    """Of each model that has ratios; the mean over seeds, whose tokens are the same."""
+    found: dict[str, list[Baseline]] = {}
+    for line in lines:
+        if accuracy := _of_bf16(line):
+            found.setdefault(line.model, []).append(Baseline(accuracy, line.spec.get("sweep_tokens", 0)))
+    return {
+        model: Baseline(statistics.fmean(one.accuracy for one in of), min(one.tokens for one in of))
+        for model, of in found.items()
+    }
+
+
+def telling_ratios(lines: Sequence[Line], sizes: Mapping[str, float]) -> Ratios:
+    """Of models whose sweeps have tokens enough to tell, from the smallest to the largest."""
+    ratios, of = inference_ratios(lines), baselines(lines)
+    return {model: ratios[model] for model in by_size(ratios, sizes) if of[model].tells}
+
+
+def by_size(models: Iterable[str], sizes: Mapping[str, float]) -> list[str]:
+    return sorted(models, key=lambda model: sizes.get(model, 0))
 
 
 def lacking_policies(line: Line) -> list[str]:

@@ -9,6 +9,7 @@ from .intervals import interval
 from .scales_results import Line, is_sound
 
 MARGIN = 0.25  # per cent of the loss, fixed before the runs
+TOO_FEW = "too few tokens to tell"  # whether a policy keeps so much as the paper's criterion
 
 
 def models_of(names: Iterable[str]) -> str:
