@@ -137,7 +137,7 @@ def test_models_that_were_trained_alike_are_put_together():
     lines = [*trained("gpt-31M", gpt), *trained("llama-49M", llama)]
     (said,) = together(*lines)
     assert said.startswith(
-        "gpt-31M and llama-49M together, from scratch on 0.0M tokens each, 8 pairs in all, pooled after"
+        "gpt-31M and llama-49M together, from scratch on 1.3k tokens each, 8 pairs in all, pooled after"
     )
     assert "current +0.03 % [-0.11, +0.17]. The models are not seen to differ" in said  # ± 2.365 * 0.1692 / sqrt(8)
     assert "verdicts stay those of each model" in said and "0.25 %" not in said

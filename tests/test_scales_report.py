@@ -29,7 +29,8 @@ from studies.lib.scales_results import (
     wanted,
 )
 from studies.lib.scales_sweeps import constants, inference_ratios, window
-from studies.lib.texts import Text, read_texts
+from studies.lib.scales_words import in_short
+from studies.lib.texts import Text, is_closed, read_texts
 
 
 def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
@@ -345,6 +346,31 @@ def test_lines_replace_those_of_the_same_run_and_of_no_other(tmp_path):
     path.write_text(path.read_text() + "{}\n")
     with pytest.raises(UserError, match="must hold a run a line, but line 4 does not"):
         read_lines(path, Line)
+
+
+@pytest.mark.parametrize(
+    "count, said",
+    [(0, "–"), (640, "640"), (7_680, "7.7k"), (60_000, "60k"), (994_000, "994k"), (999_424, "1.0M"), (9.97e6, "10M"),
+     (255_977_024, "256M"), (999.9e6, "1.0B"), (6.7e9, "6.7B"), (13e9, "13B")],
+)  # fmt: skip
+def test_a_count_in_short_keeps_two_digits(count, said):
+    assert in_short(count) == said
+
+
+def test_names_of_models_have_digits_of_their_text_where_it_is_said():
+    lines = [line("parity"), line("parity", "gpt-73M")]
+    assert "*Text* is a digest of the tokens.\n" in page(lines, [], sizes_of(lines), "data")
+    lines[0].spec["data"], other = "0123456789", line("parity")
+    told = told_apart([*lines, other])
+    text = page(told, [], sizes_of(told), "data")
+    assert "*Text* is a digest of the tokens, of which names of models have the first eight digits.\n" in text
+    assert "| gpt-31M (text 01234567) |" in text
+
+
+def test_links_go_to_a_folder_of_any_name():
+    text = page([line("parity")], ["gaps"], {}, "../my data (1)/café")
+    assert "(../my%20data%20%281%29/caf%C3%A9/runs.jsonl)" in text
+    assert "![gaps](../my%20data%20%281%29/caf%C3%A9/gaps.png)" in text
 
 
 def test_the_page_says_what_is_missing():

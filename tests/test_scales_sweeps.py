@@ -9,7 +9,7 @@ from studies.lib.scales_figures import depth, histograms, policies, windows
 from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import Line, sizes_of, told_apart, wanted
-from studies.lib.scales_sweeps import Baseline, baselines
+from studies.lib.scales_sweeps import Baseline, baselines, best_constant
 
 
 def biased(one, bias):
@@ -87,3 +87,18 @@ def test_a_sweep_of_few_tokens_is_marked_and_of_no_verdict_or_finding(monkeypatc
     (axes,) = drawn(monkeypatch, tmp_path / "amax.png", policies, both, sizes).axes
     assert [tick.get_text().count("few") for tick in axes.get_xticklabels()] == [1, 0]
     drawn(monkeypatch, tmp_path / "window.png", windows, [few], sizes)
+
+
+def test_the_best_constant_is_the_windows_where_there_is_one():
+    wide = swept("gpt-31M", range(-4, 7))
+    wide.inference["cscale:2"]["accuracy"], wide.inference["cscale:-6"]["accuracy"] = 0.401, 0.41
+    assert "| gpt-31M | 31M | -4 … 6 | -3 … 7 | 11 | 2 (1.0025) |" in page([wide], [], sizes_of([wide]), "data")
+    assert claims([wide], sizes_of([wide]))[0].found == "gpt-31M: AMAX 0.9990, the best constant 1.0025"
+    assert best_constant({-1: 0.9, 0: 0.99, 2: 0.98}) == 0  # which are no window
+
+
+def test_a_size_of_less_than_a_million_is_not_written_as_none(monkeypatch, tmp_path):
+    sizes = {"gpt-31M": 4.2e5, "gpt-73M": 7.3e7}
+    lines = [swept(model, range(-2, 3)) for model in sizes]
+    _, right = drawn(monkeypatch, tmp_path / "window.png", windows, lines, sizes).axes
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["0.4", "73"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .intervals import interval
 from .scales_results import CRITERION, Line, done, family, on_two_gpus, pairs, plain_name, trained_tokens
-from .scales_sweeps import Ratios, constants, telling_ratios, window
+from .scales_sweeps import Ratios, best_constant, constants, telling_ratios, window
 from .scales_words import MARGIN, gpu_words, models_of, percent, unsound, unsound_words, window_of
 
 WIDEST = (-16, 16)  # the constants that the paper speaks of
@@ -35,7 +35,7 @@ def _amax_inference(ratios: Ratios) -> Claim:
     amax = {model: of["amax"] for model, of in ratios.items() if "amax" in of}
     if not amax:
         return Claim(words, NOTHING, "–", OPEN)
-    best = {model: max(c.values()) for model, of in ratios.items() if (c := constants(of))}
+    best = {model: c[best_constant(c)] for model, of in ratios.items() if (c := constants(of))}
     good = {m for m in amax if amax[m] > CRITERION and best.get(m, amax[m]) > CRITERION}
     groups = [group for group in ([m for m in amax if m in good], [m for m in amax if m not in good]) if group]
     said = []

@@ -14,7 +14,7 @@ from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, capt
 from .scales_paired import in_lines, on_the_way, paired
 from .scales_results import CRITERION, LINEARS, Line, arms_of, biases_of, family, place
 from .scales_sweeps import constants, inference_ratios, telling_ratios, window
-from .scales_words import TOO_FEW, millions
+from .scales_words import TOO_FEW, in_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,7 +262,7 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
                       xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
         axes.axhline(1, color=FAINT, linewidth=1, linestyle=":")
         few = {model: f"\n{fill(TOO_FEW, 16)}" for model in ratios.keys() - telling.keys()}
-        labels = [f"{fill(model, 16)}\n{millions(sizes.get(model, 0))}{few.get(model, '')}" for model in ratios]
+        labels = [f"{fill(model, 16)}\n{in_short(sizes.get(model, 0))}{few.get(model, '')}" for model in ratios]
         axes.set_xticks(range(len(ratios)), labels)
         axes.set_xlim(-0.5, len(ratios) - 0.5)
         axes.grid(axis="x", visible=False)
@@ -284,7 +284,7 @@ def _plain_ticks(axes: Axes, at: Sequence[float]) -> None:
     ticks, labels, before = sorted(at), [], 0.0
     for value in ticks:
         has_room = value > 1.3 * before
-        labels.append(f"{value:.0f}" if has_room else "")
+        labels.append(f"{value:.0f}" if has_room and value >= 1 else f"{value:.1g}" if has_room else "")
         before = value if has_room else before
     axes.set_xticks(ticks, labels)
     axes.set_xticks([], minor=True)

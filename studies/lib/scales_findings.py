@@ -11,8 +11,8 @@ from typing import Any
 from .arms import LEVERS
 from .intervals import interval, means_differ, pairs_needed
 from .scales_results import CRITERION, Line, arms_of, done, is_sound, on_two_gpus, pairs, plain_name, trained_tokens
-from .scales_sweeps import Ratios, constants, telling_ratios, window
-from .scales_words import MARGIN, finite, gpu_words, millions, models_of, no_worse, percent, unsound_words
+from .scales_sweeps import Ratios, best_constant, constants, telling_ratios, window
+from .scales_words import MARGIN, finite, gpu_words, in_short, models_of, no_worse, percent, unsound_words
 
 FEWEST = 3  # pairs that a model must have to be put together with others
 
@@ -46,7 +46,7 @@ def _constants_keep(ratios: Ratios) -> str:
         said.append(f"{which} keeps {100 * CRITERION} % and more of it in {models_of(have)}")
     for model, ours in swept.items():
         if model not in have:
-            best = max(ours, key=lambda c: ours[c])
+            best = best_constant(ours)
             none = "none does" if have else f"none keeps {100 * CRITERION} % of it"
             said.append(f"{none} in {model}, whose best, c = {best}, keeps {_per_cent([ours[best]])}")
     return f"One constant scale for all tensors, FP8-CSCALE: {'; '.join(said)}." if said else ""
@@ -205,7 +205,7 @@ def _together(lines: Sequence[Line]) -> list[str]:
         differ = [arm for arm, groups in arms.items() if _differ(groups)]
         words = _each(apart, [line for line in lines if line.study == "parity" and line.model in models], judged=False)
         found.append(
-            f"{' and '.join([', '.join(models[:-1]), models[-1]])} together, from scratch on {millions(tokens)} tokens "
+            f"{' and '.join([', '.join(models[:-1]), models[-1]])} together, from scratch on {in_short(tokens)} tokens "
             f"each, {_counts(apart)} in all, pooled after the runs were seen, so that the verdicts stay those of each "
             f"model: {words}. "
             + (f"With {', '.join(differ)} the models differ" if differ else "The models are not seen to differ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from urllib.parse import quote
 
 from torch_fp8.table import markdown
 
@@ -12,8 +13,8 @@ from .scales_claims import claims
 from .scales_findings import findings
 from .scales_page_pairs import ABOUT_PAIRS, pairs_section
 from .scales_results import CRITERION, Line, arms_of, done, pairs, plain_name, trained_tokens, wanted
-from .scales_sweeps import baselines, by_size, constants, inference_ratios, lacking_policies, window
-from .scales_words import TOO_FEW, millions, window_of
+from .scales_sweeps import baselines, best_constant, by_size, constants, inference_ratios, lacking_policies, window
+from .scales_words import TOO_FEW, in_short, window_of
 from .texts import Text, is_closed
 
 STUDIES = {
@@ -45,7 +46,8 @@ def page(
     data: str,
     texts: Mapping[str, Text] = {},
 ) -> str:
-    """data: the folder of runs.jsonl and the pictures, as the page links to it. texts: by digest."""
+    """data: the path to the folder of runs.jsonl and the pictures, from the page. texts: by digest."""
+    data = quote(data)
     again = "To be read as the table of fine-tuning."
     parts = [
         _HEAD.format(data=data),
@@ -86,7 +88,7 @@ def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
         if model not in random:
             found = _window_row(constants(ratios[model])) if of[model].tells else [TOO_FEW, *found[1:]]
         wants = [f"{of[model][0]} … {of[model][1]}" if model in of else "–" for of in want.values()]
-        rows.append([model, millions(sizes.get(model, 0)), *found, *wants])
+        rows.append([model, in_short(sizes.get(model, 0)), *found, *wants])
     head = ["model", "parameters", "window, c", "as biases of this hardware", "width", "best c (ratio)"]
     head += ["biases that inputs want", "that weights want"]
     about = _ABOUT_WINDOWS + _OF_RANDOM * bool(random)
@@ -95,7 +97,7 @@ def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
 
 def _window_row(ratios: Mapping[int, float]) -> list[str]:
     found = window(ratios)
-    best = max(ratios, key=lambda c: ratios[c])
+    best = best_constant(ratios)
     biases = f"{found[0] + 1} … {found[1] + 1}" if found else "–"
     width = found[1] - found[0] + 1 if found else 0
     return [window_of(found, ratios), biases, str(width), f"{best} ({ratios[best]:.4f})"]
@@ -160,7 +162,7 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str,
             finished = [line for line in mine if line.result is not None]
             tokens = trained_tokens(mine[0])
             gpus = sorted({line.result["gpu"] for line in finished if line.result})
-            rows.append([what, model, millions(sizes.get(model, 0)), millions(tokens) if tokens else "–",
+            rows.append([what, model, in_short(sizes.get(model, 0)), in_short(tokens) if tokens else "–",
                          f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–",
                          f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–", mine[0].spec["data"]])  # fmt: skip
             closed = is_closed(mine[0].spec["data"], texts)
@@ -170,7 +172,8 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str,
     head = ["study", "model", "parameters", "tokens of a training", "per parameter", "runs done", "on", "text"]
     known = [f"* {digest}: {text.words}{'; it cannot be made again' * is_closed(digest, texts)}"
              for digest, text in texts.items() if any(row[-1] == digest for row in rows)]  # fmt: skip
-    digest = "*Text* is a digest of the tokens, of which names of models have the first eight digits."
+    named = any(f"text {row[-1][:8]}" in row[1] for row in rows)
+    digest = f"*Text* is a digest of the tokens{', of which names of models have the first eight digits' * named}."
     parts = [f"## Runs\n\n{markdown(head, rows)}", "\n".join([digest, *([""] if known else []), *known])]
     left = [(_CLOSED if closed else _STILL) + "\n".join(of) for closed, of in missing.items() if of]
     return "\n\n".join([*parts, *left])
@@ -209,7 +212,7 @@ many.
 
 def _not_claimed(lines: Sequence[Line]) -> str:
     longest = max(map(trained_tokens, lines), default=0)
-    most = f" The longest\n  training here is of {millions(longest)} tokens." if longest else ""
+    most = f" The longest\n  training here is of {in_short(longest)} tokens." if longest else ""
     left = _not_trained(lines)
     names = dict.fromkeys(plain_name(line.model) for line in lines)
     few = [model for model in names if re.search(r"\bQ\d", model)]

@@ -98,3 +98,9 @@ def window(ratios: Mapping[int, float]) -> tuple[int, int] | None:
             run = [*run, c] if run and run[-1] == c - 1 else [c]
             best = max(best, run, key=len)
     return (best[0], best[-1]) if best else None
+
+
+def best_constant(ratios: Mapping[int, float]) -> int:
+    """Of the window; where there is none, of all."""
+    low, high = window(ratios) or (min(ratios), max(ratios))
+    return max((c for c in ratios if low <= c <= high), key=lambda c: ratios[c])

@@ -16,8 +16,12 @@ def models_of(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def millions(count: float) -> str:
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count < 1e7 else f"{count / 1e6:.0f}M"
+def in_short(count: float) -> str:
+    """Of parameters or tokens; a dash of none, or where it is not known."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.995 * unit:
+            return f"{count / unit:.{int(count < 9.95 * unit)}f}{name}"
+    return f"{count:.0f}" if count else "–"
 
 
 def percent(differences: Sequence[float]) -> str:
