@@ -381,7 +381,8 @@ def test_readme_says_what_trainings_came_to():
     here = delayed.pop(model)
     (there,) = delayed.values()
     said = (
-        f"ends {there.mean:.2f} % above BF16's loss on one text and {here.mean:.2f} % on another with delayed scaling; "
+        f"ends {there.mean:.2f} % above BF16's loss on the first text and {here.mean:.2f} % on the other with "
+        "delayed scaling; "
     )
     assert f"{said}there {interval(fprop16).mean:.2f} % with" in readme
     finetune = done(lines, "finetune")
