@@ -1,13 +1,14 @@
 """Runs of studies/scales.py that were never made, so that what they say is known, and what is said and drawn of them,
 for tests."""
 
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch_fp8.picture import picture
 
-from studies.lib import scales_paired
-from studies.lib.scales_claims import claims, findings
+from studies.lib.scales_claims import claims
+from studies.lib.scales_findings import findings
 from studies.lib.scales_results import Line, sizes_of
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +21,13 @@ def line(study="window", model="gpt-31M", arm="bf16", seed=0, result=None, **mor
     return Line(f"{model}_{arm}_{seed}", spec, more.pop("step", 10), result, more.pop("losses", []), [], **more)
 
 
-def swept(model, works, amax=0.999):
+def swept(model, works, amax=0.999, tokens=1 << 19):
     """A run whose constants ``works`` keep all of an accuracy of 0.4, and the others half."""
     inference = {"bf16": {"accuracy": 0.4}, "amax": {"accuracy": 0.4 * amax}}
     inference |= {f"cscale:{c}": {"accuracy": 0.4 if c in works else 0.2} for c in range(-16, 17)}
-    return line(model=model, result={"inference": inference})
+    one = line(model=model, result={"inference": inference})
+    one.spec["sweep_tokens"] = tokens
+    return one
 
 
 def verdicts(*lines):
@@ -70,6 +73,6 @@ def drawn(monkeypatch, path, draws, *arguments):
             yield figure
             figures.append(figure)
 
-    monkeypatch.setattr(scales_paired, "picture", watched)
+    monkeypatch.setattr(sys.modules[draws.__module__], "picture", watched)
     assert draws(path, *arguments)
     return figures[0]

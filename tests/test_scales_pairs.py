@@ -8,9 +8,11 @@ from scales_lines import ROOT, line, on_its_way, swept, together, trained, tuned
 from studies.lib.arms import ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
-from studies.lib.scales_claims import claims, findings, no_worse
+from studies.lib.scales_claims import claims
+from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import Line, arms_of, done, gaps, pairs, sizes_of, told_apart
+from studies.lib.scales_words import no_worse
 
 
 def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
@@ -135,7 +137,7 @@ def test_models_that_were_trained_alike_are_put_together():
     lines = [*trained("gpt-31M", gpt), *trained("llama-49M", llama)]
     (said,) = together(*lines)
     assert said.startswith(
-        "gpt-31M and llama-49M together, from scratch on 0.0M tokens each, 8 pairs in all, pooled after"
+        "gpt-31M and llama-49M together, from scratch on 1.3k tokens each, 8 pairs in all, pooled after"
     )
     assert "current +0.03 % [-0.11, +0.17]. The models are not seen to differ" in said  # ± 2.365 * 0.1692 / sqrt(8)
     assert "verdicts stay those of each model" in said and "0.25 %" not in said
@@ -152,7 +154,10 @@ def test_what_a_pair_does_not_know_of_is_said():
     assert "two kinds of GPU" not in page(lines, [], {}, "data")
     lines[0].result["gpu"] = "NVIDIA H200"
     said = page(lines, [], {}, "data")
-    assert "* gpt-124M, pairs whose two runs were on two kinds of GPU: cscale:2 in 1, current in 1; what" in said
+    assert (
+        "* gpt-124M, pairs whose two runs were on two kinds of GPU: against bf16 cscale:2 in 1, current in 1; what"
+        in said
+    )
     assert "* More pairs than were planned, added after the first had been seen: current of gpt-124M\n" in said
     assert "* Arms of the study's default that have no two pairs: bf16-again, delayed, amax, e4m3, wgrad16 of" in said
     assert "cscale:2 is `ConstantScaling(bias=3, grad_margin=4)` with the loss scaled by 2^16" in said
@@ -376,7 +381,8 @@ def test_readme_says_what_trainings_came_to():
     here = delayed.pop(model)
     (there,) = delayed.values()
     said = (
-        f"ends {there.mean:.2f} % above BF16's loss on one text and {here.mean:.2f} % on another with delayed scaling; "
+        f"ends {there.mean:.2f} % above BF16's loss on the first text and {here.mean:.2f} % on the other with "
+        "delayed scaling; "
     )
     assert f"{said}there {interval(fprop16).mean:.2f} % with" in readme
     finetune = done(lines, "finetune")

@@ -12,25 +12,23 @@ from examples.gpt.errors import UserError
 from studies.lib import fog_results
 from studies.lib.lines import read_lines
 from studies.lib.runs import claim
-from studies.lib.scales_claims import claims, findings
+from studies.lib.scales_claims import claims
 from studies.lib.scales_figures import draw
 from studies.lib.scales_page import page
 from studies.lib.scales_results import (
     Line,
     biases_of,
     condensed,
-    constants,
-    inference_ratios,
     merged,
     pairs,
     place,
     sizes_of,
     told_apart,
     trained_tokens,
-    wanted,
-    window,
 )
-from studies.lib.texts import Text, read_texts
+from studies.lib.scales_sweeps import constants, inference_ratios, window
+from studies.lib.scales_words import in_short
+from studies.lib.texts import Text, is_closed, read_texts
 
 
 def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
@@ -72,14 +70,6 @@ def test_trainings_of_one_model_are_no_two_sizes():
     narrow.spec.update(lr=None, sweep=[-3, 3], steps=20, warm_up=2)
     wide.spec.update(lr=None, sweep=[-16, 16], warm_up=1)
     assert told_apart([wide, narrow])[1].model == "gpt-31M (steps 20, c from -3 to 3)"
-
-
-def test_a_sweep_finds_the_biases_of_fine_tuning_at_whatever_rate():
-    sweep, slow, fast = (line(study, result={"loss": 1.0}) for study in ("infer", "finetune", "finetune"))
-    slow.biases.append({"step": 1, "biases": {"layer": {"x": 3}}})
-    fast.biases.append({"step": 1, "biases": {"layer": {"x": 5}}})
-    slow.spec["lr"], fast.spec["lr"] = 1e-4, 1e-3
-    assert wanted(told_apart([sweep, slow, fast]), "x")["gpt-31M"] == (3, 5)
 
 
 def test_sizes_in_a_row_were_trained_alike():
@@ -155,54 +145,6 @@ def test_an_arm_is_one_thing(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_sweep_whose_bf16_is_never_right_is_said():
-    sweep = swept("gpt-31M", range(-2, 3))
-    sweep.inference["bf16"]["accuracy"] = 0.0
-    assert "Of gpt-31M no ratio can be said: BF16 itself predicts no token right." in findings([sweep], {})
-
-
-def test_the_best_constant_is_of_those_that_have_constants():
-    whole, begun = swept("gpt-31M", [], amax=0.9), swept("gpt-73M", [], amax=0.8)
-    for c in range(-16, 17):
-        del begun.inference[f"cscale:{c}"]
-    claim = claims([whole, begun], {"gpt-31M": 1, "gpt-73M": 2})[0]
-    assert claim.found == "gpt-31M, gpt-73M: AMAX 0.8000 to 0.9000, the best constant of gpt-31M 0.5000"
-
-
-def test_a_sweep_that_ends_within_a_window_shows_no_window():
-    runs = [swept("gpt-31M", range(-3, 4)), swept("gpt-73M", range(-2, 3))]
-    assert verdicts(*runs)[2] == "consistent" and "in inference no larger one's is wider" in verdicts(*runs)[3]
-    for one in runs:
-        inference = one.result["inference"]
-        for c in range(-16, 17):
-            if c < -2 or c > 2:
-                del inference[f"cscale:{c}"]
-    assert verdicts(*runs)[2:] == ["cannot be claimed: a window may go on where its sweep ends",
-                                   "cannot be claimed (a window may go on where its sweep ends)"]  # fmt: skip
-    everything = [swept("gpt-31M", range(-16, 17))]
-    assert verdicts(*everything)[2] == "not"
-
-
-@pytest.mark.parametrize(
-    "good, expected",
-    [([], None), ([3], (3, 3)), ([-2, -1, 0, 5], (-2, 0)), ([-2, 0, 1, 2, 3, 9], (0, 3)), (range(-16, 17), (-16, 16))],
-)
-def test_a_window_is_the_longest_run_of_neighbours(good, expected):
-    assert window({c: 0.995 if c in good else 0.9949 for c in range(16, -17, -1)}) == expected
-
-
-def test_constants_that_were_not_swept_part_a_window():
-    assert window({0: 1.0, 1: 1.0, 3: 1.0}) == (0, 1)
-
-
-def test_ratios_are_of_16_bits_and_means_over_seeds():
-    one, two = swept("gpt-31M", [0]), swept("gpt-31M", [0, 1])
-    assert inference_ratios([one, two])["gpt-31M"]["cscale:1"] == pytest.approx(0.75)
-    lost = line(result={"inference": {"bf16": {"accuracy": 0.4}, "cscale:0": {"accuracy": None}}})
-    assert inference_ratios([lost])["gpt-31M"] == {"cscale:0": 0.0}
-    assert inference_ratios([line(result={"loss": 1.0}), line()]) == {}
-
-
 @pytest.mark.parametrize(
     "layer, expected",
     [
@@ -226,90 +168,6 @@ def test_layers_have_a_depth_and_a_kind(layer, expected):
 
 def test_without_data_nothing_can_be_claimed():
     assert verdicts() == verdicts(line(), line("finetune"), line("parity")) == ["cannot be claimed"] * 4
-
-
-def test_inference_is_judged_by_all_models():
-    good, bad = swept("gpt-31M", range(-3, 4)), swept("gpt-73M", range(-3, 4), amax=0.99)
-    assert verdicts(good)[0] == "consistent" and verdicts(good, bad)[0] == "cannot be claimed"
-    assert verdicts(swept("gpt-31M", [], amax=0.9))[0] == "not"
-
-
-def test_a_window_has_ends_no_gaps_and_depends_on_the_model():
-    small, large = swept("gpt-31M", range(-4, 5)), swept("gpt-73M", range(-3, 5))
-    assert verdicts(small, large)[2] == "consistent"
-    assert verdicts(small, swept("gpt-73M", range(-4, 5)))[2] == "cannot be claimed"  # the same for both
-    assert verdicts(small, swept("gpt-73M", [-4, -3, 0]))[2] == "cannot be claimed"
-    assert verdicts(swept("gpt-31M", range(-16, 17)))[2] == "not"
-
-
-def test_windows_are_ordered_by_size():
-    narrower = verdicts(swept("cerebras-gpt-256M", range(-1, 3)), swept("gpt-31M", range(-4, 5)))[3]
-    assert narrower == "cannot be claimed (in inference no larger one's is wider)"
-    wider = verdicts(swept("cerebras-gpt-256M", range(-4, 5)), swept("gpt-31M", range(-1, 3)))[3]
-    assert wider == "cannot be claimed (in inference not)"
-    same = verdicts(swept("cerebras-gpt-256M", range(-1, 3)), swept("gpt-31M", range(-1, 3)))[3]
-    assert same == "cannot be claimed (in inference no trend)"
-
-
-def test_windows_of_two_families_are_not_put_in_a_row():
-    lines = [swept("gpt-31M", range(-4, 5)), swept("cerebras-gpt-256M", range(-1, 3))]
-    wide = [swept("llama-49M", range(-8, 9)), swept("llama-127M", range(-7, 9))]
-    found = claims([*lines, *wide], sizes_of([*lines, *wide]))[3]
-    assert found.found.endswith(": gpt 9, 4; llama 17, 16") and found.verdict.endswith(
-        "(in inference no larger one's is wider)"
-    )
-    assert verdicts(lines[0], wide[0])[3] == "cannot be claimed"
-    checkpoint = swept("gpt-9M", range(-1, 1))
-    checkpoint.spec.update(study="infer", checkpoint="abc")
-    assert claims([*lines, checkpoint], sizes_of([*lines, checkpoint]))[3].found.endswith(": 9, 4")
-
-
-def unfinished(policies, model="Other-135M-Q4"):
-    spec = {**SPEC, "study": "infer", "model": model, "arm": "bf16", "checkpoint": "abc", "sweep": list(range(-4, 5))}
-    spec |= {"sweep_tokens": 9_000}
-    return Line(f"{model}_infer", spec, len(policies), None, [], [], policies)
-
-
-def test_a_sweep_that_is_not_finished_says_what_it_can():
-    """Of constants nothing, unless all of them are done; and a finished one does not keep what it was on its way."""
-    done = {name: {"loss": 2.0, "accuracy": 0.4} for name in ["bf16", "current", "amax", "cscale:-4", "cscale:-3"]}
-    assert inference_ratios([unfinished(done)]) == {"Other-135M-Q4": {"current": 1.0, "amax": 1.0}}
-    done |= {f"cscale:{c}": {"loss": 2.0, "accuracy": 0.4 if c in (0, 1) else 0.2} for c in range(-4, 5)}
-    lines = [unfinished(done), line("finetune", "Other-135M-Q4", result={"loss": 1.5, "accuracy": 0.5})]
-    lines.append(line("finetune", "Other-135M-Q4", "amax", result={"loss": 1.53, "accuracy": 0.5, "loss_fp8": 1.6}))
-    lines[-1].spec["recipe"] = {"kind": "CurrentScaling"}
-    for one in lines[1:]:
-        one.spec.update(checkpoint="abc", validated=512)
-    text = page(lines, [], sizes_of(lines), "data")
-    assert "| Other-135M-Q4 | 135M | 0 … 1 |" in text and "Nothing of Other-135M-Q4 in 16 bits" in text
-    assert (
-        "Other-135M-Q4: unfinished, histogram, gc-amax, gc-histogram, gc-cscale:-4, gc-cscale:0, gc-cscale:4 missing\n"
-        in text
-    )
-    assert "from 2.0000 nats a token, on 9,000 of the text, to 1.5000, on 512; one pair each shows nothing" in "".join(
-        findings(lines, {})
-    )
-    assert "on 9,000 tokens of the text, where fine-tuning has 512. Of the gain of 0.5000 in BF16" in text
-    lines[0].spec["data"] = "another text"
-    assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
-    assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text
-    lines[0].spec["data"] = "abc"
-    for before in ({"loss": None, "accuracy": 0.0}, {"accuracy": 0.4}):  # not finite, or not recorded
-        of_none = [unfinished({**done, "bf16": before}), *lines[1:]]
-        assert "nats a token;" not in "".join(findings(of_none, {}))
-        assert "Of the gain" not in page(of_none, [], {}, "data")
-    lines[-1].result["loss"] = None
-    assert "Of the gain" not in page(lines, [], {}, "data")  # nobody is left who could lose of it
-
-
-def test_a_sweep_is_condensed_with_its_policies(tmp_path):
-    (run,) = claim(tmp_path, {"a": unfinished({}).spec})
-    run.log.write_text('{"step": 1, "policy": "bf16", "loss": 2.0, "accuracy": 0.4}\n')
-    assert condensed(run).inference == {"bf16": {"loss": 2.0, "accuracy": 0.4}}
-    with open(run.log, "a") as file:
-        file.write('{"step": 2, "result": {"inference": {"bf16": {"loss": 2.0, "accuracy": 0.4}}}}\n')
-    found = condensed(run)
-    assert found.policies == {} and found.inference["bf16"]["accuracy"] == 0.4
 
 
 def test_gradients_with_a_loss_scale_that_moves_are_not_shown():
@@ -343,6 +201,31 @@ def test_lines_replace_those_of_the_same_run_and_of_no_other(tmp_path):
     path.write_text(path.read_text() + "{}\n")
     with pytest.raises(UserError, match="must hold a run a line, but line 4 does not"):
         read_lines(path, Line)
+
+
+@pytest.mark.parametrize(
+    "count, said",
+    [(0, "–"), (640, "640"), (7_680, "7.7k"), (60_000, "60k"), (994_000, "994k"), (999_424, "1.0M"), (9.97e6, "10M"),
+     (255_977_024, "256M"), (999.9e6, "1.0B"), (6.7e9, "6.7B"), (13e9, "13B")],
+)  # fmt: skip
+def test_a_count_in_short_keeps_two_digits(count, said):
+    assert in_short(count) == said
+
+
+def test_names_of_models_have_digits_of_their_text_where_it_is_said():
+    lines = [line("parity"), line("parity", "gpt-73M")]
+    assert "*Text* is a digest of the tokens.\n" in page(lines, [], sizes_of(lines), "data")
+    lines[0].spec["data"], other = "0123456789", line("parity")
+    told = told_apart([*lines, other])
+    text = page(told, [], sizes_of(told), "data")
+    assert "*Text* is a digest of the tokens, of which names of models have the first eight digits.\n" in text
+    assert "| gpt-31M (text 01234567) |" in text
+
+
+def test_links_go_to_a_folder_of_any_name():
+    text = page([line("parity")], ["gaps"], {}, "../my data (1)/café")
+    assert "(../my%20data%20%281%29/caf%C3%A9/runs.jsonl)" in text
+    assert "![gaps](../my%20data%20%281%29/caf%C3%A9/gaps.png)" in text
 
 
 def test_the_page_says_what_is_missing():
@@ -413,4 +296,9 @@ def test_readme_says_what_the_data_say():
     ratios = inference_ratios([line for line in lines if line.study == "infer"]).values()
     one, another = sorted(((100 * max(constants(of).values()), 100 * of["amax"]) for of in ratios), reverse=True)
     said = f"keeps {one[0]:.2f} % with its best constant and {one[1]:.2f} % with FP8-AMAX, on another text "
-    assert f"{said}{another[0]:.2f} % and {another[1]:.2f} %." in readme
+    said += f"{another[0]:.2f} % and {another[1]:.2f} %. The first text cannot be made again, and its sweep was not"
+    assert f"{said} finished" in readme
+    (unfinished,) = [line for line in lines if line.study == "infer" and line.result is None]
+    texts = read_texts(ROOT / "studies" / "results" / "scales" / "texts.json")
+    closed = {model for model, of in inference_ratios(lines).items() if 100 * of["amax"] == one[1]}
+    assert closed == {unfinished.model} and is_closed(unfinished.spec["data"], texts)

@@ -11,20 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
-from .scales_claims import millions
 from .scales_paired import in_lines, on_the_way, paired
-from .scales_results import (
-    CRITERION,
-    LINEARS,
-    Line,
-    arms_of,
-    biases_of,
-    constants,
-    family,
-    inference_ratios,
-    place,
-    window,
-)
+from .scales_results import CRITERION, LINEARS, Line, arms_of, biases_of, family, place
+from .scales_sweeps import constants, inference_ratios, telling_ratios, window
+from .scales_words import TOO_FEW, in_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,10 +90,11 @@ def histograms(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
 
 
 def _largest(lines: Sequence[Line], phase: str = "training") -> list[Line]:
-    """Of the largest model of each family that has records: its first run with them."""
-    found: dict[str, Line] = {}
+    """Of the largest model of each family that has records, and of the largest with random weights: its first run with
+    them."""
+    found: dict[tuple[str, bool], Line] = {}
     for line in lines:  # the last one of a family is the largest
-        name = family(line.model)
+        name = family(line.model), line.is_random
         if biases_of(line, phase) and not (name in found and found[name].model == line.model):
             found[name] = line
     return list(found.values())
@@ -200,6 +191,7 @@ def over_time(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> 
 def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bool:
     """The ratio against the constant, a line a model; and the width of the window against the size."""
     ratios = {model: of for model, of in inference_ratios(lines).items() if constants(of)}
+    telling = telling_ratios(lines, sizes)
     if not ratios:
         return False
     with picture(path, "FP8-CSCALE: which constants work", (11, 5.6)) as figure:
@@ -209,10 +201,13 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
         for (model, of), color in zip(ratios.items(), COLORS * 9):
             ours = constants(of)
             face = color if model in trained else "white"
+            name = in_lines(model) if model in telling else f"{in_lines(model)}\n{TOO_FEW}"
             left.plot(list(ours), [_clipped(r) for r in ours.values()], color=color, marker="o", markersize=3.5,
-                      markerfacecolor=face, label=in_lines(model))  # fmt: skip
+                      markerfacecolor=face, label=name)  # fmt: skip
             theirs = constants(of, "gc-cscale")
             left.plot(list(theirs), [_clipped(r) for r in theirs.values()], "x", color=color, markersize=8)
+            if model not in telling:
+                continue
             found = window(ours)
             widths[model] = found[1] - found[0] + 1 if found else 0
             at = sizes.get(model, 0) / 1e6, widths[model]
@@ -230,7 +225,7 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
         )
         left.xaxis.get_major_locator().set_params(integer=True)
         right.set(xlabel="million parameters", ylabel="constants in a row that work", title="Width of the window",
-                  xscale="log", ylim=(-0.7, 2 + max(widths.values())))  # fmt: skip
+                  xscale="log", ylim=(-0.7, 2 + max(widths.values(), default=0)))  # fmt: skip
         right.margins(x=0.2)
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=3)
         _plain_ticks(right, [sizes.get(model, 0) / 1e6 for model in widths])
@@ -253,6 +248,7 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
         "gc-histogram": "histogram, the paper's formats",
     }
     ratios = {model: of for model, of in inference_ratios(lines).items() if "amax" in of}
+    telling = telling_ratios(lines, sizes)
     if not ratios:
         return False
     with picture(path, "FP8-AMAX and its neighbours in inference", (11, 4.6)) as figure:
@@ -265,7 +261,9 @@ def policies(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> b
         axes.annotate(f"the paper's {CRITERION}", (0.005, CRITERION), xycoords=("axes fraction", "data"),
                       xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
         axes.axhline(1, color=FAINT, linewidth=1, linestyle=":")
-        axes.set_xticks(range(len(ratios)), [f"{fill(m, 16)}\n{millions(sizes.get(m, 0))}" for m in ratios])
+        few = {model: f"\n{fill(TOO_FEW, 16)}" for model in ratios.keys() - telling.keys()}
+        labels = [f"{fill(model, 16)}\n{in_short(sizes.get(model, 0))}{few.get(model, '')}" for model in ratios]
+        axes.set_xticks(range(len(ratios)), labels)
         axes.set_xlim(-0.5, len(ratios) - 0.5)
         axes.grid(axis="x", visible=False)
         axes.set(ylabel="next-token accuracy over that of BF16")
@@ -286,7 +284,7 @@ def _plain_ticks(axes: Axes, at: Sequence[float]) -> None:
     ticks, labels, before = sorted(at), [], 0.0
     for value in ticks:
         has_room = value > 1.3 * before
-        labels.append(f"{value:.0f}" if has_room else "")
+        labels.append(f"{value:.0f}" if has_room and value >= 1 else f"{value:.1g}" if has_room else "")
         before = value if has_room else before
     axes.set_xticks(ticks, labels)
     axes.set_xticks([], minor=True)

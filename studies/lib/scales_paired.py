@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
 from .intervals import interval
-from .scales_claims import MARGIN, pooled
+from .scales_findings import pooled
 from .scales_results import Line, arms_of, done, gaps, pairs
+from .scales_words import MARGIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from models.names import MODELS, parameter_count
 
 from .arms import make_emulation, make_recipe
-from .inference import policies
 from .lines import (
     FINITE,
     LIST,
@@ -102,6 +101,11 @@ class Line:
         return self.spec["model"]
 
     @property
+    def is_random(self) -> bool:
+        """Whether its weights are random: they have no accuracy to keep, and want other biases than trained ones."""
+        return self.study == "infer" and not self.spec.get("checkpoint")
+
+    @property
     def shared(self) -> Spec:
         """What its spec says but for its arm: runs that have it in common have seed, weights at the start and batches
         in common."""
@@ -172,15 +176,16 @@ _USUAL = {"dtype": "bfloat16", "loss_scale": 1.0}
 def told_apart(lines: Sequence[Line]) -> list[Line]:
     """The same, but where runs of a model are no pairs their model is called by what tells them apart as well: that it
     is a checkpoint where it was trained here too, its text where it has several, and of one study what else differs
-    than arm and seed."""
-    origins: dict[str, set[_Origin]] = {}
+    than arm and seed. That weights are random is always said."""
+    origins: dict[tuple[str, bool], set[_Origin]] = {}
     alike: dict[tuple[str, str, _Origin], list[Spec]] = {}
     for line in lines:
-        origins.setdefault(line.model, set()).add(_origin(line))
+        origins.setdefault((line.model, line.is_random), set()).add(_origin(line))
         alike.setdefault((line.study, line.model, _origin(line)), []).append(line.shared)
     told = []
     for line in lines:
-        parts = _origin_words(_origin(line), origins[line.model])
+        parts = ["random weights"] * line.is_random
+        parts += _origin_words(_origin(line), origins[line.model, line.is_random])
         parts += _differing(line, alike[line.study, line.model, _origin(line)])
         name = f"{line.model} ({', '.join(parts)})" if parts else line.model
         told.append(replace(line, spec={**line.spec, "model": name}))
@@ -238,53 +243,10 @@ def done(lines: Iterable[Line], *studies: str) -> list[Line]:
     return [line for line in lines if line.result is not None and line.study in studies]
 
 
-def inference_ratios(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
-    """{model: {policy: next-token accuracy over that of 16 bits}}, the mean over seeds. Random weights have none, and a
-    sweep that is not finished has those of the policies that are done; of constants only where all of them are."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for line in lines:
-        if line.study not in ("window", "infer") or (line.study == "infer" and not line.spec["checkpoint"]):
-            continue
-        whole = line.inference.get("bf16", {}).get("accuracy")
-        lacking = {name.partition(":")[0] for name in lacking_policies(line)}
-        for policy, entry in line.inference.items():
-            if policy.partition(":")[0] in lacking:
-                continue
-            if whole and policy != "bf16":
-                ratio = (entry["accuracy"] or 0.0) / whole
-                found.setdefault(line.model, {}).setdefault(policy, []).append(ratio)
-    return {model: {name: statistics.fmean(r) for name, r in of.items()} for model, of in found.items()}
-
-
-def lacking_policies(line: Line) -> list[str]:
-    """Those that an unfinished sweep has still to do."""
-    asked = policies(line.spec["sweep"]) if line.result is None and line.spec.get("sweep") else ()
-    return [name for name in asked if name not in line.policies]
-
-
-def constants(ratios: Mapping[str, float], family: str = "cscale") -> dict[int, float]:
-    """{c: ratio} of the policies ``cscale:c``, in order."""
-    found = {int(name.partition(":")[2]): ratio for name, ratio in ratios.items() if name.startswith(f"{family}:")}
-    return dict(sorted(found.items()))
-
-
-def window(ratios: Mapping[int, float]) -> tuple[int, int] | None:
-    """The longest run of neighbouring constants whose ratio is at least CRITERION; None where there is none."""
-    best: list[int] = []
-    run: list[int] = []
-    for c in sorted(ratios):
-        if ratios[c] < CRITERION:
-            run = []
-        else:
-            run = [*run, c] if run and run[-1] == c - 1 else [c]
-            best = max(best, run, key=len)
-    return (best[0], best[-1]) if best else None
-
-
-def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, list[float]]:
+def pairs(lines: Iterable[Line], arm: str, against: str, key: str, *, one_gpu: bool = False) -> dict[str, list[float]]:
     """{model: relative differences of ``result[key]``, one for each two runs that differ in their arm alone, in per
     cent}. That of a run that was lost is infinite; where the other was, or diverged, there is none. What an arm has in
-    its own FP8, ``loss_fp8``, is held against ``loss``."""
+    its own FP8, ``loss_fp8``, is held against ``loss``. one_gpu: without pairs on two kinds of GPU."""
     alike: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
@@ -292,10 +254,19 @@ def pairs(lines: Iterable[Line], arm: str, against: str, key: str) -> dict[str, 
     found: dict[str, list[float]] = {}
     for (model, _), arms in sorted(alike.items(), key=lambda item: item[0]):
         theirs = arms.get(against, {}).get(key.removesuffix("_fp8"))
-        if theirs and is_sound(arms[against]) and key in arms.get(arm, {}):
+        apart = one_gpu and arms.get(arm, {}).get("gpu") != arms.get(against, {}).get("gpu")
+        if theirs and is_sound(arms[against]) and key in arms.get(arm, {}) and not apart:
             lost = arms[arm][key] is None or arms[arm]["loss"] is None
             found.setdefault(model, []).append(float("inf") if lost else 100 * (arms[arm][key] / theirs - 1))
     return found
+
+
+def on_two_gpus(lines: Sequence[Line], arm: str, against: str) -> dict[str, int]:
+    """{model: how many of the pairs are of runs on two kinds of GPU}, where there are any: what comes out between them
+    can be the GPU's."""
+    one = pairs(lines, arm, against, "loss", one_gpu=True)
+    every = pairs(lines, arm, against, "loss")
+    return {model: count for model, of in every.items() if (count := len(of) - len(one.get(model, [])))}
 
 
 def is_sound(result: dict[str, Any]) -> bool:
