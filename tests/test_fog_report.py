@@ -619,6 +619,7 @@ def test_the_page_in_docs_is_the_one_of_the_data():
     lines, pictures = read_lines(data / "runs.jsonl", Line), sorted(path.stem for path in data.glob("*.png"))
     shown = (ROOT / "docs" / "fog.md").read_text(encoding="utf-8")
     assert page(lines, pictures, "../studies/results/fog") == shown, "run studies/fog.py report"
+    assert "(../my%20data/runs.jsonl)" in page(lines, pictures, "../my data")
 
 
 def test_readme_says_what_the_data_say():

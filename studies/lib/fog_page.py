@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from torch_fp8.table import markdown
 
@@ -86,7 +87,8 @@ been tried: *by rms*, *sound*, *norms*, *came back*, *mean of layers*, *marked{O
 
 
 def page(lines: Sequence[Line], pictures: Sequence[str], data: str) -> str:
-    """data: the folder of runs.jsonl and the pictures, as the page links to it."""
+    """data: the path to the folder of runs.jsonl and the pictures, from the page."""
+    data = quote(data)
 
     def shown(*starts: str) -> list[str]:
         """Of each kind the highest learning rate first."""
