@@ -238,6 +238,21 @@ def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
+@pytest.mark.parametrize("loss", [-7.5, 0, 10**400, 1e300])
+def test_a_folder_whose_losses_are_none_does_not_come_into_runs_jsonl(tmp_path, kind, loss):
+    """Not even in a long run, whose losses are kept as means of many."""
+    study = "fog" if kind is fog_results else "scales"
+    line = read_lines(ROOT / "studies" / "results" / study / "runs.jsonl", kind.Line)[-1]
+    records = [{"step": step, "loss": 2.0, "grad_norm": 1.0} for step in range(1, 201)]
+    records[7]["loss"] = loss
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "spec.json").write_text(json.dumps(line.spec))
+    (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json or its log"):
+        new_lines(all_runs(tmp_path), kind.condensed)
+
+
+@pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
 @pytest.mark.parametrize("key", ["lr", "seed", "steps", "batch", "data"])
 @pytest.mark.parametrize("value", [None, [1], "gone"])
 def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, kind, key, value):
@@ -248,7 +263,7 @@ def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, ki
         del spec[key]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "spec.json").write_text(json.dumps(spec))
-    if (study, key) in (("scales", "lr"), ("fog", "data")):  # that nothing reads; a split without data is unknown
+    if value == "gone" and (study, key) in (("scales", "lr"), ("fog", "data")):  # that nothing needs
         assert new_lines(all_runs(tmp_path), kind.condensed)
         return
     with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json"):
@@ -508,15 +523,20 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     "arguments, words",
     [
         (["parity", "--models", "gpt-124"], "no model is called 'gpt-124'; near it are gpt-124M"),
-        (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, got 'cscale:17'"),
+        (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, as in cscale:-3, got 'cscale:17'"),
         (["parity", "--seeds", "0"], "the study is empty"),
         (["window", "--constants", "3", "-3"], "the sweep is empty: --constants must rise"),
         (["window", "--constants", "-33", "3", *QUICK], "--constants: no scale has the constant -33"),
         (["window", "--sweep-tokens", "0", *QUICK], "--sweep-tokens must be at least 1, got 0"),
         (["window", "--sweep-tokens", "999999", *QUICK], "give a smaller --sweep-tokens"),
         (["infer", "--models", "gpt-tiny", "--sweep-tokens", "0"], "--sweep-tokens must be at least 1, got 0"),
-        (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, got 'cscale:--2'"),
-        (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, got 'cscale:²'"),
+        (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, as in cscale:-3, got 'cscale:--2'"),
+        (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, as in cscale:-3, got 'cscale:²'"),
+        *(
+            (["parity", "--arms", "bf16", f"{kind}:{c}"], f"from -16 to 16, as in cscale:-3, got '{kind}:{c}'")
+            for kind in ("cscale", "gc-cscale")
+            for c in ("02", "-0", "+2", "٣", "9" * 5000)
+        ),
         (["parity", "--train-tokens", "nan", *TINY], "--train-tokens must be positive and finite, got nan"),
         (["parity", "--train-tokens", "-1", *TINY], "--train-tokens must be positive and finite, got -1"),
         (["parity", "--lr", "-1", *QUICK], "--lr must be positive and finite, got -1"),
