@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
-from examples.gpt.tokens import Bytes, Corpus, fingerprint
+from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
@@ -88,7 +88,6 @@ def test_damaged_tokens_are_refused(tmp_path, tokens):
 
 
 def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, tokens):
-    """In a file without the check, as older ones are, it is as it stands there."""
     path = tmp_path / "tokens"
     save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
     line, _, ids = path.read_bytes().partition(b"\n")
@@ -97,12 +96,34 @@ def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, token
     path.write_bytes(json.dumps(moved).encode() + b"\n" + ids)
     with pytest.raises(UserError, match="damaged"):
         read_corpus(path)
-    del head["check"]
+    del head["check"]  # which older files have not
     path.write_bytes(json.dumps(head).encode() + b"\n" + ids)
-    assert read_corpus(path).train.numel() == head["train"]
+    with pytest.raises(UserError, match="tokens is none, or damaged .*older version.*write it anew"):
+        read_corpus(path)
     path.write_bytes(b"[]\n" + ids)
     with pytest.raises(UserError, match="damaged"):
         read_corpus(path)
+
+
+@pytest.mark.parametrize("share", ["0.9999999", "0.0000001"])
+def test_a_text_that_does_not_give_both_splits_is_refused_with_what_the_command_has(tmp_path, share):
+    (tmp_path / "text").write_text("a document")
+    arguments = ["tokens", "--data", tmp_path / "text", "--tokens", tmp_path / "tokens", "--val-share", share]
+    made = command(*arguments)
+    assert made.returncode == 2 and made.stderr.endswith("; give more text or another --val-share\n"), made.stderr
+    (tmp_path / "text").write_text("two\n<|endoftext|>\ndocuments")
+    assert command(*arguments).returncode == 0
+    assert read_corpus(tmp_path / "tokens").train.numel() == 5
+
+
+def test_tokens_are_of_as_many_kinds_as_their_ids_need(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "encoder.json").write_text(json.dumps({"a": 7, "<|endoftext|>": 3}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
+    assert GPT2(tmp_path).vocab == 8
+    (tmp_path / "encoder.json").write_text(json.dumps({"a": 65_536, "<|endoftext|>": 3}))
+    with pytest.raises(UserError, match="must fit into two bytes, and this vocabulary has 65,537"):
+        make_tokens(None, GPT2(tmp_path), "GPT-2 BPE", 0.2)
 
 
 def test_a_text_that_is_too_short_is_refused(corpus):
