@@ -30,7 +30,7 @@ from gpt.plot import draw
 from gpt.report import Result, make_result, table, write_summary
 from gpt.settings import MODELS, Settings, device_name, find_device, fitting_micro_batch, make_recipe, sizes_of
 from gpt.text import read_documents
-from gpt.tokens import GPT2, Bytes, Corpus, make_corpus
+from gpt.tokens import GPT2, Bytes, Corpus, check_splits, make_corpus
 from torch_fp8.layers.modes import MODES
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -134,7 +134,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
 def load_corpus(args: argparse.Namespace, context: int) -> Corpus:
     codec = GPT2(args.tokenizer) if args.tokenizer else Bytes()  # first: cheaper to find wrong than the text
     documents, source = read_documents(args.data)
-    return make_corpus(documents, source, codec, context)
+    corpus = make_corpus(documents, source, codec)
+    check_splits(corpus, context + 1, "give more text or a smaller --context")
+    return corpus
 
 
 def prepare_out(settings: Settings, corpus: Corpus, arms: list[str], *, resume: bool, overwrite: bool) -> None:

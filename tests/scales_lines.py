@@ -12,7 +12,7 @@ from studies.lib.scales_findings import findings
 from studies.lib.scales_results import Line, sizes_of
 
 ROOT = Path(__file__).parents[1]
-SPEC = {"steps": 10, "batch": 4, "context": 32, "data": "abc", "seed": 0}
+SPEC = {"steps": 10, "batch": 4, "context": 32, "data": "abc", "seed": 0, "sweep_tokens": 1 << 19}
 
 
 def line(study="window", model="gpt-31M", arm="bf16", seed=0, result=None, **more):

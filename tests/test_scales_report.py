@@ -92,13 +92,13 @@ def test_a_run_in_another_folder_is_the_same(tmp_path):
 @pytest.mark.parametrize("both_new", [False, True])
 def test_of_a_run_that_was_made_twice_the_first_result_is_kept_and_said(tmp_path, capsys, both_new):
     path = tmp_path / "runs.jsonl"
-    first, second = (line("parity", arm="amax", result={"loss": loss, "seconds": 9.0}) for loss in (1.5, 2.5))
+    first, second = (line("parity", result={"loss": loss, "seconds": 9.0}) for loss in (1.5, 2.5))
     second.biases.append({"step": 5, "biases": {}})  # records of another result
     before = merged(path, [first])
     assert merged(path, [first, second] if both_new else [second]) == [first] == before
     said = capsys.readouterr().err
     assert said == (
-        f"the run parity, gpt-31M, amax, seed 0 was made twice, with another result: loss 1.5 is kept, which {path} "
+        f"the run parity, gpt-31M, bf16, seed 0 was made twice, with another result: loss 1.5 is kept, which {path} "
         "has, and loss 2.5 is left out\n"
     )
     path.unlink()

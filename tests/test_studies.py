@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
-from examples.gpt.tokens import Bytes, Corpus, fingerprint
+from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
@@ -88,7 +88,6 @@ def test_damaged_tokens_are_refused(tmp_path, tokens):
 
 
 def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, tokens):
-    """In a file without the check, as older ones are, it is as it stands there."""
     path = tmp_path / "tokens"
     save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
     line, _, ids = path.read_bytes().partition(b"\n")
@@ -97,12 +96,34 @@ def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, token
     path.write_bytes(json.dumps(moved).encode() + b"\n" + ids)
     with pytest.raises(UserError, match="damaged"):
         read_corpus(path)
-    del head["check"]
+    del head["check"]  # which older files have not
     path.write_bytes(json.dumps(head).encode() + b"\n" + ids)
-    assert read_corpus(path).train.numel() == head["train"]
+    with pytest.raises(UserError, match="tokens is none, or damaged .*older version.*write it anew"):
+        read_corpus(path)
     path.write_bytes(b"[]\n" + ids)
     with pytest.raises(UserError, match="damaged"):
         read_corpus(path)
+
+
+@pytest.mark.parametrize("share", ["0.9999999", "0.0000001"])
+def test_a_text_that_does_not_give_both_splits_is_refused_with_what_the_command_has(tmp_path, share):
+    (tmp_path / "text").write_text("a document")
+    arguments = ["tokens", "--data", tmp_path / "text", "--tokens", tmp_path / "tokens", "--val-share", share]
+    made = command(*arguments)
+    assert made.returncode == 2 and made.stderr.endswith("; give more text or another --val-share\n"), made.stderr
+    (tmp_path / "text").write_text("two\n<|endoftext|>\ndocuments")
+    assert command(*arguments).returncode == 0
+    assert read_corpus(tmp_path / "tokens").train.numel() == 5
+
+
+def test_tokens_are_of_as_many_kinds_as_their_ids_need(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "encoder.json").write_text(json.dumps({"a": 7, "<|endoftext|>": 3}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
+    assert GPT2(tmp_path).vocab == 8
+    (tmp_path / "encoder.json").write_text(json.dumps({"a": 65_536, "<|endoftext|>": 3}))
+    with pytest.raises(UserError, match="must fit into two bytes, and this vocabulary has 65,537"):
+        make_tokens(None, GPT2(tmp_path), "GPT-2 BPE", 0.2)
 
 
 def test_a_text_that_is_too_short_is_refused(corpus):
@@ -238,6 +259,21 @@ def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
+@pytest.mark.parametrize("loss", [-7.5, 0, 10**400, 1e300])
+def test_a_folder_whose_losses_are_none_does_not_come_into_runs_jsonl(tmp_path, kind, loss):
+    """Not even in a long run, whose losses are kept as means of many."""
+    study = "fog" if kind is fog_results else "scales"
+    line = read_lines(ROOT / "studies" / "results" / study / "runs.jsonl", kind.Line)[-1]
+    records = [{"step": step, "loss": 2.0, "grad_norm": 1.0} for step in range(1, 201)]
+    records[7]["loss"] = loss
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "spec.json").write_text(json.dumps(line.spec))
+    (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json or its log"):
+        new_lines(all_runs(tmp_path), kind.condensed)
+
+
+@pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
 @pytest.mark.parametrize("key", ["lr", "seed", "steps", "batch", "data"])
 @pytest.mark.parametrize("value", [None, [1], "gone"])
 def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, kind, key, value):
@@ -248,7 +284,7 @@ def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, ki
         del spec[key]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "spec.json").write_text(json.dumps(spec))
-    if (study, key) in (("scales", "lr"), ("fog", "data")):  # that nothing reads; a split without data is unknown
+    if value == "gone" and (study, key) in (("scales", "lr"), ("fog", "data")):  # that nothing needs
         assert new_lines(all_runs(tmp_path), kind.condensed)
         return
     with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json"):
@@ -508,15 +544,20 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     "arguments, words",
     [
         (["parity", "--models", "gpt-124"], "no model is called 'gpt-124'; near it are gpt-124M"),
-        (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, got 'cscale:17'"),
+        (["parity", "--arms", "cscale:17"], "cscale:C with C from -16 to 16, as in cscale:-3, got 'cscale:17'"),
         (["parity", "--seeds", "0"], "the study is empty"),
         (["window", "--constants", "3", "-3"], "the sweep is empty: --constants must rise"),
         (["window", "--constants", "-33", "3", *QUICK], "--constants: no scale has the constant -33"),
         (["window", "--sweep-tokens", "0", *QUICK], "--sweep-tokens must be at least 1, got 0"),
         (["window", "--sweep-tokens", "999999", *QUICK], "give a smaller --sweep-tokens"),
         (["infer", "--models", "gpt-tiny", "--sweep-tokens", "0"], "--sweep-tokens must be at least 1, got 0"),
-        (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, got 'cscale:--2'"),
-        (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, got 'cscale:²'"),
+        (["parity", "--arms", "cscale:--2"], "cscale:C with C from -16 to 16, as in cscale:-3, got 'cscale:--2'"),
+        (["parity", "--arms", "cscale:²"], "cscale:C with C from -16 to 16, as in cscale:-3, got 'cscale:²'"),
+        *(
+            (["parity", "--arms", "bf16", f"{kind}:{c}"], f"from -16 to 16, as in cscale:-3, got '{kind}:{c}'")
+            for kind in ("cscale", "gc-cscale")
+            for c in ("02", "-0", "+2", "٣", "9" * 5000)
+        ),
         (["parity", "--train-tokens", "nan", *TINY], "--train-tokens must be positive and finite, got nan"),
         (["parity", "--train-tokens", "-1", *TINY], "--train-tokens must be positive and finite, got -1"),
         (["parity", "--lr", "-1", *QUICK], "--lr must be positive and finite, got -1"),

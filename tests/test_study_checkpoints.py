@@ -112,6 +112,35 @@ def test_a_checkpoint_that_is_none_or_has_other_tokens_is_refused(tmp_path, toke
     assert made.returncode == 1 and "the tokens are of 301 kinds and small-llama knows 256" in made.stderr
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [("model.safetensors", None), ("model.safetensors", b""), ("config.json", None), ("config.json", b"null"),
+     ("config.json", b"[" * 100_000), ("tokenizer.json", b"[]"), ("tokenizer_config.json", b"[]"),
+     ("model.gguf", b""), ("model.gguf", b"GGUF"), ("model.gguf", b"GGUF" + 96 * b"\3")],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_with_its_name(tmp_path, checkpoint, name, content):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9] if content is None else content)
+    path = folder / name if name.endswith(".gguf") else folder
+    if not name.startswith("tokenizer"):
+        with pytest.raises(UserError, match=f"{path} has no model that transformers can read; bring its files back"):
+            Checkpoint(path).model(torch.float32, torch.device("cpu"))
+    if not name.endswith(".safetensors"):
+        with pytest.raises(UserError, match=f"{path} has no tokenizer that transformers can read; "):
+            Checkpoint(path).codec()
+
+
+def test_a_checkpoint_that_lacks_weights_of_its_model_is_refused(tmp_path, checkpoint):
+    """The library would make random ones of them, and the run would not be the checkpoint's."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(
+        UserError, match=r"model lacks 9 of its model's weights, model\.layers\.2\.\S+ among them; bring"
+    ):
+        Checkpoint(folder).model(torch.float32, torch.device("cpu"))
+
+
 def test_a_checkpoint_of_another_config_is_another_one(tmp_path, checkpoint):
     other = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     assert Checkpoint(other).digest == Checkpoint(checkpoint).digest
@@ -134,8 +163,9 @@ def test_texts_are_tokenised_as_the_checkpoint_has_it(tmp_path, checkpoint):
     corpus = read_corpus(tmp_path / "tokens")
     assert corpus.train.tolist() == [5, 6, 7, 6, 8, 7] and corpus.val.tolist() == [6, 6, 7]
     Checkpoint(folder).check_tokens(corpus.vocab)
+    assert corpus.vocab == 9  # ids from 0 to the last one, of which four are tokens
     save_corpus(tmp_path / "other", replace(corpus, vocab=corpus.vocab - 1))  # which its embedding has rows for
     for study in ("infer", "finetune"):
         made = run(study, "--checkpoint", folder, "--context", "2", tokens=tmp_path / "other", out=tmp_path / "out")
-        assert made.returncode == 2 and "the tokens are of 3 kinds and model knows 4: make them" in made.stderr
+        assert made.returncode == 2 and "the tokens are of 8 kinds and model knows 9: make them" in made.stderr
         assert not (tmp_path / "out").exists()

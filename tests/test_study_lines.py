@@ -17,6 +17,7 @@ ONE = {
              "data": "abc", "recipe": {"kind": "CurrentScaling"}},
 }  # fmt: skip
 GONE = object()
+EMULATION = {"rule": "amax", "family": "ocp", "constant": 0, "margin": 3}
 
 
 def changed(one, where, value):
@@ -53,7 +54,10 @@ SPECS_OF_SCALES = [
     ("spec.recipe", {}), ("spec.recipe", 3),
     ("spec.recipe", {"kind": "CurrentScaling", "colour": 1}),
     ("spec.recipe", {"kind": "DelayedScaling", "margin": "a"}),
-    ("spec.emulation", {}), ("spec.emulation", {"rule": "none", "family": "ocp", "constant": 0, "margin": 3}),
+    ("spec.emulation", {}), *(("spec.emulation", {**EMULATION, key: of}) for key, of in (
+        ("rule", "none"), ("family", "none"), ("constant", "a"), ("margin", None))),
+    *(("spec.arm", arm) for arm in ("zz", "bf16", "fp16", "cscale:02", "cscale:-0", "cscale:٣", "cscale:17")),
+    ("spec.record", -1), ("spec.loss_scale", 0), ("spec.recipe", GONE),
 ]  # fmt: skip
 RESULTS = [
     ("result.gpu", GONE), ("result.loss", GONE), ("result.diverged", GONE),
@@ -61,6 +65,12 @@ RESULTS = [
     *((f"result.{key}", loss) for key in ("loss", "loss_fp8") for loss in (0, 0.0, -1.5, 1e-300)),
     ("result.loss", True), ("result.diverged", None), ("result.accuracy", "high"), ("result.loss_fp8", [1]),
     ("result", 3), ("step", "a"), ("losses", GONE),
+    # What no run can have.
+    *((f"result.{key}", share) for key in ("accuracy", "accuracy_fp8") for share in (5.0, -0.1)),
+    *(("result.diverged", step) for step in (-1, 11)), ("result.seconds", -1.0), ("spec.seed", -1),
+    *((f"spec.{key}", 0) for key in ("steps", "batch", "context", "micro_batch", "validated", "every")),
+    *((f"spec.{key}", of) for key in ("lr", "warm_up", "cooldown") for of in (-1, "1")), ("spec.dtype", 16),
+    ("spec.split", "1"), *(("step", step) for step in (-1, 9, 11)),
 ]  # fmt: skip
 
 
@@ -70,7 +80,11 @@ RESULTS = [
      *(("losses", [[10, loss]]) for loss in (0, -1.5, 1e-300, None)), ("biases", [3]), ("policies", 3),
      ("biases", [{"step": 1, "biases": {"blocks.0.mlp.up": 3}}]),
      ("biases", [{"step": 1, "biases": {"blocks.0.mlp.up": {"x": [1]}}}]),
-     ("result.biases", {"blocks.0.mlp.up": {"x": "a"}}), ("result.inference", {"cscale:a": {"accuracy": 0.4}})],
+     ("result.biases", {"blocks.0.mlp.up": {"x": "a"}}), ("result.biases", {"blocks.0.mlp.up": {"x": 32}}),
+     *(("result.inference", {name: {"accuracy": 0.4}}) for name in ("cscale:a", "cscale:02", "cscale", "zz", "bf16:0")),
+     ("result.inference", {"bf16": {"accuracy": 1.5}}), ("policies", []),
+     *(("losses", [[a, 1.5], [b, 1.5]]) for a, b in ((0, 10), (5, 5), (10, 5), (5, 11), (5.5, 10))),
+     *(("biases", [{"step": step, "biases": {}} for step in steps]) for steps in ((0,), (11,), (5, 5), (5, 1)))],
 )  # fmt: skip
 def test_a_line_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, where, value):
     said = refused_lines("scales", tmp_path, ONE, changed(ONE, where, value))
@@ -82,6 +96,7 @@ def test_a_line_that_is_whole_and_wrong_is_refused_with_its_number(tmp_path, whe
     [
         ("infer", "spec.checkpoint", GONE),
         ("infer", "spec.sweep_tokens", GONE),
+        ("window", "spec.sweep_tokens", GONE),
         ("window", "spec.model", "nameless"),
         *(
             (study, "result.inference", value)
@@ -107,7 +122,10 @@ def test_a_line_of_a_sweep_that_is_wrong_is_refused(tmp_path, study, where, valu
      ("spec.study", "another"), ("spec.seed", "0"), ("spec.lr", "high"), ("spec.fp8", None), *RESULTS,
      ("spec.arm", "bf17"), ("spec.size", "huge"), ("spec.architecture", "ops"), ("spec.architecture", "op:tanh"),
      *((f"result.{key}", value) for key in ("seconds", "parameters") for value in (GONE, None)),
-     ("losses", ["a"]), ("grad_norms", 3), ("samples", [1.5]), ("samples", [0]), ("samples", [1, 2]), ("kurtosis", []),
+     ("spec.lr", 0), ("spec.arm", "fp8"), ("spec.fp8", {"history": 16}), ("kurtosis.qkv", [[-3.0, 1.0]]),
+     ("losses", ["a"]), ("losses", [1.5] * 9 + [-1.5]), ("losses", [1.5] * 9), ("grad_norms", [1.0] * 11),
+     ("grad_norms", [-1.0] * 10), ("rms", {"qkv": [[-1.0]]}),
+     ("grad_norms", 3), ("samples", [1.5]), ("samples", [0]), ("samples", [11]), ("samples", [1, 2]), ("kurtosis", []),
      ("kurtosis", {}), ("kurtosis.ffn", GONE), *((f"kurtosis.{kind}", of) for kind in ("qkv", "block")
      for of in (3, [], [3], [["a"]], [[1.0]] * 2)), ("rms", {"qkv": [3]}), ("rms", {"qkv": []})],
 )  # fmt: skip
@@ -123,7 +141,7 @@ def test_a_line_of_fog_that_is_whole_and_wrong_is_refused_with_its_number(tmp_pa
         "fp8": {},
     }
     result = {**ONE["result"], "seconds": 1.0, "parameters": 1000}
-    one = {"spec": spec, "step": 1, "result": result, "losses": [1.5], "grad_norms": [1.0], "samples": [1],
+    one = {"spec": spec, "step": 10, "result": result, "losses": [1.5] * 10, "grad_norms": [1.0] * 10, "samples": [1],
            "kurtosis": {kind: [[3.0, None]] for kind in ("qkv", "ffn", "block")}}  # fmt: skip
     said = refused_lines("fog", tmp_path, one, changed(one, where, value))
     assert said.startswith(f"{tmp_path}/runs.jsonl must hold a run a line, but line 2 does not: ")

@@ -57,7 +57,7 @@ class GPT2:
             self._tokenizer = ByteLevelBPETokenizer(*map(str, files))
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"--tokenizer: {folder} holds no GPT-2 tokenizer: {error}") from error
-        self.vocab = self._tokenizer.get_vocab_size()
+        self.vocab = max(self._tokenizer.get_vocab().values(), default=0) + 1  # some ids may be of no token
         self._end = self._tokenizer.token_to_id(_END_OF_TEXT)
         if self._end is None:
             raise UserError(f"--tokenizer: {files[0]} must have the token {_END_OF_TEXT}, and has not")
@@ -95,20 +95,25 @@ class Corpus:
         return f"{counts} of {self.vocab:,} kinds, from {self.source}"
 
 
-def make_corpus(documents: list[str], source: str, codec: Codec, context: int, val_share: float = _VAL_SHARE) -> Corpus:
-    """The last 2 % (``val_share``) of the documents are the validation split; of a single document, of its tokens."""
+def make_corpus(documents: list[str], source: str, codec: Codec, val_share: float = _VAL_SHARE) -> Corpus:
+    """The last 2 % (``val_share``) of the documents are the validation split, at least one and not all; of a single
+    document, of its tokens."""
     if len(documents) > 1:
-        count = max(1, round(val_share * len(documents)))
+        count = min(max(1, round(val_share * len(documents))), len(documents) - 1)
         train, val = codec.encode(documents[:-count]), codec.encode(documents[-count:])
     else:
         tokens = codec.encode(documents)
         train, val = tokens.tensor_split([tokens.numel() - round(val_share * tokens.numel())])
-    if min(train.numel(), val.numel()) <= context:
-        raise UserError(
-            f"the text is too short: each split needs {context + 1} tokens (--context and one more), but it gives "
-            f"{train.numel()} for training and {val.numel()} for validation; give more text or a smaller --context"
-        )
     return Corpus(train, val, codec.vocab, source, fingerprint(train, val))
+
+
+def check_splits(corpus: Corpus, least: int, mend: str) -> None:
+    """UserError where a split has fewer tokens than ``least``. mend: what the user can give instead, in words."""
+    if min(corpus.train.numel(), corpus.val.numel()) < least:
+        raise UserError(
+            f"the text is too short: each split needs {least} tokens, but it gives {corpus.train.numel()} for training "
+            f"and {corpus.val.numel()} for validation; {mend}"
+        )
 
 
 def fingerprint(train: Tensor, val: Tensor) -> str:

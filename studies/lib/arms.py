@@ -81,15 +81,28 @@ DEFAULT_ARMS = {
 }
 
 
-def arm(name: str) -> Spec:
+CONSTANT = re.compile(r":(0|-?[1-9][0-9]{0,2})\Z")  # behind a name, in its one spelling: 02 would be another arm
+
+
+def find_arm(name: str) -> Spec | None:
     """What an arm changes of a training: ``cscale:C`` has the constant C, ``gc-cscale:C`` on the paper's formats."""
     if name in ARMS:
         return ARMS[name]
     kind, _, value = name.partition(":")
-    if kind in ("cscale", "gc-cscale") and re.fullmatch(r"-?\d+", value) and -16 <= int(value) <= 16:
+    if kind in ("cscale", "gc-cscale") and CONSTANT.fullmatch(f":{value}") and -16 <= int(value) <= 16:
         graphcore = _emulation("constant", "graphcore", int(value)) | {"loss_scale": _LOSS_SCALE}
         return constant(int(value)) if kind == "cscale" else graphcore
-    raise UserError(f"--arms takes {', '.join(ARMS)}, cscale:C and gc-cscale:C with C from -16 to 16, got {name!r}")
+    return None
+
+
+def arm(name: str) -> Spec:
+    """The same of a name that was typed."""
+    if (found := find_arm(name)) is None:
+        raise UserError(
+            f"--arms takes {', '.join(ARMS)}, cscale:C and gc-cscale:C with C from -16 to 16, as in cscale:-3, "
+            f"got {name!r}"
+        )
+    return found
 
 
 def words(spec: Spec) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.gpt.errors import UserError
+
+_WHOLE = "bring its files back whole"
 
 
 class Checkpoint:
@@ -37,21 +41,26 @@ class Checkpoint:
         where, arguments = self._source()
         if arguments:
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **arguments)
+        with self._read("model", _WHOLE):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, output_loading_info=True, **arguments
+            )
+        if missing := sorted(info["missing_keys"]):  # of which the library makes random ones
+            raise UserError(
+                f"--checkpoint: {self._path} lacks {len(missing)} of its model's weights, {missing[0]} among them; "
+                f"{_WHOLE}, or take another checkpoint"
+            )
         model.config.use_cache = False
         return model.to(device)
 
     def codec(self) -> Codec:
         where, arguments = self._source()
         transformers = _transformers()
-        try:
+        lost = "put its tokenizer.json and tokenizer_config.json there"
+        with self._read("tokenizer", lost if self._path.is_dir() else _WHOLE):
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
-        except (ValueError, OSError, TypeError, LookupError, ImportError) as error:
-            what = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"--checkpoint: {self._path} has no tokenizer that transformers can read; put its tokenizer.json and "
-                f"tokenizer_config.json there, or take another checkpoint ({what})"
-            ) from error
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"--checkpoint: the tokenizer of {self._path} must have an end of text, and has none")
         return Codec(tokenizer)
 
     def check_tokens(self, kinds: int) -> None:
@@ -69,6 +78,19 @@ class Checkpoint:
             "--checkpoint"
         )
 
+    @contextmanager
+    def _read(self, what: str, mend: str) -> Iterator[None]:
+        """Around what transformers reads of it, and nothing else: a damaged file has errors of any type, of the many
+        libraries that read the formats. UserError of all of them."""
+        try:
+            yield
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"--checkpoint: {self._path} has no {what} that transformers can read; {mend}, or take another "
+                f"checkpoint ({type(error).__name__}: {said:.200})"
+            ) from error
+
     def _source(self) -> tuple[Path, dict[str, Any]]:
         is_file = self._path.is_file()
         return (self._path.parent, {"gguf_file": self._path.name}) if is_file else (self._path, {})
@@ -78,9 +100,8 @@ class Codec:
     """A checkpoint's tokenizer, as a codec of texts; documents end with its end of text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self.vocab = tokenizer, len(tokenizer)
-        if self.vocab > 1 << 16:
-            raise UserError(f"a token must fit into two bytes, and this vocabulary has {self.vocab:,}")
+        self._tokenizer = tokenizer
+        self.vocab = max(tokenizer.get_vocab().values()) + 1  # some ids may be of no token
 
     def encode(self, documents: list[str]) -> Tensor:
         ids, end = array("i"), self._tokenizer.eos_token_id

@@ -3,8 +3,8 @@
     {"vocab": 50257, "source": "...", "train": N, "val": M, "fingerprint": "...", "check": "..."}    one line of JSON
     N + M token ids, two bytes each, little-endian
 
-The fingerprint is of the ids, wherever they are split; ``check`` is of what else is in the line, and older files have
-none. A name that ends in ``.xz`` is compressed.
+The fingerprint is of the ids, wherever they are split; ``check`` is of what else is in the line. A name that ends in
+``.xz`` is compressed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 from examples.gpt.text import read_documents
-from examples.gpt.tokens import Codec, Corpus, fingerprint, make_corpus
+from examples.gpt.tokens import Codec, Corpus, check_splits, fingerprint, make_corpus
 
 
 def make_tokens(data: Path | None, codec: Codec, of: str, val_share: float) -> Corpus:
     """Tokenise ``data`` (by default the running Python's standard library) and keep the last ``val_share`` of the
     documents for validation. of: what the tokens are, in words."""
+    if codec.vocab > 1 << 16:
+        raise UserError(f"a token must fit into two bytes, and this vocabulary has {codec.vocab:,}")
     documents, source = read_documents(data)
-    return make_corpus(
-        documents, f"{Path(source).name if data else source}, {of}", codec, context=1, val_share=val_share
-    )
+    corpus = make_corpus(documents, f"{Path(source).name if data else source}, {of}", codec, val_share)
+    check_splits(corpus, 2, "give more text or another --val-share")  # a token and the one that follows
+    return corpus
 
 
 def text_of(corpus: Corpus) -> dict[str, str | int]:
@@ -61,7 +63,9 @@ def read_corpus(path: Path) -> Corpus:
         content = lzma.decompress(content) if path.suffix == ".xz" else content
         line, _, ids = content.partition(b"\n")
         head = json.loads(line)
-        if head.pop("check", None) not in (None, _check(head)):
+        if "check" not in head:
+            raise ValueError("it is of an older version, whose first line has no check")
+        if head.pop("check") != _check(head):
             raise ValueError("its first line is not the one that was written")
         train, val = _ids(ids).split([head["train"], head["val"]])
         corpus = Corpus(train, val, head["vocab"], head["source"], head["fingerprint"])

@@ -26,17 +26,20 @@ from models.fog_config import ARCHITECTURES, SIZES
 from .divergence import PATIENCE, WINDOW, Divergence, Loss, above_start, jump, leaves, step_noise
 from .fog_words import ARMS, CHANGES
 from .lines import (
-    FINITE,
+    COUNT,
     LIST,
-    NUMBER,
+    LOSS,
+    LOSS_OR_NULL,
     OBJECT,
     POSITIVE,
+    SIZE,
+    SIZE_OR_NULL,
     TEXT,
-    WHOLE,
     check_all,
     check_common,
     check_entries,
     check_known,
+    check_steps_of,
     merge_lines,
 )
 from .runs import Run, Spec, check_steps
@@ -72,25 +75,27 @@ class Line:
 
     def check(self) -> None:
         """ValueError where it is not what this file says of a line."""
-        needed = {"architecture": TEXT, "size": TEXT, "lr": FINITE, "warm_up": WHOLE, "fp8": OBJECT}
+        needed = {"architecture": TEXT, "size": TEXT, "lr": LOSS, "warm_up": COUNT, "fp8": OBJECT}
         check_common(self, STUDIES, needed)
-        if self.spec["lr"] <= 0:
-            raise ValueError("lr of the spec must be a positive number")
         check_known("arm of the spec", self.arm, ARMS)
+        if bool(self.spec["fp8"]) == self.arm.startswith("bf16"):
+            raise ValueError(f"fp8 of the spec must be empty in BF16 and nowhere else, and its arm is {self.arm}")
         check_known("size of the spec", self.spec["size"], SIZES)
         name, _, change = self.architecture.partition(":")
         check_known("architecture of the spec", name, ARCHITECTURES)
         check_known("what follows the architecture's colon", change, CHANGES)
         if self.result is not None:
-            check_entries("the result", self.result, {"seconds": FINITE, "parameters": POSITIVE})
-        check_all("losses", self.losses, NUMBER)
-        check_all("grad_norms", self.grad_norms, NUMBER)
-        check_all("samples", self.samples, POSITIVE)
+            check_entries("the result", self.result, {"seconds": SIZE, "parameters": POSITIVE})
+        check_all("losses", self.losses, LOSS_OR_NULL)
+        check_all("grad_norms", self.grad_norms, SIZE_OR_NULL)
+        if not len(self.losses) == len(self.grad_norms) == self.step:
+            raise ValueError(f"losses and grad_norms must have a number of each of its {self.step} steps")
+        check_steps_of("samples", self.samples, self)
         check_entries("kurtosis", self.kurtosis, dict.fromkeys(KINDS if self.samples else (), LIST))
         check_entries("rms", self.rms, {}, {"qkv": LIST})
         for kind, of_samples in (*self.kurtosis.items(), *self.rms.items()):
             for layers in of_samples:
-                check_all(f"a sample of {kind}", layers, NUMBER)
+                check_all(f"a sample of {kind}", layers, SIZE_OR_NULL)
             if len(of_samples) != len(self.samples) or len({len(layers) for layers in of_samples}) > 1:
                 raise ValueError(f"{kind} must have a number of each layer in each sample")
 

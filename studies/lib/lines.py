@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,21 +15,30 @@ from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
 
+from .policies import CLIP
 from .runs import Run, Spec, with_split
 
 Line = TypeVar("Line", bound=Any)  # a dataclass with spec, step and result, None of a run that is not done
 
-WHOLE, POSITIVE, TEXT, OBJECT, LIST = (
-    "a whole number", "a positive whole number", "a text of one line", "an object", "a list"
-)  # fmt: skip
-WHOLE_OR_NULL, FINITE, NUMBER = "a whole number, or null", "a number", "a number, or null where it was not finite"
-LOSS, LOSS_OR_NULL = "a positive number", "a positive number, or null where it was not finite"  # others are held to it
+TEXT, OBJECT, LIST = "a text of one line", "an object", "a list"
+WHOLE, COUNT, POSITIVE = "a whole number", "a whole number that is not negative", "a positive whole number"
+BIAS_OR_NULL = f"a whole number from {-CLIP} to {CLIP}, or null"
+SIZE, SHARE_OR_NULL = "a number that is not negative", "a number from 0 to 1, or null"
+SIZE_OR_NULL = "a number that is not negative, or null where it was not finite"
+# Others are held to it. It has no bound but that of float32, which one that diverges comes near.
+LOSS, LOSS_OR_NULL = "a positive number", "a positive number, or null where it was not finite"
 _TYPES: dict[str, tuple[type, ...]] = {
-    WHOLE: (int,), POSITIVE: (int,), TEXT: (str,), OBJECT: (dict,), LIST: (list,), WHOLE_OR_NULL: (int, NoneType),
-    FINITE: (int, float), NUMBER: (int, float, NoneType), LOSS: (int, float), LOSS_OR_NULL: (int, float, NoneType),
+    TEXT: (str,), OBJECT: (dict,), LIST: (list,), WHOLE: (int,), COUNT: (int,), POSITIVE: (int,),
+    BIAS_OR_NULL: (int, NoneType), SIZE: (int, float), SIZE_OR_NULL: (int, float, NoneType),
+    SHARE_OR_NULL: (int, float, NoneType), LOSS: (int, float), LOSS_OR_NULL: (int, float, NoneType),
 }  # fmt: skip
 # What is measured is float32; and products of three such whole numbers, and ratios of losses, are still finite floats.
 _LARGEST, _LEAST = 2.0**128, 2.0**-149
+_WITHIN = {
+    WHOLE: (-_LARGEST, _LARGEST), COUNT: (0, _LARGEST), POSITIVE: (1, _LARGEST), BIAS_OR_NULL: (-CLIP, CLIP),
+    SIZE: (0, _LARGEST), SIZE_OR_NULL: (0, _LARGEST), SHARE_OR_NULL: (0, 1),
+    LOSS: (_LEAST, _LARGEST), LOSS_OR_NULL: (_LEAST, _LARGEST),
+}  # fmt: skip
 
 
 def read_lines(path: Path, kind: type[Line]) -> list[Line]:
@@ -55,7 +65,7 @@ def new_lines(runs: Iterable[Run], condensed: Callable[[Run], Line]) -> list[Lin
         try:
             found.append(condensed(run))
             found[-1].check()
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{run.folder} must hold a run of this study, but its spec.json or its log does not: {error!r:.200}; "
                 "bring them back, or move the folder elsewhere"
@@ -66,7 +76,7 @@ def new_lines(runs: Iterable[Run], condensed: Callable[[Run], Line]) -> list[Lin
 def check_entries(where: str, entries: Any, needed: Mapping[str, str], allowed: Mapping[str, str] = {}) -> None:
     """ValueError where ``entries`` is no object with what is needed, or has it or what is allowed of another type."""
     check_type(where, entries, OBJECT)
-    for key, type_ in {**needed, **{key: of for key, of in allowed.items() if key in entries}}.items():
+    for key, type_ in {**{key: of for key, of in allowed.items() if key in entries}, **needed}.items():
         if key not in entries:
             raise ValueError(f"{where} has no {key}")
         check_type(f"{key} of {where}", entries[key], type_)
@@ -74,8 +84,9 @@ def check_entries(where: str, entries: Any, needed: Mapping[str, str], allowed: 
 
 def check_type(what: str, value: Any, type_: str) -> None:
     fits = isinstance(value, _TYPES[type_]) and not isinstance(value, bool)
-    if isinstance(value, int | float):
-        fits = fits and abs(value) < _LARGEST and (type_ not in (POSITIVE, LOSS, LOSS_OR_NULL) or value >= _LEAST)
+    if fits and isinstance(value, int | float):
+        least, most = _WITHIN[type_]
+        fits = least <= value <= most and abs(value) < _LARGEST
     if isinstance(value, str):
         fits = fits and value.isprintable() and bool(value.strip())
     if not fits:
@@ -89,25 +100,42 @@ def check_all(what: str, values: Any, type_: str) -> None:
         check_type(f"what is in {what}", value, type_)
 
 
+def check_steps_of(what: str, steps: Any, line: Any) -> None:
+    """Of a list of steps: they rise, and none is beyond the line's."""
+    check_all(what, steps, POSITIVE)
+    if any(a >= b for a, b in itertools.pairwise([*steps, line.step + 1])):
+        raise ValueError(f"{what} must rise and end by step {line.step}, how far the run is")
+
+
 def check_known(what: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(filter(None, known))}, got {_short(value)}")
 
 
 def check_common(line: Any, studies: Collection[str], needed: Mapping[str, str]) -> None:
-    """What lines of both studies have: a study of these in the spec, and what else the spec needs; how far it is; of a
-    training that is done its loss."""
-    check_type("step", line.step, WHOLE)
+    """What lines of both studies have: a study of these in the spec, and what else the spec needs; how far it is, which
+    is not beyond its end; of a training that is done its loss. One that is done has all its steps or has diverged."""
+    check_type("step", line.step, COUNT)
     counts = dict.fromkeys(("steps", "batch", "context"), POSITIVE)
+    needed = {"study": TEXT, "arm": TEXT, "seed": COUNT, **counts, **needed}
     texts = {key: TEXT for key, value in line.spec.items() if isinstance(value, str)}  # any may come into the page
-    needed = {"study": TEXT, "arm": TEXT, "seed": WHOLE, **counts, **needed}
-    check_entries("the spec", line.spec, {**texts, **needed}, {"split": POSITIVE})
+    allowed = {**texts, **dict.fromkeys(("data", "device", "dtype", "schedule"), TEXT), "lr": SIZE}
+    allowed |= dict.fromkeys(("split", "micro_batch", "validated", "sweep_tokens", "every"), POSITIVE)
+    check_entries("the spec", line.spec, needed, allowed | dict.fromkeys(("warm_up", "cooldown"), COUNT))
     check_known("study of the spec", line.study, studies)
+    steps, diverged = line.spec["steps"], 0
     if line.result is not None:
-        training = {"loss": LOSS_OR_NULL, "diverged": WHOLE} if line.study != "infer" else {}
-        allowed = {**dict.fromkeys(("accuracy", "accuracy_fp8", "seconds"), NUMBER), "loss_fp8": LOSS_OR_NULL}
-        allowed["parameters"] = POSITIVE
+        training = {"loss": LOSS_OR_NULL, "diverged": COUNT} if line.study != "infer" else {}
+        shares = dict.fromkeys(("accuracy", "accuracy_fp8"), SHARE_OR_NULL)
+        allowed = {**shares, "seconds": SIZE_OR_NULL, "loss_fp8": LOSS_OR_NULL, "parameters": POSITIVE}
         check_entries("the result", line.result, {"gpu": TEXT, **training}, allowed)
+        diverged = line.result.get("diverged", 0)
+    if not diverged <= line.step <= steps:
+        raise ValueError(f"step must be from {diverged}, where it diverged, to {steps}, its last, got {line.step}")
+    if line.result is not None and line.step < steps and not diverged:
+        raise ValueError(
+            f"step of a run that is done must be {steps}, its last, where it did not diverge, got {line.step}"
+        )
 
 
 def _not_finite(word: str) -> None:

@@ -18,20 +18,25 @@ from typing import Any, NamedTuple
 
 from models.names import MODELS, parameter_count
 
-from .arms import make_emulation, make_recipe
+from .arms import CONSTANT, find_arm, make_emulation, make_recipe
+from .emulation import FAMILIES
+from .inference import policies
 from .lines import (
-    FINITE,
+    BIAS_OR_NULL,
+    COUNT,
     LIST,
     LOSS,
     LOSS_OR_NULL,
-    NUMBER,
     OBJECT,
+    POSITIVE,
+    SHARE_OR_NULL,
     TEXT,
     WHOLE,
-    WHOLE_OR_NULL,
     check_all,
     check_common,
     check_entries,
+    check_known,
+    check_steps_of,
     check_type,
     merge_lines,
 )
@@ -39,6 +44,7 @@ from .runs import Run, Spec, check_steps
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
 OF_ARMS = ("recipe", "emulation", "dtype", "loss_scale")  # what of a spec an arm is
+_USUAL = {"dtype": "bfloat16", "loss_scale": 1.0}
 STUDIES = ("parity", "window", "infer", "finetune")
 STRETCHES, LOOKS = 50, 60  # of a run's losses and of its records of biases, as many are kept
 
@@ -57,12 +63,12 @@ class Line:
         """ValueError where it is not what this file says of a line, or has what none of its readers can use."""
         check_common(self, STUDIES, {"model": TEXT, "data": TEXT})
         check_type("run", self.run, TEXT)
-        if self.study == "infer":
-            check_entries("the spec", self.spec, {"sweep_tokens": WHOLE})
-            if "checkpoint" not in self.spec:
-                raise ValueError("the spec has no checkpoint; null stands for random weights")
+        if self.study in ("window", "infer"):
+            check_entries("the spec", self.spec, {"sweep_tokens": POSITIVE})
+        if self.study == "infer" and "checkpoint" not in self.spec:
+            raise ValueError("the spec has no checkpoint; null stands for random weights")
         if self.study == "finetune":
-            check_entries("the spec", self.spec, {"validated": WHOLE})
+            check_entries("the spec", self.spec, {"validated": POSITIVE})
         if self.spec.get("checkpoint") is not None:
             check_type("checkpoint of the spec", self.spec["checkpoint"], TEXT)
         if self.spec.get("sweep") is not None:
@@ -70,22 +76,23 @@ class Line:
         if self.study == "window" and self.model not in sizes_of([self]):
             raise ValueError(f"the model's name must have its size, as in gpt-31M, got {self.model}")
         _check_arm(self.spec)
-        check_all("losses", [entry for stretch in self.losses for entry in stretch], FINITE)
+        check_all("losses", self.losses, LIST)
         if any(len(stretch) != 2 for stretch in self.losses):
             raise ValueError("losses must be pairs of a step and a loss")
+        check_steps_of("steps of losses", [step for step, _ in self.losses], self)
         check_all("losses", [loss for _, loss in self.losses], LOSS)
         if self.result is not None:
             check_entries("the result", self.result, {}, {"inference": OBJECT, "biases": OBJECT})
-        check_type("biases", self.biases, LIST)
+        check_all("biases", self.biases, OBJECT)
         for record in [*self.biases, *biases_of(self, "inference")]:
-            check_entries("a record of biases", record, {"step": WHOLE, "biases": OBJECT})
+            check_entries("a record of biases", record, {"step": POSITIVE, "biases": OBJECT})
             for layer, roles in record["biases"].items():
-                check_entries(f"biases of {layer}", roles, {}, dict.fromkeys(("x", "w", "dy"), WHOLE_OR_NULL))
+                check_entries(f"biases of {layer}", roles, {}, dict.fromkeys(("x", "w", "dy"), BIAS_OR_NULL))
+        check_steps_of("steps of biases", [record["step"] for record in self.biases], self)
         check_type("policies", self.policies, OBJECT)
         for name, entry in self.inference.items():
-            check_entries(f"the policy {name}", entry, {"accuracy": NUMBER}, {"loss": LOSS_OR_NULL})
-            if not re.fullmatch(r"[^:]+(:-?\d+)?", name):
-                raise ValueError(f"a policy's constant must be a whole number, as in cscale:-3, got {name!r}")
+            check_entries(f"the policy {name}", entry, {"accuracy": SHARE_OR_NULL}, {"loss": LOSS_OR_NULL})
+            check_known("a policy, with 0 for its constant,", CONSTANT.sub(":0", name), policies([0]))
 
     @property
     def study(self) -> str:
@@ -117,13 +124,30 @@ class Line:
 
 
 def _check_arm(spec: Spec) -> None:
+    check_entries("the spec", spec, {}, {"record": COUNT, "loss_scale": LOSS})
+    known = find_arm(spec["arm"])
+    if known is None:
+        raise ValueError(f"arm of the spec must be one of this study's, got {spec['arm']!r:.40}")
+    if _meaning(spec) != _meaning(known) and not (_is_fp8(spec) and _is_fp8(known)):
+        raise ValueError(f"the arm {spec['arm']} of the spec must be {_meaning(known)}, got {_meaning(spec)!r:.80}")
     try:
         if "recipe" in spec:
             make_recipe(spec["recipe"])
         if "emulation" in spec:
             make_emulation(spec["emulation"])
+            check_entries("its emulation", spec["emulation"], {"constant": WHOLE, "margin": WHOLE})
+            check_known("family of its emulation", spec["emulation"]["family"], FAMILIES)
     except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"its arm is none: {error}") from error
+
+
+def _meaning(spec: Spec) -> Spec:
+    """Of its arm."""
+    return {key: spec[key] for key in OF_ARMS if spec.get(key) not in (None, _USUAL.get(key))}
+
+
+def _is_fp8(spec: Spec) -> bool:
+    return not spec.keys().isdisjoint(("recipe", "emulation"))
 
 
 def condensed(run: Run) -> Line:
@@ -131,6 +155,7 @@ def condensed(run: Run) -> Line:
     steps = [record for record in records if "loss" in record and "policy" not in record]
     check_steps(run, [record["step"] for record in steps])
     losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
+    check_all("losses", [loss for _, loss in losses], LOSS)  # a mean would hide one that is none
     biases = [record for record in records if "biases" in record]
     step = max((record["step"] for record in records), default=0)
     stretches = [
@@ -160,7 +185,7 @@ def merged(path: Path, new: Iterable[Line]) -> list[Line]:
         Line,
         new,
         lambda line: (line.study, *_place(line.spec), json.dumps({**line.spec, "record": None}, sort_keys=True)),
-        lambda line: {key: line.spec[key] for key in OF_ARMS if line.spec.get(key) not in (None, _USUAL.get(key))},
+        lambda line: _meaning(line.spec),
         lambda line: (line.result is not None, line.step, bool(line.biases)),
     )
 
@@ -168,9 +193,6 @@ def merged(path: Path, new: Iterable[Line]) -> list[Line]:
 def _place(spec: Spec) -> tuple[str, str, int]:
     """Among lines of a study."""
     return spec["model"], spec["arm"].replace(":", ""), spec["seed"]
-
-
-_USUAL = {"dtype": "bfloat16", "loss_scale": 1.0}
 
 
 def told_apart(lines: Sequence[Line]) -> list[Line]:
