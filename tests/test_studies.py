@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -327,10 +328,35 @@ class Table(torch.nn.Module):
         return self.table(tokens)
 
 
-def training(folder, corpus, **changed):
+class Failing(Table):
+    """Whose loss is not finite in these passes, and these of each so many."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.passes, self.done = passes, 0
+
+    def forward(self, tokens):
+        self.done += self.training
+        return self.table(tokens) * (math.nan if self.done in self.passes and self.training else 1.0)
+
+
+class Looks:
+    """An observer of each third step."""
+
+    def wants(self, step):
+        return step % 3 == 0
+
+    def watch(self):
+        return nullcontext()
+
+    def seen(self):
+        return {"biases": {}}
+
+
+def training(folder, corpus, model=Table, observer=None, **changed):
     torch.manual_seed(0)
     (run,) = claim(folder, {"run": {**PLAN, **changed}})
-    return Training(run, Table(), corpus, torch.device("cpu"))
+    return Training(run, model(), corpus, torch.device("cpu"), observer)
 
 
 def test_validation_is_the_mean_over_the_held_out_tokens(corpus):
@@ -372,6 +398,18 @@ def test_divergence_is_noted_by_the_rule():
     assert two.at == 0 and not two.lost
     two.add(math.nan)
     assert two.at == 60 and two.lost
+    two.add(2.0)
+    assert two.lost
+
+
+def test_a_loss_scale_bears_losses_that_are_not_finite_as_long_as_it_can_help():
+    """It leaves these steps out; a loss that stays so is lost at a step of its own."""
+    one = Divergence([math.inf, 2.0, *[math.nan] * (PATIENCE - 1), 2.0], skips=True)
+    assert one.at == 1 and not one.lost
+    for _ in range(PATIENCE):
+        assert not one.lost
+        one.add(None)
+    assert one.lost
 
 
 @pytest.mark.parametrize("name", ["histogram", "gc-amax", "gc-histogram", "gc-cscale:2", "cscale:2"])
@@ -419,6 +457,30 @@ def test_a_lost_training_ends_and_says_so(tmp_path, corpus):
     assert one.go_on(lambda: False)
     result = one.run.result()
     assert result["diverged"] == 1 and result["loss"] is None and one.step == 1
+
+
+@pytest.mark.parametrize("failing, loss_scale, end", [([13], 1.0, 7), ([13], 8.0, 30), (range(13, 99), 8.0, 26)])
+def test_where_a_training_is_lost_does_not_hang_on_when_its_losses_are_looked_at(
+    tmp_path, corpus, monkeypatch, failing, loss_scale, end
+):
+    """Each step has two passes. On a GPU losses are fetched together, at some steps that are observed, and whenever it
+    is time for a checkpoint."""
+    logs = []
+    for name, fetch_every, save, observer in (
+        ("each", 1, 60, None), ("late", 20, 60, None), ("saved", 20, 0, None), ("looked", 20, 60, Looks()),
+        ("looked at each", 1, 60, Looks()),
+    ):  # fmt: skip
+        monkeypatch.setattr("studies.lib.training._SAVE", save)
+        how = {"loss_scale": loss_scale, "steps": 30}
+        one = training(tmp_path / name, corpus, lambda: Failing(failing), observer, **how)
+        one._fetch_every = fetch_every
+        assert one.go_on(lambda: False) and not one.run.checkpoint.exists()
+        logs.append(records_of(tmp_path / name)["run"])
+    assert logs[0] == logs[1] == logs[2] and logs[3] == logs[4]
+    assert [record for record in logs[3] if "biases" not in record] == logs[0]
+    *steps, last = logs[0]
+    assert [record["step"] for record in steps] == list(range(1, end + 1)) and last["step"] == end
+    assert last["result"]["diverged"] == 7 and (last["result"]["loss"] is None) == (end < 30)
 
 
 # ---- whole studies ---------------------------------------------------------------------------------------------------
