@@ -18,6 +18,7 @@ from studying import PLAN, ROOT, SCALES, command, run, write_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from examples.gpt import checkpoint
 from examples.gpt.errors import UserError
 from examples.gpt.lock import locked
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
@@ -282,7 +283,9 @@ def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, li
     report = ["report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
     for made in (run(*study, tokens=tokens, out=tmp_path), command(*report)):
         assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
-        assert f"{one.log} must hold a JSON object with a step a line (it has {line})" in made.stderr
+        assert (
+            f"{one.log} must hold a JSON object with a step a line (it has {line}); bring the log back" in made.stderr
+        )
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------
@@ -524,6 +527,55 @@ def test_a_training_that_was_stopped_goes_on_to_the_bit(tmp_path, corpus):
     assert again.step == 4 and again.go_on(lambda: False)
     assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
     assert whole.model.table.weight.equal(again.model.table.weight)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "a step is gone", "twice", "out of order", "the last is gone"])
+def test_a_log_that_is_not_the_checkpoints_is_not_gone_on_with(tmp_path, corpus, damage):
+    one = training(tmp_path, corpus)
+    assert not one.go_on(lambda: one.step == 4)
+    first, *rest = lines = one.run.log.read_text().splitlines(keepends=True)
+    left = {
+        "empty": [], "a step is gone": rest, "twice": [first, *lines], "out of order": [rest[0], first, *rest[1:]],
+        "the last is gone": lines[:-1],
+    }  # fmt: skip
+    if damage == "gone":
+        one.run.log.unlink()
+    else:
+        one.run.log.write_text("".join(left[damage]))
+    before = {path: path.read_bytes() for path in one.run.folder.iterdir()}
+    with pytest.raises(
+        UserError, match=r"each step up to 4, which state.ckpt goes on from, .* or delete .*/run and run"
+    ):
+        training(tmp_path, corpus)
+    assert before == {path: path.read_bytes() for path in one.run.folder.iterdir()}
+    shutil.rmtree(one.run.folder)  # as was said
+    assert training(tmp_path, corpus).go_on(lambda: False) and [one.step() for one in all_runs(tmp_path)] == [10]
+
+
+def test_a_log_is_on_the_disk_before_a_checkpoint_that_goes_on_from_it_and_before_that_is_gone(
+    tmp_path, corpus, monkeypatch
+):
+    monkeypatch.setattr("studies.lib.training._SAVE", 0)
+    one, synced = training(tmp_path, corpus), {}
+    fsync, save, unlink = os.fsync, checkpoint.save, Path.unlink
+
+    def syncs(handle):
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path.name] = path.stat().st_size
+
+    def saves(path, state):
+        assert synced["log.jsonl"] == one.run.log.stat().st_size
+        save(path, state)
+
+    def unlinks(path, **how):
+        assert synced["log.jsonl"] == one.run.log.stat().st_size and one.run.result()
+        unlink(path, **how)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(checkpoint, "save", saves)
+    monkeypatch.setattr(Path, "unlink", unlinks)
+    assert one.go_on(lambda: False) and not one.run.checkpoint.exists()
 
 
 def test_a_checkpoint_is_of_one_spec(tmp_path, corpus):

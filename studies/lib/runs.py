@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,13 @@ class Run:
     def output(self) -> Path:
         return self.folder / "output.txt"
 
+    @property
+    def mend(self) -> str:
+        """What helps where the log is not what it was."""
+        return f"bring the log back whole, or delete {self.folder} and run it again, from its first step"
+
     def records(self) -> list[Record]:
-        return read_journal(self.log)
+        return read_journal(self.log, self.mend)
 
     def result(self) -> dict[str, Any] | None:
         """What came out at the end, or None of a run that is not done."""
@@ -73,8 +78,24 @@ def check_steps(run: Run, steps: Sequence[int]) -> None:
     if list(steps) != list(range(1, len(steps) + 1)):
         raise UserError(
             f"{run.log} must have each step once and in order, but has not: losses would be held to those of other "
-            f"steps; bring the log back whole, or delete {run.folder} and run it again"
+            f"steps; {run.mend}"
         )
+
+
+def check_resumable(run: Run, step: int) -> None:
+    """UserError where the log has not what was logged until the run's checkpoint, which is of ``step``: the training
+    would go on, and nobody could read what came out of it."""
+    logged = [record["step"] for record in losses_in(run.records()) if record["step"] <= step]
+    if logged != list(range(1, step + 1)):
+        raise UserError(
+            f"{run.log} must have each step up to {step}, which {run.checkpoint.name} goes on from, once and in order, "
+            f"but has not; {run.mend}"
+        )
+
+
+def losses_in(records: Iterable[Record]) -> list[Record]:
+    """Those of a training's steps."""
+    return [record for record in records if "loss" in record and "policy" not in record]
 
 
 def open_run(folder: Path) -> Run:

@@ -26,7 +26,7 @@ from examples.gpt.journal import Journal
 from examples.gpt.tokens import Corpus, even_starts, random_starts, windows
 
 from .divergence import Divergence
-from .runs import Run, Spec
+from .runs import Run, Spec, check_resumable, losses_in
 
 Result = dict[str, Any]
 
@@ -133,8 +133,9 @@ class Training:
         self._fetch_every = _FETCH if self._cuda else 1
         if state := checkpoint.load(run.checkpoint, {"run": run.name, **run.spec}):
             self._restore(state)
+            check_resumable(run, self.step)
         self.journal = Journal(run.log, self.step)
-        losses = (record["loss"] for record in self.journal.records if "loss" in record)
+        losses = (record["loss"] for record in losses_in(self.journal.records))
         self._divergence = Divergence(losses, skips=self._scaler.is_enabled())
         self._mark = self._saved = time.perf_counter()
 
@@ -220,6 +221,7 @@ class Training:
         self._fetch()
         if self._divergence.lost:  # there is nothing to go on from
             return
+        self.journal.sync()
         progress = {"step": self.step, "seconds": self.seconds}
         progress["scaler"] = self._scaler.state_dict()
         rng = {"data": self._generator.get_state(), "cpu": torch.get_rng_state()}
