@@ -160,8 +160,7 @@ def start_cold(model: nn.Module) -> None:
 
 def perform(run: Run, corpus: Corpus, device: torch.device, stop: Callable[[], bool]) -> bool:
     model = make_model(run.spec, corpus, device)
-    training = Training(run, model, corpus, device, Kurtosis(model, run.spec["every"]))
-    return training.go_on(stop, lambda: {"parameters": sum(parameter.numel() for parameter in model.parameters())})
+    return Training(run, model, corpus, device, Kurtosis(model, run.spec["every"])).go_on(stop)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

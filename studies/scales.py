@@ -184,8 +184,9 @@ def perform(
     model = make_model(spec, corpus, device, given)
     observer = Biases(inner_layers(model), spec["record"], spec["loss_scale"]) if spec["record"] else None
     training = Training(run, model, corpus, device, observer)
-    parameters = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    return training.go_on(stop, lambda: parameters | (sweep(model, spec, corpus, device) if spec.get("sweep") else {}))
+    if not spec.get("sweep"):
+        return training.go_on(stop)
+    return training.go_on(stop, lambda: sweep(run, training.journal, model, corpus, device, stop, spec["steps"]))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

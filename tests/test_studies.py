@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_fp8 as fp8
-from studying import PLAN, ROOT, SCALES, command, run, write_tokens
+from studying import PLAN, ROOT, SCALES, command, run, scales, write_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +32,8 @@ from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.lines import new_lines, read_lines
 from studies.lib.pool import _last_words, how_it_ended, work
-from studies.lib.runs import all_runs, claim, missing, say_missing
+from studies.lib.progress import far, length, say_missing
+from studies.lib.runs import all_runs, claim, missing
 from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
 
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
@@ -283,9 +284,7 @@ def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, li
     report = ["report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
     for made in (run(*study, tokens=tokens, out=tmp_path), command(*report)):
         assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
-        assert (
-            f"{one.log} must hold a JSON object with a step a line (it has {line}); bring the log back" in made.stderr
-        )
+        assert f"{one.log} must hold a JSON object with a step a line (it has {line}); bring " in made.stderr
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------
@@ -543,9 +542,7 @@ def test_a_log_that_is_not_the_checkpoints_is_not_gone_on_with(tmp_path, corpus,
     else:
         one.run.log.write_text("".join(left[damage]))
     before = {path: path.read_bytes() for path in one.run.folder.iterdir()}
-    with pytest.raises(
-        UserError, match=r"each step up to 4, which state.ckpt goes on from, .* or delete .*/run and run"
-    ):
+    with pytest.raises(UserError, match=r"each step up to 4, which state.ckpt goes on from, .* or delete .*/run "):
         training(tmp_path, corpus)
     assert before == {path: path.read_bytes() for path in one.run.folder.iterdir()}
     shutil.rmtree(one.run.folder)  # as was said
@@ -604,6 +601,11 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert losses["gc-amax"] == pytest.approx(losses["amax"], abs=apart)
     assert set(result["biases"]["blocks.0.attn.qkv"]) == {"x", "w"}
 
+    measured = [record for record in one.records() if "policy" in record]
+    assert [record.pop("policy") for record in measured] == list(result["inference"])
+    assert [{"step": 4, **entry} for entry in result["inference"].values()] == measured
+    assert (far(one), length(one.spec)) == (4 + len(measured), 4 + len(measured))
+
     # And the report on it, while another study is still to be done.
     out, data = tmp_path / "other", tmp_path / "kept"
     run("parity", *TINY, "--arms", "bf16", "amax", "--steps", "9", "--minutes", "0.0001", tokens=tokens, out=out)
@@ -616,6 +618,34 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert {path.stem for path in data.glob("*.png")} == pictures == set(re.findall(r"!\[(\w+)\]\(kept/", text))
     empty = command("report", "--runs", data, "--page", tmp_path / "none")
     assert empty.returncode == 2 and "must be folders of runs" in empty.stderr and not (tmp_path / "none").exists()
+
+
+def test_a_sweep_after_a_training_is_stopped_between_policies_and_goes_on_to_the_bit(tmp_path, corpus):
+    spec = {**PLAN, "study": "window", "model": "gpt-tiny", "arm": "bf16", "record": 0, "dtype": "bfloat16",
+            "loss_scale": 1.0, "steps": 6, "sweep": [0], "sweep_tokens": 32}  # fmt: skip
+    (whole,), (part,) = claim(tmp_path / "whole", {"run": spec}), claim(tmp_path / "part", {"run": spec})
+
+    def go_on(run, stop):
+        torch.manual_seed(0)
+        return scales.perform(run, corpus, torch.device("cpu"), stop)
+
+    assert go_on(whole, lambda: False)
+    assert not go_on(part, lambda: far(part) == 6)
+    assert say_missing([part]).endswith("run (6 of 6 steps, 0 of 8 policies)")
+    for done in range(1, 9):  # a policy a call; after the last the validation is left
+        before = part.log.read_text()
+        assert not go_on(part, lambda: far(part) == 6 + done)
+        assert part.log.read_text().startswith(before) and say_missing([part]).endswith(f", {done} of 8 policies)")
+        if done == 3:
+            assert list(scales_results.condensed(part).policies) == ["bf16", "current", "amax"]
+            lines = part.log.read_text().splitlines(keepends=True)
+            part.log.write_text("".join(lines[:-2] + lines[-1:]))
+            with pytest.raises(UserError, match=r"must have each policy once and in order, but has not; bring the log"):
+                go_on(part, lambda: False)
+            part.log.write_text("".join(lines) + '{"step": 6, "pol')  # a kill in the midst of a line
+    assert go_on(part, lambda: False) and not part.checkpoint.exists()
+    assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
+    assert far(part) == length(spec) == 14 and scales_results.condensed(part).policies == {}
 
 
 @pytest.mark.parametrize(

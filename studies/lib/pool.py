@@ -24,7 +24,8 @@ from examples.gpt.lock import locked
 
 from .corpus import read_corpus, text_of
 from .lines import Line, read_lines
-from .runs import Run, Spec, claim, missing, open_run, plain, say_missing
+from .progress import far, length, say_missing, words
+from .runs import Run, Spec, claim, missing, open_run, plain
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -69,8 +70,8 @@ def work(
         on_gpu = any(run.spec["device"] == "cuda" for run in left)
         places = list(range(torch.cuda.device_count() if on_gpu else 1)) * jobs
         running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
-        with bar(total=sum(run.spec["steps"] for run in runs), unit="step", desc=out.name) as shown:
-            shown.update(done := _steps(runs))
+        with bar(total=sum(length(run.spec) for run in runs), unit="step", desc=out.name) as shown:
+            shown.update(done := sum(map(far, runs)))
             while left or running:
                 try:
                     while left and places and not interrupted and (until is None or time.time() < until):
@@ -84,7 +85,7 @@ def work(
                         places.append(place)
                         if process.returncode:
                             failed.append((run, process.returncode))
-                    now = _steps(runs)
+                    now = sum(map(far, runs))
                     shown.update(now - done)
                     done = now
                 except KeyboardInterrupt:  # the processes had it too, and end after their step
@@ -106,10 +107,6 @@ def _start(script: str, run: Run, arguments: Sequence[str], place: int) -> subpr
 def _visible(place: int) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[place] if given else str(place)
-
-
-def _steps(runs: Sequence[Run]) -> int:
-    return sum(run.step() for run in runs)
 
 
 def how_it_ended(code: int) -> str:
@@ -157,7 +154,7 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
                                 f"{run.spec.get(name)}, that of {args.tokens} is {value}")  # fmt: skip
         torch.manual_seed(run.spec["seed"])
         done = perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
-    stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"
+    stopped = f"stopped after {words(run)}; the same command goes on from there"
     print(f"{run.name}: {'done' if done else stopped}")
     return 0
 

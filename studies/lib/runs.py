@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,17 +61,21 @@ class Run:
 
     def step(self) -> int:
         """How far the log is, without reading all of it."""
+        return next((record["step"] for record in self.newest()), 0)
+
+    def newest(self) -> Iterator[Record]:
+        """The last records, from the last one on, as far as a part of the log has them. What ``records`` refuses is
+        left out."""
         if not self.log.exists():
-            return 0
+            return
         with open(self.log, "rb") as file:
             file.seek(max(0, os.path.getsize(self.log) - _TAIL))
             lines = file.read().split(b"\n")[:-1]
         for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, TypeError, KeyError, RecursionError):  # half a line; or what ``records`` refuses
-                continue
-        return 0
+            with suppress(ValueError, RecursionError):  # half a line
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield record
 
 
 def check_steps(run: Run, steps: Sequence[int]) -> None:
@@ -150,14 +155,6 @@ def all_runs(root: Path) -> list[Run]:
 
 def missing(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.result() is None]
-
-
-def say_missing(runs: Sequence[Run]) -> str:
-    left = missing(runs)
-    if not left:
-        return f"all {len(runs)} runs are done"
-    steps = [f"{run.name} ({run.step()} of {run.spec['steps']} steps)" for run in left]
-    return f"{len(runs) - len(left)} of {len(runs)} runs are done; still missing: {', '.join(steps)}"
 
 
 def _differing(there: Spec, asked: Spec) -> list[str]:

@@ -139,9 +139,10 @@ class Training:
         self._divergence = Divergence(losses, skips=self._scaler.is_enabled())
         self._mark = self._saved = time.perf_counter()
 
-    def go_on(self, stop: Callable[[], bool], finish: Callable[[], Result] | None = None) -> bool:
+    def go_on(self, stop: Callable[[], bool], finish: Callable[[], Result | None] = dict) -> bool:
         """To the end, or until ``stop`` says so after some step; whether the run is done. ``finish`` gives what else
-        belongs to the result; it runs after the last step and starts again where it was interrupted."""
+        belongs to the result of a training that was not lost, after its last step, or None where it was stopped; it
+        logs what is to be there when it is called again."""
         plan = self.plan
         while self.step < plan.steps and not self._divergence.lost and not stop():
             self._one_step()
@@ -151,10 +152,14 @@ class Training:
                 self._save()
         if self._saved_step != self.step:
             self._save()
-        if not self._divergence.lost and (self.step < plan.steps or stop()):
-            self.journal.close()
-            return False
-        result = self.validation() | (finish() if finish else {})
+        finished: Result | None = {}
+        if not self._divergence.lost:
+            finished = finish() if self.step == plan.steps and not stop() else None
+            if finished is None or stop():
+                self.journal.close()
+                return False
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        result = {**self.validation(), "parameters": parameters, **finished}
         result |= {"seconds": round(self.seconds, 1), "diverged": self._divergence.at, "gpu": gpu_name(self.device)}
         self.journal.write(step=self.step, result=result)
         self.journal.close()
