@@ -7,8 +7,9 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gpt import checkpoint
 from examples.gpt.errors import UserError
-from examples.gpt.lock import locked
+from examples.gpt.lock import is_locked, locked
 from examples.gpt.tokens import Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
-from studies.lib.corpus import make_tokens, read_corpus, save_corpus
+from studies.lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.lines import new_lines, read_lines
-from studies.lib.pool import _last_words, how_it_ended, work
+from studies.lib.pool import _last_words, how_it_ended, serve, work
 from studies.lib.progress import far, length, say_missing
 from studies.lib.runs import all_runs, claim, missing
 from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
@@ -634,7 +635,7 @@ def test_a_sweep_after_a_training_is_stopped_between_policies_and_goes_on_to_the
     assert say_missing([part]).endswith("run (6 of 6 steps, 0 of 8 policies)")
     for done in range(1, 9):  # a policy a call; after the last the validation is left
         before = part.log.read_text()
-        assert not go_on(part, lambda: far(part) == 6 + done)
+        assert not go_on(part, lambda done=done: far(part) == 6 + done)
         assert part.log.read_text().startswith(before) and say_missing([part]).endswith(f", {done} of 8 policies)")
         if done == 3:
             assert list(scales_results.condensed(part).policies) == ["bf16", "current", "amax"]
@@ -784,6 +785,52 @@ def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsy
     assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
     said = capsys.readouterr().err
     assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serving(tmp_path, tokens, monkeypatch):
+    """A run, and what serves it: gives the exit code, and whether ``perform`` saw it locked and was to stop."""
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)
+    threads = torch.get_num_threads()
+    text = text_of(read_corpus(tokens))
+    (one,) = claim(tmp_path / "out", {"a": {"seed": 0, "steps": 5, "device": "cpu", **text}})
+
+    def serves(*more):
+        seen = []
+
+        def perform(run, corpus, device, stop):
+            seen.append((is_locked(run.folder), stop()))
+            return True
+
+        return serve([str(one.folder), "--tokens", str(tokens), *more], perform), seen
+
+    yield one, serves
+    torch.set_num_threads(threads)
+
+
+def test_a_run_waits_for_the_process_that_its_killed_study_left(serving, tokens, tmp_path, capsys):
+    one, serves = serving
+    held = ExitStack()
+    held.enter_context(locked(one.folder))
+    assert serves("--until", "1") == (0, []) and "a: stopped after 0 of 5 steps; the same" in capsys.readouterr().out
+    script_ = tmp_path / "nothing.py"
+    script_.write_text("")
+    how = {"jobs": 1, "minutes": None, "kept": None, "kind": scales_results.Line}
+    assert work(str(script_), one.folder.parent, {"a": one.spec}, tokens, **how) == 0
+    assert "waiting for processes of an interrupted call to end their step: a\n" in capsys.readouterr().out
+    ended = threading.Timer(0.3, held.close)
+    ended.start()
+    assert serves() == (0, [(True, False)]) and ended.finished.is_set()
+    assert serves("--parent", "1") == (0, [(True, True)])  # which was gone before this process could see it
+
+
+def test_what_the_left_process_had_ended_is_not_done_again(serving, capsys):
+    one, serves = serving
+    one.log.write_text('{"step": 5, "result": {"loss": 1}}\n')
+    assert serves() == (0, []) and capsys.readouterr().out == "a: done\n"
 
 
 def test_tokens_of_a_checkpoint_without_a_tokenizer_are_refused_in_words(tmp_path):
