@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -22,12 +23,14 @@ from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
+from lib.bounds import check_bounds
 from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
 from lib.fog_results import STUDIES, USUAL, Line, condensed, learning_rate, merged, times_usual
 from lib.kurtosis import Kurtosis
 from lib.lines import new_lines
+from lib.memory import TRAINING, check_memory
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.training import Plan, Training, check_text, in_whole_contexts
@@ -235,6 +238,7 @@ def _add_training(
 
 
 def check_numbers(args: argparse.Namespace) -> None:
+    check_bounds(args, "architectures", "arms", "rates")
     if args.every < 1:
         raise UserError(f"--every must be at least 1, got {args.every}")
     if not 0 <= args.cooldown <= 0.9:
@@ -257,6 +261,9 @@ def main() -> int:
     specs = specs_of(args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
+    for name in args.architectures:
+        build = functools.partial(LM, named_architecture(name), SIZES[args.size], vocab=corpus.vocab)
+        check_memory(f"{name} of size {args.size}", build, TRAINING)
     return work(
         __file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, kept=args.kept, kind=Line
     )  # fmt: skip

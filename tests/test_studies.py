@@ -1,5 +1,6 @@
 """The studies' machinery: what a kill leaves, what is refused, what is computed from runs."""
 
+import functools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.lines import new_lines, read_lines
+from studies.lib.memory import INFERENCE, TRAINING, check_memory
 from studies.lib.pool import _last_words, how_it_ended, serve, work
 from studies.lib.progress import far, length, say_missing
 from studies.lib.runs import all_runs, claim, missing
@@ -676,11 +678,46 @@ def test_a_sweep_after_a_training_is_stopped_between_policies_and_goes_on_to_the
         (["parity", *TINY, "--batch", "3"], "--batch must be a multiple of --micro-batch = 2, got 3"),
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
         (["parity", "--steps", "0", *TINY], "--steps must be at least 1"),
+        (["parity", "--steps", "99999999999999999999", *TINY], "--steps must be within ±2,147,483,647, got 9999"),
+        (["parity", "--train-tokens", "1e300", *TINY], "--steps must be within ±2,147,483,647, got "),
+        (["parity", "--context", "9" * 400], "--context must be within ±2,147,483,647"),
+        (["infer", "--models", "gpt-tiny", "--sweep-tokens", "9" * 20], "--sweep-tokens must be within ±"),
+        (
+            ["parity", "--seeds", "100000000"],
+            "at most 10,000 runs, and this would be 1,600,000,000; give ",
+        ),
+        (["parity", "--seeds", "5001", *TINY[:2], "--arms", "bf16", "current"], "this would be 10,002; give fewer"),
+        (["window", "--constants", "-999999999", "3", *QUICK], "--constants: no scale has the constant -999999999"),
+        (["window", "--constants", "-3", "999999999", *QUICK], "--constants: no scale has the constant 999999999"),
+        (["parity", "--minutes", "inf", *QUICK], "--minutes must be positive and finite, got inf"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, tokens, arguments, words):
     made = run(*arguments, tokens=tokens, out=tmp_path / "out")
     assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+
+
+def test_a_model_that_no_memory_here_holds_is_refused(tmp_path, tokens, monkeypatch):
+    monkeypatch.setitem(scales.check_memory.__globals__, "available", lambda: 100 << 30)
+    models = ["--models", "gpt-tiny", "llama-2-70B"]
+    for study, needed in {
+        ("parity", *QUICK[2:]): r"1,0\d\d\.\d GiB for its weights, gradients and AdamW's moments",
+        ("infer", "--context", "32", "--sweep-tokens", "64"): r"12\d\.\d GiB for its weights",
+    }.items():
+        refused = run(*study, *models, tokens=tokens, out=tmp_path / "out")
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert re.search(f"llama-2-70B needs at least {needed} alone, and .* has 100.0; take a smaller", refused.stderr)
+
+
+def test_a_model_is_refused_where_not_even_its_parameters_fit(monkeypatch):
+    """Of 2^20 parameters, none of which is allocated."""
+    build = functools.partial(torch.nn.Linear, 1 << 10, 1 << 10, bias=False)
+    for each in (TRAINING, INFERENCE):
+        monkeypatch.setattr("studies.lib.memory.available", lambda has=each: has << 20)
+        check_memory("a", build, each)
+        monkeypatch.setattr("studies.lib.memory.available", lambda has=each: (has << 20) - 1)
+        with pytest.raises(UserError, match="a needs at least 0.0 GiB for its weights"):
+            check_memory("a", build, each)
 
 
 def test_the_length_of_a_training_is_said_once(tmp_path, tokens):

@@ -86,15 +86,18 @@ def _recorded(run: Run, records: Iterable[Record], every: Sequence[str]) -> dict
     return {record["policy"]: {"loss": record["loss"], "accuracy": record["accuracy"]} for record in of}
 
 
+def check_constant(c: int) -> None:
+    """UserError where no scale has it."""
+    try:
+        make_recipe(constant(c)["recipe"])
+    except ValueError as error:
+        raise UserError(f"--constants: no scale has the constant {c}; {error}") from error
+
+
 def check_sweep(corpus: Corpus, spec: Spec) -> None:
     """UserError where a sweep of this spec would not come to its end."""
     if spec["sweep_tokens"] < 1:
         raise UserError(f"--sweep-tokens must be at least 1, got {spec['sweep_tokens']}")
-    try:
-        for c in spec["sweep"]:
-            make_recipe(constant(c)["recipe"])
-    except ValueError as error:
-        raise UserError(f"--constants: no scale has the constant {c}; {error}") from error
     check_text(corpus, Plan.of({**spec, "validated": spec["sweep_tokens"]}), "--sweep-tokens")
 
 

@@ -7,6 +7,7 @@ was tokenised once and is a file. A process that loses its parent stops after it
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -50,8 +51,8 @@ def work(
     checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes must be positive, got {minutes}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes must be positive and finite, got {minutes}")
     until = time.time() + 60 * minutes if minutes else None
     arguments = ["--tokens", str(tokens), "--share", str(1 / jobs), "--parent", str(os.getpid())]
     arguments += ["--until", str(until)] if until else []
@@ -70,7 +71,7 @@ def work(
         if ending := [run.name for run in left if is_locked(run.folder)]:
             print(f"waiting for processes of an interrupted call to end their step: {', '.join(ending)}", flush=True)
         on_gpu = any(run.spec["device"] == "cuda" for run in left)
-        places = list(range(torch.cuda.device_count() if on_gpu else 1)) * jobs
+        places = list(range(torch.cuda.device_count() if on_gpu else 1)) * min(jobs, len(left))
         running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
         with bar(total=sum(length(run.spec) for run in runs), unit="step", desc=out.name) as shown:
             shown.update(done := sum(map(far, runs)))

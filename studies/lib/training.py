@@ -25,6 +25,7 @@ from examples.gpt.errors import UserError
 from examples.gpt.journal import Journal
 from examples.gpt.tokens import Corpus, even_starts, random_starts, windows
 
+from .bounds import check_largest
 from .divergence import Divergence
 from .runs import Run, Spec, check_resumable, losses_in
 
@@ -70,6 +71,7 @@ class Plan:
         for name in ("steps", "batch", "micro_batch", "context", "validated"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_OPTIONS[name]} must be at least 1, got {getattr(self, name)}")
+        check_largest("--steps", self.steps)  # which may be those of --train-tokens
         if not 0 <= self.lr < math.inf:
             raise UserError(f"--lr must be a finite number that is not negative, got {self.lr}")
         if self.batch % self.micro_batch:
