@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -30,12 +31,14 @@ from pathlib import Path
 
 import torch
 import torch_fp8 as fp8
+from lib.bounds import check_bounds
 from lib.corpus import read_corpus, text_of
 from lib.fog_figures import draw
 from lib.fog_page import page
 from lib.fog_results import STUDIES, USUAL, Line, condensed, learning_rate, merged, times_usual
 from lib.kurtosis import Kurtosis
 from lib.lines import new_lines
+from lib.memory import TRAINING, check_memory
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.training import Plan, Training, check_text, in_whole_contexts
@@ -168,8 +171,7 @@ def start_cold(model: nn.Module) -> None:
 
 def perform(run: Run, corpus: Corpus, device: torch.device, stop: Callable[[], bool]) -> bool:
     model = make_model(run.spec, corpus, device)
-    training = Training(run, model, corpus, device, Kurtosis(model, run.spec["every"]))
-    return training.go_on(stop, lambda: {"parameters": sum(parameter.numel() for parameter in model.parameters())})
+    return Training(run, model, corpus, device, Kurtosis(model, run.spec["every"])).go_on(stop)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -244,6 +246,7 @@ def _add_training(
 
 
 def check_numbers(args: argparse.Namespace) -> None:
+    check_bounds(args, "architectures", "arms", "rates")
     if args.every < 1:
         raise UserError(f"--every must be at least 1, got {args.every}")
     if not 0 <= args.cooldown <= 0.9:
@@ -266,6 +269,9 @@ def main() -> int:
     specs = specs_of(args, corpus)
     for spec in specs.values():
         check_text(corpus, Plan.of(spec))
+    for name in args.architectures:
+        build = functools.partial(LM, named_architecture(name), SIZES[args.size], vocab=corpus.vocab)
+        check_memory(f"{name} of size {args.size}", build, TRAINING)
     return work(
         __file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, kept=args.kept, kind=Line
     )  # fmt: skip

@@ -23,6 +23,7 @@ The defaults are for GPUs. On a CPU, in a few minutes, on the source of Python's
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -32,11 +33,13 @@ from pathlib import Path
 import torch
 from lib.arms import ARMS, DEFAULT_ARMS, arm, inner_layers, make_model, words
 from lib.biases import Biases
+from lib.bounds import check_bounds
 from lib.checkpoints import Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
-from lib.inference import check_sweep, infer, policies, sweep
+from lib.inference import check_constant, check_sweep, infer, policies, sweep
 from lib.lines import new_lines
+from lib.memory import INFERENCE, TRAINING, check_memory
 from lib.pool import exit_code, serve, work
 from lib.runs import Run, Spec, all_runs
 from lib.scales_figures import draw
@@ -167,6 +170,8 @@ def _constants(args: argparse.Namespace) -> list[int]:
     low, high = args.constants
     if low > high:
         raise UserError(f"the sweep is empty: --constants must rise, got {low} and {high}")
+    for c in (low, high):
+        check_constant(c)
     return list(range(low, high + 1))
 
 
@@ -191,8 +196,9 @@ def perform(
     model = make_model(spec, corpus, device, given)
     observer = Biases(inner_layers(model), spec["record"], spec["loss_scale"]) if spec["record"] else None
     training = Training(run, model, corpus, device, observer)
-    parameters = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    return training.go_on(stop, lambda: parameters | (sweep(model, spec, corpus, device) if spec.get("sweep") else {}))
+    if not spec.get("sweep"):
+        return training.go_on(stop)
+    return training.go_on(stop, lambda: sweep(run, training.journal, model, corpus, device, stop, spec["steps"]))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -322,6 +328,7 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
+    check_bounds(args, "models", "arms")
     for name in ("lr", "train_tokens"):
         value = getattr(args, name, None)
         if value is not None and not 0 < value < math.inf:
@@ -368,6 +375,9 @@ def main() -> int:
             check_sweep(corpus, spec)
         check_text(corpus, Plan.of(spec))
     checkpoint = getattr(args, "checkpoint", None)
+    each = INFERENCE if args.command == "infer" else TRAINING
+    for model in [] if checkpoint else args.models:
+        check_memory(model, functools.partial(named(model).build, corpus.vocab, args.context), each)
     return work(
         __file__,
         args.out,

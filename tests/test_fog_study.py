@@ -110,6 +110,9 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, mo
         (["provoke", "--lr", "1e308", "--rates", "1e9"], "lr must be a finite number"),
         (["parity", "--cooldown", "1"], "must be from 0 to 0.9, got 1.0"),
         (["parity", "--seeds", "0"], "the study is empty"),
+        (["parity", "--steps", "9" * 400], "--steps must be within ±2,147,483,647, got 9"),
+        (["parity", "--seeds", "9999999"], "at most 10,000 runs, and this would be 89,999,991; give fewer --seeds"),
+        (["parity", *TINY, "--minutes", "inf"], "--minutes must be positive and finite, got inf"),
         (["provoke", "--rates", "1", "1.0000001"], "two runs would be called llama3_x1_bf16_0"),
         (["provoke", "--rates", "1", "--arms", "bf16", "bf16"], "give each architecture, arm and rate once"),
     ],
@@ -119,6 +122,15 @@ def test_bad_input_is_refused_in_words(tmp_path, tokens, arguments, words, monke
     with pytest.raises(UserError) as refused:
         fog.main()
     assert words in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_no_memory_here_holds_is_refused(tmp_path, tokens, monkeypatch):
+    asked = command("parity", *TINY[2:], "--size", "8B", tokens=tokens, out=tmp_path / "out")[1:]
+    monkeypatch.setattr(sys, "argv", asked)
+    monkeypatch.setitem(fog.check_memory.__globals__, "available", lambda: 100 << 30)
+    with pytest.raises(UserError, match=r"fog-max of size 8B needs at least 1\d\d\.\d GiB for its weights, gr"):
+        fog.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_learning_rate_is_one_run_however_it_was_typed(tmp_path, tokens, monkeypatch):

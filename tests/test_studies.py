@@ -1,5 +1,6 @@
 """The studies' machinery: what a kill leaves, what is refused, what is computed from runs."""
 
+import functools
 import json
 import math
 import os
@@ -7,30 +8,35 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch_fp8 as fp8
-from studying import PLAN, ROOT, SCALES, command, run, write_tokens
+from studying import PLAN, ROOT, SCALES, command, run, scales, write_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from examples.gpt import checkpoint
 from examples.gpt.errors import UserError
-from examples.gpt.lock import locked
+from examples.gpt.lock import is_locked, locked
 from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
-from studies.lib.corpus import make_tokens, read_corpus, save_corpus
+from studies.lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.lines import new_lines, read_lines
-from studies.lib.pool import _last_words, how_it_ended, work
-from studies.lib.runs import all_runs, claim, missing, say_missing
+from studies.lib.memory import INFERENCE, TRAINING, check_memory
+from studies.lib.pool import _last_words, how_it_ended, serve, work
+from studies.lib.progress import far, length, say_missing
+from studies.lib.runs import all_runs, claim, missing
 from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
 
 TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
@@ -317,7 +323,7 @@ def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, li
     report = ["report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
     for made in (run(*study, tokens=tokens, out=tmp_path), command(*report)):
         assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
-        assert f"{one.log} must hold a JSON object with a step a line (it has {line})" in made.stderr
+        assert f"{one.log} must hold a JSON object with a step a line (it has {line}); bring " in made.stderr
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------
@@ -363,10 +369,35 @@ class Table(torch.nn.Module):
         return self.table(tokens)
 
 
-def training(folder, corpus, **changed):
+class Failing(Table):
+    """Whose loss is not finite in these passes, and these of each so many."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.passes, self.done = passes, 0
+
+    def forward(self, tokens):
+        self.done += self.training
+        return self.table(tokens) * (math.nan if self.done in self.passes and self.training else 1.0)
+
+
+class Looks:
+    """An observer of each third step."""
+
+    def wants(self, step):
+        return step % 3 == 0
+
+    def watch(self):
+        return nullcontext()
+
+    def seen(self):
+        return {"biases": {}}
+
+
+def training(folder, corpus, model=Table, observer=None, **changed):
     torch.manual_seed(0)
     (run,) = claim(folder, {"run": {**PLAN, **changed}})
-    return Training(run, Table(), corpus, torch.device("cpu"))
+    return Training(run, model(), corpus, torch.device("cpu"), observer)
 
 
 def test_validation_is_the_mean_over_the_held_out_tokens(corpus):
@@ -408,6 +439,18 @@ def test_divergence_is_noted_by_the_rule():
     assert two.at == 0 and not two.lost
     two.add(math.nan)
     assert two.at == 60 and two.lost
+    two.add(2.0)
+    assert two.lost
+
+
+def test_a_loss_scale_bears_losses_that_are_not_finite_as_long_as_it_can_help():
+    """It leaves these steps out; a loss that stays so is lost at a step of its own."""
+    one = Divergence([math.inf, 2.0, *[math.nan] * (PATIENCE - 1), 2.0], skips=True)
+    assert one.at == 1 and not one.lost
+    for _ in range(PATIENCE):
+        assert not one.lost
+        one.add(None)
+    assert one.lost
 
 
 @pytest.mark.parametrize("name", ["histogram", "gc-amax", "gc-histogram", "gc-cscale:2", "cscale:2"])
@@ -457,6 +500,30 @@ def test_a_lost_training_ends_and_says_so(tmp_path, corpus):
     assert result["diverged"] == 1 and result["loss"] is None and one.step == 1
 
 
+@pytest.mark.parametrize("failing, loss_scale, end", [([13], 1.0, 7), ([13], 8.0, 30), (range(13, 99), 8.0, 26)])
+def test_where_a_training_is_lost_does_not_hang_on_when_its_losses_are_looked_at(
+    tmp_path, corpus, monkeypatch, failing, loss_scale, end
+):
+    """Each step has two passes. On a GPU losses are fetched together, at some steps that are observed, and whenever it
+    is time for a checkpoint."""
+    logs = []
+    for name, fetch_every, save, observer in (
+        ("each", 1, 60, None), ("late", 20, 60, None), ("saved", 20, 0, None), ("looked", 20, 60, Looks()),
+        ("looked at each", 1, 60, Looks()),
+    ):  # fmt: skip
+        monkeypatch.setattr("studies.lib.training._SAVE", save)
+        how = {"loss_scale": loss_scale, "steps": 30}
+        one = training(tmp_path / name, corpus, lambda: Failing(failing), observer, **how)
+        one._fetch_every = fetch_every
+        assert one.go_on(lambda: False) and not one.run.checkpoint.exists()
+        logs.append(records_of(tmp_path / name)["run"])
+    assert logs[0] == logs[1] == logs[2] and logs[3] == logs[4]
+    assert [record for record in logs[3] if "biases" not in record] == logs[0]
+    *steps, last = logs[0]
+    assert [record["step"] for record in steps] == list(range(1, end + 1)) and last["step"] == end
+    assert last["result"]["diverged"] == 7 and (last["result"]["loss"] is None) == (end < 30)
+
+
 # ---- whole studies ---------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +567,53 @@ def test_a_training_that_was_stopped_goes_on_to_the_bit(tmp_path, corpus):
     assert whole.model.table.weight.equal(again.model.table.weight)
 
 
+@pytest.mark.parametrize("damage", ["gone", "empty", "a step is gone", "twice", "out of order", "the last is gone"])
+def test_a_log_that_is_not_the_checkpoints_is_not_gone_on_with(tmp_path, corpus, damage):
+    one = training(tmp_path, corpus)
+    assert not one.go_on(lambda: one.step == 4)
+    first, *rest = lines = one.run.log.read_text().splitlines(keepends=True)
+    left = {
+        "empty": [], "a step is gone": rest, "twice": [first, *lines], "out of order": [rest[0], first, *rest[1:]],
+        "the last is gone": lines[:-1],
+    }  # fmt: skip
+    if damage == "gone":
+        one.run.log.unlink()
+    else:
+        one.run.log.write_text("".join(left[damage]))
+    before = {path: path.read_bytes() for path in one.run.folder.iterdir()}
+    with pytest.raises(UserError, match=r"each step up to 4, which state.ckpt goes on from, .* or delete .*/run "):
+        training(tmp_path, corpus)
+    assert before == {path: path.read_bytes() for path in one.run.folder.iterdir()}
+    shutil.rmtree(one.run.folder)  # as was said
+    assert training(tmp_path, corpus).go_on(lambda: False) and [one.step() for one in all_runs(tmp_path)] == [10]
+
+
+def test_a_log_is_on_the_disk_before_a_checkpoint_that_goes_on_from_it_and_before_that_is_gone(
+    tmp_path, corpus, monkeypatch
+):
+    monkeypatch.setattr("studies.lib.training._SAVE", 0)
+    one, synced = training(tmp_path, corpus), {}
+    fsync, save, unlink = os.fsync, checkpoint.save, Path.unlink
+
+    def syncs(handle):
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced[path.name] = path.stat().st_size
+
+    def saves(path, state):
+        assert synced["log.jsonl"] == one.run.log.stat().st_size
+        save(path, state)
+
+    def unlinks(path, **how):
+        assert synced["log.jsonl"] == one.run.log.stat().st_size and one.run.result()
+        unlink(path, **how)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(checkpoint, "save", saves)
+    monkeypatch.setattr(Path, "unlink", unlinks)
+    assert one.go_on(lambda: False) and not one.run.checkpoint.exists()
+
+
 def test_a_checkpoint_is_of_one_spec(tmp_path, corpus):
     one = training(tmp_path, corpus, recipe={"kind": "DelayedScaling"})
     assert not one.go_on(lambda: one.step == 4)
@@ -526,6 +640,11 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert losses["gc-amax"] == pytest.approx(losses["amax"], abs=apart)
     assert set(result["biases"]["blocks.0.attn.qkv"]) == {"x", "w"}
 
+    measured = [record for record in one.records() if "policy" in record]
+    assert [record.pop("policy") for record in measured] == list(result["inference"])
+    assert [{"step": 4, **entry} for entry in result["inference"].values()] == measured
+    assert (far(one), length(one.spec)) == (4 + len(measured), 4 + len(measured))
+
     # And the report on it, while another study is still to be done.
     out, data = tmp_path / "other", tmp_path / "kept"
     run("parity", *TINY, "--arms", "bf16", "amax", "--steps", "9", "--minutes", "0.0001", tokens=tokens, out=out)
@@ -538,6 +657,34 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert {path.stem for path in data.glob("*.png")} == pictures == set(re.findall(r"!\[(\w+)\]\(kept/", text))
     empty = command("report", "--runs", data, "--page", tmp_path / "none")
     assert empty.returncode == 2 and "must be folders of runs" in empty.stderr and not (tmp_path / "none").exists()
+
+
+def test_a_sweep_after_a_training_is_stopped_between_policies_and_goes_on_to_the_bit(tmp_path, corpus):
+    spec = {**PLAN, "study": "window", "model": "gpt-tiny", "arm": "bf16", "record": 0, "dtype": "bfloat16",
+            "loss_scale": 1.0, "steps": 6, "sweep": [0], "sweep_tokens": 32}  # fmt: skip
+    (whole,), (part,) = claim(tmp_path / "whole", {"run": spec}), claim(tmp_path / "part", {"run": spec})
+
+    def go_on(run, stop):
+        torch.manual_seed(0)
+        return scales.perform(run, corpus, torch.device("cpu"), stop)
+
+    assert go_on(whole, lambda: False)
+    assert not go_on(part, lambda: far(part) == 6)
+    assert say_missing([part]).endswith("run (6 of 6 steps, 0 of 8 policies)")
+    for done in range(1, 9):  # a policy a call; after the last the validation is left
+        before = part.log.read_text()
+        assert not go_on(part, lambda done=done: far(part) == 6 + done)
+        assert part.log.read_text().startswith(before) and say_missing([part]).endswith(f", {done} of 8 policies)")
+        if done == 3:
+            assert list(scales_results.condensed(part).policies) == ["bf16", "current", "amax"]
+            lines = part.log.read_text().splitlines(keepends=True)
+            part.log.write_text("".join(lines[:-2] + lines[-1:]))
+            with pytest.raises(UserError, match=r"must have each policy once and in order, but has not; bring the log"):
+                go_on(part, lambda: False)
+            part.log.write_text("".join(lines) + '{"step": 6, "pol')  # a kill in the midst of a line
+    assert go_on(part, lambda: False) and not part.checkpoint.exists()
+    assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
+    assert far(part) == length(spec) == 14 and scales_results.condensed(part).policies == {}
 
 
 @pytest.mark.parametrize(
@@ -572,11 +719,46 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["parity", *TINY, "--batch", "3"], "--batch must be a multiple of --micro-batch = 2, got 3"),
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
         (["parity", "--steps", "0", *TINY], "--steps must be at least 1"),
+        (["parity", "--steps", "99999999999999999999", *TINY], "--steps must be within ±2,147,483,647, got 9999"),
+        (["parity", "--train-tokens", "1e300", *TINY], "--steps must be within ±2,147,483,647, got "),
+        (["parity", "--context", "9" * 400], "--context must be within ±2,147,483,647"),
+        (["infer", "--models", "gpt-tiny", "--sweep-tokens", "9" * 20], "--sweep-tokens must be within ±"),
+        (
+            ["parity", "--seeds", "100000000"],
+            "at most 10,000 runs, and this would be 1,600,000,000; give ",
+        ),
+        (["parity", "--seeds", "5001", *TINY[:2], "--arms", "bf16", "current"], "this would be 10,002; give fewer"),
+        (["window", "--constants", "-999999999", "3", *QUICK], "--constants: no scale has the constant -999999999"),
+        (["window", "--constants", "-3", "999999999", *QUICK], "--constants: no scale has the constant 999999999"),
+        (["parity", "--minutes", "inf", *QUICK], "--minutes must be positive and finite, got inf"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, tokens, arguments, words):
     made = run(*arguments, tokens=tokens, out=tmp_path / "out")
     assert made.returncode == 2 and words in made.stderr and made.stderr.count("\n") == 1, made.stderr
+
+
+def test_a_model_that_no_memory_here_holds_is_refused(tmp_path, tokens, monkeypatch):
+    monkeypatch.setitem(scales.check_memory.__globals__, "available", lambda: 100 << 30)
+    models = ["--models", "gpt-tiny", "llama-2-70B"]
+    for study, needed in {
+        ("parity", *QUICK[2:]): r"1,0\d\d\.\d GiB for its weights, gradients and AdamW's moments",
+        ("infer", "--context", "32", "--sweep-tokens", "64"): r"12\d\.\d GiB for its weights",
+    }.items():
+        refused = run(*study, *models, tokens=tokens, out=tmp_path / "out")
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+        assert re.search(f"llama-2-70B needs at least {needed} alone, and .* has 100.0; take a smaller", refused.stderr)
+
+
+def test_a_model_is_refused_where_not_even_its_parameters_fit(monkeypatch):
+    """Of 2^20 parameters, none of which is allocated."""
+    build = functools.partial(torch.nn.Linear, 1 << 10, 1 << 10, bias=False)
+    for each in (TRAINING, INFERENCE):
+        monkeypatch.setattr("studies.lib.memory.available", lambda has=each: has << 20)
+        check_memory("a", build, each)
+        monkeypatch.setattr("studies.lib.memory.available", lambda has=each: (has << 20) - 1)
+        with pytest.raises(UserError, match="a needs at least 0.0 GiB for its weights"):
+            check_memory("a", build, each)
 
 
 def test_the_length_of_a_training_is_said_once(tmp_path, tokens):
@@ -681,6 +863,52 @@ def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsy
     assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
     said = capsys.readouterr().err
     assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serving(tmp_path, tokens, monkeypatch):
+    """A run, and what serves it: gives the exit code, and whether ``perform`` saw it locked and was to stop."""
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)
+    threads = torch.get_num_threads()
+    text = text_of(read_corpus(tokens))
+    (one,) = claim(tmp_path / "out", {"a": {"seed": 0, "steps": 5, "device": "cpu", **text}})
+
+    def serves(*more):
+        seen = []
+
+        def perform(run, corpus, device, stop):
+            seen.append((is_locked(run.folder), stop()))
+            return True
+
+        return serve([str(one.folder), "--tokens", str(tokens), *more], perform), seen
+
+    yield one, serves
+    torch.set_num_threads(threads)
+
+
+def test_a_run_waits_for_the_process_that_its_killed_study_left(serving, tokens, tmp_path, capsys):
+    one, serves = serving
+    held = ExitStack()
+    held.enter_context(locked(one.folder))
+    assert serves("--until", "1") == (0, []) and "a: stopped after 0 of 5 steps; the same" in capsys.readouterr().out
+    script_ = tmp_path / "nothing.py"
+    script_.write_text("")
+    how = {"jobs": 1, "minutes": None, "kept": None, "kind": scales_results.Line}
+    assert work(str(script_), one.folder.parent, {"a": one.spec}, tokens, **how) == 0
+    assert "waiting for processes of an interrupted call to end their step: a\n" in capsys.readouterr().out
+    ended = threading.Timer(0.3, held.close)
+    ended.start()
+    assert serves() == (0, [(True, False)]) and ended.finished.is_set()
+    assert serves("--parent", "1") == (0, [(True, True)])  # which was gone before this process could see it
+
+
+def test_what_the_left_process_had_ended_is_not_done_again(serving, capsys):
+    one, serves = serving
+    one.log.write_text('{"step": 5, "result": {"loss": 1}}\n')
+    assert serves() == (0, []) and capsys.readouterr().out == "a: done\n"
 
 
 def test_tokens_of_a_checkpoint_without_a_tokenizer_are_refused_in_words(tmp_path):

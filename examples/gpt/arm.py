@@ -190,6 +190,7 @@ class Arm:
                 "data": self.generator.get_state(),
             },
         }
+        self.journal.sync()
         checkpoint.save(self.path, state)
         self._mark = time.perf_counter()
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +36,39 @@ class Journal:
 
     def write(self, **record: Any) -> None:
         self.records.append(record)
-        try:
+        with self._told():
             self._file.write(_line(record))
+
+    def sync(self) -> None:
+        """To the disk. A checkpoint is there after a power cut, and goes on from this log: call this before its save,
+        and before it is deleted."""
+        with self._told():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             what = f"could not write {self._file.name}: {error.strerror}"
             raise UserError(f"{what}; make room and go on from there") from error
 
-    def close(self) -> None:
-        self._file.close()
 
-
-def read_journal(path: Path) -> list[Record]:
-    """Every whole record; a kill can leave half a line at the end. None where there is no file."""
+def read_journal(path: Path, mend: str = "move it elsewhere to go on without it") -> list[Record]:
+    """Every whole record; a kill can leave half a line at the end. None where there is no file. mend: what helps where
+    it is damaged."""
     if not path.exists():
         return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [_record(line) for line in lines if line.endswith("\n")]
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} must hold a JSON object with a step a line ({error}); move it elsewhere to go on without it"
-        ) from error
+        raise UserError(f"{path} must hold a JSON object with a step a line ({error}); {mend}") from error
 
 
 def _record(line: str) -> Record:

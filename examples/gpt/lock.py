@@ -11,6 +11,18 @@ from pathlib import Path
 from .errors import UserError
 
 
+def is_locked(out: Path) -> bool:
+    """Whether a process writes to the folder ``out``, which is there."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Within, no other run writes to ``out``. The lock goes with the process, however that ends."""

@@ -1,5 +1,6 @@
 """What the studies share: ``corpus`` is the text, ``runs`` the folder that keeps what came out, ``training`` one
-training, ``pool`` several at once on the GPUs of a machine, ``intervals`` what may be said of their differences;
+training, ``pool`` several at once on the GPUs of a machine, ``progress`` how far they are, ``bounds`` and ``memory``
+what none is beyond, ``intervals`` what may be said of their differences;
 ``biases`` and ``kurtosis`` look on, ``divergence`` says when a loss leaves another's.
 
 ``arms`` is what scales.py trains, ``checkpoints`` from where; ``policies`` how scales are chosen, ``emulation``

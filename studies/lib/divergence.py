@@ -22,27 +22,32 @@ Loss = float | None  # None: not finite
 
 
 class Divergence:
-    """Judges a training's losses one after another. ``at`` is the step, from 1, at which they had diverged, or 0."""
+    """Judges a training's losses one after another.
 
-    def __init__(self, losses: Iterable[Loss] = ()) -> None:
+    skips: whether a loss scale leaves out steps whose gradients are not finite, so that the weights stay finite.
+    at: the step, from 1, at which the losses had diverged, or 0.
+    lost: whether nothing can come of what follows. A loss that is not finite has reached every weight by its gradients;
+        where such steps are left out, it is PATIENCE of them on end, in which a loss scale is halved to a millionth.
+    """
+
+    def __init__(self, losses: Iterable[Loss] = (), *, skips: bool = False) -> None:
         self.losses: list[Loss] = []
-        self.at = self._above = 0
+        self.lost = False
+        self.at = self._above = self._gone = 0
+        self._deadly = PATIENCE if skips else 1  # losses on end that are not finite
         for loss in losses:
             self.add(loss)
 
     def add(self, loss: Loss) -> None:
         before = [known for known in self.losses[-MEDIAN:] if known is not None]
-        lost = loss is None or not math.isfinite(loss)
+        not_finite = loss is None or not math.isfinite(loss)
         high = before and (loss is None or not loss <= FACTOR * statistics.median(before))
         self._above = self._above + 1 if high else 0
-        self.losses.append(None if lost else loss)
-        if not self.at and (lost or self._above >= PATIENCE):
+        self.losses.append(None if not_finite else loss)
+        if not self.at and (not_finite or self._above >= PATIENCE):
             self.at = len(self.losses)
-
-    @property
-    def lost(self) -> bool:
-        """A loss that is not finite stays so: its gradients have reached every weight."""
-        return bool(self.losses) and self.losses[-1] is None
+        self._gone = self._gone + 1 if not_finite else 0
+        self.lost = self.lost or self._gone == self._deadly
 
 
 def step_noise(losses: Sequence[Loss]) -> float:

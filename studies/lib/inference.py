@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch_fp8 as fp8
 from torch import nn
 
 from examples.gpt.errors import UserError
-from examples.gpt.journal import Journal
+from examples.gpt.journal import Journal, Record
 from examples.gpt.tokens import Corpus
 
 from .arms import ARMS, constant, inner_layers, make_recipe
@@ -51,22 +51,53 @@ def _emulated(rule: Rule, to: Format) -> Policy:
     return lambda model: emulated(inner_layers(model), rule, to)
 
 
-def sweep(model: nn.Module, spec: Spec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+def sweep(
+    run: Run,
+    journal: Journal,
+    model: nn.Module,
+    corpus: Corpus,
+    device: torch.device,
+    stop: Callable[[], bool],
+    step: int | None = None,
+) -> dict[str, Any] | None:
     """Inference under every policy on the same tokens: loss and accuracy by the policy's name, and every tensor's bias
-    over one micro-batch."""
-    found = {name: _measured(model, policy, spec, corpus, device) for name, policy in policies(spec["sweep"]).items()}
+    over one micro-batch. Each policy is a record of the journal once it is measured, and what is there is not measured
+    again. None where ``stop`` said so between two.
+
+    step: the last one of a training that this follows; without one a step is a policy."""
+    spec, every = run.spec, policies(run.spec["sweep"])
+    found = _recorded(run, journal.records, list(every))
+    for number, (name, policy) in enumerate(every.items(), start=1):
+        if name in found:
+            continue
+        if stop():
+            return None
+        found[name] = _measured(model, policy, spec, corpus, device)
+        journal.write(step=number if step is None else step, policy=name, **found[name])
+        journal.sync()
     return {"inference": found, **inference_biases(model, spec, corpus, device)}
+
+
+def _recorded(run: Run, records: Iterable[Record], every: Sequence[str]) -> dict[str, dict[str, float]]:
+    """UserError where a policy is not there before those that come after it, or twice: some of the log is gone."""
+    of = [record for record in records if "policy" in record]
+    if [record["policy"] for record in of] != list(every[: len(of)]):
+        raise UserError(f"{run.log} must have each policy once and in order, but has not; {run.mend}")
+    return {record["policy"]: {"loss": record["loss"], "accuracy": record["accuracy"]} for record in of}
+
+
+def check_constant(c: int) -> None:
+    """UserError where no scale has it."""
+    try:
+        make_recipe(constant(c)["recipe"])
+    except ValueError as error:
+        raise UserError(f"--constants: no scale has the constant {c}; {error}") from error
 
 
 def check_sweep(corpus: Corpus, spec: Spec) -> None:
     """UserError where a sweep of this spec would not come to its end."""
     if spec["sweep_tokens"] < 1:
         raise UserError(f"--sweep-tokens must be at least 1, got {spec['sweep_tokens']}")
-    try:
-        for c in spec["sweep"]:
-            make_recipe(constant(c)["recipe"])
-    except ValueError as error:
-        raise UserError(f"--constants: no scale has the constant {c}; {error}") from error
     check_text(corpus, Plan.of({**spec, "validated": spec["sweep_tokens"]}), "--sweep-tokens")
 
 
@@ -83,19 +114,11 @@ def inference_biases(model: nn.Module, spec: Spec, corpus: Corpus, device: torch
 
 
 def infer(run: Run, model: nn.Module, corpus: Corpus, device: torch.device, stop: Callable[[], bool]) -> bool:
-    """A sweep on its own: a step is a policy."""
-    records = [record for record in run.records() if "policy" in record]
-    found = {record["policy"]: {"loss": record["loss"], "accuracy": record["accuracy"]} for record in records}
-    journal = Journal(run.log, len(found))
-    for step, (name, policy) in enumerate(policies(run.spec["sweep"]).items(), start=1):
-        if name not in found:
-            if stop():
-                journal.close()
-                return False
-            found[name] = _measured(model, policy, run.spec, corpus, device)
-            journal.write(step=step, policy=name, **found[name])
-    result = {"inference": found, **inference_biases(model, run.spec, corpus, device)}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    journal.write(step=step, result={**result, "parameters": parameters, "gpu": gpu_name(device)})
+    """A sweep on its own."""
+    journal = Journal(run.log, run.spec["steps"])
+    if found := sweep(run, journal, model, corpus, device, stop):
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        result = {**found, "parameters": parameters, "gpu": gpu_name(device)}
+        journal.write(step=run.spec["steps"], result=result)
     journal.close()
-    return True
+    return found is not None

@@ -7,6 +7,7 @@ was tokenised once and is a file. A process that loses its parent stops after it
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -20,11 +21,12 @@ import torch
 from torch_fp8.progress import bar
 
 from examples.gpt.errors import UserError
-from examples.gpt.lock import locked
+from examples.gpt.lock import is_locked, locked
 
 from .corpus import read_corpus, text_of
 from .lines import Line, read_lines
-from .runs import Run, Spec, claim, missing, open_run, plain, say_missing
+from .progress import far, length, say_missing, words
+from .runs import Run, Spec, claim, missing, open_run, plain
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
@@ -49,10 +51,10 @@ def work(
     checkpoint: a file or folder that the runs begin from."""
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes must be positive, got {minutes}")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"--minutes must be positive and finite, got {minutes}")
     until = time.time() + 60 * minutes if minutes else None
-    arguments = ["--tokens", str(tokens), "--share", str(1 / jobs)]
+    arguments = ["--tokens", str(tokens), "--share", str(1 / jobs), "--parent", str(os.getpid())]
     arguments += ["--until", str(until)] if until else []
     arguments += ["--checkpoint", str(checkpoint)] if checkpoint else []
     if not specs:
@@ -66,11 +68,13 @@ def work(
     with locked(out):
         runs = claim(out, specs)
         left, failed, interrupted = missing(runs), [], False
+        if ending := [run.name for run in left if is_locked(run.folder)]:
+            print(f"waiting for processes of an interrupted call to end their step: {', '.join(ending)}", flush=True)
         on_gpu = any(run.spec["device"] == "cuda" for run in left)
-        places = list(range(torch.cuda.device_count() if on_gpu else 1)) * jobs
+        places = list(range(torch.cuda.device_count() if on_gpu else 1)) * min(jobs, len(left))
         running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
-        with bar(total=sum(run.spec["steps"] for run in runs), unit="step", desc=out.name) as shown:
-            shown.update(done := _steps(runs))
+        with bar(total=sum(length(run.spec) for run in runs), unit="step", desc=out.name) as shown:
+            shown.update(done := sum(map(far, runs)))
             while left or running:
                 try:
                     while left and places and not interrupted and (until is None or time.time() < until):
@@ -84,7 +88,7 @@ def work(
                         places.append(place)
                         if process.returncode:
                             failed.append((run, process.returncode))
-                    now = _steps(runs)
+                    now = sum(map(far, runs))
                     shown.update(now - done)
                     done = now
                 except KeyboardInterrupt:  # the processes had it too, and end after their step
@@ -106,10 +110,6 @@ def _start(script: str, run: Run, arguments: Sequence[str], place: int) -> subpr
 def _visible(place: int) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[place] if given else str(place)
-
-
-def _steps(runs: Sequence[Run]) -> int:
-    return sum(run.step() for run in runs)
 
 
 def how_it_ended(code: int) -> str:
@@ -136,15 +136,20 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
     parser.add_argument("--until", type=float)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--share", type=float, default=1.0, help="of the GPU's memory")
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="may be gone by now")
     args = parser.parse_args(arguments)
-    parent, asked = os.getppid(), []
+    asked: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
 
     def stop() -> bool:
-        return bool(asked) or os.getppid() != parent or (args.until is not None and time.time() >= args.until)
+        return bool(asked) or os.getppid() != args.parent or (args.until is not None and time.time() >= args.until)
 
     run = open_run(args.folder)
     device = torch.device(run.spec["device"])
+    while is_locked(run.folder):  # by a process that lost its parent, and ends after its step
+        if stop():
+            return _said(run, done=False)
+        time.sleep(0.1)
     with locked(run.folder):
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(0.97 * args.share)
@@ -156,8 +161,12 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
                 raise UserError(f"{run.folder} is of another text, or of one split elsewhere: its {name} is "
                                 f"{run.spec.get(name)}, that of {args.tokens} is {value}")  # fmt: skip
         torch.manual_seed(run.spec["seed"])
-        done = perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
-    stopped = f"stopped after step {run.step()} of {run.spec['steps']}; the same command goes on from there"
+        done = run.result() is not None or perform(run, corpus, device, stop, *filter(None, [args.checkpoint]))
+    return _said(run, done)
+
+
+def _said(run: Run, done: bool) -> int:
+    stopped = f"stopped after {words(run)}; the same command goes on from there"
     print(f"{run.name}: {'done' if done else stopped}")
     return 0
 

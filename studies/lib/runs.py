@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ class Run:
     def output(self) -> Path:
         return self.folder / "output.txt"
 
+    @property
+    def mend(self) -> str:
+        """What helps where the log is not what it was."""
+        return f"bring the log back whole, or delete {self.folder} and run it again, from its first step"
+
     def records(self) -> list[Record]:
-        return read_journal(self.log)
+        return read_journal(self.log, self.mend)
 
     def result(self) -> dict[str, Any] | None:
         """What came out at the end, or None of a run that is not done."""
@@ -55,17 +61,21 @@ class Run:
 
     def step(self) -> int:
         """How far the log is, without reading all of it."""
+        return next((record["step"] for record in self.newest()), 0)
+
+    def newest(self) -> Iterator[Record]:
+        """The last records, from the last one on, as far as a part of the log has them. What ``records`` refuses is
+        left out."""
         if not self.log.exists():
-            return 0
+            return
         with open(self.log, "rb") as file:
             file.seek(max(0, os.path.getsize(self.log) - _TAIL))
             lines = file.read().split(b"\n")[:-1]
         for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, TypeError, KeyError, RecursionError):  # half a line; or what ``records`` refuses
-                continue
-        return 0
+            with suppress(ValueError, RecursionError):  # half a line
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    yield record
 
 
 def check_steps(run: Run, steps: Sequence[int]) -> None:
@@ -73,8 +83,24 @@ def check_steps(run: Run, steps: Sequence[int]) -> None:
     if list(steps) != list(range(1, len(steps) + 1)):
         raise UserError(
             f"{run.log} must have each step once and in order, but has not: losses would be held to those of other "
-            f"steps; bring the log back whole, or delete {run.folder} and run it again"
+            f"steps; {run.mend}"
         )
+
+
+def check_resumable(run: Run, step: int) -> None:
+    """UserError where the log has not what was logged until the run's checkpoint, which is of ``step``: the training
+    would go on, and nobody could read what came out of it."""
+    logged = [record["step"] for record in losses_in(run.records()) if record["step"] <= step]
+    if logged != list(range(1, step + 1)):
+        raise UserError(
+            f"{run.log} must have each step up to {step}, which {run.checkpoint.name} goes on from, once and in order, "
+            f"but has not; {run.mend}"
+        )
+
+
+def losses_in(records: Iterable[Record]) -> list[Record]:
+    """Those of a training's steps."""
+    return [record for record in records if "loss" in record and "policy" not in record]
 
 
 def open_run(folder: Path) -> Run:
@@ -129,14 +155,6 @@ def all_runs(root: Path) -> list[Run]:
 
 def missing(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.result() is None]
-
-
-def say_missing(runs: Sequence[Run]) -> str:
-    left = missing(runs)
-    if not left:
-        return f"all {len(runs)} runs are done"
-    steps = [f"{run.name} ({run.step()} of {run.spec['steps']} steps)" for run in left]
-    return f"{len(runs) - len(left)} of {len(runs)} runs are done; still missing: {', '.join(steps)}"
 
 
 def _differing(there: Spec, asked: Spec) -> list[str]:

@@ -25,8 +25,9 @@ from examples.gpt.errors import UserError
 from examples.gpt.journal import Journal
 from examples.gpt.tokens import Corpus, even_starts, random_starts, windows
 
+from .bounds import check_largest
 from .divergence import Divergence
-from .runs import Run, Spec
+from .runs import Run, Spec, check_resumable, losses_in
 
 Result = dict[str, Any]
 
@@ -70,6 +71,7 @@ class Plan:
         for name in ("steps", "batch", "micro_batch", "context", "validated"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_OPTIONS[name]} must be at least 1, got {getattr(self, name)}")
+        check_largest("--steps", self.steps)  # which may be those of --train-tokens
         if not 0 <= self.lr < math.inf:
             raise UserError(f"--lr must be a finite number that is not negative, got {self.lr}")
         if self.batch % self.micro_batch:
@@ -130,30 +132,36 @@ class Training:
         self._scaler = _scaler(plan, device)
         self._generator = torch.Generator().manual_seed(plan.seed)
         self._pending: list[tuple[int, float, Tensor]] = []
+        self._fetch_every = _FETCH if self._cuda else 1
         if state := checkpoint.load(run.checkpoint, {"run": run.name, **run.spec}):
             self._restore(state)
+            check_resumable(run, self.step)
         self.journal = Journal(run.log, self.step)
-        self._divergence = Divergence(record["loss"] for record in self.journal.records if "loss" in record)
+        losses = (record["loss"] for record in losses_in(self.journal.records))
+        self._divergence = Divergence(losses, skips=self._scaler.is_enabled())
         self._mark = self._saved = time.perf_counter()
 
-    def go_on(self, stop: Callable[[], bool], finish: Callable[[], Result] | None = None) -> bool:
+    def go_on(self, stop: Callable[[], bool], finish: Callable[[], Result | None] = dict) -> bool:
         """To the end, or until ``stop`` says so after some step; whether the run is done. ``finish`` gives what else
-        belongs to the result; it runs after the last step and starts again where it was interrupted."""
+        belongs to the result of a training that was not lost, after its last step, or None where it was stopped; it
+        logs what is to be there when it is called again."""
         plan = self.plan
         while self.step < plan.steps and not self._divergence.lost and not stop():
             self._one_step()
-            if self.step % (_FETCH if self._cuda else 1) == 0:
+            if self.step % self._fetch_every == 0:
                 self._fetch()
             if time.perf_counter() - self._saved > _SAVE:
                 self._save()
-        self._fetch()
-        ended = self.step == plan.steps or self._divergence.lost
         if self._saved_step != self.step:
             self._save()
-        if not ended or stop():
-            self.journal.close()
-            return False
-        result = self.validation() | (finish() if finish else {})
+        finished: Result | None = {}
+        if not self._divergence.lost:
+            finished = finish() if self.step == plan.steps and not stop() else None
+            if finished is None or stop():
+                self.journal.close()
+                return False
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        result = {**self.validation(), "parameters": parameters, **finished}
         result |= {"seconds": round(self.seconds, 1), "diverged": self._divergence.at, "gpu": gpu_name(self.device)}
         self.journal.write(step=self.step, result=result)
         self.journal.close()
@@ -163,21 +171,25 @@ class Training:
     def validation(self) -> Result:
         """In BF16, and where something is in FP8 also as it was trained."""
         with fp8.disabled(self.model):
-            result: Result = validate(self.model, self.corpus, self.plan, self.device)
+            result: Result = self._validated()
         if scaled_modules(self.model):
-            as_trained = validate(self.model, self.corpus, self.plan, self.device)
-            result |= {f"{name}_fp8": value for name, value in as_trained.items()}
+            result |= {f"{name}_fp8": value for name, value in self._validated().items()}
         return result
 
+    def _validated(self) -> dict[str, float]:
+        if self._divergence.lost:  # its weights are those of as many steps later as it took to be known
+            return {"loss": math.nan, "accuracy": math.nan}
+        return validate(self.model, self.corpus, self.plan, self.device)
+
     def _one_step(self) -> None:
-        plan = self.plan
+        plan, step = self.plan, self.step + 1
         lr = plan.learning_rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         starts = random_starts(self.corpus.train, plan.batch, plan.context, self._generator)
         inputs, targets = windows(self.corpus.train, starts, plan.context, self.device)
         total = torch.zeros((), device=self.device)
-        looks = self.observer is not None and self.observer.wants(self.step + 1)
+        looks = self.observer is not None and self.observer.wants(step)
         with self.observer.watch() if looks else nullcontext():
             for x, y in zip(inputs.split(plan.micro_batch), targets.split(plan.micro_batch)):
                 with torch.autocast(self.device.type, getattr(torch, plan.dtype)):
@@ -190,13 +202,15 @@ class Training:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
-        self.step += 1
-        self._pending.append((self.step, lr, torch.stack([total, norm])))
+        self.step = step
+        self._pending.append((step, lr, torch.stack([total, norm])))
         if looks:
             self._fetch()
-            self.journal.write(step=self.step, **self.observer.seen())
+            if self.step == step:
+                self.journal.write(step=step, **self.observer.seen())
 
     def _fetch(self) -> None:
+        """Log what is computed. A training ends with the step that it was lost in, however late that is known."""
         if not self._pending:
             return
         numbers = torch.stack([pair for _, _, pair in self._pending]).tolist()
@@ -205,10 +219,16 @@ class Training:
         for (step, lr, _), (loss, norm) in zip(self._pending, numbers):
             self.journal.write(step=step, loss=loss, lr=lr, grad_norm=norm)
             self._divergence.add(loss)
+            if self._divergence.lost:
+                self.step = step
+                break
         self._pending.clear()
 
     def _save(self) -> None:
         self._fetch()
+        if self._divergence.lost:  # there is nothing to go on from
+            return
+        self.journal.sync()
         progress = {"step": self.step, "seconds": self.seconds}
         progress["scaler"] = self._scaler.state_dict()
         rng = {"data": self._generator.get_state(), "cpu": torch.get_rng_state()}
