@@ -1,4 +1,4 @@
-"""What tests of studies share: a text, a plan, and how a study is called."""
+"""What tests of studies share: a text, a plan, a model, and how a study is called."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,8 @@ from scripts import called, script
 
 from examples.gpt.tokens import Bytes
 from studies.lib.corpus import make_tokens, save_corpus
+from studies.lib.runs import all_runs, claim
+from studies.lib.training import Training
 
 ROOT = Path(__file__).parents[1]
 scales = script("studies/scales.py")
@@ -16,6 +18,9 @@ PLAN = {
     **{"seed": 0, "steps": 10, "batch": 4, "micro_batch": 2, "context": 16, "lr": 1e-2, "warm_up": 2, "cooldown": 4},
     **{"validated": 256, "schedule": "wsd"},
 }
+TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
+        "--val-tokens", "512"]  # fmt: skip
+QUICK = [*TINY, "--steps", "2"]
 
 
 def write_tokens(folder):
@@ -35,3 +40,29 @@ def command(*arguments):
 def run(*arguments, tokens, out):
     """A study; each of its runs is a process of its own, as ever."""
     return command(*arguments, "--tokens", tokens, "--out", out)
+
+
+def records_of(out):
+    """Of every run, all but what a clock wrote."""
+    found = {run.name: run.records() for run in all_runs(out)}
+    for records in found.values():
+        for record in records:
+            record.get("result", {}).pop("seconds", None)
+    return found
+
+
+class Table(torch.nn.Module):
+    """A model of pairs of bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(256, 256)
+
+    def forward(self, tokens):
+        return self.table(tokens)
+
+
+def training(folder, corpus, model=Table, observer=None, **changed):
+    torch.manual_seed(0)
+    (run,) = claim(folder, {"run": {**PLAN, **changed}})
+    return Training(run, model(), corpus, torch.device("cpu"), observer)

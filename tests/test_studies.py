@@ -1,47 +1,34 @@
-"""The studies' machinery: what a kill leaves, what is refused, what is computed from runs."""
+"""The studies' machinery: the folder of runs, a training, whole studies, and what is computed from runs."""
 
 import functools
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
-import threading
-import time
-from contextlib import ExitStack, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch_fp8 as fp8
-from studying import PLAN, ROOT, SCALES, command, run, scales, write_tokens
+from studying import PLAN, QUICK, ROOT, SCALES, TINY, Table, command, run, scales, training, write_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.gpt import checkpoint
 from examples.gpt.errors import UserError
-from examples.gpt.lock import is_locked, locked
-from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint
+from examples.gpt.lock import locked
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
-from studies.lib.corpus import make_tokens, read_corpus, save_corpus, text_of
+from studies.lib.corpus import read_corpus
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
 from studies.lib.intervals import interval
 from studies.lib.lines import new_lines, read_lines
 from studies.lib.memory import INFERENCE, TRAINING, check_memory
-from studies.lib.pool import _last_words, how_it_ended, serve, work
-from studies.lib.progress import far, length, say_missing
-from studies.lib.runs import all_runs, claim, missing
-from studies.lib.training import Plan, Training, check_text, in_whole_contexts, validate
-
-TINY = ["--models", "gpt-tiny", "--seeds", "1", "--batch", "4", "--micro-batch", "2", "--context", "32",
-        "--val-tokens", "512"]  # fmt: skip
-QUICK = [*TINY, "--steps", "2"]
+from studies.lib.progress import far, length
+from studies.lib.runs import all_runs, claim
+from studies.lib.training import Plan, Training, in_whole_contexts, validate
 
 
 @pytest.fixture(scope="module")
@@ -52,92 +39,6 @@ def tokens(tmp_path_factory):
 @pytest.fixture
 def corpus(tokens):
     return read_corpus(tokens)
-
-
-def records_of(out):
-    """Of every run, all but what a clock wrote."""
-    found = {run.name: run.records() for run in all_runs(out)}
-    for records in found.values():
-        for record in records:
-            record.get("result", {}).pop("seconds", None)
-    return found
-
-
-# ---- the text --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["tokens", "tokens.xz"])
-def test_tokens_are_read_as_they_were_written(tmp_path, tokens, name):
-    written = make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2)
-    save_corpus(tmp_path / name, written)
-    read = read_corpus(tmp_path / name)
-    assert read.train.equal(written.train) and read.val.equal(written.val) and read.val.numel() > 0.15 * 5 * 300 * 40
-    assert (read.vocab, read.source, read.fingerprint) == (written.vocab, written.source, written.fingerprint)
-
-
-def test_tokens_beyond_32767_are_read(tmp_path):
-    train, val = torch.tensor([0, 32_768, 50_256, 65_535], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
-    save_corpus(tmp_path / "tokens", Corpus(train, val, 65_536, "text", fingerprint(train, val)))
-    assert read_corpus(tmp_path / "tokens").train.tolist() == [0, 32_768, 50_256, 65_535]
-
-
-def test_damaged_tokens_are_refused(tmp_path, tokens):
-    path = tmp_path / "tokens"
-    save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
-    content = bytearray(path.read_bytes())
-    for damaged in (content[:-2], content + b"ab", b"nothing", content[:-3] + b"\x01" + content[-2:]):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged"):
-            read_corpus(path)
-    with pytest.raises(UserError, match="No such file"):
-        read_corpus(tmp_path / "none")
-
-
-def test_a_split_that_is_not_the_one_that_was_written_is_noticed(tmp_path, tokens):
-    path = tmp_path / "tokens"
-    save_corpus(path, make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.2))
-    line, _, ids = path.read_bytes().partition(b"\n")
-    head = json.loads(line)
-    moved = {**head, "train": head["train"] - 16, "val": head["val"] + 16}
-    path.write_bytes(json.dumps(moved).encode() + b"\n" + ids)
-    with pytest.raises(UserError, match="damaged"):
-        read_corpus(path)
-    del head["check"]  # which older files have not
-    path.write_bytes(json.dumps(head).encode() + b"\n" + ids)
-    with pytest.raises(UserError, match="tokens is none, or damaged .*older version.*write it anew"):
-        read_corpus(path)
-    path.write_bytes(b"[]\n" + ids)
-    with pytest.raises(UserError, match="damaged"):
-        read_corpus(path)
-
-
-@pytest.mark.parametrize("share", ["0.9999999", "0.0000001"])
-def test_a_text_that_does_not_give_both_splits_is_refused_with_what_the_command_has(tmp_path, share):
-    (tmp_path / "text").write_text("a document")
-    arguments = ["tokens", "--data", tmp_path / "text", "--tokens", tmp_path / "tokens", "--val-share", share]
-    made = command(*arguments)
-    assert made.returncode == 2 and made.stderr.endswith("; give more text or another --val-share\n"), made.stderr
-    (tmp_path / "text").write_text("two\n<|endoftext|>\ndocuments")
-    assert command(*arguments).returncode == 0
-    assert read_corpus(tmp_path / "tokens").train.numel() == 5
-
-
-def test_tokens_are_of_as_many_kinds_as_their_ids_need(tmp_path):
-    pytest.importorskip("tokenizers")
-    (tmp_path / "encoder.json").write_text(json.dumps({"a": 7, "<|endoftext|>": 3}))
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n")
-    assert GPT2(tmp_path).vocab == 8
-    (tmp_path / "encoder.json").write_text(json.dumps({"a": 65_536, "<|endoftext|>": 3}))
-    with pytest.raises(UserError, match="must fit into two bytes, and this vocabulary has 65,537"):
-        make_tokens(None, GPT2(tmp_path), "GPT-2 BPE", 0.2)
-
-
-def test_a_text_that_is_too_short_is_refused(corpus):
-    check_text(corpus, Plan(**PLAN))
-    with pytest.raises(UserError, match="training text must be longer than a sequence of 1000000 tokens"):
-        check_text(corpus, Plan(**{**PLAN, "context": 1_000_000}))
-    with pytest.raises(UserError, match="validation needs 9,000,000 tokens that were held out"):
-        check_text(corpus, Plan(**{**PLAN, "validated": 9_000_000}))
 
 
 # ---- the folder of runs ----------------------------------------------------------------------------------------------
@@ -216,52 +117,11 @@ def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):
         assert refused.stderr.count("\n") == 1 and not (tmp_path / "not made").exists()
 
 
-def test_a_text_is_not_replaced_by_its_tokens(tmp_path):
-    text = tmp_path / "text"
-    text.write_text("some words " * 500 + "\n<|endoftext|>\n" + "others " * 500)
-    made = [*SCALES, "tokens", "--data", text, "--tokens"]
-    refused = subprocess.run([*made, text], capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and "which is no file of tokens; name another" in refused.stderr
-    assert text.read_text().startswith("some words")
-    for _ in range(2):  # tokens may be replaced by tokens
-        subprocess.run([*made, tmp_path / "tokens"], check=True, cwd=ROOT)
-
-
 def test_a_model_is_called_as_it_is_written_however_it_was_typed(tmp_path, tokens):
     typed = ["GPT-Tiny" if word == "gpt-tiny" else word for word in QUICK]
     assert run("parity", *typed, "--arms", "bf16", tokens=tokens, out=tmp_path).returncode == 0
     (one,) = all_runs(tmp_path)
     assert (one.name, one.spec["model"]) == ("gpt-tiny_bf16_0", "gpt-tiny")
-
-
-def test_a_text_split_elsewhere_is_another_text(tmp_path, tokens):
-    study = ["parity", *TINY, "--arms", "bf16", "--steps", "2", "--minutes", "0.0001"]
-    assert run(*study, tokens=tokens, out=tmp_path / "out").returncode == 0
-    elsewhere = make_tokens(tokens.parent / "text", Bytes(), "bytes", 0.5)
-    save_corpus(tmp_path / "tokens", elsewhere)
-    assert elsewhere.fingerprint == read_corpus(tokens).fingerprint
-    refused = run(*study, tokens=tmp_path / "tokens", out=tmp_path / "out")
-    assert refused.returncode == 2 and "it differs in split (was " in refused.stderr, refused.stderr
-    alone = [*SCALES, "run", tmp_path / "out" / "gpt-tiny_bf16_0", "--tokens", tmp_path / "tokens"]
-    refused = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and "of one split elsewhere: its split is " in refused.stderr, refused.stderr
-
-
-def test_specs_that_did_not_name_the_split_have_it_where_it_is_known(tmp_path):
-    for name, spec in {"known": {"data": "8e6e3b7e09571699"}, "unknown": {"data": "abc"}}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "spec.json").write_text(json.dumps(spec))
-    claim(tmp_path, {"known": {"data": "8e6e3b7e09571699", "split": 25_624_999}})
-    for name, data in {"known": "8e6e3b7e09571699", "unknown": "abc"}.items():
-        with pytest.raises(UserError, match="differs in split"):
-            claim(tmp_path, {name: {"data": data, "split": 9}})
-    for study, kind in {"scales": scales_results.Line, "fog": fog_results.Line}.items():
-        lines = read_lines(ROOT / "studies" / "results" / study / "runs.jsonl", kind)
-        known = [line.spec["split"] for line in lines if line.spec["data"] == "8e6e3b7e09571699"]
-        assert known and set(known) == {25_624_999} and all("split" in line.spec for line in lines)
-    (tmp_path / "known" / "spec.json").write_text("3")
-    with pytest.raises(UserError, match="a spec must be a JSON object, got 3"):
-        all_runs(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
@@ -295,22 +155,6 @@ def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, ki
         return
     with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json"):
         new_lines(all_runs(tmp_path), kind.condensed)
-
-
-def test_a_run_that_could_say_nothing_is_told_with_the_room_on_its_disk(tmp_path):
-    (one,) = claim(tmp_path, {"a": {"steps": 5}})
-    one.output.touch()
-    assert re.match(r"it said nothing, with [\d,]+ bytes left on the disk", _last_words(one, 1))
-
-
-def test_what_is_missing_is_said(tmp_path):
-    runs = claim(tmp_path, {name: {"steps": 5} for name in "abc"})
-    runs[0].log.write_text('{"step": 5, "loss": 1}\n{"step": 5, "result": {"loss": 1}}\n')
-    runs[1].log.write_text('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # a kill in the midst of a line
-    assert missing(runs) == runs[1:] and runs[0].result() == {"loss": 1}
-    assert say_missing(runs) == "1 of 3 runs are done; still missing: b (3 of 5 steps), c (0 of 5 steps)"
-    runs[1].log.write_text('{"step": 3, "loss": 1}\n{"step": 3, "biases": {' + '"a": 1,' * 20_000 + "\n")
-    assert runs[1].step() == 0
 
 
 @pytest.mark.parametrize("line", ["3", "{}", "[]", '{"step": "a"}', "null"])
@@ -356,48 +200,6 @@ def test_learning_rates_rise_stay_and_fall_to_zero(schedule, cooldown):
 def test_a_plan_that_cannot_be_is_refused(field, value, words):
     with pytest.raises(UserError, match=words):
         Plan(**{**PLAN, field: value})
-
-
-class Table(torch.nn.Module):
-    """A model of pairs of bytes."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(256, 256)
-
-    def forward(self, tokens):
-        return self.table(tokens)
-
-
-class Failing(Table):
-    """Whose loss is not finite in these passes, and these of each so many."""
-
-    def __init__(self, passes):
-        super().__init__()
-        self.passes, self.done = passes, 0
-
-    def forward(self, tokens):
-        self.done += self.training
-        return self.table(tokens) * (math.nan if self.done in self.passes and self.training else 1.0)
-
-
-class Looks:
-    """An observer of each third step."""
-
-    def wants(self, step):
-        return step % 3 == 0
-
-    def watch(self):
-        return nullcontext()
-
-    def seen(self):
-        return {"biases": {}}
-
-
-def training(folder, corpus, model=Table, observer=None, **changed):
-    torch.manual_seed(0)
-    (run,) = claim(folder, {"run": {**PLAN, **changed}})
-    return Training(run, model(), corpus, torch.device("cpu"), observer)
 
 
 def test_validation_is_the_mean_over_the_held_out_tokens(corpus):
@@ -491,135 +293,7 @@ def test_arms_are_told_by_their_recipes():
     assert (told["bf16"], told["fp16"]) == ("BF16", "FP16") and "the paper's formats" in told["gc-amax"]
 
 
-def test_a_lost_training_ends_and_says_so(tmp_path, corpus):
-    one = training(tmp_path, corpus)
-    with torch.no_grad():
-        one.model.table.weight.fill_(math.nan)
-    assert one.go_on(lambda: False)
-    result = one.run.result()
-    assert result["diverged"] == 1 and result["loss"] is None and one.step == 1
-
-
-@pytest.mark.parametrize("failing, loss_scale, end", [([13], 1.0, 7), ([13], 8.0, 30), (range(13, 99), 8.0, 26)])
-def test_where_a_training_is_lost_does_not_hang_on_when_its_losses_are_looked_at(
-    tmp_path, corpus, monkeypatch, failing, loss_scale, end
-):
-    """Each step has two passes. On a GPU losses are fetched together, at some steps that are observed, and whenever it
-    is time for a checkpoint."""
-    logs = []
-    for name, fetch_every, save, observer in (
-        ("each", 1, 60, None), ("late", 20, 60, None), ("saved", 20, 0, None), ("looked", 20, 60, Looks()),
-        ("looked at each", 1, 60, Looks()),
-    ):  # fmt: skip
-        monkeypatch.setattr("studies.lib.training._SAVE", save)
-        how = {"loss_scale": loss_scale, "steps": 30}
-        one = training(tmp_path / name, corpus, lambda: Failing(failing), observer, **how)
-        one._fetch_every = fetch_every
-        assert one.go_on(lambda: False) and not one.run.checkpoint.exists()
-        logs.append(records_of(tmp_path / name)["run"])
-    assert logs[0] == logs[1] == logs[2] and logs[3] == logs[4]
-    assert [record for record in logs[3] if "biases" not in record] == logs[0]
-    *steps, last = logs[0]
-    assert [record["step"] for record in steps] == list(range(1, end + 1)) and last["step"] == end
-    assert last["result"]["diverged"] == 7 and (last["result"]["loss"] is None) == (end < 30)
-
-
 # ---- whole studies ---------------------------------------------------------------------------------------------------
-
-
-def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
-    study = ["parity", *TINY, "--arms", "bf16", "cscale:2", "--steps", "30", "--record", "7"]
-    whole = run(*study, "--jobs", "2", tokens=tokens, out=tmp_path / "whole")
-    assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
-
-    out = tmp_path / "killed"
-    killed = [*SCALES, *study, "--tokens", str(tokens), "--out", str(out)]
-    parent = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = out / "gpt-tiny_bf16_0" / "log.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 5:
-        time.sleep(0.02)
-    children = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())  # one a GPU
-    for process in (*children, parent.pid):
-        os.kill(process, signal.SIGKILL)
-    parent.wait()
-    # A run that cannot go on does not stop the others.
-    (out / "gpt-tiny_bf16_0" / "state.ckpt").write_bytes(b"nothing")
-    some = run(*study, tokens=tokens, out=out)
-    assert some.returncode == 1 and "gpt-tiny_bf16_0 failed with 2" in some.stderr
-    assert "1 of 2 runs are done; still missing: gpt-tiny_bf16_0 (" in some.stdout
-    (out / "gpt-tiny_bf16_0" / "state.ckpt").unlink()
-    rest = run(*study, tokens=tokens, out=out)
-    assert rest.returncode == 0 and "all 2 runs are done" in rest.stdout, rest.stderr
-    assert records_of(out) == records_of(tmp_path / "whole") and not list(out.glob("*/state.ckpt"))
-
-
-def test_a_training_that_was_stopped_goes_on_to_the_bit(tmp_path, corpus):
-    whole, part = (
-        training(tmp_path / "whole", corpus, loss_scale=8.0),
-        training(tmp_path / "part", corpus, loss_scale=8.0),
-    )
-    assert whole.go_on(lambda: False) and not part.go_on(lambda: part.step == 4)
-    assert part.step == 4 and part.run.result() is None
-    part.run.log.write_text(part.run.log.read_text() + '{"step": 5, "loss": 9}\n{"step"')  # logged after the checkpoint
-    again = training(tmp_path / "part", corpus, loss_scale=8.0)
-    assert again.step == 4 and again.go_on(lambda: False)
-    assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
-    assert whole.model.table.weight.equal(again.model.table.weight)
-
-
-@pytest.mark.parametrize("damage", ["gone", "empty", "a step is gone", "twice", "out of order", "the last is gone"])
-def test_a_log_that_is_not_the_checkpoints_is_not_gone_on_with(tmp_path, corpus, damage):
-    one = training(tmp_path, corpus)
-    assert not one.go_on(lambda: one.step == 4)
-    first, *rest = lines = one.run.log.read_text().splitlines(keepends=True)
-    left = {
-        "empty": [], "a step is gone": rest, "twice": [first, *lines], "out of order": [rest[0], first, *rest[1:]],
-        "the last is gone": lines[:-1],
-    }  # fmt: skip
-    if damage == "gone":
-        one.run.log.unlink()
-    else:
-        one.run.log.write_text("".join(left[damage]))
-    before = {path: path.read_bytes() for path in one.run.folder.iterdir()}
-    with pytest.raises(UserError, match=r"each step up to 4, which state.ckpt goes on from, .* or delete .*/run "):
-        training(tmp_path, corpus)
-    assert before == {path: path.read_bytes() for path in one.run.folder.iterdir()}
-    shutil.rmtree(one.run.folder)  # as was said
-    assert training(tmp_path, corpus).go_on(lambda: False) and [one.step() for one in all_runs(tmp_path)] == [10]
-
-
-def test_a_log_is_on_the_disk_before_a_checkpoint_that_goes_on_from_it_and_before_that_is_gone(
-    tmp_path, corpus, monkeypatch
-):
-    monkeypatch.setattr("studies.lib.training._SAVE", 0)
-    one, synced = training(tmp_path, corpus), {}
-    fsync, save, unlink = os.fsync, checkpoint.save, Path.unlink
-
-    def syncs(handle):
-        fsync(handle)
-        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        synced[path.name] = path.stat().st_size
-
-    def saves(path, state):
-        assert synced["log.jsonl"] == one.run.log.stat().st_size
-        save(path, state)
-
-    def unlinks(path, **how):
-        assert synced["log.jsonl"] == one.run.log.stat().st_size and one.run.result()
-        unlink(path, **how)
-
-    monkeypatch.setattr(os, "fsync", syncs)
-    monkeypatch.setattr(checkpoint, "save", saves)
-    monkeypatch.setattr(Path, "unlink", unlinks)
-    assert one.go_on(lambda: False) and not one.run.checkpoint.exists()
-
-
-def test_a_checkpoint_is_of_one_spec(tmp_path, corpus):
-    one = training(tmp_path, corpus, recipe={"kind": "DelayedScaling"})
-    assert not one.go_on(lambda: one.step == 4)
-    (one.run.folder / "spec.json").write_text(json.dumps({**one.run.spec, "lr": 3e-3}))
-    with pytest.raises(UserError, match=r"differs in lr \(was 0.01, is 0.003\)"):
-        training(tmp_path, corpus, recipe={"kind": "DelayedScaling"}, lr=3e-3)
 
 
 def test_a_window_study_has_every_policy(tmp_path, tokens):
@@ -657,34 +331,6 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
     assert {path.stem for path in data.glob("*.png")} == pictures == set(re.findall(r"!\[(\w+)\]\(kept/", text))
     empty = command("report", "--runs", data, "--page", tmp_path / "none")
     assert empty.returncode == 2 and "must be folders of runs" in empty.stderr and not (tmp_path / "none").exists()
-
-
-def test_a_sweep_after_a_training_is_stopped_between_policies_and_goes_on_to_the_bit(tmp_path, corpus):
-    spec = {**PLAN, "study": "window", "model": "gpt-tiny", "arm": "bf16", "record": 0, "dtype": "bfloat16",
-            "loss_scale": 1.0, "steps": 6, "sweep": [0], "sweep_tokens": 32}  # fmt: skip
-    (whole,), (part,) = claim(tmp_path / "whole", {"run": spec}), claim(tmp_path / "part", {"run": spec})
-
-    def go_on(run, stop):
-        torch.manual_seed(0)
-        return scales.perform(run, corpus, torch.device("cpu"), stop)
-
-    assert go_on(whole, lambda: False)
-    assert not go_on(part, lambda: far(part) == 6)
-    assert say_missing([part]).endswith("run (6 of 6 steps, 0 of 8 policies)")
-    for done in range(1, 9):  # a policy a call; after the last the validation is left
-        before = part.log.read_text()
-        assert not go_on(part, lambda done=done: far(part) == 6 + done)
-        assert part.log.read_text().startswith(before) and say_missing([part]).endswith(f", {done} of 8 policies)")
-        if done == 3:
-            assert list(scales_results.condensed(part).policies) == ["bf16", "current", "amax"]
-            lines = part.log.read_text().splitlines(keepends=True)
-            part.log.write_text("".join(lines[:-2] + lines[-1:]))
-            with pytest.raises(UserError, match=r"must have each policy once and in order, but has not; bring the log"):
-                go_on(part, lambda: False)
-            part.log.write_text("".join(lines) + '{"step": 6, "pol')  # a kill in the midst of a line
-    assert go_on(part, lambda: False) and not part.checkpoint.exists()
-    assert records_of(tmp_path / "whole") == records_of(tmp_path / "part")
-    assert far(part) == length(spec) == 14 and scales_results.condensed(part).policies == {}
 
 
 @pytest.mark.parametrize(
@@ -842,83 +488,3 @@ def test_what_fp8_saves_in_the_largest_models():
     assert gpt.weights == 40 * 12 * 5120**2 and gpt.inputs == 40 * 7 * 5120
     assert llama.inputs == 80 * (3 * 8192 + 28672) and llama.head == 2 * 8192 * 32_000
     assert gpt.attention == 40 * 2 * 5120 * 2049 and llama.parameters == 68_976_648_192
-
-
-# ---- last words ------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_was_killed_is_told_by_its_signal():
-    assert how_it_ended(-signal.SIGKILL) == (
-        "was killed by signal 9 (SIGKILL), for which the machine's memory running out is the common cause"
-    )
-    assert how_it_ended(-signal.SIGSEGV) == "was killed by signal 11 (SIGSEGV)"
-    assert how_it_ended(-99) == "was killed by signal 99" and how_it_ended(2) == "failed with 2"
-
-
-def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsys):
-    script_ = tmp_path / "killed.py"
-    script_.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    specs = {"a": {"steps": 5, "device": "cpu"}}
-    how = {"jobs": 1, "minutes": None, "kept": None, "kind": scales_results.Line}
-    assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
-    said = capsys.readouterr().err
-    assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def serving(tmp_path, tokens, monkeypatch):
-    """A run, and what serves it: gives the exit code, and whether ``perform`` saw it locked and was to stop."""
-    monkeypatch.setattr(signal, "signal", lambda *ignored: None)
-    threads = torch.get_num_threads()
-    text = text_of(read_corpus(tokens))
-    (one,) = claim(tmp_path / "out", {"a": {"seed": 0, "steps": 5, "device": "cpu", **text}})
-
-    def serves(*more):
-        seen = []
-
-        def perform(run, corpus, device, stop):
-            seen.append((is_locked(run.folder), stop()))
-            return True
-
-        return serve([str(one.folder), "--tokens", str(tokens), *more], perform), seen
-
-    yield one, serves
-    torch.set_num_threads(threads)
-
-
-def test_a_run_waits_for_the_process_that_its_killed_study_left(serving, tokens, tmp_path, capsys):
-    one, serves = serving
-    held = ExitStack()
-    held.enter_context(locked(one.folder))
-    assert serves("--until", "1") == (0, []) and "a: stopped after 0 of 5 steps; the same" in capsys.readouterr().out
-    script_ = tmp_path / "nothing.py"
-    script_.write_text("")
-    how = {"jobs": 1, "minutes": None, "kept": None, "kind": scales_results.Line}
-    assert work(str(script_), one.folder.parent, {"a": one.spec}, tokens, **how) == 0
-    assert "waiting for processes of an interrupted call to end their step: a\n" in capsys.readouterr().out
-    ended = threading.Timer(0.3, held.close)
-    ended.start()
-    assert serves() == (0, [(True, False)]) and ended.finished.is_set()
-    assert serves("--parent", "1") == (0, [(True, True)])  # which was gone before this process could see it
-
-
-def test_what_the_left_process_had_ended_is_not_done_again(serving, capsys):
-    one, serves = serving
-    one.log.write_text('{"step": 5, "result": {"loss": 1}}\n')
-    assert serves() == (0, []) and capsys.readouterr().out == "a: done\n"
-
-
-def test_tokens_of_a_checkpoint_without_a_tokenizer_are_refused_in_words(tmp_path):
-    transformers = pytest.importorskip("transformers", minversion="5.24")
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    refused = command("tokens", "--checkpoint", tmp_path / "llama", "--tokens", tmp_path / "tokens")
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
-    said = refused.stderr.splitlines()[-1]
-    assert f"--checkpoint: {tmp_path}/llama has no tokenizer that transformers can read" in said
-    assert "put its tokenizer.json and tokenizer_config.json there" in said and not (tmp_path / "tokens").exists()
