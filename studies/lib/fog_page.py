@@ -38,7 +38,7 @@ _HEAD = """# FOG: FP8 attention, and architectures that bear it
 A study of [arXiv 2505.20524](https://arxiv.org/abs/2505.20524), "Towards Fully FP8 GEMM LLM Training at Scale", with
 the architectures of `models/fog.py` in small sizes. This page is written by `python studies/fog.py report` from
 [runs.jsonl]({data}/runs.jsonl), which holds what came out of every run, lost ones included. A run that is not finished
-counts as far as it is.
+counts as far as it is. `python studies/fog.py --help` says how to make such runs of your own, on a CPU in minutes.
 
 The paper finds that Llama 3 and OLMo 2 diverge where attention's products are in FP8 too, after 0.7 to 15.9 billion
 tokens, that its FOG architectures do not, and that the kurtosis of activations tells long before. A claim is called

@@ -28,7 +28,8 @@ _HEAD = """# Scales: FP8-AMAX and FP8-CSCALE
 
 A study of the policies of [arXiv 2309.17224](https://arxiv.org/abs/2309.17224) with the recipes of this project. This
 page is written by `python studies/scales.py report` from what came out of every run:
-[runs.jsonl]({data}/runs.jsonl)."""
+[runs.jsonl]({data}/runs.jsonl).
+`python studies/scales.py --help` says how to make such runs of your own, on a CPU in minutes."""
 
 _WORDS = """The paper's tables are not known here number by number; its claims are. A claim is called *consistent* or
 *not* where all models that were run, and all measures of it, agree; else it *cannot be claimed*. What is measured is
