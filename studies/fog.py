@@ -271,7 +271,7 @@ def main() -> int:
         check_text(corpus, Plan.of(spec))
     for name in args.architectures:
         build = functools.partial(LM, named_architecture(name), SIZES[args.size], vocab=corpus.vocab)
-        check_memory(f"{name} of size {args.size}", build, TRAINING)
+        check_memory(f"{name} of size {args.size}", build, TRAINING, f"--size takes {', '.join(SIZES)}")
     return work(
         __file__, args.out, specs, args.tokens, jobs=args.jobs, minutes=args.minutes, kept=args.kept, kind=Line
     )  # fmt: skip

@@ -377,7 +377,8 @@ def main() -> int:
     checkpoint = getattr(args, "checkpoint", None)
     each = INFERENCE if args.command == "infer" else TRAINING
     for model in [] if checkpoint else args.models:
-        check_memory(model, functools.partial(named(model).build, corpus.vocab, args.context), each)
+        build = functools.partial(named(model).build, corpus.vocab, args.context)
+        check_memory(model, build, each, "take a smaller one: `studies/scales.py models` says how large models are")
     return work(
         __file__,
         args.out,

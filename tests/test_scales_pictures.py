@@ -31,6 +31,10 @@ def coloured(axes):
             if not one.get_label().startswith("_") and one.get_color() != PALE}  # fmt: skip
 
 
+def test_a_name_with_dollar_signs_is_drawn_as_it_is_written(tmp_path):
+    assert paired(tmp_path / "a.png", trained(r"a$\q_$ 31M", [0.1, 0.2]), "parity", "bf16")
+
+
 def test_panels_are_of_arms_that_there_are():
     known = [arm for arms in GROUPS.values() for arm in arms]
     assert len(known) == len(set(known)) and set(known) - {"cscale"} <= ARMS.keys()

@@ -187,6 +187,21 @@ def test_runs_are_condensed(tmp_path):
     assert biases_of(found, "training") == [records[7]]
 
 
+def test_a_loss_that_is_not_finite_moves_no_stretch_of_the_others(tmp_path):
+    """A loss scale leaves such a step out, and the training goes on: its stretches stay those of BF16's."""
+    (run,) = claim(tmp_path, {"a": {**SPEC, "study": "parity", "model": "gpt-31M", "arm": "fp16"}})
+    records = [{"step": step, "loss": None if step in (150, *range(161, 165)) else 2.0} for step in range(1, 201)]
+    run.log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert condensed(run).losses == [[end, 2.0] for end in range(4, 201, 4) if end != 164]
+
+
+def test_parameters_are_those_of_the_run_whose_text_has_fewer_kinds_of_tokens():
+    bytes_ = line(model="gpt-124M", result={"loss": 1.0, "parameters": 86_000_000})
+    begun = line(model="gpt-124M", seed=1)
+    assert sizes_of([bytes_, begun]) == {"gpt-124M": 86_000_000}
+    assert sizes_of([begun]) == {"gpt-124M": 124_439_808}
+
+
 def test_lines_replace_those_of_the_same_run_and_of_no_other(tmp_path):
     path = tmp_path / "runs.jsonl"
     merged(path, [line(), line(model="gpt-73M")])

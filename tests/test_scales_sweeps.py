@@ -230,6 +230,12 @@ def test_a_sweep_that_is_not_finished_says_what_it_can():
     assert "nats a token;" not in "".join(findings(lines, {})) and "Of the gain" not in page(lines, [], {}, "data")
     assert "Of the gain of 0.5000 in BF16 the other arms lose: amax +6.0 %" in text
     lines[0].spec["data"] = "abc"
+    lines[0].spec["context"] = 8  # in other sequences the same text has another loss
+    assert "nats a token;" not in "".join(findings(lines, {}))
+    lines[0].spec["context"] = lines[1].spec["context"]
+    short = unfinished({"bf16": {"loss": 9.9, "accuracy": 0.1}})
+    short.spec["sweep_tokens"] = 64
+    assert "from 2.0000 nats a token, on 900,000" in "".join(findings([short, *lines], {}))
     for before in ({"loss": None, "accuracy": 0.0}, {"accuracy": 0.4}):  # not finite, or not recorded
         of_none = [unfinished({**done, "bf16": before}), *lines[1:]]
         assert "nats a token;" not in "".join(findings(of_none, {}))

@@ -366,7 +366,7 @@ def test_a_window_study_has_every_policy(tmp_path, tokens):
         (["parity", "--jobs", "0", *TINY], "--jobs must be at least 1"),
         (["parity", "--steps", "0", *TINY], "--steps must be at least 1"),
         (["parity", "--steps", "99999999999999999999", *TINY], "--steps must be within ±2,147,483,647, got 9999"),
-        (["parity", "--train-tokens", "1e300", *TINY], "--steps must be within ±2,147,483,647, got "),
+        (["parity", "--train-tokens", "1e300", *TINY], "--steps, or those that --train-tokens makes, must be within "),
         (["parity", "--context", "9" * 400], "--context must be within ±2,147,483,647"),
         (["infer", "--models", "gpt-tiny", "--sweep-tokens", "9" * 20], "--sweep-tokens must be within ±"),
         (
@@ -401,10 +401,10 @@ def test_a_model_is_refused_where_not_even_its_parameters_fit(monkeypatch):
     build = functools.partial(torch.nn.Linear, 1 << 10, 1 << 10, bias=False)
     for each in (TRAINING, INFERENCE):
         monkeypatch.setattr("studies.lib.memory.available", lambda has=each: has << 20)
-        check_memory("a", build, each)
+        check_memory("a", build, each, "take another")
         monkeypatch.setattr("studies.lib.memory.available", lambda has=each: (has << 20) - 1)
         with pytest.raises(UserError, match="a needs at least 0.0 GiB for its weights"):
-            check_memory("a", build, each)
+            check_memory("a", build, each, "take another")
 
 
 def test_the_length_of_a_training_is_said_once(tmp_path, tokens):

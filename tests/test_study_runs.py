@@ -249,6 +249,9 @@ def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsy
     assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
     said = capsys.readouterr().err
     assert "a was killed by signal 9 (SIGKILL), for which" in said and "bytes left" not in said
+    (tmp_path / "out" / "a" / "output.txt").write_text("a: stopped after 3 of 5 steps\n")  # by an earlier process
+    assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
+    assert "stopped after 3" not in capsys.readouterr().err
 
 
 @pytest.fixture

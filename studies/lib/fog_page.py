@@ -289,12 +289,14 @@ A size is named as in `models/fog_config.py`. Several runs shared a GPU: their s
 
 def _not_said(lines: Sequence[Line]) -> str:
     most = max((line.step * line.setting[2] for line in lines), default=0)
+    batch = max((line.setting[2] for line in lines), default=0)
+    largest = max((line.result["parameters"] for line in lines if line.result), default=0)
     longest = f" The longest run here saw {millions(most)}." if most else ""
     return f"""## What this does not say
 
 * Nothing of long trainings: the paper's divergences come after 0.7 to 15.9 billion tokens.{longest}
   A run that holds here shows that nothing diverges early, and no more.
-* Nothing of models of 390M parameters and more, and nothing of batches of half a million tokens and more.
+* Nothing of models of more than {millions(largest)} parameters, and nothing of batches of more than {batch:,} tokens.
 * Nothing of the tasks that the paper scores.
 * P, the probabilities within attention, has the constant scale 256 in all runs; in the paper's its scale was delayed,
   as the others."""

@@ -18,9 +18,9 @@ TRAINING, INFERENCE = 16, 2
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # a container's, by either version of cgroups
 
 
-def check_memory(name: str, build: Callable[[], nn.Module], each: int) -> None:
+def check_memory(name: str, build: Callable[[], nn.Module], each: int, smaller: str) -> None:
     """UserError where ``each`` bytes of every parameter are more than there are. Activations are not counted: what
-    could fit is not refused."""
+    could fit is not refused. smaller: what the user can give instead, in words."""
     with torch.device("meta"):
         needed = each * sum(parameter.numel() for parameter in build().parameters())
     has = available()
@@ -29,7 +29,7 @@ def check_memory(name: str, build: Callable[[], nn.Module], each: int) -> None:
         where = "the GPU" if torch.cuda.is_available() else "this machine"
         raise UserError(
             f"{name} needs at least {needed / 2**30:,.1f} GiB for its {what} alone, and {where} has "
-            f"{has / 2**30:,.1f}; take a smaller one: `studies/scales.py models` says how large models are"
+            f"{has / 2**30:,.1f}; {smaller}"
         )
 
 

@@ -103,6 +103,7 @@ def _start(script: str, run: Run, arguments: Sequence[str], place: int) -> subpr
     command = [sys.executable, script, "run", str(run.folder), *arguments]
     # A process that is given one GPU of several sees it as the only one.
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": _visible(place)} if run.spec["device"] == "cuda" else {})}
+    run.output.write_bytes(b"")  # what an earlier process said last is not said by this one
     with open(run.output, "ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 

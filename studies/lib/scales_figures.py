@@ -229,6 +229,8 @@ def windows(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> bo
         right.margins(x=0.2)
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=3)
         _plain_ticks(right, [sizes.get(model, 0) / 1e6 for model in widths])
+        if not widths:
+            right.text(0.5, 0.5, TOO_FEW, transform=right.transAxes, ha="center", color=FAINT)
         caption(
             figure,
             f"At the edges: {FLOOR} or less, {CEILING} or more. ×: the paper's own formats, emulated. Right: first\n"

@@ -260,14 +260,14 @@ def _each(apart: Mapping[str, Sequence[float]], lines: Sequence[Line], *, judged
 
 
 def loss_before(model: str, lines: Sequence[Line]) -> tuple[float, int] | None:
-    """Of a checkpoint, in BF16, before it is fine-tuned on the same text: the first record of its sweep, and of how
-    many tokens it is."""
-    of = ("checkpoint", "data", "split")
+    """Of a checkpoint, in BF16, before it is fine-tuned on the same text in as long sequences: the first record of its
+    longest sweep, and of how many tokens it is."""
+    of = ("checkpoint", "data", "split", "context")
     tuned = [[line.spec.get(key) for key in of] for line in lines if line.study == "finetune" and line.model == model]
     told = [(loss, line.spec["sweep_tokens"]) for line in lines
             if line.study == "infer" and (loss := line.inference.get("bf16", {}).get("loss")) is not None
             and tuned and all([line.spec.get(key) for key in of] == one for one in tuned)]  # fmt: skip
-    return told[0] if told else None
+    return max(told, key=lambda one: one[1]) if told else None
 
 
 def _in_fp8(arm: str, lines: Iterable[Line]) -> bool:

@@ -62,7 +62,7 @@ def page(
         _figures(pictures, data),
         _runs(lines, sizes, texts),
         _COSTS + costs_table(),
-        _not_claimed(lines),
+        _not_claimed(lines, sizes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -211,7 +211,8 @@ many.
 """
 
 
-def _not_claimed(lines: Sequence[Line]) -> str:
+def _not_claimed(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
+    largest = f"of more than {in_short(max(sizes.values()))} parameters" if sizes else "that are large"
     longest = max(map(trained_tokens, lines), default=0)
     most = f" The longest\n  training here is of {in_short(longest)} tokens." if longest else ""
     left = _not_trained(lines)
@@ -225,8 +226,8 @@ def _not_claimed(lines: Sequence[Line]) -> str:
     )
     return f"""## What this does not say
 
-* Nothing of models that were not run, and nothing of 1B parameters and more: activations of large models have outliers
-  that small ones lack.
+* Nothing of models that were not run, and nothing of models {largest}: activations of large models
+  have outliers that small ones lack.
 * Nothing of long trainings: published divergences in FP8 come after 0.7 to 200 billion tokens.{most}
 * Nothing of the paper's tasks, GLUE or MMLU: next-token accuracy on one text is not those.
 * Nothing of size alone: where models of several sizes were trained on as many tokens, the larger ones are trained less.

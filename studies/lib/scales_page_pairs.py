@@ -118,14 +118,19 @@ def _not_planned(finished: Sequence[Line]) -> str:
 
 
 def _added(finished: Sequence[Line]) -> str:
-    """Pairs beyond those that were planned."""
+    """Pairs beyond those that the study has by default."""
     more = [
         f"{arm} of {model}"
         for arm in arms_of(finished)
         for model, of in pairs(finished, arm, "bf16", "loss").items()
         if arm != "bf16" and len(of) > PLANNED.get(plain_name(model), math.inf)
     ]
-    return f"* More pairs than were planned, added after the first had been seen: {', '.join(more)}" if more else ""
+    return (
+        f"* More pairs than the five of the study's default: {', '.join(more)}. Those that are kept with this project\n"
+        "  were added after the first had been seen, which makes an interval less sure than it says"
+        if more
+        else ""
+    )
 
 
 def _arms_left(study: str, models: Sequence[str], finished: Sequence[Line]) -> str:

@@ -178,5 +178,5 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
 
 
 def in_lines(model: str) -> str:
-    """What tells its runs apart, below its name."""
-    return model.replace(" (", "\n(")
+    """What tells its runs apart, below its name, and no wider than a panel."""
+    return "\n".join(fill(part, 30, break_long_words=False) for part in model.replace(" (", "\n(").splitlines())

@@ -40,7 +40,7 @@ from .lines import (
     check_type,
     merge_lines,
 )
-from .runs import Run, Spec, check_steps
+from .runs import Run, Spec, check_steps, losses_in
 
 CRITERION = 0.995  # of 16 bits, by which the paper calls a policy good
 OF_ARMS = ("recipe", "emulation", "dtype", "loss_scale")  # what of a spec an arm is
@@ -152,14 +152,15 @@ def _is_fp8(spec: Spec) -> bool:
 
 def condensed(run: Run) -> Line:
     records = run.records()
-    steps = [record for record in records if "loss" in record and "policy" not in record]
-    check_steps(run, [record["step"] for record in steps])
-    losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
-    check_all("losses", [loss for _, loss in losses], LOSS)  # a mean would hide one that is none
+    losses = [(record["step"], record["loss"]) for record in losses_in(records)]
+    check_steps(run, [step for step, _ in losses])
+    check_all("losses", [loss for _, loss in losses], LOSS_OR_NULL)  # a mean would hide one that is none
     biases = [record for record in records if "biases" in record]
     step = max((record["step"] for record in records), default=0)
-    stretches = [
-        [part[-1][0], statistics.fmean(loss for _, loss in part)] for part in _parts(losses, STRETCHES) if part
+    stretches = [  # of steps, finite or not: where one was not, they are held to the same stretches of other runs
+        [part[-1][0], statistics.fmean(known)]
+        for part in _parts(losses, STRETCHES)
+        if (known := [loss for _, loss in part if loss is not None])
     ]
     looks = [part[-1] for part in _parts(biases, LOOKS) if part]
     result = run.result()
@@ -322,16 +323,21 @@ def _stretches(line: Line) -> dict[tuple[int, int], float]:
 
 
 def sizes_of(lines: Iterable[Line]) -> dict[str, float]:
-    """Parameters by model: as published, or as the run of a checkpoint counted them, or as its name has it (135M)."""
+    """Parameters by model: as its runs counted them, since a text's tokens decide how large an embedding is; else as
+    published, or as its name has it (135M)."""
     lines = list(lines)
     names = {line.model: plain_name(line.model) for line in lines}
     written = {model: re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([MB])(?![a-zA-Z])", name) for model, name in names.items()}
     sizes = {model: float(of[1]) * {"M": 1e6, "B": 1e9}[of[2]] for model, of in written.items() if of}
-    counted = {names[line.model]: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
-    sizes |= {model: counted[name] for model, name in names.items() if name in counted}
-    of_checkpoints = {line.model for line in lines if line.spec.get("checkpoint")}
-    published = {model: name for model, name in names.items() if name in MODELS and model not in of_checkpoints}
-    return sizes | {model: parameter_count(MODELS[name]) for model, name in published.items()}
+    sizes |= {model: parameter_count(MODELS[name]) for model, name in names.items() if name in MODELS}
+    same = {line.model: (names[line.model], *_weights_of(line.spec)) for line in lines}
+    counted = {same[line.model]: line.result["parameters"] for line in lines if "parameters" in (line.result or {})}
+    return sizes | {model: counted[key] for model, key in same.items() if key in counted}
+
+
+def _weights_of(spec: Spec) -> tuple[Any, ...]:
+    """What decides how many a model by name has: the checkpoint, or the embeddings' lengths."""
+    return (spec["checkpoint"],) if spec.get("checkpoint") else (spec.get("data"), spec["context"])
 
 
 def family(model: str) -> str:

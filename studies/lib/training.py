@@ -71,7 +71,7 @@ class Plan:
         for name in ("steps", "batch", "micro_batch", "context", "validated"):
             if getattr(self, name) < 1:
                 raise UserError(f"{_OPTIONS[name]} must be at least 1, got {getattr(self, name)}")
-        check_largest("--steps", self.steps)  # which may be those of --train-tokens
+        check_largest("--steps, or those that --train-tokens makes,", self.steps)
         if not 0 <= self.lr < math.inf:
             raise UserError(f"--lr must be a finite number that is not negative, got {self.lr}")
         if self.batch % self.micro_batch:
