@@ -92,6 +92,11 @@ def test_what_is_kept_of_runs_is_not_repeated(tmp_path, tokens):
     again = run(*study, "bf16", "--kept", kept, tokens=tokens, out=tmp_path / "none")
     assert again.returncode == 0 and f"1 of 1 runs are done in {kept}\n" == again.stdout, again.stderr
     assert not (tmp_path / "none").exists()
+    recorded = run(*study, "bf16", "--record", "1", "--kept", kept, tokens=tokens, out=tmp_path / "recorded")
+    assert "0 of 1 runs are done in" in recorded.stdout
+    assert command(*report[:2], tmp_path / "recorded", *report[3:]).returncode == 0
+    again = run(*study, "bf16", "--kept", kept, tokens=tokens, out=tmp_path / "none")  # which has none
+    assert f"1 of 1 runs are done in {kept}\n" == again.stdout, again.stderr
     more = run(*study, "bf16", "delayed", "--kept", kept, tokens=tokens, out=tmp_path / "second")
     assert more.returncode == 0 and f"1 of 2 runs are done in {kept}\nall 1 runs are done" in more.stdout, more.stderr
     assert [one.name for one in all_runs(tmp_path / "second")] == ["gpt-tiny_delayed_0"]

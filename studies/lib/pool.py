@@ -61,7 +61,8 @@ def work(
         raise UserError("the study is empty: give at least one model, arm, seed and constant")
     if kept is not None:
         done_before = [line.spec for line in read_lines(kept, kind) if line.result is not None]
-        asked, specs = len(specs), {name: spec for name, spec in specs.items() if plain(spec) not in done_before}
+        asked = len(specs)
+        specs = {name: spec for name, spec in specs.items() if not any(_is_of(plain(spec), one) for one in done_before)}
         print(f"{asked - len(specs)} of {asked} runs are done in {kept}", flush=True)
         if not specs:
             return 0
@@ -97,6 +98,13 @@ def work(
     for run, code in failed:
         print(f"{run.name} {how_it_ended(code)}: {_last_words(run, code)}", file=sys.stderr)
     return _INTERRUPTED if interrupted else 1 if failed else 0
+
+
+def _is_of(spec: Spec, done: Spec) -> bool:
+    """Whether a run that is done is the one that is asked for: what it recorded on its way changes nothing of it, but
+    where records are asked for it has to have these."""
+    asked = spec.get("record", 0)
+    return {**spec, "record": 0} == {**done, "record": 0} and asked in (0, done.get("record", 0))
 
 
 def _start(script: str, run: Run, arguments: Sequence[str], place: int) -> subprocess.Popen[bytes]:
