@@ -30,7 +30,7 @@ from torch_fp8.progress import bar
 
 from examples.gpt.errors import UserError
 from examples.gpt.text import read_documents
-from examples.gpt.tokens import Bytes, Corpus, even_starts, make_corpus, random_starts, windows
+from examples.gpt.tokens import Bytes, Corpus, check_splits, even_starts, make_corpus, random_starts, windows
 from models.llama import SIZES, Shape
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,8 @@ def main() -> None:
     if args.seeds < 2:
         raise SystemExit(f"small_training.py: --seeds must be at least 2 to show a spread, got {args.seeds}")
     try:
-        corpus = make_corpus(*read_documents(args.data), Bytes(), CONTEXT)
+        corpus = make_corpus(*read_documents(args.data), Bytes())
+        check_splits(corpus, CONTEXT + 1, "give more text")
     except UserError as error:
         raise SystemExit(f"small_training.py: {error}") from error
     study = STUDIES[args.study]

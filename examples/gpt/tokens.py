@@ -95,7 +95,7 @@ class Corpus:
         return f"{counts} of {self.vocab:,} kinds, from {self.source}"
 
 
-def make_corpus(documents: list[str], source: str, codec: Codec, val_share: float = _VAL_SHARE) -> Corpus:
+def make_corpus(documents: list[str], source: str, codec: Codec, *, val_share: float = _VAL_SHARE) -> Corpus:
     """The last 2 % (``val_share``) of the documents are the validation split, at least one and not all; of a single
     document, of its tokens."""
     if len(documents) > 1:

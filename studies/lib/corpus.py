@@ -30,7 +30,7 @@ def make_tokens(data: Path | None, codec: Codec, of: str, val_share: float) -> C
     if codec.vocab > 1 << 16:
         raise UserError(f"a token must fit into two bytes, and this vocabulary has {codec.vocab:,}")
     documents, source = read_documents(data)
-    corpus = make_corpus(documents, f"{Path(source).name if data else source}, {of}", codec, val_share)
+    corpus = make_corpus(documents, f"{Path(source).name if data else source}, {of}", codec, val_share=val_share)
     check_splits(corpus, 2, "give more text or another --val-share")  # a token and the one that follows
     return corpus
 
