@@ -3,10 +3,13 @@
 import itertools
 
 import pytest
-from scales_lines import drawn, line, trained
+from scales_lines import drawn, line, swept, trained
+from torch_fp8.picture import picture
 
 from studies.lib.arms import ARMS, LEVERS
+from studies.lib.scales_figures import draw
 from studies.lib.scales_paired import BASE, GROUPS, PALE, on_the_way, paired
+from studies.lib.scales_results import sizes_of
 
 
 def test_a_picture_of_pairs_has_titles_that_do_not_meet_and_shows_what_was_lost(monkeypatch, tmp_path):
@@ -32,7 +35,17 @@ def coloured(axes):
 
 
 def test_a_name_with_dollar_signs_is_drawn_as_it_is_written(tmp_path):
-    assert paired(tmp_path / "a.png", trained(r"a$\q_$ 31M", [0.1, 0.2]), "parity", "bf16")
+    name = r"a$\q_$ 31M"
+    lines = [*trained(name, [0.1, 0.2]), swept(name, range(-4, 5))]
+    assert draw(tmp_path, lines, sizes_of(lines)) == ["window", "amax", "parity"]
+
+
+def test_a_scale_of_powers_has_its_ticks_as_powers(tmp_path):
+    with picture(tmp_path / "a.png", "a", (4, 3)) as figure:
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        axes.plot([1, 2], [1, 1e4])
+        assert all(tick.get_parse_math() for tick in axes.get_yticklabels())
 
 
 def test_panels_are_of_arms_that_there_are():

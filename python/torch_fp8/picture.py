@@ -38,7 +38,6 @@ _STYLE: dict[str, Any] = {
     "grid.color": GRID,
     "legend.frameon": False,
     "text.color": INK,
-    "text.parse_math": False,  # a model's name may have a dollar sign
     "xtick.color": FAINT,
     "xtick.labelcolor": INK,
     "ytick.color": FAINT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ BIAS = "Bias b of FP8-AMAX, at most 31: a tensor is multiplied by 2^b before its
 def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
     """Every picture that there are data for; their names. Those drawn before that there are none for are deleted.
     sizes: parameters by model."""
+    lines = [replace(line, spec={**line.spec, "model": _drawn(line.model)}) for line in lines]
+    sizes = {_drawn(model): size for model, size in sizes.items()}
     by_size = sorted(lines, key=lambda line: (sizes.get(line.model, 0), line.run))
     pictures: dict[str, Callable[[Path, Sequence[Line], Mapping[str, float]], bool]] = {
         "histograms": histograms,
@@ -44,6 +47,11 @@ def draw(folder: Path, lines: Sequence[Line], sizes: Mapping[str, float]) -> lis
     for name in pictures.keys() - made:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return made
+
+
+def _drawn(name: str) -> str:
+    """As it is written, where matplotlib takes what is between two dollar signs for mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _counts(records: Sequence[dict[str, Any]], role: str) -> dict[int, float]:
