@@ -1,6 +1,10 @@
 """What tests of studies share: a text, a plan, a model, and how a study is called."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -40,6 +44,17 @@ def command(*arguments):
 def run(*arguments, tokens, out):
     """A study; each of its runs is a process of its own, as ever."""
     return command(*arguments, "--tokens", tokens, "--out", out)
+
+
+def kill(command, log, records):
+    """Start a study as a process of its own, and kill it and its runs once ``log`` has so many records."""
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not log.exists() or log.read_bytes().count(b"\n") < records:
+        time.sleep(0.01)
+    children = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())  # one a GPU
+    for process in (*children, parent.pid):
+        os.kill(process, signal.SIGKILL)
+    parent.wait()
 
 
 def records_of(out):

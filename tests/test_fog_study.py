@@ -1,12 +1,9 @@
 """studies/fog.py: the whole study, tiny; its models; what it refuses."""
 
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 import torch_fp8 as fp8
 from fog_runs import fog, line
 from scripts import called
+from studying import kill, records_of
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
@@ -25,7 +23,7 @@ from models.fog_fp8 import to_fp8
 from studies.lib.corpus import make_tokens, save_corpus
 from studies.lib.fog_results import condensed
 from studies.lib.kurtosis import Kurtosis
-from studies.lib.runs import Run, all_runs
+from studies.lib.runs import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,15 +49,6 @@ def run(*arguments, tokens, out):
     return called(lambda: fog.exit_code(fog.main), *command(*arguments, tokens=tokens, out=out)[1:])
 
 
-def records_of(out):
-    """Of every run, all but what a clock wrote."""
-    found = {one.name: one.records() for one in all_runs(out)}
-    for records in found.values():
-        for record in records:
-            record.get("result", {}).pop("seconds", None)
-    return found
-
-
 # ---- whole studies ---------------------------------------------------------------------------------------------------
 
 
@@ -69,14 +58,7 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens, mo
     assert whole.returncode == 0 and "all 2 runs are done" in whole.stdout, whole.stderr
 
     out = tmp_path / "killed"
-    parent = subprocess.Popen(command(*study, tokens=tokens, out=out), cwd=ROOT, stdout=subprocess.DEVNULL)
-    log = out / "fog-max_x3_bf16_0" / "log.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 3:
-        time.sleep(0.01)
-    children = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())  # one a GPU
-    for process in (*children, parent.pid):
-        os.kill(process, signal.SIGKILL)
-    parent.wait()
+    kill(command(*study, tokens=tokens, out=out), out / "fog-max_x3_bf16_0" / "log.jsonl", 3)
     rest = run(*study, tokens=tokens, out=out)
     assert rest.returncode == 0 and "all 2 runs are done" in rest.stdout, rest.stderr
     assert records_of(out) == records_of(tmp_path / "whole")

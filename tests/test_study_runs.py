@@ -6,15 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import threading
-import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from studying import PLAN, ROOT, SCALES, TINY, Table, records_of, run, scales, training, write_tokens
+from studying import PLAN, SCALES, TINY, Table, kill, records_of, run, scales, training, write_tokens
 
 from examples.gpt import checkpoint
 from examples.gpt.errors import UserError
@@ -117,14 +115,7 @@ def test_a_study_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, tokens):
 
     out = tmp_path / "killed"
     killed = [*SCALES, *study, "--tokens", str(tokens), "--out", str(out)]
-    parent = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = out / "gpt-tiny_bf16_0" / "log.jsonl"
-    while not log.exists() or log.read_bytes().count(b"\n") < 5:
-        time.sleep(0.02)
-    children = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())  # one a GPU
-    for process in (*children, parent.pid):
-        os.kill(process, signal.SIGKILL)
-    parent.wait()
+    kill(killed, out / "gpt-tiny_bf16_0" / "log.jsonl", 5)
     # A run that cannot go on does not stop the others.
     (out / "gpt-tiny_bf16_0" / "state.ckpt").write_bytes(b"nothing")
     some = run(*study, tokens=tokens, out=out)

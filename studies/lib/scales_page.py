@@ -83,11 +83,11 @@ def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     if not ratios and not random:
         return f"{title}\n\nNot run yet: `python studies/scales.py window` makes the runs."
     rows = []
-    of = baselines(lines)
+    baseline = baselines(lines)
     for model in by_size([*ratios, *sorted(random)], sizes):
         found = ["–"] * 4
         if model not in random:
-            found = _window_row(constants(ratios[model])) if of[model].tells else [TOO_FEW, *found[1:]]
+            found = _window_row(constants(ratios[model])) if baseline[model].tells else [TOO_FEW, *found[1:]]
         wants = [f"{of[model][0]} … {of[model][1]}" if model in of else "–" for of in want.values()]
         rows.append([model, in_short(sizes.get(model, 0)), *found, *wants])
     head = ["model", "parameters", "window, c", "as biases of this hardware", "width", "best c (ratio)"]
@@ -117,8 +117,9 @@ def _policies(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
         return ""
     names = ["current", "amax", "gc-amax", "histogram", "gc-histogram"]
     rows = []
+    baseline = baselines(lines)
     for model in by_size(ratios, sizes):
-        of = baselines(lines)[model]
+        of = baseline[model]
         told = [f"{ratios[model][name]:.4f}" if name in ratios[model] else "–" for name in names]
         few = "" if of.tells else f", {TOO_FEW}"
         rows.append([model, *told, f"{of.accuracy:.4f} ± {of.half_width:.4f}", f"{of.tokens:,}{few}"])
