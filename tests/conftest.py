@@ -81,6 +81,21 @@ def cublaslt(monkeypatch):
     return CublasLt(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A study's text."""
+    from studying import write_tokens  # which imports the studies, as few tests need them
+
+    return write_tokens(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def corpus(tokens):
+    from studies.lib.corpus import read_corpus
+
+    return read_corpus(tokens)
+
+
 @pytest.fixture(autouse=True)
 def _compiles_afresh(monkeypatch):
     """All tests of a process share Dynamo's count of compilations of a function, and its limit."""

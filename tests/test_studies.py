@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 import torch_fp8 as fp8
-from studying import PLAN, QUICK, ROOT, SCALES, TINY, Table, command, run, scales, training, write_tokens
+from studying import PLAN, QUICK, ROOT, SCALES, TINY, Table, command, run, scales, training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +19,6 @@ from examples.gpt.lock import locked
 from models.names import MODELS, named, parameter_count
 from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
-from studies.lib.corpus import read_corpus
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
 from studies.lib.emulation import EmulatedLinear
@@ -29,17 +28,6 @@ from studies.lib.memory import INFERENCE, TRAINING, check_memory
 from studies.lib.progress import far, length
 from studies.lib.runs import all_runs, claim
 from studies.lib.training import Plan, Training, in_whole_contexts, validate
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def corpus(tokens):
-    return read_corpus(tokens)
-
 
 # ---- the folder of runs ----------------------------------------------------------------------------------------------
 

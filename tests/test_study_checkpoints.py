@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from studying import PLAN, command, run, write_tokens
+from studying import PLAN, command, run
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus, fingerprint
@@ -15,11 +15,6 @@ from studies.lib.checkpoints import Checkpoint
 from studies.lib.corpus import read_corpus, save_corpus
 from studies.lib.runs import all_runs
 from studies.lib.training import Plan, validate
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

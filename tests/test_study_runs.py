@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from studying import PLAN, SCALES, TINY, Table, kill, records_of, run, scales, training, write_tokens
+from studying import PLAN, SCALES, TINY, Table, kill, records_of, run, scales, training
 
 from examples.gpt import checkpoint
 from examples.gpt.errors import UserError
@@ -22,16 +22,6 @@ from studies.lib.corpus import read_corpus, text_of
 from studies.lib.pool import _last_words, how_it_ended, serve, work
 from studies.lib.progress import far, length, say_missing
 from studies.lib.runs import all_runs, claim, missing
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def corpus(tokens):
-    return read_corpus(tokens)
 
 
 def test_a_run_that_could_say_nothing_is_told_with_the_room_on_its_disk(tmp_path):

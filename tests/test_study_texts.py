@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from studying import PLAN, ROOT, SCALES, TINY, command, run, write_tokens
+from studying import PLAN, ROOT, SCALES, TINY, command, run
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import GPT2, Bytes, Corpus, fingerprint
@@ -14,16 +14,6 @@ from studies.lib.corpus import make_tokens, read_corpus, save_corpus
 from studies.lib.lines import read_lines
 from studies.lib.runs import all_runs, claim
 from studies.lib.training import Plan, check_text
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture
-def corpus(tokens):
-    return read_corpus(tokens)
 
 
 @pytest.mark.parametrize("name", ["tokens", "tokens.xz"])
