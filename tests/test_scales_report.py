@@ -19,6 +19,7 @@ from studies.lib.scales_results import (
     Line,
     biases_of,
     condensed,
+    in_short,
     merged,
     pairs,
     place,
@@ -27,7 +28,6 @@ from studies.lib.scales_results import (
     trained_tokens,
 )
 from studies.lib.scales_sweeps import constants, inference_ratios, window
-from studies.lib.scales_words import in_short
 from studies.lib.texts import Text, is_closed, read_texts
 
 
@@ -39,7 +39,7 @@ def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
     sweep = swept("gpt-31M", range(-2, 3))
     assert told_apart([*lines, sweep]) == [*lines, sweep]  # nothing to tell apart
     told = told_apart([*lines, *other, *longer, sweep])
-    names = {"gpt-31M (text abc)", "gpt-31M (text def, steps 10)", "gpt-31M (text def, steps 20)"}
+    names = {"gpt-31M (text abc)", "gpt-31M (text def, 1.3k tokens)", "gpt-31M (text def, 2.6k tokens)"}
     assert {one.model for one in told} == names and told[-1].model == "gpt-31M (text abc)"
     found = pairs(told, "amax", "bf16", "loss")
     assert {model: len(of) for model, of in found.items()} == dict.fromkeys(names, 2)
@@ -48,6 +48,29 @@ def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
     text = page(told, [], sizes_of(told), "data")
     assert all(text.count(f"| {name} | amax | 2 |") == 1 for name in names)
     assert "| gpt-31M (text abc) | 31M | -2 … 2 |" in text
+
+
+@pytest.mark.parametrize(
+    "lengths, said",
+    [
+        ([(763, 64), (1526, 64)], ["50M tokens", "100M tokens"]),
+        ([(763, 64), (764, 64)], ["steps 763", "steps 764"]),  # of as many tokens in short
+        ([(763, 64), (1526, 32)], ["batch 64, 50M tokens", "batch 32, 50M tokens"]),
+        ([(763, 64), (764, 64), (763, 128)], ["batch 64, steps 763", "batch 64, steps 764", "batch 128, steps 763"]),
+    ],
+)
+def test_lengths_are_told_apart_by_their_tokens(lengths, said):
+    lines = [line("parity") for _ in lengths]
+    for one, (steps, batch) in zip(lines, lengths):
+        one.spec.update(steps=steps, batch=batch, context=1024)
+    assert [one.model for one in told_apart(lines)] == [f"gpt-31M ({words})" for words in said]
+
+
+def test_sweeps_which_have_no_tokens_of_a_training_are_told_apart_by_their_steps():
+    lines = [line("infer"), line("infer")]
+    for one, policies in zip(lines, (40, 41)):
+        one.spec.update(checkpoint="0123456789", steps=policies)
+    assert [one.model for one in told_apart(lines)] == ["gpt-31M (steps 40)", "gpt-31M (steps 41)"]
 
 
 def test_a_checkpoint_of_a_models_name_is_another_model():
@@ -69,7 +92,7 @@ def test_trainings_of_one_model_are_no_two_sizes():
     assert claims(told, sizes_of(told))[-1].run.startswith("fewer than two sizes of a family")
     narrow.spec.update(lr=None, sweep=[-3, 3], steps=20, warm_up=2)
     wide.spec.update(lr=None, sweep=[-16, 16], warm_up=1)
-    assert told_apart([wide, narrow])[1].model == "gpt-31M (steps 20, c from -3 to 3)"
+    assert told_apart([wide, narrow])[1].model == "gpt-31M (2.6k tokens, c from -3 to 3)"
 
 
 def test_sizes_in_a_row_were_trained_alike():

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch_fp8.picture import BF16, FAINT, FOURTH, FP8, INK, SECOND, THIRD, caption, picture
 
 from .scales_paired import in_lines, on_the_way, paired
-from .scales_results import CRITERION, LINEARS, Line, arms_of, biases_of, family, place
+from .scales_results import CRITERION, LINEARS, Line, arms_of, biases_of, family, in_short, place
 from .scales_sweeps import constants, inference_ratios, telling_ratios, window
-from .scales_words import TOO_FEW, in_short
+from .scales_words import TOO_FEW
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

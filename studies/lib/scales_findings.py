@@ -10,9 +10,20 @@ from typing import Any
 
 from .arms import LEVERS
 from .intervals import interval, means_differ, pairs_needed
-from .scales_results import CRITERION, Line, arms_of, done, is_sound, on_two_gpus, pairs, plain_name, trained_tokens
+from .scales_results import (
+    CRITERION,
+    Line,
+    arms_of,
+    done,
+    in_short,
+    is_sound,
+    on_two_gpus,
+    pairs,
+    plain_name,
+    trained_tokens,
+)
 from .scales_sweeps import Ratios, best_constant, constants, telling_ratios, window
-from .scales_words import MARGIN, finite, gpu_words, in_short, models_of, no_worse, percent, unsound_words
+from .scales_words import MARGIN, finite, gpu_words, models_of, no_worse, percent, unsound_words
 
 FEWEST = 3  # pairs that a model must have to be put together with others
 

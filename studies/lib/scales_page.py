@@ -12,9 +12,9 @@ from .costs import costs_table
 from .scales_claims import claims
 from .scales_findings import findings
 from .scales_page_pairs import ABOUT_PAIRS, pairs_section
-from .scales_results import CRITERION, Line, arms_of, done, pairs, plain_name, trained_tokens, wanted
+from .scales_results import CRITERION, Line, arms_of, done, in_short, pairs, plain_name, trained_tokens, wanted
 from .scales_sweeps import baselines, best_constant, by_size, constants, inference_ratios, lacking_policies, window
-from .scales_words import TOO_FEW, in_short, window_of
+from .scales_words import TOO_FEW, window_of
 from .texts import Text, is_closed
 
 STUDIES = {

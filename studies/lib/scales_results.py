@@ -245,7 +245,19 @@ def _differing(line: Line, others: Sequence[Spec]) -> list[str]:
     keys = [key for key in line.shared if key != "seed" and any(of.get(key) != line.shared[key] for of in others)]
     if "steps" in keys:  # which these follow
         keys = [key for key in keys if key not in ("warm_up", "cooldown")]
-    return [_setting_words(key, line.shared[key], [of.get(key) for of in others]) for key in keys]
+    return [
+        _length_words(line.spec, others)
+        if key == "steps"
+        else _setting_words(key, line.shared[key], [of.get(key) for of in others])
+        for key in keys
+    ]
+
+
+def _length_words(spec: Spec, others: Sequence[Spec]) -> str:
+    """Readers think in tokens; steps are said where tokens in short would be the same of two lengths."""
+    exact = {(of["steps"], of["batch"], of["context"]) for of in others}
+    tokens = {(in_short(_tokens(of)), of["batch"], of["context"]) for of in others}
+    return f"{in_short(_tokens(spec))} tokens" if len(tokens) == len(exact) else f"steps {spec['steps']}"
 
 
 def _setting_words(key: str, value: Any, others: Iterable[Any]) -> str:
@@ -347,7 +359,19 @@ def family(model: str) -> str:
 
 def trained_tokens(line: Line) -> int:
     """Of the whole training; 0 of inference, whose steps are policies."""
-    return 0 if line.study == "infer" else line.spec["steps"] * line.spec["batch"] * line.spec["context"]
+    return _tokens(line.spec)
+
+
+def _tokens(spec: Spec) -> int:
+    return 0 if spec["study"] == "infer" else spec["steps"] * spec["batch"] * spec["context"]
+
+
+def in_short(count: float) -> str:
+    """Of parameters or tokens; a dash of none, or where it is not known."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.995 * unit:
+            return f"{count / unit:.{int(count < 9.95 * unit)}f}{name}"
+    return f"{count:.0f}" if count else "–"
 
 
 def arms_of(lines: Iterable[Line]) -> list[str]:

@@ -16,14 +16,6 @@ def models_of(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
-def in_short(count: float) -> str:
-    """Of parameters or tokens; a dash of none, or where it is not known."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= 0.995 * unit:
-            return f"{count / unit:.{int(count < 9.95 * unit)}f}{name}"
-    return f"{count:.0f}" if count else "–"
-
-
 def percent(differences: Sequence[float]) -> str:
     """Of those that are finite, and how many are not."""
     kept = finite(differences)
