@@ -5,7 +5,7 @@ import math
 import pytest
 from scales_lines import ROOT, line, on_its_way, swept, together, trained, tuned, verdicts
 
-from studies.lib.arms import ARMS, LEVERS, arm
+from studies.lib.arms import ARMS, DEFAULT_ARMS, LEVERS, arm
 from studies.lib.intervals import interval, means_differ
 from studies.lib.lines import read_lines
 from studies.lib.scales_claims import claims
@@ -162,6 +162,26 @@ def test_what_a_pair_does_not_know_of_is_said():
     assert "* Arms of the study's default that have no two pairs: bf16-again, delayed, amax, e4m3, wgrad16 of" in said
     assert "cscale:2 is `ConstantScaling(bias=3, grad_margin=4)` with the loss scaled by 2^16" in said
     assert "from scratch with FP8-AMAX: no model has two pairs" in said
+
+
+def test_arms_that_were_planned_are_missing_where_they_are_shorter_or_have_fewer_pairs():
+    asked, five = DEFAULT_ARMS["parity"][1:], [0.1] * 5
+    long = {"steps": 1526, "batch": 64, "context": 1024}
+
+    def missing(*lines):
+        lines = told_apart(lines)
+        return page(lines, [], {}, "data").partition(" asks for by default: ")[2].partition("\n")[0]
+
+    every = [one for model in ("gpt-124M", "llama-127M") for name in asked for one in trained(model, five, name)]
+    assert missing(*every) == "every arm of gpt-124M; every arm of llama-127M"
+    gpt = [one for name in ("delayed", "current") for one in trained("gpt-124M", five, name, **long)]
+    again = trained("gpt-124M", five[:4], "bf16-again", **long)
+    assert missing(*every, *gpt, *again) == (
+        "bf16-again, amax, cscale:2, e4m3, wgrad16 of gpt-124M; every arm of llama-127M"
+    )
+    for one in every:
+        one.spec.update(long)
+    assert missing(*every[:-1]) == "wgrad16 of llama-127M" and missing(*every) == ""
 
 
 def test_models_are_put_together_where_two_have_three_pairs_of_one_length():
@@ -326,7 +346,7 @@ def test_parity_is_judged_by_the_margin(apart, word):
     (row,) = [row for row in text.splitlines() if row.startswith("| gpt-31M | delayed")]
     assert row.endswith(f"| +1.00 % | 0 | {word} |") and f"| {len(apart)} |" in row  # the first tenth does not count
     assert "| +10.00 %" in row  # in its own FP8
-    assert "* Not run: gpt-124M, llama-127M with five pairs" in text
+    assert text.count("asks for by default: every arm of gpt-124M; every arm of llama-127M\n") == 1
     assert ("of one pair each, which shows nothing" in text) == (len(apart) == 1)
     said = {"yes": "at most 0.25 % above BF16: delayed", "no": "more than 0.25 % above BF16: delayed",
             "open": "nothing is decided yet"}  # fmt: skip

@@ -100,18 +100,21 @@ def _gain(model: str, lines: Sequence[Line]) -> str:
 
 
 def _not_planned(finished: Sequence[Line]) -> str:
-    """What the study asks for by default, and is not there."""
+    """What the study asks for by default, and is not there; shorter trainings do not stand in for it."""
     long = [line for line in finished if trained_tokens(line) >= 0.99e8]
-    left = [
-        model
-        for model, count in PLANNED.items()
-        if all(
-            plain_name(name) != model or len(of) < count for name, of in pairs(long, "delayed", "bf16", "loss").items()
-        )
-    ]
+    found = {arm: pairs(long, arm, "bf16", "loss") for arm in DEFAULT_ARMS["parity"] if arm != "bf16"}
+    left = []
+    for model, count in PLANNED.items():
+        arms = [
+            arm
+            for arm, models in found.items()
+            if all(plain_name(name) != model or len(of) < count for name, of in models.items())
+        ]
+        if arms:
+            left.append(f"{'every arm' if len(arms) == len(found) else ', '.join(arms)} of {model}")
     return (
-        f"* Not run: {', '.join(left)} with five pairs and 100M tokens each, which `python studies/scales.py parity` "
-        "asks for by default"
+        "* Not run with five pairs and 100M tokens each, which `python studies/scales.py parity` asks for by default: "
+        f"{'; '.join(left)}"
         if left
         else ""
     )
