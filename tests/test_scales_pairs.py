@@ -194,6 +194,9 @@ def test_models_are_put_together_where_two_have_three_pairs_of_one_length():
     assert together(*told_apart(twice)) == []  # one model, trained in two ways
     assert together(*told_apart([*twice, *trained("llama-49M", three)])) == []
     assert together(*lines, *trained("llama-49M", three, data="another text")) == []
+    longer = trained("gpt-31M", three, steps=20)  # of one model, which is no second way of its shorter training
+    (said,) = together(*told_apart([*lines, *longer, *trained("llama-49M", three)]))
+    assert said.startswith("gpt-31M (1.3k tokens) and llama-49M together, from scratch on 1.3k tokens each, 6 pairs")
     more = [*trained("llama-49M", three), *trained("gpt-73M", three, steps=20), *trained("llama-127M", three, steps=20)]
     assert [said.partition(" together")[0] for said in together(*lines, *more)] == [
         "gpt-31M and llama-49M", "gpt-73M and llama-127M"]  # fmt: skip

@@ -193,8 +193,8 @@ def _shows_nothing(apart: Iterable[Sequence[float]]) -> bool:
 
 def pooled(lines: Sequence[Line]) -> dict[tuple[int, tuple[str, ...]], dict[str, list[list[float]]]]:
     """{(tokens of each training, models): {arm: of each of these models the losses against BF16's}}, of trainings from
-    scratch that are equally long and of one text, where at least two models have FEWEST pairs. Not where a model is
-    there in two ways: its runs share their seeds, and are not independent."""
+    scratch that are equally long and of one text, where at least two models have FEWEST pairs. Not where a model was
+    trained on so many tokens in two ways: its runs share their seeds, and are not independent."""
     apart: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for model, mine, of in _against_bf16(lines, "parity"):
         alike = trained_tokens(mine[0]), *(mine[0].spec.get(key) for key in ("data", "split", "validated"))

@@ -50,11 +50,11 @@ def pairs_section(lines: Sequence[Line], study: str, title: str, about: str) -> 
 
 
 _TOGETHER = f"""* Models together: all pairs of an arm as one sample, of the models that have {FEWEST} or more of them
-  and were trained on as many tokens of one text, each at the learning rate of its runs; none where a model is there in
-  two ways. A model counts by its pairs, and pairs are independent, since each is of a model and seed of its own. Their
-  mean and its 95 % interval by Student's t are of these models and of no others, and replace no verdict of the table.
-  Models *differ* where the 95 % interval of the difference of the means of any two leaves out 0, by Student's t with
-  the scatter within all of them"""
+  and were trained on as many tokens of one text, each at the learning rate of its runs; none where one of them was
+  trained on so many in two ways. A model counts by its pairs, and pairs are independent, since each is of a model and
+  seed of its own. Their mean and its 95 % interval by Student's t are of these models and of no others, and replace no
+  verdict of the table. Models *differ* where the 95 % interval of the difference of the means of any two leaves out 0,
+  by Student's t with the scatter within all of them"""
 
 
 def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
