@@ -9,7 +9,7 @@ from torch_fp8.picture import picture
 from studies.lib.arms import ARMS, LEVERS
 from studies.lib.scales_figures import draw
 from studies.lib.scales_paired import BASE, GROUPS, PALE, on_the_way, paired
-from studies.lib.scales_results import sizes_of
+from studies.lib.scales_results import sizes_of, told_apart
 
 
 def test_a_picture_of_pairs_has_titles_that_do_not_meet_and_shows_what_was_lost(monkeypatch, tmp_path):
@@ -18,6 +18,19 @@ def test_a_picture_of_pairs_has_titles_that_do_not_meet_and_shows_what_was_lost(
     boxes = [one._left_title.get_window_extent() for one in axes]
     assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
     assert [[text.get_text() for text in one.texts] for one in axes] == [[], ["1 lost"], []]
+
+
+def test_a_picture_of_pairs_is_as_wide_as_its_panels_need(monkeypatch, tmp_path):
+    """A model with one pair each, one in two lengths, and two together."""
+    lines = [*trained("gpt-31M", [0.1]), *trained("gpt-124M", [0.1, 0.2, 0.3]), *trained("llama-127M", [0.1, 0.2, 0.3])]
+    lines = told_apart([*lines, *trained("gpt-124M", [0.1, 0.2, 0.3], steps=20)])
+    axes = drawn(monkeypatch, tmp_path / "parity.png", paired, lines, "parity", "bf16").axes
+    figure = axes[0].figure
+    figure.draw_without_rendering()  # what is measured has the dpi of the file until then
+    for words in ([one._left_title for one in axes], [one.xaxis.label for one in axes]):
+        boxes = [one.get_window_extent() for one in words]
+        assert len(boxes) == 5 and boxes[-1].x1 <= figure.bbox.x1
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def on_its_way_tuned(monkeypatch, path, arms, models=("gpt-31M",)):

@@ -136,10 +136,8 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             found[arm] = {**found[arm], models[-1]: list(itertools.chain.from_iterable(groups))}
     most = max(models, key=lambda model: sum(len(of.get(model, [])) > 1 for of in found.values()))
     order = sorted(found, key=lambda arm: statistics.fmean(found[arm].get(most, [math.inf])))
-    title = TITLES[study]
-    with picture(
-        path, f"{title}: validation loss against BF16 of the same seed", (11, 0.55 * len(found) + 2.6)
-    ) as figure:
+    size = max(11, 2.75 * len(models)), 0.55 * len(found) + 2.6  # titles and the words below do not meet
+    with picture(path, f"{TITLES[study]}: validation loss against BF16 of the same seed", size) as figure:
         row = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(row, models):
             axes.axvline(MARGIN, color=FAINT, linewidth=0.8)
