@@ -11,7 +11,18 @@ from studies.lib.lines import read_lines
 from studies.lib.scales_claims import claims
 from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
-from studies.lib.scales_results import Line, arms_of, done, gaps, pairs, sizes_of, told_apart
+from studies.lib.scales_results import (
+    Line,
+    arms_of,
+    done,
+    gaps,
+    in_short,
+    pairs,
+    plain_name,
+    sizes_of,
+    told_apart,
+    trained_tokens,
+)
 from studies.lib.scales_words import no_worse
 
 
@@ -396,9 +407,43 @@ def test_gaps_are_not_to_a_bf16_that_diverged(unsound):
     assert {apart for _, apart in gaps(lines, "amax")} == {0.0}
 
 
-def test_readme_says_what_trainings_came_to():
+def readme_and_lines():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
-    lines = told_apart(read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line))
+    return readme, told_apart(read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line))
+
+
+def trained_on(lines, model, tokens):
+    """The finished trainings from scratch of a model in one length, whatever the page calls it."""
+    return [one for one in done(lines, "parity") if plain_name(one.model) == model
+            and in_short(trained_tokens(one)) == tokens]  # fmt: skip
+
+
+def against_bf16(lines, arm):
+    """The losses of the one model there is."""
+    (values,) = pairs(lines, arm, "bf16", "loss").values()
+    return values
+
+
+def test_readme_says_what_longer_trainings_came_to():
+    readme, lines = readme_and_lines()
+    if not (longer := trained_on(lines, "gpt-124M", "100M")):
+        assert "On 100M tokens" not in readme
+        return
+    verdict = {"open": "too few again", "yes": "at most 0.25 % above", "no": "more than 0.25 % above"}
+    ends = []
+    for recipe in ("delayed", "current"):
+        values = against_bf16(longer, recipe)
+        of = interval(values)
+        ends.append(
+            f"{abs(of.mean):.2f} % {'below' if of.mean < 0 else 'above'} BF16 with {recipe} scaling "
+            f"(± {of.high - of.mean:.2f} %, {of.count} pairs: {verdict[no_worse(values)]})"
+        )
+    said = f"On 100M tokens gpt-124M ends {' and '.join(ends)}."
+    assert said in readme, said
+
+
+def test_readme_says_what_trainings_came_to():
+    readme, lines = readme_and_lines()
     ((model, fprop16),) = pairs(done(lines, "finetune"), "fprop16", "bf16", "loss").items()
     delayed = {name: interval(of) for name, of in pairs(done(lines, "finetune"), "delayed", "bf16", "loss").items()}
     here = delayed.pop(model)
@@ -416,16 +461,18 @@ def test_readme_says_what_trainings_came_to():
     one, another = sorted((interval(values).mean for values in own.values()), reverse=True)
     assert f"in the FP8 of the training the first two are {one:.2f} and {another:.2f} % above" in readme
     assert {here.count, there.count, len(fprop16)} == {3}
-    parity = pairs(done(lines, "parity"), "delayed", "bf16", "loss")
-    of = {model: interval(parity[model]) for model in ("gpt-124M", "llama-127M")}
-    (gpt, llama), (half, other) = of.values(), [one.high - one.mean for one in of.values()]
+    short = {model: trained_on(lines, model, "50M") for model in ("gpt-124M", "llama-127M")}
+    parity = [against_bf16(of, "delayed") for of in short.values()]
+    gpt, llama = map(interval, parity)
+    half, other = (one.high - one.mean for one in (gpt, llama))
     said = f"gpt-124M ends {-gpt.mean:.2f} % below BF16 (95 % interval ± {half:.2f} %, {gpt.count} pairs of runs) and "
     said += (
         f"llama-127M {llama.mean:.2f} % above (± {other:.2f} %, {llama.count} pairs): too few yet to say that neither"
     )
-    assert f"{said} ends 0.25 % above." in readme and all(no_worse(parity[model]) == "open" for model in of)
-    arms = set(arms_of(done(lines, "parity"))) - {"bf16", "bf16-again", "delayed"}
-    found = [pairs(done(lines, "parity"), arm, "bf16", "loss")["gpt-124M"] for arm in arms]
+    assert f"Trained from scratch on 50M tokens with delayed scaling, {said} ends 0.25 % above." in readme
+    assert all(no_worse(values) == "open" for values in parity)
+    arms = set(arms_of(short["gpt-124M"])) - {"bf16", "bf16-again", "delayed"}
+    found = [against_bf16(short["gpt-124M"], arm) for arm in arms]
     fewest, most = (of(map(len, found)) for of in (min, max))
     said = f"Nor is one of the five other recipes tried on gpt-124M, in {fewest} to {most} pairs each, told apart"
     assert said in readme and len(found) == 5
