@@ -286,20 +286,35 @@ def test_a_bar_in_the_name_of_a_checkpoint_ends_no_cell_of_the_page():
 def test_what_is_missing_on_a_text_that_cannot_be_made_again_is_closed():
     lines = [line("parity", step=4), line("parity", "gpt-73M")]
     lines[1].spec["data"] = "def"
-    texts = {digest: Text(f"text {digest}", digest != "def") for digest in ("abc", "def")}
+    texts = {digest: Text(f"text {digest}", digest != "def", 1280) for digest in ("abc", "def")}
     text = page(lines, [], sizes_of(lines), "data", texts)
     open_, closed = text.partition("Still missing")[2].partition("## ")[0].split("Closed, and not to be run any more")
     assert "gpt-31M: bf16, seed 0 (4 of 10 steps)" in open_ and "gpt-73M" not in open_
     assert "gpt-73M: bf16, seed 0" in closed and "gpt-31M" not in closed and "given again" not in closed
-    assert "* abc: text abc\n* def: text def; it cannot be made again\n" in text
+    assert "* abc: text abc; 1.3k of its tokens are for training\n* def: text def; 1.3k of its tokens are for" in text
+    assert "for training; it cannot be made again\n" in text
     text = page(lines[1:], [], sizes_of(lines), "data", texts)
     assert "Still missing" not in text and "gpt-73M: bf16, seed 0" in text
     assert "Still missing" in page(lines[1:], [], sizes_of(lines), "data")  # a text that nothing is known of
 
 
+def test_how_often_a_training_meets_its_text_is_said():
+    lines = [line("parity"), line("parity", "gpt-73M"), swept("gpt-124M", [1])]
+    lines[0].spec.update(steps=39)
+    lines[1].spec["data"] = "def"
+    lines[2].spec.update(study="infer", checkpoint="0123456789")
+    text = page(lines, [], sizes_of(lines), "data", {"abc": Text("text", True, 1280)})
+    rows = [row for table in read_markdown(text) for row in table if "passes over the text" in row]
+    assert {row["model"]: row["passes over the text"] for row in rows} == {
+        "gpt-31M": "3.9", "gpt-73M": "–", "gpt-124M": "–"}  # fmt: skip
+
+
 @pytest.mark.parametrize("content", ['{"abc": "words"}', '{"abc": {"words": "w"}}', "[]", "{", "3",
-                                     '{"abc": {"words": "w", "can_be_made": "no"}}'])  # fmt: skip
-def test_texts_that_do_not_say_whether_they_can_be_made_are_refused(tmp_path, content):
+                                     '{"abc": {"words": "w", "can_be_made": "no", "train_tokens": 1}}',
+                                     '{"abc": {"words": "w", "can_be_made": true, "train_tokens": 0}}',
+                                     '{"abc": {"words": "w", "can_be_made": true, "train_tokens": "1M"}}',
+                                     '{"abc": {"words": "w", "can_be_made": true}}'])  # fmt: skip
+def test_texts_that_do_not_say_what_a_page_says_of_them_are_refused(tmp_path, content):
     assert read_texts(tmp_path / "texts.json") == {}
     (tmp_path / "texts.json").write_text(content)
     with pytest.raises(UserError, match="texts.json must have .* of each text, but has not"):

@@ -170,7 +170,7 @@ def test_a_report_of_no_runs_is_refused(tmp_path, study, there):
 
 @pytest.mark.parametrize("words", ["", " ", "two\nlines", "a line\n", 3, None])
 def test_words_of_texts_are_read_before_anything_is_written(tmp_path, words):
-    (tmp_path / "texts.json").write_text(json.dumps({"abc": {"words": words, "can_be_made": True}}))
+    (tmp_path / "texts.json").write_text(json.dumps({"abc": {"words": words, "can_be_made": True, "train_tokens": 1}}))
     (tmp_path / "runs.jsonl").write_text(json.dumps(ONE) + "\n")
     with pytest.raises(UserError, match="texts.json must have .* of each text, but has not: words must be"):
         script("studies/scales.py").report([], tmp_path, tmp_path / "page.md")

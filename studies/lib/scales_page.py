@@ -165,20 +165,28 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str,
             tokens = trained_tokens(mine[0])
             gpus = sorted({line.result["gpu"] for line in finished if line.result})
             rows.append([what, model, in_short(sizes.get(model, 0)), in_short(tokens) if tokens else "–",
-                         f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–",
+                         f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–", _passes(mine[0], texts),
                          f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–", mine[0].spec["data"]])  # fmt: skip
             closed = is_closed(mine[0].spec["data"], texts)
             missing[closed] += [f"* {what}, {model}: {left}" for left in _missing(mine)]
     if not rows:
         return "## Runs\n\nNone yet."
-    head = ["study", "model", "parameters", "tokens of a training", "per parameter", "runs done", "on", "text"]
-    known = [f"* {digest}: {text.words}{'; it cannot be made again' * is_closed(digest, texts)}"
+    head = ["study", "model", "parameters", "tokens of a training", "per parameter", "passes over the text",
+            "runs done", "on", "text"]  # fmt: skip
+    known = [f"* {digest}: {text.words}; {in_short(text.train_tokens)} of its tokens are for training"
+             f"{'; it cannot be made again' * is_closed(digest, texts)}"
              for digest, text in texts.items() if any(row[-1] == digest for row in rows)]  # fmt: skip
     named = any(f"text {row[-1][:8]}" in row[1] for row in rows)
     digest = f"*Text* is a digest of the tokens{', of which names of models have the first eight digits' * named}."
     parts = [f"## Runs\n\n{markdown(head, rows)}", "\n".join([digest, *([""] if known else []), *known])]
     left = [(_CLOSED if closed else _STILL) + "\n".join(of) for closed, of in missing.items() if of]
     return "\n\n".join([*parts, *left])
+
+
+def _passes(line: Line, texts: Mapping[str, Text]) -> str:
+    """On average: where a window of the text begins is drawn anew each time."""
+    tokens, text = trained_tokens(line), texts.get(line.spec["data"])
+    return f"{tokens / text.train_tokens:.2g}" if tokens and text else "–"
 
 
 _STILL = """Still missing; a run that was begun goes on, where its folder is there, when its command is given again with

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from examples.gpt.errors import UserError
 
-from .lines import TEXT, check_type
+from .lines import POSITIVE, TEXT, check_type
 
 
 class Text(NamedTuple):
     words: str
     can_be_made: bool
+    train_tokens: int  # a training of more meets the text again
 
 
 def read_texts(path: Path) -> dict[str, Text]:
@@ -28,9 +29,11 @@ def read_texts(path: Path) -> dict[str, Text]:
             raise ValueError("can_be_made must be true or false")
         for text in found.values():
             check_type("words", text.words, TEXT)
+            check_type("train_tokens", text.train_tokens, POSITIVE)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f'{path} must have {{"words": ..., "can_be_made": true or false}} of each text, but has not: {error}'
+            f'{path} must have {{"words": ..., "can_be_made": true or false, "train_tokens": ...}} of each text, but '
+            f"has not: {error}"
         ) from error
     return found
 
