@@ -24,6 +24,9 @@ from studies.lib.scales_results import (
     trained_tokens,
 )
 from studies.lib.scales_words import no_worse
+from studies.lib.texts import read_texts
+
+DATA = ROOT / "studies" / "results" / "scales"
 
 
 def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
@@ -409,7 +412,7 @@ def test_gaps_are_not_to_a_bf16_that_diverged(unsound):
 
 def readme_and_lines():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
-    return readme, told_apart(read_lines(ROOT / "studies" / "results" / "scales" / "runs.jsonl", Line))
+    return readme, told_apart(read_lines(DATA / "runs.jsonl", Line))
 
 
 def trained_on(lines, model, tokens):
@@ -418,28 +421,30 @@ def trained_on(lines, model, tokens):
             and in_short(trained_tokens(one)) == tokens]  # fmt: skip
 
 
-def against_bf16(lines, arm):
-    """The losses of the one model there is."""
-    (values,) = pairs(lines, arm, "bf16", "loss").values()
+def against(lines, arm, base="bf16", key="loss"):
+    """Of the one model there is."""
+    (values,) = pairs(lines, arm, base, key).values()
     return values
 
 
-def test_readme_says_what_longer_trainings_came_to():
+def test_readme_says_what_the_longest_trainings_came_to():
     readme, lines = readme_and_lines()
-    if not (longer := trained_on(lines, "gpt-124M", "100M")):
-        assert "On 100M tokens" not in readme
-        return
-    verdict = {"open": "too few again", "yes": "at most 0.25 % above", "no": "more than 0.25 % above"}
-    ends = []
-    for recipe in ("delayed", "current"):
-        values = against_bf16(longer, recipe)
-        of = interval(values)
-        ends.append(
-            f"{abs(of.mean):.2f} % {'below' if of.mean < 0 else 'above'} BF16 with {recipe} scaling "
-            f"(± {of.high - of.mean:.2f} %, {of.count} pairs: {verdict[no_worse(values)]})"
-        )
-    said = f"On 100M tokens gpt-124M ends {' and '.join(ends)}."
-    assert said in readme, said
+    longest = trained_on(lines, "gpt-124M", "100M")
+    delayed, current = (against(longest, arm) for arm in ("delayed", "current"))
+    assert [no_worse(values) for values in (delayed, current)] == ["yes", "open"]
+    of, own, above = map(interval, (delayed, against(longest, "delayed", key="loss_fp8"), current))
+    apart = interval(against(longest, "current", "delayed"))
+    for said in (
+        f"gpt-124M ends {-of.mean:.2f} % below BF16 with delayed scaling (95 % interval −{-of.low:.2f} to "
+        f"+{of.high:.3f} %, {of.count} pairs of runs), which is just within the 0.25 %",
+        f"in its own FP8 it ends {own.mean:.2f} % above (−{-own.low:.2f} to +{own.high:.2f} %)",
+        f"current scaling it ends {above.mean:.2f} % above (−{-above.low:.2f} to +{above.high:.2f} %), too few pairs",
+        f"{apart.mean:.2f} % above delayed (+{apart.low:.2f} to +{apart.high:.2f} %)",
+    ):
+        assert said in readme
+    tokens = read_texts(DATA / "texts.json")[longest[0].spec["data"]].train_tokens
+    assert round(trained_tokens(longest[0]) / tokens) == 4
+    assert f"on 100M tokens, four passes over a text of {in_short(tokens)}, " in readme
 
 
 def test_readme_says_what_trainings_came_to():
@@ -462,18 +467,16 @@ def test_readme_says_what_trainings_came_to():
     assert f"in the FP8 of the training the first two are {one:.2f} and {another:.2f} % above" in readme
     assert {here.count, there.count, len(fprop16)} == {3}
     short = {model: trained_on(lines, model, "50M") for model in ("gpt-124M", "llama-127M")}
-    parity = [against_bf16(of, "delayed") for of in short.values()]
+    parity = [against(of, "delayed") for of in short.values()]
     gpt, llama = map(interval, parity)
     half, other = (one.high - one.mean for one in (gpt, llama))
-    said = f"gpt-124M ends {-gpt.mean:.2f} % below BF16 (95 % interval ± {half:.2f} %, {gpt.count} pairs of runs) and "
-    said += (
-        f"llama-127M {llama.mean:.2f} % above (± {other:.2f} %, {llama.count} pairs): too few yet to say that neither"
-    )
-    assert f"Trained from scratch on 50M tokens with delayed scaling, {said} ends 0.25 % above." in readme
+    said = f"gpt-124M ends {-gpt.mean:.2f} % below BF16 (± {half:.2f} %, {gpt.count} pairs) and "
+    said += f"llama-127M {llama.mean:.2f} % above (± {other:.2f} %, {llama.count} pairs): too few for either"
+    assert f"On 50M tokens with delayed scaling {said}" in readme
     assert all(no_worse(values) == "open" for values in parity)
     arms = set(arms_of(short["gpt-124M"])) - {"bf16", "bf16-again", "delayed"}
-    found = [against_bf16(short["gpt-124M"], arm) for arm in arms]
+    found = [against(short["gpt-124M"], arm) for arm in arms]
     fewest, most = (of(map(len, found)) for of in (min, max))
-    said = f"Nor is one of the five other recipes tried on gpt-124M, in {fewest} to {most} pairs each, told apart"
+    said = f"nor is one of the five other recipes tried on gpt-124M there, in {fewest} to {most} pairs each, told apart"
     assert said in readme and len(found) == 5
     assert all(interval(values).low < 0 < interval(values).high for values in found)
