@@ -143,7 +143,7 @@ def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
     for seed in range(args.seeds):
         for name in args.arms:
             spec = training_spec(args, corpus, checkpoint.name, seed, args.lr) | arm(name)
-            more = {"study": "finetune", "checkpoint": checkpoint.digest, "arm": name}
+            more = {"study": "finetune", "mode": "train", "checkpoint": checkpoint.digest, "arm": name}
             specs[_folder(checkpoint.name, name, seed)] = more | {"record": 0 if seed else args.record} | spec
     return specs
 

@@ -162,6 +162,26 @@ def test_emulated_layers_train_by_the_papers_dataflow(rule, family):
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+def test_a_conv1d_is_emulated_as_the_linear_layer_that_it_is():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(32, 16), pytorch_utils.Conv1D(16, 32)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.t()), conv.bias.copy_(linear.bias)
+    x, dy = torch.randn(2, 4, 32), torch.randn(2, 4, 16)
+    with emulated({"": linear}, by_amax, GRAPHCORE_E4M3), emulated({"": conv}, by_amax, GRAPHCORE_E4M3):
+        assert torch.allclose(linear(x), conv(x), rtol=1e-6)
+    gradients = []
+    for layer in (linear, conv):
+        emulate({"": layer}, Emulation(by_amax, "graphcore", 3))
+        leaf = x.clone().requires_grad_()
+        layer(leaf).backward(dy)
+        gradients.append([leaf.grad, layer.bias.grad, layer.weight.grad])
+    gradients[1][2] = gradients[1][2].t()
+    assert all(map(torch.equal, *gradients)) and isinstance(conv, pytorch_utils.Conv1D)
+    assert torch.equal(layer.eval()(x), nn.functional.linear(x, linear.weight, linear.bias))
+
+
 def test_emulated_and_real_layers_train_alike():
     """FP8-AMAX on this hardware's formats, the one way and the other."""
     torch.manual_seed(0)

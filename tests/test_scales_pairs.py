@@ -449,23 +449,14 @@ def test_readme_says_what_the_longest_trainings_came_to():
 
 def test_readme_says_what_trainings_came_to():
     readme, lines = readme_and_lines()
-    ((model, fprop16),) = pairs(done(lines, "finetune"), "fprop16", "bf16", "loss").items()
-    delayed = {name: interval(of) for name, of in pairs(done(lines, "finetune"), "delayed", "bf16", "loss").items()}
-    here = delayed.pop(model)
-    (there,) = delayed.values()
-    said = (
-        f"ends {there.mean:.2f} % above BF16's loss on the first text and {here.mean:.2f} % on the other with "
-        "delayed scaling; "
-    )
-    assert f"{said}there {interval(fprop16).mean:.2f} % with" in readme
     finetune = done(lines, "finetune")
-    others = set(arms_of(finetune)) - {"bf16", "bf16-again", "fp16", "fprop16", "delayed"}
-    least = min(interval(pairs(finetune, arm, "bf16", "loss")[model]).mean for arm in others)
-    assert f"or a recipe of other scales, history or margin leave {least:.2f} % and more" in readme
-    own = pairs(finetune, "delayed", "bf16", "loss_fp8")
-    one, another = sorted((interval(values).mean for values in own.values()), reverse=True)
-    assert f"in the FP8 of the training the first two are {one:.2f} and {another:.2f} % above" in readme
-    assert {here.count, there.count, len(fprop16)} == {3}
+    found = {arm: pairs(finetune, arm, "bf16", "loss") for arm in ("current", "amax")}
+    (one, another), amax = ([f"{interval(of).mean:.2f}" for of in models.values()] for models in found.values())
+    said = f"ends {one} % above BF16's loss on the first text and {another} % on the other with current scaling, "
+    assert f"{said}{' and '.join(amax)} % with FP8-AMAX" in readme
+    own = " and ".join(f"{interval(of).mean:.2f}" for of in pairs(finetune, "current", "bf16", "loss_fp8").values())
+    assert f"in the FP8 of the training the first two are {own} % above" in readme
+    assert "delayed scaling was not fine-tuned" in readme and "delayed" not in arms_of(finetune)
     short = {model: trained_on(lines, model, "50M") for model in ("gpt-124M", "llama-127M")}
     parity = [against(of, "delayed") for of in short.values()]
     gpt, llama = map(interval, parity)

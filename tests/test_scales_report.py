@@ -298,6 +298,15 @@ def test_what_is_missing_on_a_text_that_cannot_be_made_again_is_closed():
     assert "Still missing" in page(lines[1:], [], sizes_of(lines), "data")  # a text that nothing is known of
 
 
+@pytest.mark.parametrize("mode", [None, "eval"])
+def test_a_fine_tuning_in_eval_is_no_run_of_its_arm(mode):
+    (one,) = tuned("amax", [1.0], validated=512)
+    one.check()
+    one.spec["mode"] = mode
+    with pytest.raises(ValueError, match=r"fine-tuned in eval\(\), without delayed scaling or emulation"):
+        one.check()
+
+
 def test_how_often_a_training_meets_its_text_is_said():
     lines = [line("parity"), line("parity", "gpt-73M"), swept("gpt-124M", [1])]
     lines[0].spec.update(steps=39)

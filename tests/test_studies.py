@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 import torch_fp8 as fp8
-from studying import PLAN, QUICK, ROOT, SCALES, TINY, Table, command, run, scales, training
+from studying import PLAN, QUICK, ROOT, SCALES, TINY, Table, command, records_of, run, scales, training
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +21,7 @@ from studies.lib import fog_results, scales_results
 from studies.lib.arms import ARMS, arm, inner_layers, make_model, make_recipe, words
 from studies.lib.costs import costs
 from studies.lib.divergence import FACTOR, PATIENCE, Divergence
-from studies.lib.emulation import EmulatedLinear
+from studies.lib.emulation import Emulated
 from studies.lib.intervals import interval
 from studies.lib.lines import new_lines, read_lines
 from studies.lib.memory import INFERENCE, TRAINING, check_memory
@@ -257,12 +257,24 @@ def test_arms_that_the_hardware_has_not_are_emulated(tmp_path, corpus, name):
         plan = {**PLAN, **arm(each), "model": "gpt-tiny", "lr": 1e-3}
         (one,) = claim(tmp_path, {each.replace(":", ""): plan})
         model = make_model(one.spec, corpus, torch.device("cpu"))
-        assert isinstance(model.blocks[0].mlp.up, EmulatedLinear) == (each == name != "cscale:2")
-        assert not isinstance(model.head, EmulatedLinear)
+        assert isinstance(model.blocks[0].mlp.up, Emulated) == (each == name != "cscale:2")
+        assert not isinstance(model.head, Emulated)
         assert Training(one, model, corpus, torch.device("cpu")).go_on(lambda: False)
         results[each] = one.result()
     assert 0 < abs(results[name]["loss"] - results["bf16"]["loss"]) < 0.05
     assert ("loss_fp8" in results[name]) == (name == "cscale:2")
+
+
+@pytest.mark.parametrize("name", ["delayed", "gc-amax"])
+def test_a_model_that_comes_in_eval_is_trained_as_in_train(tmp_path, corpus, name):
+    """As transformers gives what it loads. In eval() delayed scaling records nothing and emulation is not done."""
+    for mode in ("eval", "train"):
+        torch.manual_seed(0)
+        (one,) = claim(tmp_path / mode, {"run": {**PLAN, **arm(name), "model": "gpt-tiny", "lr": 1e-3}})
+        model = getattr(make_model(one.spec, corpus, torch.device("cpu")), mode)()
+        assert Training(one, model, corpus, torch.device("cpu")).go_on(lambda: False) and model.training
+    in_eval, in_train = (records_of(tmp_path / mode) for mode in ("eval", "train"))
+    assert in_eval == in_train and len(in_eval["run"]) == PLAN["steps"] + 1
 
 
 def test_amax_is_parted_from_current_by_two_arms():

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from studying import PLAN, command, run
+from studying import PLAN, command, run, scales
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus, fingerprint
+from studies.lib.arms import arm, make_model
 from studies.lib.checkpoints import Checkpoint
 from studies.lib.corpus import read_corpus, save_corpus
-from studies.lib.runs import all_runs
+from studies.lib.runs import all_runs, claim
 from studies.lib.training import Plan, validate
 
 
@@ -91,6 +92,40 @@ def test_fine_tuning_begins_from_the_checkpoint(tmp_path, tokens, checkpoint):
     model.save_pretrained(other)
     refused = run("finetune", "--checkpoint", other, *study[3:], "bf16", tokens=tokens, out=tmp_path / "runs")
     assert refused.returncode == 2 and "differs in checkpoint" in refused.stderr
+
+
+def test_layers_of_gpt_2_are_emulated_and_on_record_as_they_are_in_fp8(tmp_path, corpus):
+    """They are no nn.Linear but Conv1D."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=256, n_positions=16, n_embd=64, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None,
+        initializer_range=0.3,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="gpt2 has no tokenizer that transformers can read; put its tokenizer.json"):
+        Checkpoint(tmp_path / "gpt2").codec()  # of which the library makes one of a single word
+    names = {f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    policies = {"study": "infer", "sweep": [0, 0], "sweep_tokens": 512, "steps": 8}
+    specs = {"infer": PLAN | policies}
+    specs |= {name: PLAN | arm(name) | {"study": "finetune", "record": 99} for name in ("bf16", "gc-amax", "delayed")}
+    results = {}
+    for one in claim(tmp_path / "runs", {name: {**spec, "loss_scale": 1.0} for name, spec in specs.items()}):
+        assert scales.perform(one, corpus, torch.device("cpu"), lambda: False, tmp_path / "gpt2")
+        results[one.name] = one.result()
+        assert [of["biases"].keys() for of in [results["infer"], *one.records()] if "biases" in of][-1] == names
+    losses = [of["loss"] for of in results.pop("infer")["inference"].values()]
+    assert len(losses) == 8 and losses.count(losses[0]) == 1  # no policy is BF16
+    assert len({of["loss"] for of in results.values()}) == 3
+
+
+def test_a_model_without_a_layer_that_fp8_takes_is_refused(tmp_path, corpus):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None, eos_token_id=None
+    )
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
+    with pytest.raises(UserError, match="the-falcon has no linear layer that FP8 takes; torch_fp8.convert says why"):
+        make_model({"model": "the-falcon"}, corpus, torch.device("cpu"), Checkpoint(tmp_path / "falcon"))
 
 
 def test_a_checkpoint_that_is_none_or_has_other_tokens_is_refused(tmp_path, tokens, checkpoint):

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch_fp8 as fp8
 from torch import nn
+from torch_fp8.swap.select import chosen_layers, linear_layers, why_not
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus
 from models.names import named
 
 from .checkpoints import Checkpoint
-from .emulation import Emulation, by_amax, by_constant, by_histogram, emulate
+from .emulation import Emulated, Emulation, by_amax, by_constant, by_histogram, emulate
 from .runs import Spec
 
 # The paper's constant c is one for all tensors, and gradients have a margin of 3 besides. On this hardware's E4M3,
@@ -153,12 +154,20 @@ def make_model(
                 model = named(spec["model"]).build(corpus.vocab, spec["context"])
         finally:
             torch.set_default_dtype(before)
+    layers = inner_layers(model)
+    if not layers:
+        raise UserError(
+            f"{spec['model']} has no linear layer that FP8 takes; torch_fp8.convert says why; take another model"
+        )
     if "emulation" in spec:
-        emulate(inner_layers(model), make_emulation(spec["emulation"]))
+        emulate(layers, make_emulation(spec["emulation"]))
     return fp8.convert(model, make_recipe(spec["recipe"]), tokens=None) if "recipe" in spec else model
 
 
-def inner_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that FP8 takes: all but the head."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    return {name: layer for name, layer in layers.items() if name not in ("head", "lm_head")}
+def inner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that ``fp8.convert`` takes, of any size: all but the head. Arms in emulation have the same in
+    FP8, and records are of the same."""
+    layers = linear_layers(model)
+    cannot = {name: "" if isinstance(layer, Emulated) else why_not(layer) for name, layer in layers.items()}
+    left_out = chosen_layers(model, layers, None, cannot)
+    return {name: layer for name, layer in layers.items() if not left_out[name]}

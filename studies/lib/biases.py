@@ -24,7 +24,7 @@ class Biases:
     scale: what gradients are multiplied by in training; their biases are told without it.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], every: int = 1, scale: float = 1.0) -> None:
+    def __init__(self, layers: dict[str, nn.Module], every: int = 1, scale: float = 1.0) -> None:
         self._layers, self._every, self._scale = layers, every, scale
         self._amaxes: dict[tuple[str, str], Tensor] = {}
 
@@ -53,7 +53,7 @@ class Biases:
         return {"biases": found}
 
     def _hook(self, name: str) -> Any:
-        def after(layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def after(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._take(name, "x", inputs[0])
             self._take(name, "w", layer.weight)
             if output.requires_grad:

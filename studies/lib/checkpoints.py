@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from examples.gpt.errors import UserError
 
 _WHOLE = "bring its files back whole"
+_VOCABULARIES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")  # of tokenizers; each has one of these
 
 
 class Checkpoint:
@@ -58,6 +59,8 @@ class Checkpoint:
         transformers = _transformers()
         lost = "put its tokenizer.json and tokenizer_config.json there"
         with self._read("tokenizer", lost if self._path.is_dir() else _WHOLE):
+            if self._path.is_dir() and not any(any(self._path.glob(name)) for name in _VOCABULARIES):
+                raise FileNotFoundError("there is none")  # for which the library may give one of no words
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **arguments)
         if tokenizer.eos_token_id is None:
             raise UserError(f"--checkpoint: the tokenizer of {self._path} must have an end of text, and has none")

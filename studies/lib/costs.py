@@ -67,7 +67,7 @@ def costs(size: Named) -> Costs:
     )
 
 
-def _read(model: nn.Module, layers: dict[str, nn.Linear]) -> Iterable[Tensor]:
+def _read(model: nn.Module, layers: dict[str, nn.Module]) -> Iterable[Tensor]:
     """The distinct inputs of layers, of one token."""
     read: dict[int, Tensor] = {}  # which holds them, so that no other tensor has the id of one that is gone
 

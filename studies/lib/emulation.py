@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_fp8.layers.classes import is_conv1d
 
 from .policies import CLIP, E4M3, E5M2, GRAPHCORE_E4M3, GRAPHCORE_E5M2, Format, amax_bias, cast, histogram_bias
 
@@ -35,7 +36,7 @@ def by_constant(bias: int) -> Rule:
 
 
 @contextmanager
-def emulated(layers: Mapping[str, nn.Linear], rule: Rule, to: Format) -> Iterator[None]:
+def emulated(layers: Mapping[str, Any], rule: Rule, to: Format) -> Iterator[None]:
     """Within, these layers are inference in FP8: inputs are cast in each call, weights once."""
 
     def cast_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -75,9 +76,11 @@ class Emulation:
         return cast(gradient, bias.clamp(-CLIP, CLIP), to)
 
 
-class EmulatedLinear(nn.Linear):
-    """In training all three products are of what went through FP8, in evaluation the layer is nn.Linear."""
+class Emulated(nn.Module):
+    """In training all three products are of what went through FP8, in evaluation the layer is what it was."""
 
+    weight: Tensor
+    bias: Tensor | None
     emulation: Emulation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +88,8 @@ class EmulatedLinear(nn.Linear):
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _Product.apply(x, self.weight.to(x.dtype), self.emulation)
+        weight = self.weight.t() if is_conv1d(self) else self.weight
+        y = _Product.apply(x, weight.to(x.dtype), self.emulation)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -104,8 +108,8 @@ class _Product(torch.autograd.Function):
         return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2), None
 
 
-def emulate(layers: Mapping[str, nn.Linear], emulation: Emulation) -> None:
-    """Of plain nn.Linear layers: they stay where they are, with their parameters."""
+def emulate(layers: Mapping[str, Any], emulation: Emulation) -> None:
+    """Of plain nn.Linear and Conv1D layers: they stay where they are, with their parameters."""
     for layer in layers.values():
-        layer.__class__ = EmulatedLinear
+        layer.__class__ = type(f"Emulated{type(layer).__name__}", (Emulated, type(layer)), {})
         layer.emulation = emulation

@@ -126,6 +126,7 @@ class Training:
         self.run, self.model, self.corpus, self.device, self.observer = run, model, corpus, device, observer
         self.plan = plan = Plan.of(run.spec)
         check_text(corpus, plan)
+        model.train()  # a checkpoint's model comes in eval(), where delayed scaling records nothing
         self.step, self.seconds = 0, 0.0
         self._cuda = device.type == "cuda"
         self._optimizer = _adamw(model, plan, fused=self._cuda)
@@ -232,6 +233,8 @@ class Training:
         progress = {"step": self.step, "seconds": self.seconds}
         progress["scaler"] = self._scaler.state_dict()
         rng = {"data": self._generator.get_state(), "cpu": torch.get_rng_state()}
+        if self._cuda:  # which dropout draws from
+            rng["device"] = torch.cuda.get_rng_state(self.device)
         checkpoint.save(
             self.run.checkpoint,
             {
@@ -254,6 +257,8 @@ class Training:
         fp8.load_state_dict(self.model, state["fp8"])
         self._generator.set_state(state["rng"]["data"])
         torch.set_rng_state(state["rng"]["cpu"])
+        if self._cuda and "device" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["device"], self.device)
         progress = state["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
         self._scaler.load_state_dict(progress["scaler"])
