@@ -1,5 +1,7 @@
 """convert, revert, disabled, summary: the same layers, in FP8 and back."""
 
+import warnings
+
 import pytest
 import torch
 import torch_fp8 as fp8
@@ -420,6 +422,34 @@ def test_summary_says_what_was_never_called(recipe, device):
     with torch.no_grad():
         model.eval()(torch.randn(8, 32, device=device))
     assert NEVER.format(3) in str(fp8.summary(model))
+
+
+@pytest.mark.parametrize("recipe", [fp8.DelayedScaling(), fp8.CurrentScaling(), fp8.ConstantScaling()])
+def test_a_training_in_eval_is_said(recipe, device):
+    """transformers' from_pretrained gives models so, and a loop may not call train()."""
+    model = fp8.convert(nn.Sequential(nn.Linear(32, 32)).to(device), recipe, tokens=None).eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer.step()  # of nothing
+        assert not said
+        model(torch.randn(8, 32, device=device)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.train()(torch.randn(8, 32, device=device)).sum().backward()
+        optimizer.step()
+    messages = [str(one.message) for one in said]
+    assert len(messages) == isinstance(recipe, fp8.DelayedScaling)
+    assert all("trained in eval()" in message and "Call model.train() before" in message for message in messages)
+
+
+def test_summary_asks_whether_it_was_in_eval():
+    model = fp8.convert(nn.Sequential(nn.Linear(32, 32)), fp8.CurrentScaling(), tokens=None).eval()
+    model(torch.randn(8, 32)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    asked = " Or was it in eval(), as it is now?"
+    assert NEVER.format(1) in str(fp8.summary(model)) and asked in str(fp8.summary(model))
+    assert asked not in str(fp8.summary(model.train()))
 
 
 def test_summary_says_what_was_never_called_where_no_optimizer_holds_it():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Container, Iterable
@@ -18,6 +19,7 @@ from . import _C
 from .checks import check_model
 from .layers.scaled import Scaled, alive_modules, scaled_modules
 from .layers.traced import traced_training
+from .recipe import DelayedScaling
 from .state import State
 
 
@@ -175,6 +177,12 @@ def _trains(model: nn.Module | None) -> bool:
     return model is not None and any(parameter.requires_grad for parameter in model.parameters())
 
 
+def _learns_in_eval(module: Scaled) -> bool:
+    """Its owners have gradients of a forward that recorded nothing."""
+    is_delayed = isinstance(module.fp8_state.recipe, DelayedScaling)
+    return is_delayed and not module.training and any(owner.grad is not None for owner in module.owners())
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """An optimizer's step ends the step of the modules of which it holds an owner: a layer's weight or bias, what an
     attention goes with. And of those that no optimizer is known to hold: an FP8 base under adapters, the flat parameter
@@ -185,6 +193,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     ended: list[Scaled] = []
     unowned: list[Scaled] = []
     along: list[Scaled] = []
+    in_eval = False
     for module in alive_modules():
         state = module.fp8_state
         used = module.auto_update and not state.slots.is_meta and _used_roles(state)
@@ -196,6 +205,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
                 if (weight := module.cast_weight()) is not None:
                     state.memo.see_weight(weight)  # the change is the optimizer's
                 state.unused_steps += 1
+                in_eval = in_eval or _learns_in_eval(module)
         elif used:
             # An owner that has not stepped for so long is alive, but not in use any more.
             state.passed_over += 1
@@ -218,6 +228,13 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
             along.append(module)
     if ended or along:
         _update(ended + along, held=ended)
+    if in_eval:
+        warnings.warn(
+            "torch_fp8: layers with DelayedScaling are trained in eval(), where nothing is recorded and tensors are "
+            "scaled by their own amax, which takes longer. Call model.train() before the loop; from_pretrained gives "
+            "models in eval(). Where that is meant, take CurrentScaling",
+            stacklevel=2,
+        )
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -137,8 +137,8 @@ def summary(model: nn.Module) -> Summary:
     and its current scales; of every attention what it ran in last, and why; what share of the parameters is in FP8, and
     where the others are. ``print`` it.
 
-    After training steps the note of a layer says so if it was never called: the model computes without it then, and
-    what multiplies by its weight itself does so in 16 bits."""
+    After training steps the note of a layer says so if it was never called in training: the model computes without it
+    then, and what multiplies by its weight itself does so in 16 bits; or the training was in eval()."""
     rows = Summary()
     rows.attentions = [
         _of_attention(name, module, model.get_submodule(name.rpartition(".")[0]))
@@ -164,6 +164,7 @@ def summary(model: nn.Module) -> Summary:
             note = str(module.recipe) + ("" if module.fp8_enabled else ", disabled")
             if steps and not _was_called(module):
                 note += f"; never called in {steps} training steps: does other code read its weight?"
+                note += "" if module.training else " Or was it in eval(), as it is now?"
             rows.append(LayerSummary(name, shape, True, note, scales(module)))
         else:
             note = getattr(module, NOT_FP8, "") or why_not(module) or "not converted"
