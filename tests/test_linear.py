@@ -1,6 +1,7 @@
 """fp8.Linear against float64: its numbers, its gradients, its shapes, and the work it does not do."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -374,3 +375,33 @@ def test_residual(device, dtype, fp8_gemms, n):
         with pytest.raises(error, match=f"torch_fp8: {words}"):
             forward(bad)
     assert torch.equal(layer.fp8_slots, before)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        fp8.CurrentScaling(),
+        fp8.CurrentScaling(power_of_two=True, grad_margin=3),
+        fp8.ConstantScaling(bias=-2, grad_margin=4),
+        fp8.DelayedScaling(),
+    ],
+)
+def test_what_has_no_history_trains_in_eval_as_in_train(recipe, device):
+    """To the bit; of delayed scaling that is the first step, and in eval() each one."""
+    train = layer_of(64, 48, device, recipe=recipe)
+    in_eval = copy.deepcopy(train).eval()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (train, in_eval)]
+    for step in range(3):
+        x, dy = (torch.randn(32, n, device=device) * (1 + step) for n in (64, 48))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that delayed scaling is trained in eval()
+            seen = []
+            for layer, optimizer in zip((train, in_eval), optimizers):
+                leaf = x.clone().requires_grad_()
+                y = layer(leaf)
+                y.backward(dy)
+                seen.append([y.detach(), leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+                optimizer.step(), optimizer.zero_grad()
+        alike = all(map(torch.equal, *seen))
+        assert alike == (step == 0 or not isinstance(recipe, fp8.DelayedScaling)), step
+    assert not in_eval.fp8_history.any()
