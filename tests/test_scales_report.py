@@ -50,6 +50,13 @@ def test_trainings_of_a_model_that_differ_have_names_and_rows_of_their_own():
     assert "| gpt-31M (text abc) | 31M | -2 … 2 |" in text
 
 
+def test_shorter_trainings_of_a_model_come_first(tmp_path):
+    lines = [line("parity", arm="amax"), line("parity"), line("parity", seed=1)]
+    for one, steps in zip(lines, (100, 100, 9)):
+        one.spec.update(steps=steps)
+    assert [one.spec["steps"] for one in merged(tmp_path / "none", lines)] == [9, 100, 100]
+
+
 @pytest.mark.parametrize(
     "lengths, said",
     [

@@ -193,9 +193,9 @@ def merged(path: Path, new: Iterable[Line]) -> list[Line]:
     )
 
 
-def _place(spec: Spec) -> tuple[str, str, int]:
-    """Among lines of a study."""
-    return spec["model"], spec["arm"].replace(":", ""), spec["seed"]
+def _place(spec: Spec) -> tuple[str, int, str, int]:
+    """Among lines of a study; a page has models and their lengths in the same order."""
+    return spec["model"], spec["steps"], spec["arm"].replace(":", ""), spec["seed"]
 
 
 def told_apart(lines: Sequence[Line]) -> list[Line]:
