@@ -277,6 +277,24 @@ def test_a_model_that_comes_in_eval_is_trained_as_in_train(tmp_path, corpus, nam
     assert in_eval == in_train and len(in_eval["run"]) == PLAN["steps"] + 1
 
 
+def test_no_two_arms_are_one_training(tmp_path, corpus):
+    """Of a model that comes in eval(); but for those that ten small steps on a CPU do not part."""
+    found = {}
+    for name in [*ARMS, "cscale:2"]:
+        torch.manual_seed(0)
+        spec = {**PLAN, **arm(name), "model": "gpt-tiny", "lr": 1e-2}
+        (one,) = claim(tmp_path, {name.replace(":", ""): spec})
+        model = make_model(one.spec, corpus, torch.device("cpu")).eval()
+        assert Training(one, model, corpus, torch.device("cpu")).go_on(lambda: False)
+        found.setdefault(one.result()["loss"], []).append(name)
+    assert [names for names in found.values() if len(names) > 1] == [
+        ["bf16", "bf16-again"],
+        ["delayed", "history16", "exact-sums"],  # no amax is forgotten, and all sums are float32's
+        ["current", "grad-margin3"],  # no gradient is near the ends of E5M2
+        ["amax", "power-of-two"],
+    ]
+
+
 def test_amax_is_parted_from_current_by_two_arms():
     """Which have the power of two and the gradients' margin of 3, each alone."""
     found = {}
