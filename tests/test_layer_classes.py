@@ -401,6 +401,7 @@ class TestConv1D:
         fp8.revert(layer)
         assert type(layer) is type(plain) and torch.equal(layer(x), plain(x))
 
+    @pytest.mark.filterwarnings("ignore:torch_fp8. layers with DelayedScaling are trained in eval")
     def test_has_the_bits_of_a_linear_layer(self, device):
         """Through steps with several micro-batches and changes of the weight by others."""
         layer = conv1d(64, 48, device)

@@ -361,6 +361,7 @@ def test_nothing_is_left_on_a_tensor_from_outside_of_a_graph(device):
         assert ((between[1](x) - expected).norm() / expected.norm()).item() < 0.06
 
 
+@pytest.mark.filterwarnings("ignore:torch_fp8. layers with DelayedScaling are trained in eval")
 @pytest.mark.parametrize("without", ["not called", "in evaluation"])
 def test_who_sits_a_step_out_keeps_its_history(device, without):
     model, twin = twins(RECIPES[0], device)
