@@ -154,6 +154,7 @@ SPECS = {"parity": parity_specs, "window": window_specs, "infer": infer_specs, "
 def _checkpoint(path: Path, corpus: Corpus) -> Checkpoint:
     """Looked at once for all runs, before any begins: a tokenizer takes seconds to read."""
     checkpoint = Checkpoint(path)
+    checkpoint.check_bits()
     checkpoint.check_tokens(corpus.vocab)
     return checkpoint
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch_fp8.checkpoints.quantize import quantize_checkpoint
 from torch_fp8.observe.evaluation import Flips, Pairs, Report, bootstrap, compare, layer_sqnr, shared_copy, sqnr
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -227,6 +228,13 @@ def test_inference_generates_in_both(tiny):
     assert stdout.count("tokens/s") == 4 and "of 4 tokens are the same" in stdout
     bf16, ours = (float(part.split(" MiB")[0]) for part in stdout.split("the linear layers ")[1:])
     assert ours <= bf16
+
+
+def test_a_model_that_is_quantised_is_refused(tiny, tmp_path):
+    """What the examples call BF16 would be FP8."""
+    quantize_checkpoint(tiny / "model", tmp_path / "fp8")
+    code, _, stderr = run("llama_inference.py", "--model", tmp_path / "fp8")
+    assert code == 2 and f"{tmp_path / 'fp8'} is quantised: its config.json has a quantization_config; give" in stderr
 
 
 def test_generation_is_that_of_transformers(tiny, monkeypatch):

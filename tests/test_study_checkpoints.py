@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import torch_fp8 as fp8
 from studying import PLAN, command, run, scales
 
 from examples.gpt.errors import UserError
@@ -158,6 +160,27 @@ def test_a_damaged_checkpoint_is_refused_with_its_name(tmp_path, checkpoint, nam
     if not name.endswith(".safetensors"):
         with pytest.raises(UserError, match=f"{path} has no tokenizer that transformers can read; "):
             Checkpoint(path).codec()
+
+
+@pytest.mark.parametrize("how", ["all of it", "a part", "a part, and no word of it", "by another method"])
+def test_a_checkpoint_that_is_quantised_is_refused_before_anything_is_written(tmp_path, tokens, checkpoint, how):
+    """Its FP8 would be called bf16."""
+    transformers = pytest.importorskip("transformers")
+    model, folder = transformers.AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "model"
+    if "by another" not in how:
+        fp8.freeze(model.bfloat16(), filter=["*.0.*"] if "a part" in how else None)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "no word" in how:
+        assert config.pop("quantization_config")
+    if "by another" in how:
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    said = r"model\.layers\.0\.\S+ in model.safetensors is in FP8" if "no word" in how else "its config.json has a quan"
+    for study in ("infer", "finetune"):
+        made = run(study, "--checkpoint", folder, "--context", "32", tokens=tokens, out=tmp_path / "out")
+        assert made.returncode == 2 and re.search(f"{folder} is quantised: {said}.*; give the checkpoint", made.stderr)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_lacks_weights_of_its_model_is_refused(tmp_path, checkpoint):

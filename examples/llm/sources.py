@@ -14,6 +14,8 @@ from gpt.errors import UserError
 
 from models.llama import SIZES
 
+from .quantised import quantised
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,6 +57,11 @@ def _folder(path: Path, device: torch.device) -> Source:
 
     if not (path / "config.json").is_file():
         raise UserError(f"--model must be a folder with a config.json, {path} has none")
+    if found := quantised(path):
+        raise UserError(
+            f"--model must be in 16 bits, which FP8 is compared with, but {path} is quantised: {found}; give the "
+            "checkpoint that it was made from"
+        )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
     if not any(path.glob("tokenizer*")):
         return Source(path.name, model, *_bytes())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.gpt.errors import UserError
+from examples.llm.quantised import quantised
 
 _WHOLE = "bring its files back whole"
 _VOCABULARIES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")  # of tokenizers; each has one of these
@@ -53,6 +54,18 @@ class Checkpoint:
             )
         model.config.use_cache = False
         return model.to(device)
+
+    def check_bits(self) -> None:
+        """UserError where its weights are quantised; those of a GGUF file are dequantised."""
+        if self._path.is_file():
+            return
+        with self._read("model", _WHOLE):
+            found = quantised(self._path)
+        if found:
+            raise UserError(
+                f"--checkpoint must be in 16 bits, which FP8 is held to, but {self._path} is quantised: {found}; give "
+                "the checkpoint that it was made from"
+            )
 
     def codec(self) -> Codec:
         where, arguments = self._source()
