@@ -29,6 +29,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import lib  # noqa: F401 (first, so that Ctrl-C is told in a line while the others are imported)
 import torch
 import torch_fp8 as fp8
 from lib.bounds import check_bounds

@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import lib  # noqa: F401 (first, so that Ctrl-C is told in a line while the others are imported)
 import torch
 from lib.arms import ARMS, DEFAULT_ARMS, arm, inner_layers, make_model, words
 from lib.biases import Biases

@@ -509,7 +509,8 @@ class TestSixteenBits:
         assert fp8.load_pretrained(tmp_path / "out").dtype == torch.float32
         assert fp8.load_pretrained(source).dtype == torch.bfloat16
 
-    def test_terminated(self, source, tmp_path):
+    @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+    def test_ended_by_a_signal(self, source, tmp_path, how):
         slow = """if True:
             import runpy, sys, time
             from torch_fp8.checkpoints import shard
@@ -524,11 +525,11 @@ class TestSixteenBits:
             runpy.run_module("torch_fp8", run_name="__main__")
         """
         command = [sys.executable, "-c", slow, "quantize", str(source), str(tmp_path / "out")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "reading\n"
         assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")]
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        process.send_signal(how)
+        assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 128 + how
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,45 @@ def test_a_study_whose_run_was_killed_does_not_point_at_the_disk(tmp_path, capsy
     (tmp_path / "out" / "a" / "output.txt").write_text("a: stopped after 3 of 5 steps\n")  # by an earlier process
     assert work(str(script_), tmp_path / "out", specs, tmp_path / "tokens", **how) == 1
     assert "stopped after 3" not in capsys.readouterr().err
+
+
+def test_a_run_that_ctrl_c_met_while_it_began_has_not_failed(tmp_path, capsys):
+    script_ = tmp_path / "interrupted.py"
+    script_.write_text("import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nos.kill(os.getpid(), 2)\n")
+    how = {"jobs": 1, "minutes": None, "kept": None, "kind": scales_results.Line}
+    assert work(str(script_), tmp_path / "out", {"a": {"steps": 5, "device": "cpu"}}, tmp_path / "tokens", **how) == 0
+    said = capsys.readouterr()
+    assert "0 of 1 runs are done; still missing: a (" in said.out and "killed" not in said.err
+
+
+@pytest.mark.parametrize(
+    "script_, arguments, reads",
+    [("scales.py", ["tokens", "--tokens", "data/tokens"], "tokens"),
+     ("scales.py", ["report", "--data", "data", "--page", "page.md"], "texts.json"),
+     ("fog.py", ["report", "--data", "data", "--page", "page.md"], "runs.jsonl"),
+     ("scales.py", ["models"], "import"), ("fog.py", ["run", "a", "--tokens", "data/tokens"], "import")],
+)  # fmt: skip
+def test_ctrl_c_is_a_line_wherever_it_comes(tmp_path, script_, arguments, reads):
+    """While it waits for what a pipe holds, which stands for a long text or for a module."""
+    (tmp_path / "data").mkdir()
+    os.mkfifo(tmp_path / "data" / reads)
+    if reads == "import":
+        (tmp_path / "data" / "torch.py").write_text("open('data/import').read()")
+    before = sorted(tmp_path.rglob("*"))
+    process = subprocess.Popen(
+        [sys.executable, "-B", Path(SCALES[1]).with_name(script_), *arguments], cwd=tmp_path, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "data"), *sys.path])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    end = None
+    while end is None and process.poll() is None:
+        with suppress(OSError):  # until it is read
+            end = os.open(tmp_path / "data" / reads, os.O_WRONLY | os.O_NONBLOCK)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    os.close(end)
+    assert said == f"{script_}: interrupted\n" and process.returncode == -signal.SIGINT
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture

@@ -112,5 +112,6 @@ def _batches(source: str, text: Path, tokens: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half is left behind
+    for asked in (signal.SIGINT, signal.SIGTERM):  # ends in one way that leaves nothing half behind, and no traceback
+        signal.signal(asked, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -10,5 +10,18 @@ layers by them, ``inference`` what they keep of 16 bits. ``lines`` is the file o
 
 import sys
 from pathlib import Path
+from types import TracebackType
 
 sys.path.insert(1, str(Path(__file__).parents[2]))  # for models/ and examples/; the script's own folder stays first
+
+
+def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of Ctrl-C a line, wherever it comes, in the midst of imports too; the process ends by that signal all the same,
+    which shells know as 130."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _say

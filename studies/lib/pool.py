@@ -87,7 +87,7 @@ def work(
                     for process in [process for process in running if process.poll() is not None]:
                         run, place = running.pop(process)
                         places.append(place)
-                        if process.returncode:
+                        if process.returncode not in (0, -signal.SIGINT):  # Ctrl-C while it began is no failure
                             failed.append((run, process.returncode))
                     now = sum(map(far, runs))
                     shown.update(now - done)
