@@ -31,6 +31,7 @@ from gpt.report import Result, make_result, table, write_summary
 from gpt.settings import MODELS, Settings, device_name, find_device, fitting_micro_batch, make_recipe, sizes_of
 from gpt.text import read_documents
 from gpt.tokens import GPT2, Bytes, Corpus, check_splits, make_corpus
+from torch_fp8.files import remove_leftovers
 from torch_fp8.layers.modes import MODES
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -154,6 +155,8 @@ def prepare_out(settings: Settings, corpus: Corpus, arms: list[str], *, resume: 
     elif there := [path for path in [*saved, *results] if path.exists()]:
         raise UserError(f"{there[0]} is of an earlier run; go on with it (--resume), replace it (--overwrite), or give "
                         "another --out")  # fmt: skip
+    for path in [*saved, *logs, *results]:
+        remove_leftovers(path)  # of runs that were killed; this one has the folder to itself
 
 
 class Interruption:

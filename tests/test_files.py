@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch_fp8 as fp8
-from torch_fp8.files import new_folder, replacing
+from torch_fp8.files import new_folder, remove_leftovers, replacing
 from torch_fp8.observe.watch import read_log
 from torch_fp8.tuning import file as tuning_file
 
@@ -76,6 +76,20 @@ def test_an_error_leaves_what_was_there(tmp_path, monkeypatch, error, when):
         if when == "writing":
             fails()
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_kill_left_of_a_file_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / "a[1].ckpt"
+    path.write_text("old")
+    with replacing(path) as first, replacing(path) as second:
+        for temporary in (first, second):
+            temporary.write_text("new")
+    others = [".b.ckpt.0123abcd.tmp", ".a1.ckpt.0123abcd.tmp", "a[1].ckpt.0123abcd.tmp", ".a[1].ckpt.notes.tmp"]
+    for name in (first.name, second.name, *others):  # as kills would leave the first two
+        (tmp_path / name).write_text("half")
+    remove_leftovers(path)
+    assert sorted(os.listdir(tmp_path)) == sorted([path.name, *others]) and path.read_text() == "new"
+    remove_leftovers(tmp_path / "none" / "a")
 
 
 def test_several_may_write_one_file_at_once(tmp_path):

@@ -313,6 +313,16 @@ def test_a_run_waits_for_the_process_that_its_killed_study_left(serving, tokens,
     assert serves("--parent", "1") == (0, [(True, True)])  # which was gone before this process could see it
 
 
+def test_what_a_kill_left_of_a_save_is_removed_by_the_process_that_has_the_run(serving):
+    one, serves = serving
+    left = [one.folder / f".{path.name}.0123abcd.tmp" for path in (one.checkpoint, one.log)]
+    for path in left:
+        path.write_bytes(b"half")
+    with locked(one.folder):
+        assert serves("--until", "1") == (0, []) and all(path.exists() for path in left)  # it may be writing them
+    assert serves() == (0, [(True, False)]) and not any(path.exists() for path in left)
+
+
 def test_what_the_left_process_had_ended_is_not_done_again(serving, capsys):
     one, serves = serving
     one.log.write_text('{"step": 5, "result": {"loss": 1}}\n')

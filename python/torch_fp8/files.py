@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -40,6 +41,14 @@ def replacing(path: StrPath) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)  # the new name is in the folder, which is a file of its own
+
+
+def remove_leftovers(path: StrPath) -> None:
+    """Remove what writers left of ``replacing(path)`` when they were killed. Only for whoever knows that nobody else
+    writes ``path`` now."""
+    path = as_path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

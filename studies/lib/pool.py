@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch_fp8.files import remove_leftovers
 from torch_fp8.progress import bar
 
 from examples.gpt.errors import UserError
@@ -160,6 +161,8 @@ def serve(arguments: Sequence[str], perform: Perform) -> int:
             return _said(run, done=False)
         time.sleep(0.1)
     with locked(run.folder):
+        for path in (run.checkpoint, run.log):
+            remove_leftovers(path)  # of processes that were killed; one may be as large as a checkpoint
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(0.97 * args.share)
         else:
