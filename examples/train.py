@@ -24,7 +24,7 @@ from types import FrameType
 import torch
 from gpt import checkpoint
 from gpt.arm import Arm
-from gpt.errors import UserError
+from gpt.errors import UserError, in_words
 from gpt.lock import locked
 from gpt.plot import draw
 from gpt.report import Result, make_result, table, write_summary
@@ -233,7 +233,7 @@ def main() -> int:
     except UserError as error:
         complaint = str(error)
     except OSError as error:
-        complaint = f"could not read or write {error.filename or args.out}: {error.strerror}"
+        complaint = in_words(error, args.out)
     except torch.OutOfMemoryError:
         complaint = "the GPU's memory does not suffice; give a smaller --micro-batch"
     except KeyboardInterrupt:

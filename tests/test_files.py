@@ -1,6 +1,7 @@
 """What the package writes is there whole or not at all, and on the disk before it takes its name; where it cannot be
 written or is none of the package's, that is said."""
 
+import errno
 import os
 import stat
 import threading
@@ -76,6 +77,26 @@ def test_an_error_leaves_what_was_there(tmp_path, monkeypatch, error, when):
         if when == "writing":
             fails()
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_an_error_of_the_disk_names_the_file_or_folder_that_was_to_be_written(tmp_path):
+    for writes in (replacing, new_folder):
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a'}'$"), writes(tmp_path / "a"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write has it
+        with pytest.raises(IsADirectoryError, match=f": '{tmp_path / 'a'}'$"), writes(tmp_path / "a") as temporary:
+            temporary.mkdir(exist_ok=True)
+            try:
+                temporary.write_text("")
+            finally:
+                temporary.rmdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "unlink", lambda path: os.listdir("/none"))  # as on a disk that became read-only
+            with pytest.raises(OSError, match=f"space left on device: '{tmp_path / 'a'}'$"), writes(tmp_path / "a"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with pytest.raises(OSError, match="No such file or directory: '/none'$"), writes(tmp_path / "a"):
+            os.stat("/none")
+        with pytest.raises(OSError, match=r"^torch\.save has other words$"), writes(tmp_path / "a"):
+            raise OSError("torch.save has other words")
 
 
 def test_what_a_kill_left_of_a_file_is_removed_and_nothing_else(tmp_path):

@@ -1,11 +1,14 @@
 """The studies' machinery: the folder of runs, a training, whole studies, and what is computed from runs."""
 
+import errno
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +47,18 @@ def test_a_folder_that_another_process_writes_to_gets_no_runs(tmp_path, tokens):
     with locked(tmp_path):
         refused = run("parity", *QUICK, tokens=tokens, out=tmp_path)
     assert refused.returncode == 2 and "another run is writing to" in refused.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_with_what_was_to_be_written_and_what_to_do(tmp_path, tokens):
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write has it: of no name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        made = run("parity", *QUICK, "--arms", "bf16", tokens=tokens, out=tmp_path)
+    spec = tmp_path / "gpt-tiny_bf16_0" / "spec.json"
+    said = f"could not read or write {spec}: No space left on device; what was there before is unharmed, so make room"
+    assert made.returncode == 2 and said in made.stderr and not list(spec.parent.iterdir())
 
 
 @pytest.mark.parametrize("left", ["log.jsonl", "state.ckpt"])

@@ -37,8 +37,10 @@ def replacing(path: StrPath) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a disk that takes no writes; the first error says so
+            temporary.unlink()
+        _name(error, temporary, path)
         raise
     _sync(path.parent)  # the new name is in the folder, which is a file of its own
 
@@ -54,7 +56,8 @@ def remove_leftovers(path: StrPath) -> None:
 @contextlib.contextmanager
 def new_folder(path: StrPath) -> Iterator[Path]:
     """A temporary folder beside ``path`` to fill. It takes the name ``path`` at the end of the block, once all of its
-    files are on the disk, in one step. An error in the block leaves nothing. Raises FileExistsError."""
+    files are on the disk, in one step. An error in the block leaves nothing; an OSError of what was written there names
+    ``path``. Raises FileExistsError."""
     path = as_path(path)
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +70,9 @@ def new_folder(path: StrPath) -> Iterator[Path]:
         _sync(folder)
         os.rename(folder, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        _name(error, folder, path)
         raise
 
 
@@ -77,6 +81,12 @@ def check_free(path: StrPath) -> None:
     path = as_path(path)
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"torch_fp8: {path} exists already; choose another name, or delete it")
+
+
+def _name(error: BaseException, temporary: Path, path: Path) -> None:
+    """Let an OSError name ``path``: that of a full disk names no file, and others one that is gone by now."""
+    if isinstance(error, OSError) and error.errno and str(error.filename or temporary).startswith(str(temporary)):
+        error.filename = str(path)
 
 
 def _sync(path: Path) -> None:

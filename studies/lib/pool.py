@@ -21,7 +21,7 @@ import torch
 from torch_fp8.files import remove_leftovers
 from torch_fp8.progress import bar
 
-from examples.gpt.errors import UserError
+from examples.gpt.errors import UserError, in_words
 from examples.gpt.lock import is_locked, locked
 
 from .corpus import read_corpus, text_of
@@ -190,7 +190,7 @@ def exit_code(main: Callable[[], int]) -> int:
     except UserError as error:
         complaint = str(error)
     except OSError as error:
-        complaint = f"could not read or write {error.filename}: {error.strerror}"
+        complaint = in_words(error, "its output")  # which is no file of ours, and may be a pipe
     except torch.OutOfMemoryError:
         complaint = "the GPU's memory does not suffice; give a smaller --micro-batch, or fewer --jobs"
     print(f"{Path(sys.argv[0]).name}: {complaint}", file=sys.stderr)
