@@ -49,6 +49,17 @@ def test_a_folder_that_another_process_writes_to_gets_no_runs(tmp_path, tokens):
     assert refused.returncode == 2 and "another run is writing to" in refused.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\0\x80", b"[1]", b"[" * 100_000])
+def test_a_spec_that_is_none_is_refused_with_what_to_do(tmp_path, tokens, content):
+    (one,) = claim(tmp_path / "out", {"gpt-tiny_bf16_0": {}})
+    (one.folder / "spec.json").write_bytes(content)
+    said = "but its spec.json is none (", "; bring that back whole, or move the folder elsewhere\n"
+    for made in (run("parity", *QUICK, "--arms", "bf16", tokens=tokens, out=tmp_path / "out"),
+                 command("report", "--runs", tmp_path / "out", "--data", tmp_path / "data")):  # fmt: skip
+        assert made.returncode == 2 and all(words in made.stderr for words in (str(one.folder), *said))
+    assert [path.name for path in one.folder.iterdir()] == ["spec.json"] and not (tmp_path / "data").exists()
+
+
 def test_a_full_disk_is_told_with_what_was_to_be_written_and_what_to_do(tmp_path, tokens):
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write has it: of no name

@@ -108,7 +108,10 @@ def open_run(folder: Path) -> Run:
     try:
         return Run(folder, with_split(json.loads((folder / "spec.json").read_text())))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} must be the folder of a run, with its spec.json: {error}") from error
+        raise UserError(
+            f"{folder} must be the folder of a run, but its spec.json is none ({error}); bring that back whole, or "
+            "move the folder elsewhere"
+        ) from error
 
 
 def plain(spec: Spec) -> Spec:
