@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch_fp8 as fp8
-from torch_fp8.files import new_folder, remove_leftovers, replacing
+from torch_fp8.files import check_free, new_folder, remove_leftovers, replacing
 from torch_fp8.observe.watch import read_log
 from torch_fp8.tuning import file as tuning_file
 
@@ -97,6 +97,18 @@ def test_an_error_of_the_disk_names_the_file_or_folder_that_was_to_be_written(tm
             os.stat("/none")
         with pytest.raises(OSError, match=r"^torch\.save has other words$"), writes(tmp_path / "a"):
             raise OSError("torch.save has other words")
+
+
+@pytest.mark.parametrize("below", ["a", "a/b"])
+def test_a_folder_that_would_be_in_a_file_is_refused_in_words(tmp_path, below):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "lost").symlink_to(tmp_path / "nothing")
+    for there in (tmp_path / "file", tmp_path / "lost"):
+        path = there / below
+        for refuses in (check_free, lambda path: new_folder(path).__enter__()):
+            with pytest.raises(FileExistsError, match=f"^torch_fp8: {path} cannot be in {there}, which is no folder;"):
+                refuses(path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "lost"]
 
 
 def test_what_a_kill_left_of_a_file_is_removed_and_nothing_else(tmp_path):

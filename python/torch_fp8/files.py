@@ -77,8 +77,11 @@ def new_folder(path: StrPath) -> Iterator[Path]:
 
 
 def check_free(path: StrPath) -> None:
-    """Raise FileExistsError where something would be overwritten."""
+    """Raise FileExistsError where something would be overwritten, or what is to be a folder above is a file."""
     path = as_path(path)
+    there = next((above for above in path.parents if os.path.lexists(above)), path.parent)
+    if not there.is_dir():
+        raise FileExistsError(f"torch_fp8: {path} cannot be in {there}, which is no folder; choose another name")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"torch_fp8: {path} exists already; choose another name, or delete it")
 
