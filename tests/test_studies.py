@@ -154,7 +154,7 @@ def test_a_folder_whose_losses_are_none_does_not_come_into_runs_jsonl(tmp_path, 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "spec.json").write_text(json.dumps(line.spec))
     (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.raises(UserError, match="a must hold a run of this study, but its spec.json or its log"):
+    with pytest.raises(UserError, match="must hold a run of this study, but its spec.json or its log|its loss is '10"):
         new_lines(all_runs(tmp_path), kind.condensed)
 
 
@@ -176,17 +176,25 @@ def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, ki
         new_lines(all_runs(tmp_path), kind.condensed)
 
 
-@pytest.mark.parametrize("line", ["3", "{}", "[]", '{"step": "a"}', "null"])
+@pytest.mark.parametrize(
+    "line",
+    ["3", "{}", "[]", '{"step": "a"}', "null", '{"step": true}', '{"step": 2, "lr": NaN}',
+     *(f'{{"step": 2, "loss": {x}}}' for x in ("NaN", "-Infinity", "1e999", "1" + 400 * "0", '"abc"', "[1]", "true"))],
+)  # fmt: skip
 def test_a_log_that_holds_another_thing_is_refused_in_words(tmp_path, tokens, line):
     study = ["parity", *TINY, "--arms", "bf16", "--steps", "2"]
     assert run(*study, "--minutes", "0.0001", tokens=tokens, out=tmp_path).returncode == 0
     (one,) = all_runs(tmp_path)
     one.log.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
+    one.checkpoint.write_bytes(b"what a training would go on from")
     assert one.step() == 1
+    before = {path: path.read_bytes() for path in one.folder.iterdir()}
     report = ["report", "--runs", tmp_path, "--data", tmp_path / "data", "--page", tmp_path / "page"]
     for made in (run(*study, tokens=tokens, out=tmp_path), command(*report)):
         assert made.returncode == 2 and made.stderr.count("\n") == 1, made.stderr
-        assert f"{one.log} must hold a JSON object with a step a line (it has {line}); bring " in made.stderr
+        assert f"{one.log} must hold a JSON object with a step a line, but line 2 does not (" in made.stderr
+        assert "; bring the log back" in made.stderr
+    assert before == {path: path.read_bytes() for path in one.folder.iterdir()}
 
 
 # ---- a training ------------------------------------------------------------------------------------------------------

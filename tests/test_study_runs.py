@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch_fp8 as fp8
 from studying import PLAN, SCALES, TINY, Table, kill, records_of, run, scales, training
 
 from examples.gpt import checkpoint
@@ -152,6 +153,20 @@ def test_a_log_that_is_not_the_checkpoints_is_not_gone_on_with(tmp_path, corpus,
     assert before == {path: path.read_bytes() for path in one.run.folder.iterdir()}
     shutil.rmtree(one.run.folder)  # as was said
     assert training(tmp_path, corpus).go_on(lambda: False) and [one.step() for one in all_runs(tmp_path)] == [10]
+
+
+@pytest.mark.parametrize("emptied", ["progress", "model", "optimizer", "fp8", "rng"])
+def test_a_checkpoint_that_lacks_something_is_not_gone_on_with(tmp_path, corpus, emptied):
+    how = {"model": lambda: fp8.convert(torch.nn.Sequential(Table(), torch.nn.Linear(256, 256)), tokens=None)}
+    one = training(tmp_path, corpus, **how)
+    assert not one.go_on(lambda: one.step == 4)
+    torch.save({**torch.load(one.run.checkpoint), emptied: {}}, one.run.checkpoint)
+    before = {path: path.read_bytes() for path in one.run.folder.iterdir()}
+    with pytest.raises(UserError, match=r"state.ckpt must be a checkpoint of this program, but .*; delete it to start"):
+        training(tmp_path, corpus, **how)
+    assert before == {path: path.read_bytes() for path in one.run.folder.iterdir()}
+    one.run.checkpoint.unlink()  # as was said
+    assert training(tmp_path, corpus, **how).go_on(lambda: False)
 
 
 def test_a_log_is_on_the_disk_before_a_checkpoint_that_goes_on_from_it_and_before_that_is_gone(

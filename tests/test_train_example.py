@@ -302,7 +302,7 @@ def test_a_full_disk(text, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["fp8.jsonl"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "emptied"])
 def test_damaged_checkpoint_is_refused(text, tmp_path, uninterrupted, damage):
     content = bytearray((uninterrupted / "fp8.ckpt").read_bytes())
     if damage == "truncated":
@@ -313,6 +313,8 @@ def test_damaged_checkpoint_is_refused(text, tmp_path, uninterrupted, damage):
     path.write_bytes(content)
     if damage == "foreign":
         torch.save({"weight": torch.zeros(3)}, path)
+    elif damage == "emptied":
+        torch.save({**torch.load(path), "progress": {"steps": 3}}, path)
     assert_refused([*LONG, "--data", text, "--out", tmp_path, "--resume"], tmp_path, "must be a checkpoint")
 
 

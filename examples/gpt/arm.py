@@ -194,6 +194,7 @@ class Arm:
         checkpoint.save(self.path, state)
         self._mark = time.perf_counter()
 
+    @checkpoint.restoring(lambda arm: arm.path)
     def _restore(self, state: checkpoint.State) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

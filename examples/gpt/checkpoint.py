@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
         raise UserError(
             f"{path} must be a checkpoint of this program, but does not load ({reason}); {_ANEW}"
         ) from error
-    if not isinstance(state, dict) or state.keys() != _ENTRIES:
+    if not isinstance(state, dict) or state.keys() != _ENTRIES or not isinstance(state["identity"], dict):
         raise UserError(f"{path} must be a checkpoint of this program, but holds something else; {_ANEW}")
     differing = [
         f"{name} (was {state['identity'].get(name)}, is {identity.get(name)})"
@@ -55,3 +57,26 @@ def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
             f"{path} is of another training, which differs in {', '.join(differing)}; give the same values, or {_ANEW}"
         )
     return state
+
+
+def restoring(path_of: Callable[[Any], Path]) -> Callable[..., Callable[[Any, State], None]]:
+    """Of a method that takes what ``load`` gave from the path: UserError where something in it is of no such training,
+    which a file can be that has every entry."""
+
+    def decorate(restore: Callable[[Any, State], None]) -> Callable[[Any, State], None]:
+        @functools.wraps(restore)
+        def restored(self: Any, state: State) -> None:
+            try:
+                restore(self, state)
+            except torch.OutOfMemoryError:
+                raise
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+                raise UserError(
+                    f"{path_of(self)} must be a checkpoint of this program, but what it holds cannot be restored "
+                    f"({reason}); {_ANEW}"
+                ) from error
+
+        return restored
+
+    return decorate

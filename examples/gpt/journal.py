@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,18 +65,32 @@ def read_journal(path: Path, mend: str = "move it elsewhere to go on without it"
     it is damaged."""
     if not path.exists():
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [_record(line) for line in lines if line.endswith("\n")]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} must hold a JSON object with a step a line ({error}); {mend}") from error
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            found.append(record_of(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} must hold a JSON object with a step a line, but line {number} does not ({error}); {mend}"
+            ) from error
+    return found
 
 
-def _record(line: str) -> Record:
-    record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"it has {line.rstrip()[:40]}")
+def record_of(line: bytes) -> Record:
+    """ValueError where none was written so: a loss is a finite number or null, else the training that goes on from here
+    would be judged by what it never had."""
+    record = json.loads(line, parse_constant=_not_finite)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError(f"it is {str(record)[:40]}")
+    for key in ("loss", "val_loss", "grad_norm"):
+        value = record.get(key)
+        if value is not None and not (type(value) in (int, float) and abs(value) <= sys.float_info.max):
+            raise ValueError(f"its {key} is {str(value)[:40]!r}")
     return record
+
+
+def _not_finite(word: str) -> None:
+    raise ValueError(f"it has {word}, for which null stands")
 
 
 def _line(record: Record) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
-from examples.gpt.journal import Record, read_journal
+from examples.gpt.journal import Record, read_journal, record_of
 
 Spec = dict[str, Any]
 
@@ -73,9 +73,7 @@ class Run:
             lines = file.read().split(b"\n")[:-1]
         for line in reversed(lines):
             with suppress(ValueError, RecursionError):  # half a line
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    yield record
+                yield record_of(line)
 
 
 def check_steps(run: Run, steps: Sequence[int]) -> None:

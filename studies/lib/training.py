@@ -251,6 +251,7 @@ class Training:
 
     _saved_step = -1
 
+    @checkpoint.restoring(lambda training: training.run.checkpoint)
     def _restore(self, state: checkpoint.State) -> None:
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
