@@ -285,8 +285,8 @@ def test_ctrl_c_is_a_line_wherever_it_comes(tmp_path, script_, arguments, reads)
         with suppress(OSError):  # until it is read
             end = os.open(tmp_path / "data" / reads, os.O_WRONLY | os.O_NONBLOCK)
     process.send_signal(signal.SIGINT)
+    os.close(end)  # so that it reads on where the signal came right before it began to wait
     said = process.communicate(timeout=60)[1].decode()
-    os.close(end)
     assert said == f"{script_}: interrupted\n" and process.returncode == -signal.SIGINT
     assert sorted(tmp_path.rglob("*")) == before
 
