@@ -64,7 +64,8 @@ class Arm:
         self._scales_every = max(1, settings.steps // _SCALES)
         self._shown = ""  # beside the progress bar
         if state := checkpoint.load(self.path, self._identity()):
-            self._restore(state)
+            with checkpoint.restoring(self.path):
+                self._restore(state)
             tqdm.write(f"{name}: goes on after step {self.progress.step} of {settings.steps}")
         self._restored_at = self.progress.step
         self.journal = Journal(settings.out / f"{name}.jsonl", self.progress.step)
@@ -194,7 +195,6 @@ class Arm:
         checkpoint.save(self.path, state)
         self._mark = time.perf_counter()
 
-    @checkpoint.restoring(lambda arm: arm.path)
     def _restore(self, state: checkpoint.State) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

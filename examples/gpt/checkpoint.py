@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +59,16 @@ def load(path: Path, identity: dict[str, str | int | float]) -> State | None:
     return state
 
 
-def restoring(path_of: Callable[[Any], Path]) -> Callable[..., Callable[[Any, State], None]]:
-    """Of a method that takes what ``load`` gave from the path: UserError where something in it is of no such training,
-    which a file can be that has every entry."""
-
-    def decorate(restore: Callable[[Any, State], None]) -> Callable[[Any, State], None]:
-        @functools.wraps(restore)
-        def restored(self: Any, state: State) -> None:
-            try:
-                restore(self, state)
-            except torch.OutOfMemoryError:
-                raise
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-                raise UserError(
-                    f"{path_of(self)} must be a checkpoint of this program, but what it holds cannot be restored "
-                    f"({reason}); {_ANEW}"
-                ) from error
-
-        return restored
-
-    return decorate
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around what takes ``load``'s state apart: UserError where something in it is of no such training, which a file
+    can be that has every entry."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise UserError(
+            f"{path} must be a checkpoint of this program, but what it holds cannot be restored ({reason}); {_ANEW}"
+        ) from error

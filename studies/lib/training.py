@@ -135,7 +135,8 @@ class Training:
         self._pending: list[tuple[int, float, Tensor]] = []
         self._fetch_every = _FETCH if self._cuda else 1
         if state := checkpoint.load(run.checkpoint, {"run": run.name, **run.spec}):
-            self._restore(state)
+            with checkpoint.restoring(run.checkpoint):
+                self._restore(state)
             check_resumable(run, self.step)
         self.journal = Journal(run.log, self.step)
         losses = (record["loss"] for record in losses_in(self.journal.records))
@@ -251,7 +252,6 @@ class Training:
 
     _saved_step = -1
 
-    @checkpoint.restoring(lambda training: training.run.checkpoint)
     def _restore(self, state: checkpoint.State) -> None:
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
