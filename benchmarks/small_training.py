@@ -195,7 +195,8 @@ def report(study: Study, runs: Sequence[Run], seeds: int, corpus: Corpus) -> Non
 * {runs[0]["steps"]} steps of {batch} × {context} tokens: {corpus}
 * `DelayedScaling()`, {study.what.format(fused="".join(fused))}
 
-Losses are in nats a byte: in training the mean of the last {LAST} steps, the validation loss at the end.
+Losses are in nats a byte: in training the mean of the last {LAST} steps, the validation loss at the end, of
+each arm as it trains.
 """
     result = f"""The seeds' spread is the standard deviation of validation losses between seeds, of all arms together: {spread:.4f}.
 

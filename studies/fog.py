@@ -54,7 +54,8 @@ from models.fog_fp8 import to_fp8
 
 ROOT = Path(__file__).parents[1]
 
-# How the paper's runs were scaled: scale 1 in the first step and amaxes of 1024 steps; q, k and v have one scale.
+# How the paper's runs were scaled: scale 1 in the first step and amaxes of 1024 steps; q, k and v have one scale. But
+# the weights of linear layers: a delayed scale that does not fit a weight is not used (docs/design.md), 1 does not.
 _LINEARS: Spec = {"history": 1024, "cold": True}
 # keeps_scores is no switch: attention's backward keeps scores where they were; runs without it were made before that.
 _PAPER: Spec = {
@@ -161,7 +162,8 @@ def make_model(spec: Spec, corpus: Corpus, device: torch.device) -> nn.Module:
 
 
 def start_cold(model: nn.Module) -> None:
-    """Let scales begin at 1, and not at those of the first step's own amaxes: as if there had been a step of zeros."""
+    """Let scales begin at 1, and not at those of the first step's own amaxes: as if there had been a step of zeros.
+    Weights are scaled by their own amax even so, since 1 does not fit them."""
     state = fp8.state_dict(model)
     for name, slots in state.items():
         if name.endswith("fp8_slots"):

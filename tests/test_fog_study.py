@@ -14,6 +14,7 @@ from scripts import called
 from studying import kill, records_of
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch_fp8.format import quantize
 
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Bytes
@@ -155,6 +156,19 @@ def test_a_cold_start_has_scale_1_in_the_first_step_alone():
             y.sum().backward()
             optimizer.step()
         torch.testing.assert_close(y.float(), x @ weight.T, rtol=0.1, atol=2e-4)
+
+
+def test_a_cold_start_leaves_weights_to_their_own_amax():
+    """The scale 1 does not fit them, and one that does not fit a weight is not used."""
+    torch.manual_seed(0)
+    layer = fp8.convert(torch.nn.Sequential(torch.nn.Linear(128, 32, bias=False)), fp8.DelayedScaling(), tokens=None)
+    fog.start_cold(layer)
+    x, weight = torch.randn(64, 128), layer[0].weight.detach()
+    x8, (own, one) = quantize(x, torch.ones(())), ((448 / weight.abs().max()), torch.ones(()))
+    y = layer(x).detach()
+    expected, other = (x8.float() @ (quantize(weight, scale).float() / scale).T for scale in (own, one))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert (y - other).norm() > 0.02 * y.norm()
 
 
 def test_a_cold_start_leaves_constant_scales():

@@ -1,5 +1,6 @@
 """The policies of arXiv 2309.17224 against integers and brute force, over every amax that BF16 has."""
 
+import copy
 import math
 
 import pytest
@@ -197,6 +198,17 @@ def test_emulated_and_real_layers_train_alike():
     for one, other in zip(plain.parameters(), real.parameters()):
         assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-5)
     assert torch.allclose(plain(x), real(x), rtol=1e-5, atol=1e-5)
+
+
+def test_emulated_layers_round_float32_once_under_autocast():
+    """As real ones do: not to BF16 first."""
+    torch.manual_seed(0)
+    plain, x = nn.Linear(256, 128), torch.randn(64, 256)
+    real = fp8.convert(copy.deepcopy(nn.Sequential(plain)), fp8.CurrentScaling(power_of_two=True), tokens=None)
+    emulate({"": plain}, Emulation(by_amax, "ocp", 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = plain(x), real(x)
+    assert ours.dtype == torch.bfloat16 and ((ours - theirs).norm() / theirs.norm()).item() < 4e-3  # of BF16's sums
 
 
 # ---- the same in the extension ---------------------------------------------------------------------------------------

@@ -222,3 +222,16 @@ def test_meta_construction(device):
     assert model[0].fp8_slots.tolist() == [[1, 1, 0, 0]] * 3 and model[0].fp8_history.count_nonzero() == 0
     model.load_state_dict(make(device).state_dict())
     train(model, adamw(model), 2)
+
+
+def test_a_state_of_a_larger_format_is_refused(device):
+    """E5M2's scale for gradients would saturate E4M3, and the first step would learn from what is left of them."""
+    saved, other = (make(device, fp8_format=name) for name in ("HYBRID", "E4M3"))
+    for model in (saved, other):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 2)
+    before = fp8.state_dict(other)
+    with pytest.raises(ValueError, match="grad_output has a format up to 448, the saved scale is of one up to 57344; "):
+        fp8.load_state_dict(other, fp8.state_dict(saved))
+    assert all(torch.equal(value, before[key]) for key, value in fp8.state_dict(other).items())
+    fp8.load_state_dict(saved, before)  # where nothing saturates
+    fp8.load_state_dict(make(device, margin=3), fp8.state_dict(saved))

@@ -68,7 +68,8 @@ def write_summary(
         f"* {datetime.datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}",
         "",
         f"Losses are in nats a token: the training loss is the mean of the last {_LAST} steps, the validation loss is "
-        "taken on the same batches in both arms. Tokens/s leaves out warm-up, evaluation and saving.",
+        "taken on the same batches in both arms, each as it trains. Tokens/s leaves out warm-up, evaluation and "
+        "saving.",
         "",
         "![The losses, and the scales of the FP8 arm](loss_and_scales.png)",
     ]

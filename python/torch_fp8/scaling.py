@@ -252,8 +252,8 @@ def load_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Restore what :func:`state_dict` gave, before or after the weights are loaded.
 
     Everything is checked first: on a KeyError (entries missing or surplus), TypeError or ValueError (not a float32
-    tensor, another shape, values no scaling state can have, another constant scale; a model on the meta device) the
-    model is as it was.
+    tensor, another shape, values no scaling state can have, another constant scale, scales of a larger format; a model
+    on the meta device) the model is as it was.
     """
     modules = scaled_modules(model)
     for name, module in modules.items():

@@ -86,17 +86,17 @@ class Emulated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         weight = self.weight.t() if is_conv1d(self) else self.weight
-        y = _Product.apply(x, weight.to(x.dtype), self.emulation)
+        y = _Product.apply(x, weight, self.emulation, dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, emulation: Emulation) -> Tensor:
-        x, weight = emulation.forward(x), emulation.forward(weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, emulation: Emulation, dtype: torch.dtype) -> Tensor:
+        x, weight = (emulation.forward(tensor).to(dtype) for tensor in (x, weight))  # float32 is rounded once
         ctx.save_for_backward(x, weight)
         ctx.emulation = emulation
         return F.linear(x, weight)
@@ -105,7 +105,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         gradient = ctx.emulation.backward(gradient)
-        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2), None
+        return gradient @ weight, gradient.flatten(0, -2).t() @ x.flatten(0, -2), None, None
 
 
 def emulate(layers: Mapping[str, Any], emulation: Emulation) -> None:

@@ -45,7 +45,8 @@ tokens, that its FOG architectures do not, and that the kurtosis of activations 
 *consistent* or *not* where the runs here say so, and else it *cannot be claimed here*; a divergence of another kind is
 called that. In all runs the head computes in BF16, parameters, embedding, norms and what is added up between layers are
 in float32; *FP8 attention* has both products of attention and their gradients in FP8, with one scale for q, k and v,
-amaxes of 1024 steps and scale 1 in the first step, as the paper's software had it."""
+amaxes of 1024 steps and scale 1 in the first step, as the paper's software had it, but for the weights of linear
+layers, which their own amax scales in that step."""
 
 _RULES = f"""* *Leaves BF16*: the loss is above that of BF16 with the same seed and batches by {SIGMAS:g} standard
   deviations of the latter's step noise, for {PATIENCE} steps on end, from step {FIRST + 1} on; or is not finite. Step
