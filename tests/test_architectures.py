@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch_fp8 as fp8
 import transformers
+from frozen_pairs import freeze
 from torch_fp8.checkpoints.folder import Folder
 from torch_fp8.layers.frozen import frozen_layers
 
@@ -48,7 +49,7 @@ def test_weights_that_files_hold_in_one(tool, tmp_path, weight, activations):
     ids = tool.torch.arange(20)[None]
     if activations == "static":
         fp8.calibrate(model, [ids])
-    fp8.freeze(model, activations, weight)
+    freeze(model, activations, weight)
     names = [name for name in frozen_layers(model) if name.endswith(("gate_proj", "up_proj"))]
     assert names
     for save in (model.save_pretrained, lambda path: fp8.save_pretrained(model, path)):

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import torch_fp8 as fp8
 import transformers
+from frozen_pairs import freeze
 from torch import nn
 from torch_fp8.__main__ import main
 from torch_fp8.checkpoints import folder
@@ -247,9 +248,10 @@ class TestWrite:
     @pytest.mark.parametrize("activations", ["none", "static", "tensor", "token"])
     def test_compressed_tensors_holds_all_kinds(self, tmp_path, weight, activations):
         model = llama(hidden=256, ffn=384)
-        fp8.freeze(fp8.calibrate(model, [IDS]), activations, weight)
+        freeze(fp8.calibrate(model, [IDS]), activations, weight)
         fp8.save_pretrained(model, tmp_path / "out")
         same_layers(model, fp8.load_pretrained(tmp_path / "out"))
+        same_layers(model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
     @pytest.mark.parametrize("format", ["compressed-tensors", "block"])
     def test_transformers_reads_the_same_weights(self, tmp_path, format, alone):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch_fp8 as fp8
+from frozen_pairs import freeze
 from torch import nn
 from torch_fp8.layers.experts import FrozenExperts, layout_of
 from torch_fp8.layers.frozen import ACTIVATIONS, WEIGHTS
@@ -85,7 +86,7 @@ class TestForward:
             layer.weight.data *= e + 1
             if activations == "static":
                 fp8.calibrate(layer, [torch.randn(8, 256, device=device, dtype=torch.bfloat16)])
-            layers.append(fp8.freeze(layer, activations, weight))
+            layers.append(freeze(layer, activations, weight))
         codes, scale, bias = (torch.stack([getattr(layer, name) for layer in layers])
                               for name in ("weight", "weight_scale", "bias"))  # fmt: skip
         slot = torch.cat([layer.input_slot for layer in layers]) if activations == "static" else None

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch_fp8 as fp8
+from frozen_pairs import freeze
 from oracle import E4M3, OUTPUT, OUTPUT_SUBNORMAL, accumulation, by_row, weight_of
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -198,7 +199,7 @@ def layer_of(device, activations="token", weight="channel", dtype=BF16, n=N, k=K
     plain = nn.Linear(k, n, device=device, dtype=dtype)
     twin = copy.deepcopy(plain)
     fp8.calibrate(plain, [torch.randn(8, k, device=device, dtype=dtype)])
-    return fp8.freeze(plain, activations, weight), twin
+    return freeze(plain, activations, weight), twin
 
 
 def gradient(function, x, dy):

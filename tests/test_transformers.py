@@ -242,6 +242,8 @@ class TestLoading:
             read(tmp_path / "in", quantization_config=fp8.QuantizationConfig(filter=["*"]))
         with pytest.raises(ValueError, match="weight must be one of"):
             fp8.QuantizationConfig(weight="row")
+        with pytest.raises(ValueError, match='activations="tensor", which would leave them in 16 bits; take'):
+            fp8.QuantizationConfig("tensor", "block")
         with pytest.raises(ValueError, match="matches none"):
             read(tmp_path / "in", quantization_config=fp8.QuantizationConfig(filter=["*.nothing"]))
 

@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.experts import FrozenExperts, frozen_experts, is_experts
-from ..layers.frozen import FrozenLinear, check_choices, frozen_layers
+from ..layers.frozen import FrozenLinear, check_pair, frozen_layers
 from ..observe.emulate import dequantize
 from ..swap.freeze import check_weight, layers_to_freeze
 from ..swap.select import Filter, check_device
@@ -36,7 +36,7 @@ class QuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self, activations: str = "token", weight: str = "channel", filter: Filter | Sequence[str] | None = None
     ) -> None:
-        check_choices(activations, weight)
+        check_pair(activations, weight)
         self.quant_method = scheme.METHOD
         self.activations, self.weight, self.filter = activations, weight, filter
         self.scheme: scheme.Scheme | None = None  # of the checkpoint, if that is FP8 already
@@ -47,7 +47,9 @@ class QuantizationConfig(QuantizationConfigMixin):
     def from_dict(cls, values: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         found = scheme.read({"quantization_config": values}, None, Path("config.json"))
         assert found is not None
-        config = cls(found.activations, found.weights[0])
+        config = cls()
+        # Not by the constructor: others' checkpoints may pair what it refuses, and are read.
+        config.activations, config.weight = found.activations, found.weights[0]
         config.scheme, config.kinds = found, [(weight, found.activations) for weight in found.weights]
         return (config, kwargs) if return_unused_kwargs else config
 

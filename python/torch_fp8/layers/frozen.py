@@ -152,6 +152,12 @@ class FrozenLinear(FrozenState, nn.Linear):
         self.register_buffer("bias", bias)
         self.register_buffer("input_slot", input_slot)
 
+    @property
+    def quantises_input(self) -> bool:
+        """Whether inputs of many rows are computed with in FP8: what ``activations`` asks for, the weight may not
+        allow."""
+        return quantises_input(self.activations, self.granularity, self.in_features)
+
     def fp8_state(self) -> dict[str, torch.dtype]:
         return {"weight": E4M3, "weight_scale": torch.float32, "input_slot": torch.float32}
 
@@ -222,6 +228,25 @@ def scale_shape(weight: str, out_features: int, in_features: int) -> tuple[int, 
 
 def new_slot(input_scale: float, device: torch.device) -> Tensor:
     return torch.tensor([[input_scale, 1 / input_scale, 0, 0]], dtype=torch.float32, device=device)
+
+
+def quantises_input(activations: str, weight: str, in_features: int) -> bool:
+    """Whether inputs are quantised where their rows are many enough; how many outputs there are does not count then."""
+    return _C.is_input_quantized(_MANY_ROWS, 1, in_features, weight, activations)
+
+
+_MANY_ROWS = 1 << 20
+
+
+def check_pair(activations: str, weight: str) -> None:
+    """Raise ValueError for what no layer can be made to compute. Checkpoints of others may hold it, and are read."""
+    check_choices(activations, weight)
+    if activations != "none" and not quantises_input(activations, weight, BLOCK):
+        raise ValueError(
+            f'torch_fp8: weight="{weight}" computes with inputs by token or in 16 bits, got '
+            f'activations="{activations}", which would leave them in 16 bits; take activations="token" or "none", or '
+            'weight="tensor" or "channel"'
+        )
 
 
 def check_choices(activations: str, weight: str) -> None:

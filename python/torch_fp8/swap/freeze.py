@@ -28,7 +28,7 @@ from ..layers.experts import (
     stacks,
     why_not_experts,
 )
-from ..layers.frozen import FrozenLinear, check_choices, frozen_layers, new_slot
+from ..layers.frozen import FrozenLinear, check_pair, frozen_layers, new_slot
 from ..layers.linear import Layer
 from .readers import weights_read
 from .select import NOT_FP8, Filter, check_device, check_types, chosen_layers, linear_layers, some, why_not_frozen
@@ -60,16 +60,19 @@ def freeze(
     activations: how inputs are quantised, see :class:`FrozenLinear`. "static" takes twice the largest input that
         :func:`calibrate` saw or, where it did not run, that is in an ``fp8.Linear``'s history, and rounds that scale
         up to a power of two: a scale too large costs nothing, one too small saturates.
-    weight: "channel": a scale for each output; "tensor"; or "block", one for each 128 x 128.
+    weight: "channel": a scale for each output; "tensor"; or "block", one for each 128 x 128, which takes activations
+        "token" or "none". By token, layers whose in_features is no multiple of 128 compute with inputs in 16 bits
+        then; ``summary`` says which.
     filter: which layers: by default all but the output head and routers; otherwise as in :func:`torch_fp8.convert`,
         where the experts of a layer count as one. A layer whose weight other code of the model reads itself, as far as
         can be seen, is never taken: T5's ``wo``, Mamba's ``dt_proj``. ``summary`` says which and why.
     linear_types: subclasses of ``nn.Linear`` to vouch for, as in :func:`torch_fp8.convert`.
 
     Raises ValueError, with the model as it was, where no layer would be frozen; a listed name matches none, or one that
-    cannot be; a weight holds Inf or NaN or is on the meta device; or a static scale has nothing to come from.
+    cannot be; a weight holds Inf or NaN or is on the meta device; a static scale has nothing to come from; or
+    activations and weight do not go together.
     """
-    check_choices(activations, weight)
+    check_pair(activations, weight)
     left_out = why_not_to_freeze(model, filter, linear_types)
     layers = {name: layer for name, layer in linear_layers(model).items() if not left_out[name]}
     mixtures = {name: module for name, module in experts_in(model).items() if not left_out[name]}
