@@ -396,6 +396,15 @@ class TestFreeze:
 
 
 class TestSummary:
+    def test_what_is_computed(self):
+        """Of each projection, where they differ."""
+        module, why = experts("mixtral"), "in 16 bits (not by token: in_features is no multiple of 128)"
+        (row,) = fp8.summary(nn.ModuleDict({"experts": frozen(copy.deepcopy(module), "token", "block")}))
+        assert row.note == f"frozen: activations {why}, weight by block"
+        module.gate_up_proj.data, module.down_proj.data = torch.randn(4, 96, 128), torch.randn(4, 128, 48)
+        (row,) = fp8.summary(nn.ModuleDict({"experts": frozen(module, "token", "block")}))
+        assert row.note == f"frozen: activations of gate_up_proj by token, of down_proj {why}, weight by block"
+
     def test_share_of_parameters(self):
         model = mixtral()
         experts_have, attention_has = 2 * 4 * (224 * 64 + 64 * 112), 2 * (64 * 64 * 2 + 32 * 64 * 2)

@@ -395,8 +395,30 @@ def test_a_frozen_layer_is_a_linear_layer_that_nothing_converts(tmp_path):
 
 def test_summary_lists_frozen_layers():
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
-    fp8.freeze(model, "token", "block", filter=["0"])
+    fp8.freeze(model, filter=["0"])
     frozen, plain = fp8.summary(model)
     assert (frozen.name, frozen.shape, frozen.fp8) == ("0", "48 x 32", True)
-    assert "frozen" in frozen.note and "token" in frozen.note
+    assert frozen.note == "frozen: activations by token, weight by channel"
     assert not plain.fp8 and "1 of 2 linear layers in FP8" in str(fp8.summary(model))
+
+
+@pytest.mark.parametrize(
+    ("activations", "weight", "k", "words"),
+    [
+        ("none", "channel", 128, "in 16 bits"),
+        ("token", "block", 128, "by token"),
+        ("token", "block", 192, "in 16 bits (not by token: in_features is no multiple of 128)"),
+        ("token", "channel", 192, "by token"),
+        ("static", "tensor", 192, "by static"),
+        ("static", "block", 128, "in 16 bits (not by static: a weight by block computes so)"),
+    ],
+)
+def test_summary_says_what_is_computed(activations, weight, k, words, device):
+    """Which need not be what was asked for."""
+    layer, x = nn.Linear(k, 256, device=device).bfloat16(), torch.randn(40, k, device=device).bfloat16()
+    freeze(fp8.calibrate(layer, [x]), activations, weight)
+    assert fp8.summary(layer)[0].note == f"frozen: activations {words}, weight by {weight}"
+    as_asked, layer.activations = layer(x), "none"
+    in_16_bits = layer(x)
+    layer.activations = activations
+    assert layer.quantises_input == (not torch.equal(as_asked, in_16_bits)) == words.startswith("by")

@@ -11,10 +11,11 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
+from ..format import BLOCK
 from ..layers.attention import ScaledDotProductAttention, attentions
 from ..layers.classes import is_conv1d, shape_of
 from ..layers.experts import FrozenExperts, is_experts, stacks, why_not_experts
-from ..layers.frozen import FrozenLinear, FrozenState
+from ..layers.frozen import FrozenLinear, FrozenState, quantises_input
 from ..layers.fused import fused_modules
 from ..layers.linear import Layer, fp8_layers
 from ..layers.traced import traced_training
@@ -158,7 +159,7 @@ def summary(model: nn.Module) -> Summary:
             continue
         shape = "{} x {}".format(*shape_of(module))
         if isinstance(module, FrozenLinear):
-            note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
+            note = f"frozen: activations {_inputs(module, module.in_features)}, weight by {module.granularity}"
             rows.append(LayerSummary(name, shape, True, note, {}))
         elif isinstance(module, Layer):
             note = str(module.recipe) + ("" if module.fp8_enabled else ", disabled")
@@ -197,12 +198,27 @@ def _of_attention(name: str, attention: ScaledDotProductAttention, parent: nn.Mo
 def _of_experts(name: str, module: nn.Module) -> LayerSummary:
     if isinstance(module, FrozenExperts):
         shapes = [getattr(module, projection).shape for projection in module.projections()]
-        note = f"frozen: activations by {module.activations}, weight by {module.granularity}"
+        inputs = {name: _inputs(module, shape[-1]) for name, shape in zip(module.projections(), shapes, strict=True)}
+        alike = len(set(inputs.values())) == 1
+        how = inputs["down_proj"] if alike else ", ".join(f"of {name} {words}" for name, words in inputs.items())
+        note = f"frozen: activations {how}, weight by {module.granularity}"
     else:
         shapes = [stack.shape for stack in stacks(module).values()]
         note = why_not_experts(module) or getattr(module, NOT_FP8, "") or _TRAINED
     shape = ", ".join(" x ".join(map(str, size)) for size in shapes)
     return LayerSummary(name, shape, isinstance(module, FrozenExperts), note, {})
+
+
+def _inputs(module: FrozenLinear | FrozenExperts, in_features: int) -> str:
+    """How inputs are computed with, and why not as was asked for."""
+    asked, weight = module.activations, module.granularity
+    if quantises_input(asked, weight, in_features):
+        return f"by {asked}"
+    if asked == "none":
+        return "in 16 bits"
+    fits = quantises_input(asked, weight, BLOCK)
+    why = f"in_features is no multiple of {BLOCK}" if fits else f"a weight by {weight} computes so"
+    return f"in 16 bits (not by {asked}: {why})"
 
 
 _TRAINED = "experts train in 16 bits; torch_fp8.freeze takes them"
