@@ -33,6 +33,7 @@ from llm.text import CONTEXT, Text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fp8.files import replacing
+from torch_fp8.format import BLOCK
 from torch_fp8.layers.frozen import frozen_layers
 from torch_fp8.observe.evaluation import Flips, Pairs, Report, compare, layer_sqnr
 from torch_fp8.picture import BF16 as GREY
@@ -127,6 +128,20 @@ def holds(reports: dict[str, Report], name: str) -> bool | None:
     return None if twin is None else reports[name].kld_mean <= ALLOWANCE * twin.kld_mean
 
 
+def mixed(frozen: dict[str, nn.Module]) -> list[str]:
+    """Of each W8A8 arm that is not W8A8 in all of its layers, in how many."""
+    notes = []
+    for name, model in frozen.items():
+        layers = frozen_layers(model).values()
+        quantised = sum(layer.quantises_input for layer in layers)
+        if ARMS[name]["activations"] != "none" and quantised < len(layers):
+            notes.append(
+                f'* "{name}" has inputs in FP8 in {quantised} of {len(layers)} linear layers; the others, whose '
+                f"in_features is no multiple of {BLOCK}, take them in 16 bits"
+            )
+    return notes
+
+
 def draw(report: Path) -> None:
     """The picture beside a report, from its tables."""
     page = report.read_text(encoding="utf-8")
@@ -146,8 +161,9 @@ def draw(report: Path) -> None:
             axes.set(ylabel="mean KL divergence, nats a token\nlower is better", title=name)
         figure.axes[0].legend(loc="upper left")
         caption(figure, "W8A16: weights in FP8, inputs in 16 bits. W8A8: both in FP8, inputs scaled by a calibrated "
-                        "constant (static), by tensor, by token or by 128 columns (block).\nGrey: the same FP8 codes "
-                        "and scales, multiplied in float32; what blue has more is the kernels' doing.")  # fmt: skip
+                        "constant (static), by tensor, by token or by 128 columns\n(block; where 128 does not divide "
+                        "a layer's columns, in 16 bits). Grey: the same FP8 codes and scales, multiplied in float32; "
+                        "what blue has more is the kernels' doing.")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -186,6 +202,7 @@ def main(args: argparse.Namespace) -> int:
         f"* command: `python {shlex.join(sys.argv)}`",
         f"* device: {device_name(device)}; torch {torch.__version__}, torch_fp8 {info['version']}, {info['note']}",
         f"* {layers} linear layers in FP8; embeddings, norms and the output head are not",
+        *mixed(frozen),
         f"* windows of {args.window} tokens, none added, none across documents; static scales from "
         f"{sum(batch.numel() for batch in batches)} tokens of {args.calibration or 'nothing'}",
         "* intervals: paired bootstrap over documents, 10,000 draws, seed 0; *confident*: BF16's first choice leads by "

@@ -211,6 +211,9 @@ def test_evaluate_reports_every_arm_and_its_twin(tiny, tmp_path):
     assert len(rows) == 3 + 2 * len(names)
     # On the CPU nothing but the format makes an error: weights alone make less of it than both operands.
     assert kld["W8A16"] < kld["W8A8 token"] and kld["FP32"] < kld["W8A8 token"]
+    # The down projections' alone: 64 columns are no group of 128. No other arm has such a note.
+    notes = [line for line in page.splitlines() if "inputs in FP8" in line]
+    assert len(notes) == 1 and notes[0].startswith('* "W8A8 block" has inputs in FP8 in 2 of 14 linear layers; ')
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

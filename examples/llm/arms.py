@@ -16,7 +16,7 @@ ARMS = {  # what fp8.freeze is told
     "W8A8 static": {"activations": "static", "weight": "tensor"},
     "W8A8 tensor": {"activations": "tensor", "weight": "tensor"},
     "W8A8 token": {"activations": "token", "weight": "channel"},
-    "W8A8 block": {"activations": "token", "weight": "block"},  # the weight alone where in_features % 128
+    "W8A8 block": {"activations": "token", "weight": "block"},  # the weight alone where 128 does not divide in_features
 }
 
 
