@@ -40,6 +40,7 @@ def to_fp8(
             part.rotary = rotary if fuse == "all" else part.rotary
             if attention != "16bit":
                 attend = fp8.ScaledDotProductAttention(inside, mode=attention, shared_scale=shared_scale)
+                attend.follows_layers = attention_recipe is None
                 part.attend = attend.goes_with(part.q, part.k, part.v)
         elif isinstance(part, Block) and fuse == "ffn":
             fp8.fuse(part.ffn)

@@ -2,11 +2,16 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 import torch_fp8 as fp8
 from torch.nn import functional as F
+
+from models.fog import LM
+from models.fog_config import SIZES
+from models.fog_fp8 import to_fp8
 
 transformers = pytest.importorskip("transformers")
 
@@ -247,6 +252,82 @@ def test_a_block_with_fp8_attention(device, norm_first):
     y, wanted = block(x), plain(x)
     assert block.sdpa.last == ("fp8", "asked for")
     assert not torch.equal(y, wanted) and (y - wanted).norm() < 0.08 * wanted.norm()
+
+
+def attentions_of(model):
+    return [module for module in model.modules() if isinstance(module, fp8.ScaledDotProductAttention)]
+
+
+def a_fused_llama(recipe):
+    return fp8.fuse(fp8.convert(llama(), recipe, tokens=None), attention="fp8")
+
+
+def a_llama_of_the_table(recipe):
+    return fp8.convert(llama(attn_implementation="torch_fp8"), recipe, tokens=None)
+
+
+def a_block(recipe):
+    return fp8.TransformerBlock(256, 2, 512, attention="fp8", recipe=recipe)
+
+
+def a_block_in_a_file(recipe):
+    return pickle.loads(pickle.dumps(a_block(recipe)))
+
+
+def a_model_of_ours(recipe):
+    return to_fp8(LM("llama3", SIZES["tiny"], vocab=64), recipe, attention="fp8")
+
+
+@pytest.mark.parametrize(
+    "made", [a_fused_llama, a_llama_of_the_table, a_block, a_block_in_a_file, a_model_of_ours], ids=lambda f: f.__name__
+)
+def test_attention_follows_its_layers_through_another_convert(device, made):
+    new = fp8.DelayedScaling(amax_history_len=16, fp8_format="E4M3")
+    model = made(fp8.CurrentScaling()).to(device)
+    assert {attention.recipe for attention in attentions_of(model)} == {fp8.CurrentScaling()}
+    shared = [attention.fp8_state.shared_scale for attention in attentions_of(model)]
+    for attention in attentions_of(model):
+        attention.fp8_slots[:, 3] = 7.0
+    fp8.convert(model, new, tokens=None, auto_update=False)
+    for attention in attentions_of(model):
+        assert attention.recipe == new and not attention.auto_update
+        assert attention.fp8_history.shape[1] == 16 and attention.fp8_slots.device.type == torch.device(device).type
+        assert (attention.fp8_slots[:, 3] == 0).all()  # what CurrentScaling saw says nothing of a history
+        attention.fp8_slots[:, 3] = 7.0
+    assert [attention.fp8_state.shared_scale for attention in attentions_of(model)] == shared
+    fp8.convert(model, new, tokens=None)
+    for attention in attentions_of(model):
+        assert attention.auto_update and (attention.fp8_slots[:, 3] == 7).all()  # the same recipe forgets nothing
+
+
+def test_attention_whose_projections_are_in_16_bits_follows_the_rest_of_the_model(device):
+    model = fp8.convert(llama().to(device), fp8.ConstantScaling(), ["*.mlp.*"], auto_update=False)
+    fp8.fuse(model, attention="fp8")
+    assert [(a.recipe, a.auto_update) for a in attentions_of(model)] == [(fp8.ConstantScaling(), False)] * 2
+    fp8.convert(model, fp8.CurrentScaling(), ["*.layers.1.self_attn.*"])
+    assert [(a.recipe, a.auto_update) for a in attentions_of(model)] == [
+        (fp8.ConstantScaling(), False),
+        (fp8.CurrentScaling(), True),
+    ]
+
+
+def test_attention_is_updated_with_its_layers_alone(device):
+    model = fp8.fuse(fp8.convert(llama().to(device), tokens=None, auto_update=False), attention="fp8")
+    losses(model, device, steps=3)
+    first = attentions_of(model)[0]
+    assert (first.fp8_slots[[0, 1, 2, 4], 3] == 0).all()
+    fp8.update_scales(model)
+    assert (first.fp8_slots[[0, 1, 2, 4], 3] == 1).all()
+
+
+def test_attention_with_a_recipe_of_its_own_keeps_it(device):
+    own = fp8.ConstantScaling()
+    model = to_fp8(LM("llama3", SIZES["tiny"], vocab=64), attention="fp8", attention_recipe=own).to(device)
+    states = [attention.fp8_state for attention in attentions_of(model)]
+    fp8.convert(model, fp8.CurrentScaling(), tokens=None, auto_update=False)
+    fp8.fuse(model, attention="fp8")
+    assert states and [attention.fp8_state for attention in attentions_of(model)] == states
+    assert all(attention.recipe == own and attention.auto_update for attention in attentions_of(model))
 
 
 def test_what_an_attention_cannot_be():

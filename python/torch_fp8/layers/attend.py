@@ -59,6 +59,7 @@ class Attends(nn.Module):
         if mode != "16bit":
             self.sdpa = ScaledDotProductAttention(of_layer["recipe"], mode=mode)
             self.sdpa.goes_with(self.q_proj, self.k_proj, self.v_proj)
+            self.sdpa.follows_layers = True  # the recipe was given for all of this module
 
     def _make_qk_norms(self, eps: float, of_layer: dict[str, Any]) -> None:
         made = {"device": of_layer["device"], "dtype": of_layer["dtype"]}

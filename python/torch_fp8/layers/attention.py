@@ -126,10 +126,14 @@ class ScaledDotProductAttention(Scaled):
     auto_update: let ``optimizer.step()`` update the scales; otherwise call ``torch_fp8.update_scales``.
 
     The scaling state is an object of its own, ``fp8_state``, as that of ``fp8.Linear``; it goes where the queries are.
-    Which optimizer's step ends its step is said by ``goes_with``.
+    Which optimizer's step ends its step is said by ``goes_with``. Recipe and auto_update stay what they were made with,
+    whatever ``convert`` gives to layers, unless the attribute ``follows_layers`` is set to True: then ``convert`` and
+    ``fuse`` keep them those of the FP8 layers that it goes with.
 
     Raises ValueError for another mode or p_scale, or an option that is no bool; TypeError for another recipe.
     """
+
+    follows_layers = False
 
     def __init__(
         self,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.attention import ScaledDotProductAttention
-from ..layers.linear import fp8_layers
+from ..layers.attention import AttentionState, ScaledDotProductAttention, attentions
+from ..layers.linear import Layer, fp8_layers
 from ..layers.modes import MODES
 
 NAME = "torch_fp8"
@@ -134,11 +134,33 @@ def _attach(module: nn.Module, mode: str = "auto") -> ScaledDotProductAttention:
             "torch_fp8: FP8 attention has no scaling state yet, and none can be made while a graph is traced; call "
             "torch_fp8.fuse(model, attention=...) or torch_fp8.convert(model), or the model once, before torch.compile"
         )
-    recipe = next((layer.recipe for layer in fp8_layers(module).values()), None)
-    attention = ScaledDotProductAttention(recipe, mode=mode).goes_with(module)
+    attention = ScaledDotProductAttention(mode=mode).goes_with(module)
+    attention.follows_layers = True
+    _follow(attention)
     attention.train(module.training)
     setattr(module, _CHILD, attention)
     return attention
+
+
+def _follow(attention: ScaledDotProductAttention, other: Layer | None = None) -> None:
+    """An attention that was given no recipe of its own is scaled as the first FP8 layer that it goes with; as the other
+    one where none of those is FP8, for its recipe is at least one that somebody chose for this model."""
+    owners = [owner for owner in attention.fp8_owners.found() if isinstance(owner, nn.Module)]
+    layer = next((layer for owner in owners for layer in fp8_layers(owner).values()), other)
+    if layer is None or not attention.follows_layers:
+        return
+    before = attention.fp8_state
+    if layer.recipe != before.recipe:  # otherwise what its scales learned holds
+        attention.fp8_state = AttentionState(layer.recipe, before.slots.device, before.shared_scale, before.p_scale)
+        attention.settle()
+    attention.auto_update = layer.auto_update
+    attention.fp8_state.model = layer.fp8_state.model or before.model
+
+
+def _follow_layers(model: nn.Module) -> None:
+    other = next(iter(fp8_layers(model).values()), None)
+    for attention in attentions(model).values():
+        _follow(attention, other)
 
 
 def _attentions_of_transformers(model: nn.Module) -> list[nn.Module]:
@@ -150,11 +172,13 @@ def _attentions_of_transformers(model: nn.Module) -> list[nn.Module]:
 
 
 def attach_attentions(model: nn.Module) -> None:
-    """Give a state to the attentions of a model whose config asks for this implementation."""
+    """Give a state to the attentions of a model whose config asks for this implementation, and to all that follow the
+    model's layers their recipe."""
     for module in _attentions_of_transformers(model):
         is_asked = module.config._attn_implementation == NAME and getattr(module, _CHILD, None) is None  # type: ignore[union-attr]
         if is_asked and _follows_sdpa(type(module)):  # forward refuses the others
             _attach(module)
+    _follow_layers(model)
 
 
 def check_attention(model: nn.Module, mode: str) -> None:
@@ -188,6 +212,7 @@ def set_attention(model: nn.Module, mode: str) -> None:
     for module in theirs:
         if getattr(module, _CHILD, None) is None:
             _attach(module)
+    _follow_layers(model)
     for attention in _ours(model):
         attention.__dict__.setdefault(_MODE_BEFORE, attention.mode)
         attention.mode = mode

@@ -54,6 +54,10 @@ def convert(
     one of a class that is made of its own. Layers whose names say that they read one tensor (``q_proj``, ``k_proj``,
     ``v_proj``; ``gate_proj``, ``up_proj``) cast it once where they do; see :func:`share_input`.
 
+    FP8 attention of ``fuse``, of transformers' table, of ``fp8.Attention`` and ``fp8.TransformerBlock`` takes recipe
+    and auto_update of the first FP8 layer of its module, or of the model where its module has none. Another recipe
+    forgets its scales; the same one does not. A ``ScaledDotProductAttention`` of your own keeps what it was made with.
+
     recipe: how scales are chosen; ``DelayedScaling()`` by default. A layer that is FP8 already takes the new recipe.
     filter: which layers. By default all that FP8 can take, except the output head and what is too small for FP8 to be
         faster. Or a function of (module, name) that returns True for the layers to convert, or a list of names and
@@ -107,14 +111,14 @@ def convert(
         layer.fp8_state.keep_codes(not recompute)
         layer.fp8_state.model = weakref.ref(model)
         layer.__dict__.pop(NOT_FP8, None)
-    for attention in attentions(model).values():
-        attention.fp8_state.model = weakref.ref(model)
     for name, layer in layers.items():
         if left_out[name] and not isinstance(layer, Layer):
             setattr(layer, NOT_FP8, left_out[name])
     _share_inputs(model)
     feed_blocks(model)
     attach_attentions(model)
+    for attention in attentions(model).values():
+        attention.fp8_state.model = weakref.ref(model)
     return model
 
 

@@ -58,7 +58,10 @@ def fuse(model: nn.Module, *, recompute: bool = False, attention: str | None = N
 
     attention: "auto", "fp8_forward", "fp8" or "16bit": the attention's products run so, as in
         :class:`ScaledDotProductAttention`; of transformers' models (whose ``attn_implementation`` becomes "torch_fp8")
-        and of ``fp8.Attention``. None: as before. Of a model without FP8 layers this is all that is changed.
+        and of ``fp8.Attention``. None: as before. Of a model without FP8 layers this is all that is changed. Attentions
+        have the recipe and auto_update of their FP8 layers, as :func:`convert` says; ``DelayedScaling()`` in a model
+        without any. One without FP8 layers in its module that ``set_attn_implementation`` alone asked for knows of no
+        others until the next ``convert`` or ``fuse``: ``DelayedScaling()`` until then.
 
     Raises ValueError, with the model as it was, where nothing can be fused, no layer is in FP8, no attention could
     run so, or recompute is no bool."""
