@@ -135,13 +135,14 @@ class State(ABC):
             if role.constant and (row[1] != role.constant or row[3] > 0 or any(ring)):
                 saved = "one with a history" if row[3] > 0 or any(ring) else f"{row[1]:g}"
                 return f"{role.name} has the constant scale {role.constant:g}, the saved state {saved}"
-            largest, reached = torch.finfo(role.cast.dtype).max, row[1] * max(ring)
-            if reached > 2 * largest:  # which no recipe of this format makes of a history
-                return f"{role.name} has a format up to {largest:g}, the saved scale is of one up to {reached:g}"
         rows = torch.cat([slots[:, [0, 1, 3]], history], 1)[self.one_scale]
         if any(not torch.equal(row, rows[0]) for row in rows):
             names = ", ".join(role.name for role in self.roles[self.one_scale])
             return f"{names} have one scale, in the saved state several"
+        for role, row, ring in zip(self.roles, slots.tolist(), history.tolist()):
+            largest, reached = torch.finfo(role.cast.dtype).max, row[1] * max(ring)
+            if reached > 2 * largest:  # which no recipe of this format makes of a history
+                return f"{role.name} has a format up to {largest:g}, the saved scale is of one up to {reached:g}"
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
