@@ -79,7 +79,7 @@ def read_journal(path: Path, mend: str = "move it elsewhere to go on without it"
 def record_of(line: bytes) -> Record:
     """ValueError where none was written so: a loss is a finite number or null, else the training that goes on from here
     would be judged by what it never had."""
-    record = json.loads(line, parse_constant=_not_finite)
+    record = json.loads(line, parse_constant=not_finite)
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError(f"it is {str(record)[:40]}")
     for key in ("loss", "val_loss", "grad_norm"):
@@ -89,8 +89,9 @@ def record_of(line: bytes) -> Record:
     return record
 
 
-def _not_finite(word: str) -> None:
-    raise ValueError(f"it has {word}, for which null stands")
+def not_finite(word: str) -> None:
+    """For ``json.loads``, which takes what JSON has not."""
+    raise ValueError(f"what is not finite must be null, got {word}")
 
 
 def _line(record: Record) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
+from examples.gpt.journal import not_finite
 
 from .policies import CLIP
 from .runs import Run, Spec, with_split
@@ -47,7 +48,7 @@ def read_lines(path: Path, kind: type[Line]) -> list[Line]:
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            line = json.loads(text, parse_constant=_not_finite)
+            line = json.loads(text, parse_constant=not_finite)
             lines.append(kind(**{**line, "spec": with_split(line["spec"])}))
             lines[-1].check()
         except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -136,10 +137,6 @@ def check_common(line: Any, studies: Collection[str], needed: Mapping[str, str])
         raise ValueError(
             f"step of a run that is done must be {steps}, its last, where it did not diverge, got {line.step}"
         )
-
-
-def _not_finite(word: str) -> None:
-    raise ValueError(f"what is not finite must be null, got {word}")
 
 
 def merge_lines(
