@@ -1,5 +1,6 @@
 """What is concluded from pairs of runs, of which one has an arm and the other BF16: verdicts, levers, what was lost."""
 
+import itertools
 import math
 
 import pytest
@@ -80,11 +81,11 @@ def test_it_is_said_which_lever_moves_the_loss_and_which_does_not():
              *tuned("power-of-two", [2.01, 3.01, 4.02]), *tuned("amax", [2.0, 3.0, 4.0])]  # fmt: skip
     (said,) = findings(lines, {})
     assert (
-        " The loss against delayed's, with one change to it: lower with fprop16 (forward's product in 16 bits) -0.96 % "
-        "[-1.10, -0.82]; no difference seen with dgrad16 (the input gradient's product in 16 bits) +0.01 % [-0.10, "
+        "\nThe loss against delayed's, with one change to it: lower with fprop16 (forward's product in 16 bits) -0.96 "
+        "% [-1.10, -0.82]; no difference seen with dgrad16 (the input gradient's product in 16 bits) +0.01 % [-0.10, "
         "+0.11], wgrad16 (the weight gradient's product in 16 bits) -0.01 % [-0.11, +0.10]; higher with e4m3 ("
         "gradients in E4M3) +4.04 % [+3.69, +4.40]; lost with history16 (a history of 16 amaxes) +0.00 % [+0.00, "
-        "+0.00], 1 lost. The loss against power-of-two's, with one change to it: lower with amax ("
+        "+0.00], 1 lost.\nThe loss against power-of-two's, with one change to it: lower with amax ("
     ) in said.replace(" in 3 pairs", "")  # which is said, since recent has one
     assert "against current's" not in said  # which was not run
     (said,) = findings([*lines, *tuned("current", [2.02, 3.04, 4.06])], {})
@@ -243,7 +244,7 @@ def test_means_differ_by_more_than_the_scatter(groups, differ):
 def test_no_arm_is_called_apart_that_is_not_decided():
     bf16 = tuned("bf16", [2.0, 2.0, 2.0])
     said = "".join(findings([*bf16, *tuned("current", [2.0, 2.0, 2.03]), *tuned("amax", [2.1] * 3)], {}))
-    assert "more than 0.25 % above BF16: amax. " in said and "no arm in FP8" not in said
+    assert "more than 0.25 % above BF16: amax.\n" in said and "no arm in FP8" not in said
     assert "nothing is decided yet" in "".join(findings([*bf16, *tuned("current", [2.0, 2.0, 2.03])], {}))
     assert "no arm in FP8 ends at most 0.25 % above it" in "".join(findings([*bf16, *tuned("current", [2.1] * 3)], {}))
     assert "one pair each shows nothing" in "".join(findings([*bf16[:1], *tuned("current", [2.0])], {}))
@@ -265,12 +266,12 @@ def test_an_arm_that_was_lost_in_all_seeds_is_called_lost():
     fp16 = [line("finetune", arm="fp16", seed=s, result={"loss": None, "accuracy": 0.0}) for s in range(3)]
     made = [*tuned("bf16", whole), *tuned("amax", whole), *fp16]
     (said,) = findings(made, {})
-    assert "at most 0.25 % above BF16: amax. " in said and "fp16 lost in all 3." in said
+    assert "at most 0.25 % above BF16: amax.\n" in said and "fp16 lost in all 3." in said
     claim = claims(made, sizes_of(made))[1]
     assert claim.run == "fine-tuning of gpt-31M" and claim.verdict == "cannot be claimed"
     assert claim.found == "gpt-31M: FP16 was lost or diverged in 3, and no pair counts"
     (said,) = findings([*tuned("bf16", whole), *fp16], {})
-    assert said == "Fine-tuning gpt-31M: no arm in FP8 has a pair. The loss against BF16's: fp16 lost in all 3."
+    assert said == "Fine-tuning gpt-31M: no arm in FP8 has a pair.\nThe loss against BF16's: fp16 lost in all 3."
     claim = claims([*tuned("bf16", whole), *tuned("amax", lost)], {})[1]
     assert claim.found == "gpt-31M: AMAX was lost or diverged in 3, and no pair counts"
 
@@ -368,7 +369,8 @@ def test_parity_is_judged_by_the_margin(apart, word):
     said = {"yes": "at most 0.25 % above BF16: delayed", "no": "more than 0.25 % above BF16: delayed",
             "open": "nothing is decided yet"}  # fmt: skip
     if len(apart) > 1:
-        assert f"Training gpt-31M from scratch, 3 pairs: {said[word]}. The loss against BF16's: delayed +0." in text
+        words = f"{said[word]}.\n  * The loss against BF16's: delayed +0."
+        assert f"Training gpt-31M from scratch, 3 pairs: {words}" in text
 
 
 def test_gaps_are_of_the_seeds_that_both_arms_have():
@@ -450,13 +452,23 @@ def test_readme_says_what_the_longest_trainings_came_to():
 def test_readme_says_what_trainings_came_to():
     readme, lines = readme_and_lines()
     finetune = done(lines, "finetune")
-    found = {arm: pairs(finetune, arm, "bf16", "loss") for arm in ("current", "amax")}
-    (one, another), amax = ([f"{interval(of).mean:.2f}" for of in models.values()] for models in found.values())
+
+    def above(key):
+        arms = "current", "amax", "delayed"
+        return [[f"{interval(of).mean:.2f}" for of in pairs(finetune, arm, "bf16", key).values()] for arm in arms]
+
+    (one, another), amax, (delayed,) = above("loss")
     said = f"ends {one} % above BF16's loss on the first text and {another} % on the other with current scaling, "
-    assert f"{said}{' and '.join(amax)} % with FP8-AMAX" in readme
-    own = " and ".join(f"{interval(of).mean:.2f}" for of in pairs(finetune, "current", "bf16", "loss_fp8").values())
-    assert f"in the FP8 of the training the first two are {own} % above" in readme
-    assert "delayed scaling was not fine-tuned" in readme and "delayed" not in arms_of(finetune)
+    assert f"{said}{' and '.join(amax)} % with FP8-AMAX, {delayed} % on the other with delayed scaling" in readme
+    *most, last = itertools.chain(*above("loss_fp8"))
+    assert f"in the FP8 of the training they are {', '.join(most)} and {last} % above" in readme
+    apart = {arm: interval(against(finetune, arm, "delayed")) for arm in LEVERS if LEVERS[arm][0] == "delayed"}
+    fprop16, e4m3 = against(finetune, "fprop16"), apart.pop("e4m3")
+    assert f"with them in 16 bits delayed scaling ends {interval(fprop16).mean:.2f} % above BF16" in readme
+    assert no_worse(fprop16) == "yes" and apart.pop("fprop16").high < 0
+    assert f"Gradients in E4M3 take {-e4m3.mean:.2f} % off" in readme and e4m3.high < 0
+    assert "change nothing that three seeds show" in readme and {of.count for of in apart.values()} == {3}
+    assert all(of.low < 0 < of.high for of in apart.values())
     short = {model: trained_on(lines, model, "50M") for model in ("gpt-124M", "llama-127M")}
     parity = [against(of, "delayed") for of in short.values()]
     gpt, llama = map(interval, parity)

@@ -29,7 +29,7 @@ FEWEST = 3  # pairs that a model must have to be put together with others
 
 
 def findings(lines: Sequence[Line], sizes: Mapping[str, float]) -> list[str]:
-    """A sentence or more each, the ones that there are data for."""
+    """A sentence or more each, the ones that there are data for; what is held to what begins a line of its own."""
     ratios = telling_ratios(lines, sizes)
     found = [_amax_keeps(ratios), _constants_keep(ratios), _no_ratio(lines)]
     found += [*_fine_tuned(lines), *_trained(lines), *_together(lines)]
@@ -94,7 +94,7 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
             verdict = f"no arm in FP8 ends at most {MARGIN} % above it"
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
-        losses = f" The loss against BF16's: {words}." if words else ""
+        losses = f"\nThe loss against BF16's: {words}." if words else ""
         found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine, apart)}")
     return found
 
@@ -122,9 +122,9 @@ def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequen
         ]
         bad = unsound_words(lines, base)
         if parts:
-            said.append(f" The loss against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
+            said.append(f"\nThe loss against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
         elif bad and any(arm in LEVERS and LEVERS[arm][0] == base for arm in arms_of(lines)):
-            said.append(f" Of changes to {base} nothing can be said{bad}.")
+            said.append(f"\nOf changes to {base} nothing can be said{bad}.")
     return "".join(said)
 
 
@@ -178,7 +178,7 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         fp8 = {arm: values for arm, values in apart.items() if arm != "bf16-again"}
         verdict, words = _decided(fp8), _each(fp8, mine)
         found.append(
-            f"Training {model} from scratch, {_counts(fp8)}: {verdict}{noise}. The loss against BF16's: {words}."
+            f"Training {model} from scratch, {_counts(fp8)}: {verdict}{noise}.\nThe loss against BF16's: {words}."
             f"{_levers(model, mine, fp8)}"
             if words
             else f"Training {model} from scratch in BF16 alone{noise}."

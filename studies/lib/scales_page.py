@@ -72,7 +72,8 @@ def page(
 
 def _found(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
     said = findings(lines, sizes)
-    return "## What came out\n\n" + "\n".join(f"* {sentence}" for sentence in said) if said else ""
+    points = [f"* {finding}".replace("\n", "\n  * ") for finding in said]  # what is held to what, a point of its own
+    return "## What came out\n\n" + "\n".join(points) if said else ""
 
 
 def _windows(lines: Sequence[Line], sizes: Mapping[str, float]) -> str:
