@@ -33,7 +33,7 @@ test: $(VENV)/ready
 	$(INSTALL)
 	# A process a core: the threads that torch starts in each would wait for one another.
 	OMP_NUM_THREADS=1 tools/on_this_cpu.sh pytest -n auto --dist worksteal
-	tools/on_this_cpu.sh ctest --test-dir build --output-on-failure
+	OMP_NUM_THREADS=1 tools/on_this_cpu.sh ctest --test-dir build --output-on-failure --parallel $$(nproc)
 
 build: $(VENV)/ready
 	$(INSTALL)
