@@ -65,8 +65,9 @@ def leaves(losses: Sequence[Loss], reference: Sequence[Loss]) -> int | None:
             return None  # there is nothing left to leave
         if loss is None:
             return i + 1 - above
-        noise = step_noise(reference[max(0, i - WINDOW) : i])
-        above = above + 1 if i >= FIRST and loss - other > SIGMAS * noise else 0
+        higher = i >= FIRST and loss > other  # else the noise, which takes a sort, need not be known
+        higher = higher and loss - other > SIGMAS * step_noise(reference[max(0, i - WINDOW) : i])
+        above = above + 1 if higher else 0
         if above == PATIENCE:
             return i + 2 - PATIENCE
     return None

@@ -14,7 +14,7 @@ from .fog_claims import PARITY, SPEEDS, claims, interval_words, needed_words, pa
 from .fog_findings import findings, told_of_old
 from .fog_judged import EARLY, count_left
 from .fog_kurtosis import in_bf16, last_kurtosis, loss_of
-from .fog_results import FEWEST, IN_A_ROW, KINDS, LAST, Line, Outcome, alarm, differences, outcomes
+from .fog_results import FEWEST, IN_A_ROW, KINDS, LAST, Line, Outcome, differences, outcomes
 from .fog_results import SIGMAS as ALARM_SIGMAS
 from .fog_seen import leaving, seen, watch_words
 from .fog_words import (
@@ -190,7 +190,7 @@ def _every_run(found: Sequence[Outcome]) -> str:
 
 
 def _bf16(line: Line) -> str:
-    first = alarm(line)
+    first = line.alarm
     said = [f"not sound from step {line.unsound} on" if line.unsound else f"sound to step {line.so_far}"]
     return ", ".join(said + ([f"alarm at {first.step}"] if first else []))
 

@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,10 +136,15 @@ class Line:
         """Runs of one setting are of one size, and saw as much text: size, steps, tokens of a step."""
         return self.spec["size"], self.spec["steps"], self.spec["batch"] * self.spec["context"]
 
-    @property
+    @cached_property  # pages ask it of each run many times
     def diverged(self) -> int:
         """The step at which it diverged by itself, as far as it is; or 0."""
         return Divergence(self.losses).at
+
+    @cached_property
+    def alarm(self) -> Alarm | None:
+        """Of the kurtosis of q, k and v."""
+        return alarm(self)
 
     @property
     def unsound(self) -> int:
@@ -366,7 +372,7 @@ def outcomes(lines: Iterable[Line], study: str) -> list[Outcome]:
         if line.arm != "bf16" and reference is not None:
             left, seen = leaves(line.losses, reference.losses), min(len(line.losses), len(reference.losses))
             further = _further(line, reference)
-            found.append(Outcome(line, reference, seen, left, alarm(line), further, steady[line.pair]))
+            found.append(Outcome(line, reference, seen, left, line.alarm, further, steady[line.pair]))
     return found
 
 
