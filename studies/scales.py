@@ -35,7 +35,7 @@ import torch
 from lib.arms import ARMS, DEFAULT_ARMS, arm, inner_layers, make_model, words
 from lib.biases import Biases
 from lib.bounds import check_bounds
-from lib.checkpoints import Checkpoint
+from lib.checkpoints import DITHER, Checkpoint
 from lib.corpus import make_tokens, read_corpus, save_corpus, text_of
 from lib.costs import costs_table
 from lib.inference import check_constant, check_sweep, infer, policies, sweep
@@ -144,8 +144,9 @@ def finetune_specs(args: argparse.Namespace, corpus: Corpus) -> dict[str, Spec]:
     for seed in range(args.seeds):
         for name in args.arms:
             spec = training_spec(args, corpus, checkpoint.name, seed, args.lr) | arm(name)
-            more = {"study": "finetune", "mode": "train", "checkpoint": checkpoint.digest, "arm": name}
-            specs[_folder(checkpoint.name, name, seed)] = more | {"record": 0 if seed else args.record} | spec
+            more = {"study": "finetune", "mode": "train", "checkpoint": checkpoint.digest, "dither": DITHER}
+            more |= {"arm": name, "record": 0 if seed else args.record}
+            specs[_folder(checkpoint.name, name, seed)] = more | spec
     return specs
 
 
@@ -209,6 +210,8 @@ def perform(
 def report(runs: Sequence[Path], data: Path, to: Path) -> None:
     """Add what these folders of runs have to ``data``/runs.jsonl, draw its pictures beside it and write the page."""
     texts = read_texts(data / "texts.json")
+    if to.is_dir():
+        raise UserError(f"--page must be a file, {to} is a folder")
     new = []
     for folder in runs:
         found = [run for run in all_runs(folder) if run.spec.get("study") in SPECS and "model" in run.spec]

@@ -18,7 +18,7 @@ SPEC = {"steps": 10, "batch": 4, "context": 32, "data": "abc", "seed": 0, "sweep
 def line(study="window", model="gpt-31M", arm="bf16", seed=0, result=None, **more):
     spec = {**SPEC, "study": study, "model": model, "arm": arm, "seed": seed}
     if study == "finetune":
-        spec["mode"] = "train"
+        spec |= {"mode": "train", "dither": 2**-9}
     result = result if result is None else {"gpu": "CPU", "diverged": 0, **result}
     return Line(f"{model}_{arm}_{seed}", spec, more.pop("step", 10), result, more.pop("losses", []), [], **more)
 

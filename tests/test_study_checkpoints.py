@@ -14,7 +14,7 @@ from studying import PLAN, command, run, scales
 from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus, fingerprint
 from studies.lib.arms import arm, make_model
-from studies.lib.checkpoints import Checkpoint
+from studies.lib.checkpoints import DITHER, Checkpoint, dither_
 from studies.lib.corpus import read_corpus, save_corpus
 from studies.lib.runs import all_runs, claim
 from studies.lib.training import Plan, validate
@@ -78,6 +78,7 @@ def test_fine_tuning_begins_from_the_checkpoint(tmp_path, tokens, checkpoint):
     study = ["finetune", "--checkpoint", checkpoint, *options, "--seeds", "1", "--steps", "3", "--arms"]
     made = run(*study, "bf16", "amax", "--record", "2", tokens=tokens, out=tmp_path / "runs")
     assert made.returncode == 0 and "all 2 runs are done" in made.stdout, made.stderr
+    assert all(one.spec["dither"] == DITHER for one in all_runs(tmp_path / "runs"))
     results = {one.name: one.result() for one in all_runs(tmp_path / "runs")}
     # With a learning rate that changes nothing, both arms have the checkpoint's loss.
     model = Checkpoint(checkpoint).model(torch.float32, torch.device("cpu"))
@@ -94,6 +95,31 @@ def test_fine_tuning_begins_from_the_checkpoint(tmp_path, tokens, checkpoint):
     model.save_pretrained(other)
     refused = run("finetune", "--checkpoint", other, *study[3:], "bf16", tokens=tokens, out=tmp_path / "runs")
     assert refused.returncode == 2 and "differs in checkpoint" in refused.stderr
+
+
+def test_weights_are_moved_off_ties(checkpoint, corpus):
+    """Of numbers of BF16 one in 16 is exactly between two of E4M3, where a change that is as good as none decides."""
+
+    def tipped(weight):
+        either = [(256 * weight * (1 + by)).to(torch.float8_e4m3fn).view(torch.uint8) for by in (-2e-7, 2e-7)]
+        return either[0].ne(either[1]).float().mean()
+
+    def moved(seed, most=DITHER):
+        layer = torch.nn.Linear(512, 256)
+        layer.weight.data.copy_(weight)
+        dither_(layer, most, seed)
+        return layer.weight.detach()
+
+    weight = torch.empty(256, 512).uniform_(-0.1, 0.1).bfloat16().float()
+    assert tipped(weight) > 0.03 and tipped(moved(0)) < 0.001
+    assert torch.equal(moved(0).bfloat16().float(), weight)  # the same model in 16 bits
+    assert torch.equal(moved(0), moved(0)) and not torch.equal(moved(0), moved(1)) and tipped(moved(0, 0.0)) > 0.03
+
+    of_file = Checkpoint(checkpoint).model(torch.float32, torch.device("cpu")).lm_head.weight
+    as_is, off = (make_model(PLAN | more, corpus, torch.device("cpu"), Checkpoint(checkpoint)).lm_head.weight
+                  for more in ({}, {"dither": DITHER}))  # fmt: skip
+    apart = (off / of_file - 1).abs().max()
+    assert torch.equal(as_is, of_file) and DITHER / 2 < apart <= DITHER * 1.001
 
 
 def test_layers_of_gpt_2_are_emulated_and_on_record_as_they_are_in_fp8(tmp_path, corpus):

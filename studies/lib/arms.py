@@ -15,7 +15,7 @@ from examples.gpt.errors import UserError
 from examples.gpt.tokens import Corpus
 from models.names import named
 
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, dither_
 from .emulation import Emulated, Emulation, by_amax, by_constant, by_histogram, emulate
 from .runs import Spec
 
@@ -146,6 +146,8 @@ def make_model(
         rows = model.get_input_embeddings().num_embeddings
         if corpus.vocab > rows:
             raise checkpoint.other_tokens(corpus.vocab, rows)
+        if "dither" in spec:
+            dither_(model, spec["dither"], spec["seed"])
     else:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

@@ -19,6 +19,21 @@ _WHOLE = "bring its files back whole"
 _VOCABULARIES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")  # of tokenizers; each has one of these
 
 
+DITHER = 2.0**-9  # of a weight: at most half of what lies between two numbers of BF16
+
+
+def dither_(model: nn.Module, most: float, seed: int) -> None:
+    """Moves each weight by a random share of itself, at most ``most``: the same of a seed, on any device. Weights of a
+    checkpoint are numbers of BF16 or of fewer bits, and many lie exactly between two numbers of a format that they are
+    cast to. The first step would tip all of these its way, however small it is, and by far more than its learning rate
+    says; by how much the loss gains by that, and in which formats, would look like a difference of recipes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            share = torch.rand(weight.shape, generator=generator, dtype=torch.float32)
+            weight.mul_((1 + most * (2 * share - 1)).to(weight.device))
+
+
 class Checkpoint:
     """UserError where ``path`` is none. ``name`` is what its runs are called by, ``digest`` is of its weights
     and what is done with them."""

@@ -53,7 +53,8 @@ def read_lines(path: Path, kind: type[Line]) -> list[Line]:
             lines[-1].check()
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(
-                f"{path} must hold a run a line, but line {number} does not: {error}; write it anew from the runs"
+                f"{path} must hold a run a line, but line {number} does not: {error}; give the runs.jsonl of this "
+                "study, or write it anew from the runs"
             ) from error
     return lines
 

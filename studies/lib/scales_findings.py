@@ -25,6 +25,12 @@ from .scales_results import (
 from .scales_sweeps import Ratios, best_constant, constants, telling_ratios, window
 from .scales_words import MARGIN, finite, gpu_words, models_of, no_worse, percent, unsound_words
 
+_ON_TIES = (
+    "\nNone of these differences is known to be FP8's: the runs began with the checkpoint's weights as they are, of "
+    "which many may lie exactly between two numbers of BF16, or of E4M3 with powers of two as scales. The first "
+    "step tips all of these its way, however small it is, and the loss gains by that in some formats and not in "
+    "others. `scales.py finetune` moves weights off such ties since."
+)
 FEWEST = 3  # pairs that a model must have to be put together with others
 
 
@@ -95,7 +101,9 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
         losses = f"\nThe loss against BF16's: {words}." if words else ""
-        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine, apart)}")
+        ties = _ON_TIES if apart and any("dither" not in line.spec for line in mine) else ""
+        levers = _levers(model, mine, apart)
+        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{levers}{ties}")
     return found
 
 
@@ -122,7 +130,7 @@ def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequen
         ]
         bad = unsound_words(lines, base)
         if parts:
-            said.append(f"\nThe loss against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
+            said.append(f"\nThe loss in BF16 against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
         elif bad and any(arm in LEVERS and LEVERS[arm][0] == base for arm in arms_of(lines)):
             said.append(f"\nOf changes to {base} nothing can be said{bad}.")
     return "".join(said)

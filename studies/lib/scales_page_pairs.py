@@ -21,11 +21,14 @@ ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and 
 the recipe of their training, but weights by their own amax in any case, and held against BF16 in BF16. The margin of
 {MARGIN} % of the loss in BF16 was fixed before the runs: *yes* where the whole interval is below it, however far, *no*
 where it is above or a run was lost, else *open*. A recipe is held in the same way to the one that it is with one
-change: the loss is *lower* or *higher* where the whole interval is, and else there is *no difference seen*; one that
-the pairs on one kind of GPU do not show by themselves is *not told from a change of GPU*. The largest gap is that of
-the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth. A run
+change: the loss in BF16 is *lower* or *higher* where the whole interval is, and else there is *no difference seen*; one
+that the pairs on one kind of GPU do not show by themselves is *not told from a change of GPU*. The largest gap is that
+of the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth. A run
 diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
 {PATIENCE} steps."""
+
+_MEASURES = ("loss", "loss_fp8", "accuracy", "accuracy_fp8")
+_BY_CHANCE = "Where nothing differs one in twenty such intervals leaves 0 out all the same."
 
 
 def pairs_section(lines: Sequence[Line], study: str, title: str, about: str) -> str:
@@ -47,7 +50,8 @@ def pairs_section(lines: Sequence[Line], study: str, title: str, about: str) -> 
     ]
     notes += [_TOGETHER if pooled(lines) else "", _added(finished), _not_planned(finished)] if study == "parity" else []
     notes.append(_arms_left(study, models, finished))
-    return "\n\n".join([f"## {title}", about, markdown(head, rows), "\n".join(filter(None, notes))]).rstrip()
+    tables = [markdown(head, rows), *_levers_table(models, finished)]
+    return "\n\n".join([f"## {title}", about, *tables, "\n".join(filter(None, notes))]).rstrip()
 
 
 _TOGETHER = f"""* Models together: all pairs of an arm as one sample, of the models that have {FEWEST} or more of them
@@ -59,9 +63,7 @@ _TOGETHER = f"""* Models together: all pairs of an arm as one sample, of the mod
 
 
 def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
-    apart = {
-        key: pairs(lines, arm, "bf16", key).get(model, []) for key in ("loss", "loss_fp8", "accuracy", "accuracy_fp8")
-    }
+    apart = {key: pairs(lines, arm, "bf16", key).get(model, []) for key in _MEASURES}
     diverged = sum(bool(line.result["diverged"]) for line in lines if line.spec["arm"] == arm)
     gap = max((apart for _, apart in gaps(lines, arm)), key=abs, default=None)
     return [
@@ -73,6 +75,19 @@ def _pair_row(model: str, arm: str, lines: Sequence[Line]) -> list[str]:
         str(diverged),
         no_worse(apart["loss"]),
     ]
+
+
+def _levers_table(models: Sequence[str], lines: Sequence[Line]) -> list[str]:
+    rows = []
+    for model in models:
+        mine = [line for line in lines if line.model == model]
+        for arm, (base, change) in LEVERS.items():
+            apart = [pairs(mine, arm, base, key).get(model, []) for key in _MEASURES]
+            if len(apart[0]) > 1:
+                rows.append([model, f"{base}, {change}", str(len(apart[0])), *map(percent, apart)])
+    head = ["model", "a recipe, and one change to it", "pairs", "loss in BF16 [95 %]", "loss in their own FP8"]
+    head += ["accuracy in BF16", "accuracy in their own FP8"]
+    return [f"By how much each change moves what comes out. {_BY_CHANCE}", markdown(head, rows)] if rows else []
 
 
 def _gain(model: str, lines: Sequence[Line]) -> str:

@@ -65,6 +65,7 @@ def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
                 else:
                     axes.set_axis_off()
             for axes, arms in zip(row, shown):  # when the row's scale is known
+                axes.set_xlabel("steps")
                 _names(axes, {arm: of[arm][-1][1] for arm in arms}, looks, 0.15 / height)
             counts = [len(pairs(settings[study, model], arm, "bf16", "loss").get(model, [])) for arm in of]
             many = " to ".join(dict.fromkeys(str(of(filter(None, counts))) for of in (min, max)))

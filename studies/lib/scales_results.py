@@ -283,16 +283,18 @@ def done(lines: Iterable[Line], *studies: str) -> list[Line]:
 def pairs(lines: Iterable[Line], arm: str, against: str, key: str, *, one_gpu: bool = False) -> dict[str, list[float]]:
     """{model: relative differences of ``result[key]``, one for each two runs that differ in their arm alone, in per
     cent}. That of a run that was lost is infinite; where the other was, or diverged, there is none. What an arm has in
-    its own FP8, ``loss_fp8``, is held against ``loss``. one_gpu: without pairs on two kinds of GPU."""
+    its own FP8, ``loss_fp8``, is held to that of the other, or where that has none to ``loss``. one_gpu: without pairs
+    on two kinds of GPU."""
     alike: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in lines:
         if line.result is not None:
             alike.setdefault((line.model, line.pair), {})[line.spec["arm"]] = line.result
     found: dict[str, list[float]] = {}
     for (model, _), arms in sorted(alike.items(), key=lambda item: item[0]):
-        theirs = arms.get(against, {}).get(key.removesuffix("_fp8"))
-        apart = one_gpu and arms.get(arm, {}).get("gpu") != arms.get(against, {}).get("gpu")
-        if theirs and is_sound(arms[against]) and key in arms.get(arm, {}) and not apart:
+        other = arms.get(against, {})
+        theirs = other.get(key, other.get(key.removesuffix("_fp8")))
+        apart = one_gpu and arms.get(arm, {}).get("gpu") != other.get("gpu")
+        if theirs and is_sound(other) and key in arms.get(arm, {}) and not apart:
             lost = arms[arm][key] is None or arms[arm]["loss"] is None
             found.setdefault(model, []).append(float("inf") if lost else 100 * (arms[arm][key] / theirs - 1))
     return found
