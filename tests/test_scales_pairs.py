@@ -224,14 +224,6 @@ def test_means_differ_by_more_than_the_scatter(groups, differ):
     assert means_differ(groups) == differ
 
 
-def test_a_fine_tuning_from_weights_on_ties_is_told():
-    made = [*tuned("bf16", [2.0, 3.0]), *tuned("current", [2.0, 3.01])]
-    assert "known to be FP8's" not in findings(made, {})[0]
-    for one in made:
-        del one.spec["dither"]
-    assert "\nNone of these differences is known to be FP8's: the runs began " in findings(made, {})[0]
-
-
 def test_each_change_of_a_recipe_has_a_row_with_all_measures():
     """In its own FP8 a recipe is held to the other in its own."""
     made = []

@@ -305,12 +305,12 @@ def test_what_is_missing_on_a_text_that_cannot_be_made_again_is_closed():
     assert "Still missing" in page(lines[1:], [], sizes_of(lines), "data")  # a text that nothing is known of
 
 
-@pytest.mark.parametrize("mode", [None, "eval"])
-def test_a_fine_tuning_in_eval_is_no_run_of_its_arm(mode):
+@pytest.mark.parametrize("left_out", ["mode", "dither"])
+def test_a_fine_tuning_in_eval_or_from_ties_is_no_run_of_its_arm(left_out):
     (one,) = tuned("amax", [1.0], validated=512)
     one.check()
-    one.spec["mode"] = mode
-    with pytest.raises(ValueError, match=r"fine-tuned in eval\(\), without delayed scaling or emulation"):
+    del one.spec[left_out]
+    with pytest.raises(ValueError, match=r"fine-tuned in eval\(\), or from weights on rounding ties; run it anew"):
         one.check()
 
 

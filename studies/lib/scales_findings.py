@@ -25,12 +25,6 @@ from .scales_results import (
 from .scales_sweeps import Ratios, best_constant, constants, telling_ratios, window
 from .scales_words import MARGIN, finite, gpu_words, models_of, no_worse, percent, unsound_words
 
-_ON_TIES = (
-    "\nNone of these differences is known to be FP8's: the runs began with the checkpoint's weights as they are, of "
-    "which many may lie exactly between two numbers of BF16, or of E4M3 with powers of two as scales. The first "
-    "step tips all of these its way, however small it is, and the loss gains by that in some formats and not in "
-    "others. `scales.py finetune` moves weights off such ties since."
-)
 FEWEST = 3  # pairs that a model must have to be put together with others
 
 
@@ -101,9 +95,7 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
         losses = f"\nThe loss against BF16's: {words}." if words else ""
-        ties = _ON_TIES if apart and any("dither" not in line.spec for line in mine) else ""
-        levers = _levers(model, mine, apart)
-        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{levers}{ties}")
+        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine, apart)}")
     return found
 
 

@@ -11,7 +11,7 @@ from torch_fp8.table import markdown
 from .costs import costs_table
 from .scales_claims import claims
 from .scales_findings import findings
-from .scales_page_pairs import ABOUT_PAIRS, pairs_section
+from .scales_page_pairs import ABOUT_PAIRS, ABOUT_TUNED, pairs_section
 from .scales_results import CRITERION, Line, arms_of, done, in_short, pairs, plain_name, trained_tokens, wanted
 from .scales_sweeps import baselines, best_constant, by_size, constants, inference_ratios, lacking_policies, window
 from .scales_words import TOO_FEW, window_of
@@ -55,7 +55,7 @@ def page(
         _found(lines, sizes),
         f"## Claims\n\n{_WORDS}\n\n"
         + markdown(["claim of the paper", "what was run", "what came out", "verdict"], claims(lines, sizes)),
-        pairs_section(lines, "finetune", "Fine-tuning", ABOUT_PAIRS),
+        pairs_section(lines, "finetune", "Fine-tuning", f"{ABOUT_PAIRS}\n\n{ABOUT_TUNED}"),
         pairs_section(lines, "parity", "Training with paired seeds", again if done(lines, "finetune") else ABOUT_PAIRS),
         _windows(lines, sizes),
         _policies(lines, sizes),

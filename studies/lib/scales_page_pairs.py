@@ -27,6 +27,11 @@ of the training loss between the arms' means, over stretches of a fiftieth of th
 diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
 {PATIENCE} steps."""
 
+ABOUT_TUNED = """Each weight of the checkpoint is moved before the first step by a random share of itself, at most 2^-9,
+of the seed and the same in all arms. Weights of a checkpoint often lie exactly between two numbers of BF16 or FP8: the
+first step would tip all of these its way, however small it is, and what the loss gains by that in some formats would
+look like a difference of recipes."""
+
 _MEASURES = ("loss", "loss_fp8", "accuracy", "accuracy_fp8")
 _BY_CHANCE = "Where nothing differs one in twenty such intervals leaves 0 out all the same."
 

@@ -69,8 +69,8 @@ class Line:
             raise ValueError("the spec has no checkpoint; null stands for random weights")
         if self.study == "finetune":
             check_entries("the spec", self.spec, {"validated": POSITIVE})
-            if self.spec.get("mode") != "train":
-                raise ValueError("it was fine-tuned in eval(), without delayed scaling or emulation; run it anew")
+            if self.spec.get("mode") != "train" or "dither" not in self.spec:
+                raise ValueError("it was fine-tuned in eval(), or from weights on rounding ties; run it anew")
         if self.spec.get("checkpoint") is not None:
             check_type("checkpoint of the spec", self.spec["checkpoint"], TEXT)
         if self.spec.get("sweep") is not None:
