@@ -7,6 +7,7 @@ from studies.lib.scales_claims import claims
 from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import on_two_gpus, pairs
+from studies.lib.scales_words import BY_CHANCE
 
 
 def on_another(lines, *seeds):
@@ -33,7 +34,8 @@ def test_a_lever_has_the_difference_that_pairs_on_one_gpu_show_by_themselves(see
     lines = [*tuned("bf16", BF16), *tuned("delayed", DELAYED), *on_another(tuned("dgrad16", LESS), *seeds)]
     (said,) = findings(lines, {})
     assert f"with one change to it: {word} dgrad16 (the input gradient's product in 16 bits) -0.50 % [" in said
-    assert said.endswith(f"]{mark}.") and f"dgrad16 +0.50 % [+0.44, +0.56]{mark}" in said
+    assert said.endswith(f"]{mark}." + f" {BY_CHANCE}" * (word == "lower with"))
+    assert f"dgrad16 +0.50 % [+0.44, +0.56]{mark}" in said
     assert ("two kinds" in page(lines, [], {}, "data")) == bool(mark)
 
 

@@ -11,6 +11,7 @@ from studies.lib.scales_claims import claims
 from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import gaps, pairs, sizes_of, told_apart
+from studies.lib.scales_words import needed_pairs, percent
 
 
 def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
@@ -408,3 +409,28 @@ def test_gaps_are_not_to_a_bf16_that_diverged(unsound):
     assert gaps(lines, "amax") == []
     lines += [on_its_way("bf16", 1, steps, {"loss": 2.0}), on_its_way("amax", 1, steps)]
     assert {apart for _, apart in gaps(lines, "amax")} == {0.0}
+
+
+def test_a_verdict_that_hangs_on_single_pairs_is_said_to():
+    """Without one of the lower four the interval goes up to +0.257, without the highest it is a point."""
+    made = trained("gpt-31M", [0.1, 0.1, 0.1, 0.1, 0.25])
+    assert needed_pairs(pairs(made, "current", "bf16", "loss")["gpt-31M"]) == 4
+    (said,) = findings(made, {})
+    assert "current +0.13 % [+0.05, +0.21], open without any one of 4 of its 5 pairs" in said
+    firm = trained("gpt-31M", [0.1, 0.11, 0.1, 0.11, 0.1])
+    assert "open without" not in findings(firm, {})[0] and needed_pairs([0.3, 0.3]) == needed_pairs([]) == 0
+
+
+def test_an_interval_has_the_digits_that_tell_its_end_from_the_margin_and_from_nothing():
+    assert percent([0.2461 - 0.01, 0.2461 + 0.01]) == "+0.25 % [+0.12, +0.37]"  # a mean decides nothing
+    assert percent([0.2461, 0.2461]) == "+0.25 % [+0.2461, +0.2461]"
+    assert percent([-0.0004, -0.0004]) == "-0.00 % [-0.0004, -0.0004]"
+    assert percent([0.0, 0.0]) == "+0.00 % [+0.00, +0.00]"
+
+
+def test_losses_in_the_fp8_of_the_training_are_said_beside_those_in_bf16():
+    made = [*tuned("bf16", [2.0, 2.0]), *tuned("current", [2.002, 2.002])]
+    assert "In the FP8" not in findings(made, {})[0]
+    for one in made[2:]:
+        one.result["loss_fp8"] = 2.02
+    assert "\nIn the FP8 of their training: current +1.00 % [+1.00, +1.00]." in findings(made, {})[0]

@@ -6,7 +6,7 @@ from studies.lib.arms import LEVERS
 from studies.lib.intervals import interval
 from studies.lib.lines import read_lines
 from studies.lib.scales_results import Line, arms_of, done, in_short, pairs, plain_name, told_apart, trained_tokens
-from studies.lib.scales_words import no_worse
+from studies.lib.scales_words import MARGIN, needed_pairs, no_worse
 from studies.lib.texts import read_texts
 
 DATA = ROOT / "studies" / "results" / "scales"
@@ -41,12 +41,16 @@ def test_readme_says_what_the_longest_trainings_came_to():
     delayed, amax, current, e4m3 = map(interval, losses.values())
     own, other = (interval(against(longest, arm, key="loss_fp8")) for arm in ("delayed", "amax"))
     assert f"{own.mean:.2f}" == f"{other.mean:.2f}"
-    apart = interval(against(longest, "current", "delayed"))
+    apart, again = interval(against(longest, "current", "delayed")), interval(against(longest, "bf16-again"))
+    (needed,) = {needed_pairs(losses[arm]) for arm in ("delayed", "amax")}
+    assert no_worse(against(longest, "bf16-again")) == "open"
     for said in (
         f"gpt-124M ends {-delayed.mean:.2f} % below BF16 with delayed scaling (95 % interval −{-delayed.low:.2f} to "
         f"+{delayed.high:.3f} %, {delayed.count} pairs of runs), and {-amax.mean:.2f} % below with FP8-AMAX "
-        f"{ends(amax)}), both within the 0.25 % that were fixed beforehand, delayed by a hair; in their own FP8 both "
-        f"end {own.mean:.2f} % above {ends(own)}, {ends(other)[1:]})",
+        f"{ends(amax)}), both within the 0.25 %, but by a hair, and against the same runs in BF16: without "
+        f"any one of {needed} of their {amax.count} pairs either would be open, as BF16 run again is "
+        f"{ends(again)}, {again.count} pairs). In their own FP8 both end {own.mean:.2f} % above "
+        f"{ends(own)}, {ends(other)[1:]})",
         f"current scaling it ends {current.mean:.2f} % above {ends(current)}), with gradients in E4M3 "
         f"{e4m3.mean:.2f} % {ends(e4m3)}), too few pairs to say so of either; current ends {apart.mean:.2f} % "
         f"above delayed (+{apart.low:.2f} to +{apart.high:.2f} %)",
@@ -62,20 +66,24 @@ def test_readme_says_what_fine_tuning_came_to():
     finetune = done(lines, "finetune")
     arms = "delayed", "current", "amax", "fprop16"
     delayed, current, amax, fprop16 = (interval(against(finetune, arm)) for arm in arms)
-    changes = [arm for arm, (base, _) in LEVERS.items() if base == "delayed" and arm not in arms]
-    most = max(abs(interval(against(finetune, arm, "delayed")).mean) for arm in changes)
+    changes = [arm for arm, (base, _) in LEVERS.items() if base == "delayed" and arm != "fprop16"]
+    found = {arm: interval(against(finetune, arm, "delayed")) for arm in changes}
+    name, most = max(found.items(), key=lambda one: abs(one[1].mean))
     *own, last = (f"{interval(against(finetune, arm, key='loss_fp8')).mean:.2f}" for arm in arms)
     for said in (
         f"that model ends {delayed.mean:.2f} % above BF16's loss with delayed scaling (95 % interval "
-        f"+{delayed.low:.2f} to +{delayed.high:.2f} %, {delayed.count} pairs of runs), {current.mean:.2f} % with "
-        f"current scaling, {amax.mean:.2f} % with FP8-AMAX, and {fprop16.mean:.2f} % with delayed scaling and "
+        f"+{delayed.low:.3f} to +{delayed.high:.2f} %, {delayed.count} pairs of runs: by a hair open to be within the "
+        f"{MARGIN} % that were fixed beforehand), {current.mean:.2f} % with current scaling, "
+        f"{amax.mean:.2f} % with FP8-AMAX, and {fprop16.mean:.2f} % with delayed scaling and "
         f"forward's products in 16 bits (+{fprop16.low:.2f} to +{fprop16.high:.2f} %): forward's rounding is nearly "
         "all that FP8 costs there",
-        f"none of eight other changes to delayed scaling moves the mean by more than {most:.2f} %",
+        f"Of nine other changes to delayed scaling none moves the mean by more than {abs(most.mean):.2f} %; powers of "
+        f"two as scales do most, −{-most.mean:.2f} % {ends(most)})",
         f"in the FP8 of the training they are {', '.join(own)} and {last} % above",
     ):
         assert said in readme
-    assert len(changes) == 8
+    assert len(changes) == 9 and name == "delayed-power-of-two"
+    assert no_worse(against(finetune, "delayed")) == "open"
 
 
 def test_readme_says_what_shorter_trainings_came_to():

@@ -1,6 +1,7 @@
 """What is concluded from runs: names, windows, policies, the page, and how runs come into it."""
 
 import json
+import math
 import os
 import re
 
@@ -305,13 +306,21 @@ def test_what_is_missing_on_a_text_that_cannot_be_made_again_is_closed():
     assert "Still missing" in page(lines[1:], [], sizes_of(lines), "data")  # a text that nothing is known of
 
 
-@pytest.mark.parametrize("left_out", ["mode", "dither"])
-def test_a_fine_tuning_in_eval_or_from_ties_is_no_run_of_its_arm(left_out):
-    (one,) = tuned("amax", [1.0], validated=512)
+@pytest.mark.parametrize("key", ["mode", "dither"])
+@pytest.mark.parametrize("value", [None, "eval", 0, -1, True, [1], math.nan])
+def test_a_fine_tuning_in_eval_or_from_ties_is_no_run_of_its_arm(key, value):
+    (one,) = tuned("amax", [1.0], validated=512, checkpoint="0123456789")
     one.check()
-    del one.spec[left_out]
+    one.spec[key] = value
     with pytest.raises(ValueError, match=r"fine-tuned in eval\(\), or from weights on rounding ties; run it anew"):
         one.check()
+
+
+def test_a_fine_tuning_has_a_checkpoint():
+    (one,) = tuned("amax", [1.0], validated=512)
+    for one.spec["checkpoint"] in (None, 3, ""):
+        with pytest.raises(ValueError, match="checkpoint of the spec must be a text"):
+            one.check()
 
 
 def test_how_often_a_training_meets_its_text_is_said():

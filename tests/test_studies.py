@@ -162,6 +162,18 @@ def test_a_folder_whose_losses_are_none_does_not_come_into_runs_jsonl(tmp_path, 
 
 
 @pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
+@pytest.mark.parametrize("key", ["lr", "more"])
+def test_a_folder_whose_spec_is_not_finite_does_not_come_into_runs_jsonl(tmp_path, kind, key):
+    """No reader of runs.jsonl would take it any more."""
+    study = "fog" if kind is fog_results else "scales"
+    spec = read_lines(ROOT / "studies" / "results" / study / "runs.jsonl", kind.Line)[-1].spec
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "spec.json").write_text(json.dumps({**spec, key: float("nan")}))
+    with pytest.raises(UserError, match="spec.json is none .what is not finite must be null, got NaN"):
+        new_lines(all_runs(tmp_path), kind.condensed)
+
+
+@pytest.mark.parametrize("kind", [scales_results, fog_results], ids=["scales", "fog"])
 @pytest.mark.parametrize("key", ["lr", "seed", "steps", "batch", "data"])
 @pytest.mark.parametrize("value", [None, [1], "gone"])
 def test_a_folder_whose_spec_is_wrong_does_not_come_into_runs_jsonl(tmp_path, kind, key, value):

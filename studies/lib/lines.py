@@ -184,7 +184,8 @@ def merge_lines(
     kept = [lines[of] for of in sorted(lines)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(asdict(line), separators=(",", ":")) + "\n" for line in kept))
+        texts = [json.dumps(asdict(line), separators=(",", ":"), allow_nan=False) + "\n" for line in kept]
+        temporary.write_text("".join(texts))
     return kept
 
 

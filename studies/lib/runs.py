@@ -18,7 +18,7 @@ from typing import Any
 from torch_fp8.files import replacing
 
 from examples.gpt.errors import UserError
-from examples.gpt.journal import Record, read_journal, record_of
+from examples.gpt.journal import Record, not_finite, read_journal, record_of
 
 Spec = dict[str, Any]
 
@@ -104,7 +104,7 @@ def losses_in(records: Iterable[Record]) -> list[Record]:
 def open_run(folder: Path) -> Run:
     """A run whose ``spec.json`` is there."""
     try:
-        return Run(folder, with_split(json.loads((folder / "spec.json").read_text())))
+        return Run(folder, with_split(json.loads((folder / "spec.json").read_text(), parse_constant=not_finite)))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{folder} must be the folder of a run, but its spec.json is none ({error}); bring that back whole, or "

@@ -23,7 +23,17 @@ from .scales_results import (
     trained_tokens,
 )
 from .scales_sweeps import Ratios, best_constant, constants, telling_ratios, window
-from .scales_words import MARGIN, finite, gpu_words, models_of, no_worse, percent, unsound_words
+from .scales_words import (
+    BY_CHANCE,
+    MARGIN,
+    finite,
+    gpu_words,
+    models_of,
+    needed_pairs,
+    no_worse,
+    percent,
+    unsound_words,
+)
 
 FEWEST = 3  # pairs that a model must have to be put together with others
 
@@ -95,15 +105,22 @@ def _fine_tuned(lines: Sequence[Line]) -> list[str]:
         elif _shows_nothing([apart[arm] for arm in fp8]):
             verdict = "one pair each shows nothing"
         losses = f"\nThe loss against BF16's: {words}." if words else ""
-        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{losses}{_levers(model, mine, apart)}")
+        told = f"{losses}{_in_their_own(fp8, mine)}{_levers(model, mine, apart)}"
+        found.append(f"{_gained(model, lines)}{verdict}{unsound_words(mine)}.{told}")
     return found
+
+
+def _in_their_own(arms: Iterable[str], lines: Sequence[Line]) -> str:
+    """The losses of those in FP8 as they were trained, of one model."""
+    own = {arm: v for arm in arms for v in pairs(lines, arm, "bf16", "loss_fp8").values() if not _shows_nothing([v])}
+    return f"\nIn the FP8 of their training: {_each(own, lines, judged=False)}." if own else ""
 
 
 def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequence[float]]) -> str:
     """Which one change of a recipe moves the loss, by how much, and which do not: of runs with and without it that have
     all else in common. Of how many pairs is said where that is not the same of all arms. A difference is the change's
     where pairs on one kind of GPU show it by themselves."""
-    said = []
+    said, told = [], False
     for base in dict.fromkeys(base for base, _ in LEVERS.values()):
         arms = [arm for arm, (of, _) in LEVERS.items() if of == base]
         apart = {
@@ -120,12 +137,13 @@ def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequen
             for word in _MOVES
             if (moved := [arm for arm in apart if words[arm] == word])
         ]
+        told = told or bool({_LOWER, _HIGHER} & set(words.values()))
         bad = unsound_words(lines, base)
         if parts:
             said.append(f"\nThe loss in BF16 against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
         elif bad and any(arm in LEVERS and LEVERS[arm][0] == base for arm in arms_of(lines)):
             said.append(f"\nOf changes to {base} nothing can be said{bad}.")
-    return "".join(said)
+    return "".join(said) + f" {BY_CHANCE}" * told
 
 
 def _in_pairs(apart: Mapping[str, Sequence[float]], arm: str) -> str:
@@ -179,7 +197,7 @@ def _trained(lines: Sequence[Line]) -> list[str]:
         verdict, words = _decided(fp8), _each(fp8, mine)
         found.append(
             f"Training {model} from scratch, {_counts(fp8)}: {verdict}{noise}.\nThe loss against BF16's: {words}."
-            f"{_levers(model, mine, fp8)}"
+            f"{_in_their_own(fp8, mine)}{_levers(model, mine, fp8)}"
             if words
             else f"Training {model} from scratch in BF16 alone{noise}."
         )
@@ -264,9 +282,11 @@ def _each(apart: Mapping[str, Sequence[float]], lines: Sequence[Line], *, judged
         open_ = judged and no_worse(values) == "open"
         needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
         diverged = f", {back[arm]} diverged on the way" if back[arm] else ""
+        by = needed_pairs(values) if judged else 0
+        hair = f", open without any one of {by} of its {len(values)} pairs" if by else ""
         takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
         gpus = gpu_words(sum(on_two_gpus(lines, arm, "bf16").values()), len(values))
-        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{gpus}{diverged}{', open' * open_}{takes}")
+        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{gpus}{diverged}{', open' * open_}{hair}{takes}")
     return ("; " if any(", " in one.partition("]")[2] for one in said) else ", ").join(said)
 
 

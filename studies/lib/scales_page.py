@@ -167,13 +167,14 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str,
             gpus = sorted({line.result["gpu"] for line in finished if line.result})
             rows.append([what, model, in_short(sizes.get(model, 0)), in_short(tokens) if tokens else "–",
                          f"{tokens / sizes[model]:.2g}" if tokens and model in sizes else "–", _passes(mine[0], texts),
-                         f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–", mine[0].spec["data"]])  # fmt: skip
+                         _settings(mine[0]), f"{len(finished)} of {len(mine)}", ", ".join(gpus) or "–",
+                         mine[0].spec["data"]])  # fmt: skip
             closed = is_closed(mine[0].spec["data"], texts)
             missing[closed] += [f"* {what}, {model}: {left}" for left in _missing(mine)]
     if not rows:
         return "## Runs\n\nNone yet."
     head = ["study", "model", "parameters", "tokens of a training", "per parameter", "passes over the text",
-            "runs done", "on", "text"]  # fmt: skip
+            "steps × batch × context, learning rate", "runs done", "on", "text"]  # fmt: skip
     known = [f"* {digest}: {text.words}; {in_short(text.train_tokens)} of its tokens are for training"
              f"{'; it cannot be made again' * is_closed(digest, texts)}"
              for digest, text in texts.items() if any(row[-1] == digest for row in rows)]  # fmt: skip
@@ -182,6 +183,12 @@ def _runs(lines: Sequence[Line], sizes: Mapping[str, float], texts: Mapping[str,
     parts = [f"## Runs\n\n{markdown(head, rows)}", "\n".join([digest, *([""] if known else []), *known])]
     left = [(_CLOSED if closed else _STILL) + "\n".join(of) for closed, of in missing.items() if of]
     return "\n\n".join([*parts, *left])
+
+
+def _settings(line: Line) -> str:
+    spec = line.spec
+    sizes = f"{spec['steps']:,} × {spec['batch']} × {spec['context']:,}"
+    return f"{sizes}, {spec['lr']:.2g}" if trained_tokens(line) and "lr" in spec else "–"
 
 
 def _passes(line: Line, texts: Mapping[str, Text]) -> str:

@@ -12,15 +12,16 @@ from .arms import DEFAULT_ARMS, LEVERS, words
 from .divergence import FACTOR, MEDIAN, PATIENCE
 from .scales_findings import FEWEST, loss_before, pooled
 from .scales_results import Line, arms_of, done, gaps, is_sound, on_two_gpus, pairs, plain_name, trained_tokens
-from .scales_words import MARGIN, no_worse, percent, unsound_words
+from .scales_words import BY_CHANCE, MARGIN, no_worse, percent, unsound_words
 
 PLANNED = {"gpt-124M": 5, "llama-127M": 5}  # models of training from scratch, and how many pairs of each
 
 ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and batches; means over pairs with their
 95 % interval by Student's t. *In BF16*: the weights that came out, validated in BF16; *in its own FP8*: validated with
 the recipe of their training, but weights by their own amax in any case, and held against BF16 in BF16. The margin of
-{MARGIN} % of the loss in BF16 was fixed before the runs: *yes* where the whole interval is below it, however far, *no*
-where it is above or a run was lost, else *open*. A recipe is held in the same way to the one that it is with one
+{MARGIN} % of the loss in BF16 was fixed before any run that is kept with this project: *yes* where the whole interval
+is below it, however far, *no* where it is above or a run was lost, else *open*. Arms are held to the same runs in BF16, so
+that their verdicts are not independent of one another. A recipe is held in the same way to the one that it is with one
 change: the loss in BF16 is *lower* or *higher* where the whole interval is, and else there is *no difference seen*; one
 that the pairs on one kind of GPU do not show by themselves is *not told from a change of GPU*. The largest gap is that
 of the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth. A run
@@ -33,7 +34,6 @@ first step would tip all of these its way, however small it is, and what the los
 look like a difference of recipes."""
 
 _MEASURES = ("loss", "loss_fp8", "accuracy", "accuracy_fp8")
-_BY_CHANCE = "Where nothing differs one in twenty such intervals leaves 0 out all the same."
 
 
 def pairs_section(lines: Sequence[Line], study: str, title: str, about: str) -> str:
@@ -92,7 +92,7 @@ def _levers_table(models: Sequence[str], lines: Sequence[Line]) -> list[str]:
                 rows.append([model, f"{base}, {change}", str(len(apart[0])), *map(percent, apart)])
     head = ["model", "a recipe, and one change to it", "pairs", "loss in BF16 [95 %]", "loss in their own FP8"]
     head += ["accuracy in BF16", "accuracy in their own FP8"]
-    return [f"By how much each change moves what comes out. {_BY_CHANCE}", markdown(head, rows)] if rows else []
+    return [f"By how much each change moves what comes out. {BY_CHANCE}", markdown(head, rows)] if rows else []
 
 
 def _gain(model: str, lines: Sequence[Line]) -> str:

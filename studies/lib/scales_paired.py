@@ -75,7 +75,8 @@ def on_the_way(path: Path, lines: Sequence[Line], sizes: Mapping[str, float]) ->
         caption(
             figure,
             "Over the steps, of the same seeds. A loss is of the arm's own forward pass, in FP8 where it trains so.\n"
-            f"The first tenth is left out. Pale: the other arms of the row; {BASE} is in every panel.",
+            f"The first tenth is left out. Pale: the other arms of the row; {BASE} is in every panel.\n"
+            "Rows have scales of their own. Where arms have not as many pairs each, they are not of the same seeds.",
         )
     return True
 
@@ -168,7 +169,7 @@ def paired(path: Path, lines: Sequence[Line], study: str, against: str) -> bool:
             figure,
             "Diamonds: validated in BF16; squares: in the FP8 of the training, against BF16 in BF16. Each is the mean\n"
             "of pairs of runs, with its 95 % interval by Student's t where there are several. Grey points: the pairs,\n"
-            "whose heights only keep them apart.\n"
+            "whose heights only keep them apart. Panels have scales of their own.\n"
             f"Arms are in the order of their means in {most}.\n"
             + "Together: pooled after the runs were seen, in BF16.\n" * bool(together)
             + f"Grey: below the margin of {MARGIN} %, fixed before the runs, where a diamond's interval has to end.",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from models.names import MODELS, parameter_count
 
 from .arms import CONSTANT, find_arm, make_emulation, make_recipe
+from .checkpoints import DITHER
 from .emulation import FAMILIES
 from .inference import policies
 from .lines import (
@@ -68,8 +69,8 @@ class Line:
         if self.study == "infer" and "checkpoint" not in self.spec:
             raise ValueError("the spec has no checkpoint; null stands for random weights")
         if self.study == "finetune":
-            check_entries("the spec", self.spec, {"validated": POSITIVE})
-            if self.spec.get("mode") != "train" or "dither" not in self.spec:
+            check_entries("the spec", self.spec, {"validated": POSITIVE, "checkpoint": TEXT})
+            if self.spec.get("mode") != "train" or self.spec.get("dither") != DITHER:
                 raise ValueError("it was fine-tuned in eval(), or from weights on rounding ties; run it anew")
         if self.spec.get("checkpoint") is not None:
             check_type("checkpoint of the spec", self.spec["checkpoint"], TEXT)

@@ -9,6 +9,7 @@ from .intervals import interval
 from .scales_results import Line, is_sound
 
 MARGIN = 0.25  # per cent of the loss, fixed before the runs
+BY_CHANCE = "Where nothing differs one in twenty such intervals leaves 0 out all the same."
 TOO_FEW = "too few tokens to tell"  # whether a policy keeps so much as the paper's criterion
 
 
@@ -23,8 +24,15 @@ def percent(differences: Sequence[float]) -> str:
     if not kept:
         return f"lost in all {len(differences)}" if len(differences) > 1 else lost or "–"
     of = interval(kept)
-    said = f"{of.mean:+.2f} % [{of.low:+.2f}, {of.high:+.2f}]" if of.count > 1 else f"{of.mean:+.2f} %"
+    said = f"{of.mean:+.2f} % [{_end(of.low)}, {_end(of.high)}]" if of.count > 1 else f"{of.mean:+.2f} %"
     return f"{said}, {lost}" if lost else said
+
+
+def _end(value: float) -> str:
+    """Of an interval: with more digits where two would hide on which side it is of 0 or MARGIN."""
+    said, longer = f"{value:+.2f}", f"{value:+.4f}"
+    hides = said in ("+0.00", "-0.00", f"{MARGIN:+.2f}") and float(longer)
+    return longer if hides else said
 
 
 def gpu_words(two: int, count: int) -> str:
@@ -40,6 +48,12 @@ def no_worse(differences: Sequence[float]) -> str:
         return "one pair shows nothing"
     of = interval(differences)
     return "yes" if of.high < MARGIN else "no" if of.low > MARGIN else "open"
+
+
+def needed_pairs(differences: Sequence[float]) -> int:
+    """How many of the pairs of a *yes* it would be none without, one by one."""
+    without = ([*differences[:i], *differences[i + 1 :]] for i in range(len(differences)))
+    return sum(no_worse(of) != "yes" for of in without) if no_worse(differences) == "yes" else 0
 
 
 def window_of(found: tuple[int, int] | None, swept: Mapping[int, float]) -> str:
