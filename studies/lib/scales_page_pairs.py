@@ -16,17 +16,17 @@ from .scales_words import BY_CHANCE, MARGIN, no_worse, percent, unsound_words
 
 PLANNED = {"gpt-124M": 5, "llama-127M": 5}  # models of training from scratch, and how many pairs of each
 
-ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and batches; means over pairs with their
-95 % interval by Student's t. *In BF16*: the weights that came out, validated in BF16; *in its own FP8*: validated with
+ABOUT_PAIRS = f"""Differences of runs that share seed, weights at the start and batches; means over pairs with their 95
+% interval by Student's t. *In BF16*: the weights that came out, validated in BF16; *in its own FP8*: validated with
 the recipe of their training, but weights by their own amax in any case, and held against BF16 in BF16. The margin of
 {MARGIN} % of the loss in BF16 was fixed before any run that is kept with this project: *yes* where the whole interval
-is below it, however far, *no* where it is above or a run was lost, else *open*. Arms are held to the same runs in BF16, so
-that their verdicts are not independent of one another. A recipe is held in the same way to the one that it is with one
-change: the loss in BF16 is *lower* or *higher* where the whole interval is, and else there is *no difference seen*; one
-that the pairs on one kind of GPU do not show by themselves is *not told from a change of GPU*. The largest gap is that
-of the training loss between the arms' means, over stretches of a fiftieth of the run after its first tenth. A run
-diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps for
-{PATIENCE} steps."""
+is below it, however far, *no* where it is above or a run was lost, else *open*. Arms are held to the same runs in
+BF16, so that their verdicts are not independent of one another. A recipe is held in the same way to the one that it is
+with one change: the loss in BF16 is *lower* or *higher* where the whole interval is, and else there is *no difference
+seen*; one that the pairs on one kind of GPU do not show by themselves is *not told from a change of GPU*. The largest
+gap is that of the training loss between the arms' means, over stretches of a fiftieth of the run after its first
+tenth. A run diverges where its loss is not finite, or stays above {FACTOR} times the median of the last {MEDIAN} steps
+for {PATIENCE} steps."""
 
 ABOUT_TUNED = """Each weight of the checkpoint is moved before the first step by a random share of itself, at most 2^-9,
 of the seed and the same in all arms. Weights of a checkpoint often lie exactly between two numbers of BF16 or FP8: the
