@@ -11,7 +11,7 @@ from studies.lib.scales_claims import claims
 from studies.lib.scales_findings import findings
 from studies.lib.scales_page import page
 from studies.lib.scales_results import gaps, pairs, sizes_of, told_apart
-from studies.lib.scales_words import needed_pairs, percent
+from studies.lib.scales_words import hangs_on, percent
 
 
 def test_runs_that_differ_in_more_than_their_arm_are_no_pairs():
@@ -414,11 +414,11 @@ def test_gaps_are_not_to_a_bf16_that_diverged(unsound):
 def test_a_verdict_that_hangs_on_single_pairs_is_said_to():
     """Without one of the lower four the interval goes up to +0.257, without the highest it is a point."""
     made = trained("gpt-31M", [0.1, 0.1, 0.1, 0.1, 0.25])
-    assert needed_pairs(pairs(made, "current", "bf16", "loss")["gpt-31M"]) == 4
+    assert hangs_on(pairs(made, "current", "bf16", "loss")["gpt-31M"]) == 4
     (said,) = findings(made, {})
     assert "current +0.13 % [+0.05, +0.21], open without any one of 4 of its 5 pairs" in said
     firm = trained("gpt-31M", [0.1, 0.11, 0.1, 0.11, 0.1])
-    assert "open without" not in findings(firm, {})[0] and needed_pairs([0.3, 0.3]) == needed_pairs([]) == 0
+    assert "open without" not in findings(firm, {})[0] and hangs_on([0.3, 0.3]) == hangs_on([]) == 0
 
 
 def test_an_interval_has_the_digits_that_tell_its_end_from_the_margin_and_from_nothing():

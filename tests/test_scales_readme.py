@@ -6,7 +6,7 @@ from studies.lib.arms import LEVERS
 from studies.lib.intervals import interval
 from studies.lib.lines import read_lines
 from studies.lib.scales_results import Line, arms_of, done, in_short, pairs, plain_name, told_apart, trained_tokens
-from studies.lib.scales_words import MARGIN, needed_pairs, no_worse
+from studies.lib.scales_words import MARGIN, hangs_on, no_worse
 from studies.lib.texts import read_texts
 
 DATA = ROOT / "studies" / "results" / "scales"
@@ -42,7 +42,7 @@ def test_readme_says_what_the_longest_trainings_came_to():
     own, other = (interval(against(longest, arm, key="loss_fp8")) for arm in ("delayed", "amax"))
     assert f"{own.mean:.2f}" == f"{other.mean:.2f}"
     apart, again = interval(against(longest, "current", "delayed")), interval(against(longest, "bf16-again"))
-    (needed,) = {needed_pairs(losses[arm]) for arm in ("delayed", "amax")}
+    (needed,) = {hangs_on(losses[arm]) for arm in ("delayed", "amax")}
     assert no_worse(against(longest, "bf16-again")) == "open"
     for said in (
         f"gpt-124M ends {-delayed.mean:.2f} % below BF16 with delayed scaling (95 % interval −{-delayed.low:.2f} to "

@@ -28,8 +28,8 @@ from .scales_words import (
     MARGIN,
     finite,
     gpu_words,
+    hangs_on,
     models_of,
-    needed_pairs,
     no_worse,
     percent,
     unsound_words,
@@ -120,7 +120,8 @@ def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequen
     """Which one change of a recipe moves the loss, by how much, and which do not: of runs with and without it that have
     all else in common. Of how many pairs is said where that is not the same of all arms. A difference is the change's
     where pairs on one kind of GPU show it by themselves."""
-    said, told = [], False
+    said: list[str] = []
+    seen: set[str] = set()  # how changes move it
     for base in dict.fromkeys(base for base, _ in LEVERS.values()):
         arms = [arm for arm, (of, _) in LEVERS.items() if of == base]
         apart = {
@@ -137,13 +138,13 @@ def _levers(model: str, lines: Sequence[Line], against_bf16: Mapping[str, Sequen
             for word in _MOVES
             if (moved := [arm for arm in apart if words[arm] == word])
         ]
-        told = told or bool({_LOWER, _HIGHER} & set(words.values()))
+        seen |= set(words.values())
         bad = unsound_words(lines, base)
         if parts:
             said.append(f"\nThe loss in BF16 against {base}'s, with one change to it: {'; '.join(parts)}{bad}.")
         elif bad and any(arm in LEVERS and LEVERS[arm][0] == base for arm in arms_of(lines)):
             said.append(f"\nOf changes to {base} nothing can be said{bad}.")
-    return "".join(said) + f" {BY_CHANCE}" * told
+    return "".join(said) + f" {BY_CHANCE}" * bool(seen & {_LOWER, _HIGHER})
 
 
 def _in_pairs(apart: Mapping[str, Sequence[float]], arm: str) -> str:
@@ -282,11 +283,11 @@ def _each(apart: Mapping[str, Sequence[float]], lines: Sequence[Line], *, judged
         open_ = judged and no_worse(values) == "open"
         needed = pairs_needed(values, MARGIN) if open_ and statistics.fmean(values) < MARGIN else None
         diverged = f", {back[arm]} diverged on the way" if back[arm] else ""
-        by = needed_pairs(values) if judged else 0
-        hair = f", open without any one of {by} of its {len(values)} pairs" if by else ""
+        single = hangs_on(values) if judged else 0
+        hangs = f", open without any one of {single} of its {len(values)} pairs" if single else ""
         takes = "" if needed is None else f", which takes {max(needed, len(values) + 1)} pairs if its mean is 0"
         gpus = gpu_words(sum(on_two_gpus(lines, arm, "bf16").values()), len(values))
-        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{gpus}{diverged}{', open' * open_}{hair}{takes}")
+        said.append(f"{arm} {percent(values)}{_in_pairs(apart, arm)}{gpus}{diverged}{', open' * open_}{hangs}{takes}")
     return ("; " if any(", " in one.partition("]")[2] for one in said) else ", ").join(said)
 
 

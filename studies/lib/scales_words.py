@@ -50,7 +50,7 @@ def no_worse(differences: Sequence[float]) -> str:
     return "yes" if of.high < MARGIN else "no" if of.low > MARGIN else "open"
 
 
-def needed_pairs(differences: Sequence[float]) -> int:
+def hangs_on(differences: Sequence[float]) -> int:
     """How many of the pairs of a *yes* it would be none without, one by one."""
     without = ([*differences[:i], *differences[i + 1 :]] for i in range(len(differences)))
     return sum(no_worse(of) != "yes" for of in without) if no_worse(differences) == "yes" else 0
